@@ -1,0 +1,119 @@
+"""Pre-norm Transformer block with rotary positions and a sliding attention window.
+
+Shapes: B batch, T tokens in this call, S keys in sight, C width, H heads, D = C / H width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hbll_seq.cells.base import Cell
+from hbll_seq.config import HBLLConfig
+
+
+def make_norm(config: HBLLConfig) -> nn.Module:
+    """The normalisation layer that the config names, over the last dimension."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.n_embd)
+    return nn.RMSNorm(config.n_embd, eps=1e-6)
+
+
+def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, D/2] of the rotary angles (Su et al. 2021, arXiv 2104.09864); ``positions`` [T]."""
+    half = head_width // 2
+    frequencies = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions.to(torch.float32)[:, None] * frequencies  # float32 also under bf16: positions reach thousands
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [B, H, T, D] with each pair (d, d + D/2) turned, so that scores depend on the distance of positions only."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class KVState(NamedTuple):
+    """What attention remembers: at most ``block_size - 1`` keys and values.
+
+    keys, values: [B, H, S, D] or None before the first token (keys are already turned).
+    seen: number of tokens read so far.
+    start: [B] number of left-padding positions of each row, or None.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    seen: int = 0
+    start: Tensor | None = None
+
+
+class TransformerBlock(Cell):
+    """``x + attention(norm(x))``, then ``+ mlp(norm(.))``.
+
+    The output projections of both branches start at zero, so that a new block is the identity and a deep stack starts as
+    well-conditioned as a shallow one; the other matrices start at ``1 / sqrt(fan_in)``.
+    """
+
+    def __init__(self, config: HBLLConfig):
+        super().__init__()
+        self.n_head, self.window = config.n_head, config.block_size
+        self.rope_base = config.rope_base
+        width, hidden = config.n_embd, config.mlp_ratio * config.n_embd
+        self.norm_attention = make_norm(config)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.norm_mlp = make_norm(config)
+        self.mlp_in = nn.Linear(width, hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        for layer in (self.qkv, self.mlp_in):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in (self.attention_out, self.mlp_out):
+            nn.init.zeros_(layer.weight)
+
+    def initial_state(self, start: Tensor | None = None) -> KVState:
+        """See :meth:`Cell.initial_state`."""
+        return KVState(start=start)
+
+    def forward(self, x: Tensor, state: KVState | None = None) -> tuple[Tensor, KVState]:
+        """See :meth:`Cell.forward`."""
+        attended, state = self._attend(self.norm_attention(x), state or KVState())
+        x = x + self.dropout(self.attention_out(attended))
+        hidden = F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh")
+        return x + self.dropout(self.mlp_out(hidden)), state
+
+    def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        n_new = x.shape[1]
+        positions = torch.arange(state.seen, state.seen + n_new, device=x.device)
+        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if state.keys is not None:
+            k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
+        n_keys = k.shape[2]
+        mask = self._mask(positions, n_keys, state)
+        is_causal = mask is None and n_new > 1  # one new token sees every key that the state still holds
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        keep = min(n_keys, self.window - 1)
+        kept = (k[:, :, n_keys - keep :], v[:, :, n_keys - keep :])
+        return rearrange(y, "b h t d -> b t (h d)"), KVState(*kept, state.seen + n_new, state.start)
+
+    def _mask(self, positions: Tensor, n_keys: int, state: KVState) -> Tensor | None:
+        """Which keys each query sees, [T, S] or [B, 1, T, S]; None where the kernel's own causal form says the same."""
+        n_new = len(positions)
+        windowed = n_keys > self.window
+        plain = state.keys is None or n_new == 1
+        if plain and not windowed and state.start is None:
+            return None
+        key_positions = torch.arange(state.seen + n_new - n_keys, state.seen + n_new, device=positions.device)
+        distance = positions[:, None] - key_positions  # [T, S]
+        mask = (distance >= 0) & (distance < self.window)
+        if state.start is None:
+            return mask
+        visible = key_positions >= state.start[:, None]  # [B, S]
+        # A padding query sees itself alone: an empty row of the mask would turn into NaN.
+        return (mask & visible[:, None] | (distance == 0))[:, None]

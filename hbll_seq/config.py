@@ -1,0 +1,107 @@
+"""The one place where a model's shape is written down and checked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+#: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
+FOREIGN_KEYS = frozenset(
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id"}
+)
+
+CELLS = ("transformer",)
+NORMS = ("rmsnorm", "layernorm")
+
+
+@dataclass(frozen=True)
+class HBLLConfig:
+    """Shape and noise scale of a hierarchical language model.
+
+    Attributes:
+        vocab_size: number of tokens V.
+        n_level: levels D of the binary tree; the full path has ``2**n_level - 1`` blocks.
+        n_embd: width C of the stream that the blocks read and write.
+        n_head: attention heads; must divide ``n_embd`` into heads of even width (rotary positions turn pairs).
+        block_size: training context T in tokens; attention looks at most this many tokens back, at any length.
+        cell: kind of block, one of ``CELLS``.
+        mlp_ratio: hidden width of a block's MLP, in units of ``n_embd``.
+        norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
+        rope_base: base of the rotary positions' wavelengths.
+        dropout: probability of dropping a unit of a residual branch during training.
+        tie_embeddings: the head's projection is the embedding matrix.
+        sigma: noise scale of the sampled states (METHOD: ``sigma``; the paper's LM runs use 0.005).
+
+    Raises:
+        ValueError: a value is out of range; the message says which, what is allowed and what to do.
+    """
+
+    vocab_size: int = 4096
+    n_level: int = 3
+    n_embd: int = 128
+    n_head: int = 4
+    block_size: int = 128
+    cell: str = "transformer"
+    mlp_ratio: int = 4
+    norm: str = "rmsnorm"
+    rope_base: float = 10000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    sigma: float = 0.005
+
+    @property
+    def n_layer(self) -> int:
+        """Number of blocks on the full path, ``2**n_level - 1``."""
+        return 2**self.n_level - 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_level", "n_embd", "n_head", "block_size", "mlp_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
+        if self.n_level > 10:
+            raise ValueError(f"n_level={self.n_level}: at most 10 (1023 blocks); choose fewer levels or wider blocks")
+        if self.n_embd % self.n_head:
+            divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: choose n_head from {divisors}"
+            )
+        if (self.n_embd // self.n_head) % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
+                "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
+            )
+        for name, allowed in (("cell", CELLS), ("norm", NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, float("inf")), ("rope_base", 1.0, float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise ValueError(f"{name}={value!r}: must be a number in [{low}, {high})")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"tie_embeddings={self.tie_embeddings!r}: must be true or false")
+
+    def to_dict(self) -> dict:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "HBLLConfig":
+        """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped.
+
+        Raises:
+            ValueError: a key is unknown or a value out of range.
+        """
+        model_type = values.get("model_type", "hbll")
+        if model_type != "hbll":
+            raise ValueError(f"model_type={model_type!r}: this is not an hbll_seq model (model_type 'hbll')")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known) - FOREIGN_KEYS)
+        if unknown:
+            raise ValueError(
+                f"unknown config key {', '.join(map(repr, unknown))}: known are {', '.join(known)}; "
+                "remove it, or use the hbll_seq version that wrote the file"
+            )
+        return cls(**{name: values[name] for name in known if name in values})

@@ -1,0 +1,100 @@
+"""The hierarchy over depth: any list of blocks between an embedding and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from hbll_seq.cells.base import Cell
+from hbll_seq.messages import Chain
+from hbll_seq.posterior import Family, StateFamily, family
+from hbll_seq.tree import DyadicTree
+
+
+class DepthChain(Chain):
+    """The blocks as transitions; f_n is ``blocks[n - 1]``.
+
+    The blocks of one call do not depend on each other. On one device they are queued one after the other here.
+    """
+
+    def __init__(self, blocks: nn.ModuleList):
+        self.blocks = blocks
+
+    def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
+        """See :meth:`Chain.apply`; states are [batch, ..., width]."""
+        return [self._run(self.blocks[n - 1], state) for n, state in zip(indices, states)]
+
+    @staticmethod
+    def _run(block: nn.Module, state: Tensor) -> Tensor:
+        return block(state)[0] if isinstance(block, Cell) else block(state)
+
+
+class DepthHierarchy(nn.Module):
+    """``N - 1`` blocks of equal input and output width, an embedding before them and a prediction head behind.
+
+    Args:
+        blocks: ``2**D - 1`` modules, each a map of [batch, ..., width] to the same shape (or a :class:`Cell`).
+        head: module from a state to the parameters of ``p(y | z_{N-1})``, such as logits; shared by all depths.
+        embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
+        state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
+        target_family: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``: what y is.
+
+    Raises:
+        ValueError: the number of blocks is not ``2**D - 1``, or a family is unknown.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        head: nn.Module,
+        embed: nn.Module | None = None,
+        *,
+        state_family: str | StateFamily = "gaussian",
+        target_family: str | Family = "categorical",
+    ):
+        super().__init__()
+        blocks = nn.ModuleList(blocks)
+        n_level = (len(blocks) + 1).bit_length() - 1
+        if len(blocks) < 1 or 2**n_level - 1 != len(blocks):
+            raise ValueError(
+                f"{len(blocks)} blocks: a binary tree needs 2**D - 1 of them (1, 3, 7, 15, ..); "
+                f"use {2**n_level - 1} or {2 ** (n_level + 1) - 1}"
+            )
+        self.tree = DyadicTree(n_level)
+        self.state_family, self.target_family = family(state_family), family(target_family)
+        if not isinstance(self.state_family, StateFamily):
+            raise ValueError(f"state_family={state_family!r}: inner states can be 'gaussian' or 'bernoulli'")
+        self.embed = embed if embed is not None else nn.Identity()
+        self.blocks = blocks
+        self.head = head
+        self.chain = DepthChain(blocks)
+
+    def resolve_path(self, depth: int | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The path that ``depth`` or ``path`` names; the full one where both are None.
+
+        Raises:
+            ValueError: both are given, or the one given is not possible in this tree.
+        """
+        if depth is not None and path is not None:
+            raise ValueError(f"depth={depth!r} and path={path!r} are both given: choose one of them")
+        if path is not None:
+            return self.tree.validate_path(path)
+        return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)
+
+    def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the chain reads and what its head is scored on; a language model shifts here."""
+        if labels is None:
+            raise ValueError("labels=None: this model needs labels to be scored on; pass them")
+        return inputs, labels
+
+    def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
+        """The plain network along ``path`` (default: full): raw inputs -> the head's output."""
+        state = self.embed(inputs)
+        for n in self.resolve_path(path=path):
+            (state,) = self.chain.apply((n,), (state,))
+        return self.head(state)
+
+    def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
+        """Same as :meth:`run`."""
+        return self.run(inputs, path)

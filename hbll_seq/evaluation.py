@@ -1,0 +1,99 @@
+"""Perplexity of a language model along paths of its hierarchy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hbll_seq.data import TokenWindows
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.posterior import Categorical
+
+
+def default_paths(model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+    """The paths of a report: every depth up to 7, then the powers of two minus one, by name ``"depth k"``."""
+    n = model.tree.n_nodes
+    depths = [k for k in range(1, n + 1) if k <= 7 or k & (k + 1) == 0]
+    return {f"depth {k}": model.tree.path_for_depth(k) for k in depths}
+
+
+@torch.no_grad()
+def evaluate_paths(
+    model: HBLLForCausalLM,
+    windows: TokenWindows,
+    paths: Mapping[str, Sequence[int]] | None = None,
+    *,
+    batch_size: int = 16,
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+) -> list[dict]:
+    """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
+
+    Args:
+        model: the model; its training mode is restored afterwards.
+        windows: the split, packed.
+        paths: name -> block numbers; None takes :func:`default_paths`.
+        batch_size: windows per batch.
+        max_batches: stop after so many batches; None evaluates the whole split.
+        device: where the windows go; None takes the model's device.
+
+    Returns:
+        One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
+        ``word_perplexity`` (total nats over the words of the split, end of line counted as one), ``tokens``.
+    """
+    paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
+    device = device if device is not None else next(model.parameters()).device
+    # Paths in lexicographic order share prefixes with their neighbours, as in a trie walked depth first.
+    order = sorted(paths.items(), key=lambda item: item[1])
+    nats, n_tokens = dict.fromkeys(paths, 0.0), 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in itertools.islice(windows.evaluation_batches(batch_size), max_batches):
+            x, targets = model.prepare(batch.to(device))
+            n_tokens += targets.numel()
+            states = [((), model.embed(x))]  # (prefix, state), the current branch of the trie
+            for name, path in order:
+                while states[-1][0] != path[: len(states[-1][0])]:
+                    states.pop()
+                for n in path[len(states[-1][0]) :]:
+                    prefix, state = states[-1]
+                    states.append(((*prefix, n), model.chain.apply((n,), (state,))[0]))
+                logits = model.head(states[-1][1])
+                nats[name] += 0.5 * Categorical().discrepancy(logits, targets).sum(dtype=torch.float64).item()
+    finally:
+        model.train(was_training)
+    if not n_tokens:
+        raise ValueError("no tokens were evaluated: max_batches must be at least 1")
+    tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)
+    return [
+        {
+            "name": name,
+            "path": list(path),
+            "depth": len(path),
+            "loss": nats[name] / n_tokens,
+            "perplexity": _exp(nats[name] / n_tokens),
+            "word_perplexity": _exp(nats[name] / n_tokens * tokens_per_word),
+            "tokens": n_tokens,
+        }
+        for name, path in paths.items()
+    ]
+
+
+def format_table(rows: list[dict]) -> str:
+    """The rows of :func:`evaluate_paths` as a table in plain text."""
+    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  path"]
+    for row in rows:
+        lines.append(
+            f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {row['word_perplexity']:>10.2f}  "
+            + "-".join(map(str, [0, *row["path"]]))
+            + "-head"
+        )
+    return "\n".join(lines)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf  # an untrained model must not end a run with OverflowError

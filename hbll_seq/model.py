@@ -1,0 +1,140 @@
+"""The language model: embedding, hierarchy of blocks, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll_seq.cells import TransformerBlock
+from hbll_seq.cells.attention import make_norm
+from hbll_seq.config import HBLLConfig
+from hbll_seq.depth import DepthHierarchy
+from hbll_seq.generation import GenerationMixin
+from hbll_seq.hub import HubMixin
+from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.tokenizer import Tokenizer
+
+
+class CausalLMOutput(NamedTuple):
+    """``loss``: mean cross-entropy in nats per token, or None without labels; ``logits`` [B, T, V]."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token ids [B, T] -> vectors [B, T, C] of root mean square 1.
+
+    The rows are normalised on reading: then z_0 has the scale of the states that every block also reads, whatever the
+    tied head makes of the matrix.
+    """
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__(vocab_size, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``input_ids`` [B, T] of int64 -> [B, T, C]."""
+        return F.rms_norm(super().forward(input_ids), (self.embedding_dim,), eps=1e-8)
+
+
+class LMHead(nn.Module):
+    """Normalises a state and projects it onto the vocabulary: [..., C] -> logits [..., V]."""
+
+    def __init__(self, config: HBLLConfig, embedding: nn.Embedding):
+        super().__init__()
+        self.norm = make_norm(config)
+        self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.projection.weight = embedding.weight
+        else:
+            nn.init.zeros_(self.projection.weight)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """``state`` [..., C] -> logits [..., V]."""
+        return self.projection(self.norm(state))
+
+
+class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
+    """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
+
+    Args:
+        config: shape of the model.
+        tokenizer: needed for text in and text out; saved and loaded with the model.
+
+    Raises:
+        ValueError: the tokenizer has more pieces than the configuration has tokens.
+    """
+
+    def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces but vocab_size={config.vocab_size}: "
+                f"set vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
+            )
+        embed = TokenEmbedding(config.vocab_size, config.n_embd)
+        blocks = [TransformerBlock(config) for _ in range(config.n_layer)]
+        super().__init__(blocks, LMHead(config, embed), embed)
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def prepare(self, inputs: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token windows [B, T + 1] -> what is read [B, T] and the token that follows each position [B, T].
+
+        ``labels`` is as in :meth:`forward` and defaults to ``inputs``.
+        """
+        self._check_tokens(inputs)
+        labels = inputs if labels is None else labels
+        if inputs.shape[1] < 2 or labels.shape != inputs.shape:
+            raise ValueError(
+                f"inputs {tuple(inputs.shape)} with labels {tuple(labels.shape)}: both must be [batch, T + 1] with T of "
+                "at least 1; the model shifts them itself"
+            )
+        return inputs[:, :-1], labels[:, 1:]
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None
+    ) -> CausalLMOutput:
+        """The plain network along ``path`` (default: full).
+
+        Args:
+            input_ids: [B, T] of int64.
+            labels: [B, T], the Hugging Face convention: the same ids again, shifted inside (position t is scored on
+                ``labels[:, t + 1]``), -100 where a position is not to be scored.
+            path: block numbers in order, such as ``(4, 6, 7)``.
+
+        Raises:
+            ValueError: the path is not dyadic, an id is outside the vocabulary, or shapes do not agree.
+        """
+        self._check_tokens(input_ids)
+        logits = self.run(input_ids, path)
+        if labels is None:
+            return CausalLMOutput(None, logits)
+        _, targets = self.prepare(input_ids, labels)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return CausalLMOutput(loss, logits)
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)} and {input_ids.dtype}: must be [batch, T] token ids of int64"
+            )
+        if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the check would wait for the device
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids from {int(low)} to {int(high)}: must be in 0 .. {self.config.vocab_size - 1} "
+                    "(vocab_size - 1); use the tokenizer that the model was trained with"
+                )
+
+    def n_parameters(self, path: Sequence[int] | None = None) -> int:
+        """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
+        parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
+        return sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(model)``."""
+        return f"{self.config}"

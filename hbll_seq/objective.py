@@ -1,0 +1,228 @@
+"""Training objectives: modules around a model whose forward returns one loss to call ``backward`` on.
+
+All local losses of a step are computed inside ``forward``, so that DistributedDataParallel around the objective sees
+every parameter. Their sum is safe to differentiate in one call: each loss reaches its own two blocks and no further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hbll_seq.depth import DepthHierarchy
+from hbll_seq.messages import TreePass, tree_pass
+from hbll_seq.posterior import IGNORE_INDEX
+
+INFERENCES = ("tree",)
+
+
+class ObjectiveOutput(NamedTuple):
+    """What every objective returns.
+
+    loss: scalar to differentiate, the sum of ``node_losses``.
+    node_losses: [n], attached; ``LocalObjective``: of nodes 1 .. N-1 in this order; ``BackpropObjective``: n = 1.
+    metrics: detached scalars by name. Always ``"ce"``: nats per target of the deepest path that was evaluated.
+    """
+
+    loss: Tensor
+    node_losses: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """What the two objectives share: the model, and reproducible dropout."""
+
+    def __init__(self, model: DepthHierarchy, seed: int = 0):
+        super().__init__()
+        self.model = model
+        self.seed = seed
+
+    @property
+    def _has_dropout(self) -> bool:
+        dropouts = (m for m in self.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        return any(module.training and module.p > 0 for module in dropouts)
+
+    @contextlib.contextmanager
+    def _dropout_of_step(self, step: int) -> Iterator[None]:
+        """Makes dropout a function of (seed, step, node): nodes draw in a fixed order from a stream that a step starts."""
+        if not self._has_dropout:
+            yield
+            return
+        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(_mix(self.seed, step, 0))
+            yield
+
+    def _head(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Discrepancy of the head's prediction from a state, [batch, ...] (-2 log p(y | state) for classes)."""
+        return self.model.target_family.discrepancy(self.model.head(state), targets)
+
+
+class BackpropObjective(Objective):
+    """The baseline: ``-log p(y | x)`` along one path, differentiated through all of it.
+
+    Args:
+        model: a :class:`DepthHierarchy`.
+        path: block numbers; None is the full path. With a path, only its blocks, embedding and head are trained.
+        seed: seed of dropout.
+
+    Raises:
+        ValueError: the path is not one of the model's tree.
+    """
+
+    def __init__(self, model: DepthHierarchy, path: Sequence[int] | None = None, *, seed: int = 0):
+        super().__init__(model, seed)
+        self.path = model.resolve_path(path=path)
+        for n, block in enumerate(model.blocks, start=1):
+            block.requires_grad_(n in self.path)  # so that every parameter that is trained is touched at every step
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
+        """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`."""
+        with self._dropout_of_step(step):
+            x, targets = self.model.prepare(inputs, labels)
+            state = self.model.embed(x)
+            for n in self.path:
+                (state,) = self.model.chain.apply((n,), (state,))
+            loss = 0.5 * _mean(self._head(state, targets), targets)
+        return ObjectiveOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()})
+
+
+class LocalObjective(Objective):
+    """Local losses from messages on the tree: no gradient ever passes more than two blocks.
+
+    Node n's loss is ``1/2 mean over positions of e_n`` (METHOD 1.3). It trains f_n, the block of its right parent (or
+    the head, where that is y) and, on the left spine, the embedding.
+
+    Args:
+        model: a :class:`DepthHierarchy`; all of its blocks are trained.
+        inference: ``"tree"``, the paper's Algorithm 1.
+        sigma: noise scale; None takes ``model.config.sigma`` or 0 where the model has no config.
+        n_samples: Monte-Carlo samples S of the states per input (Eq. 11).
+        state_weight: weight w of the losses whose target is a state; those of the head have weight 1.
+        clean_inputs: blocks read forward messages. False lets them read the corrected samples, which hold y: only for
+            models whose y is not their own next input.
+        free_energy: also report F (Eq. 10) and its parts; costs N - 1 further block evaluations without gradient.
+        seed: seed of noise and dropout, which are functions of (seed, step, node).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: DepthHierarchy,
+        inference: str = "tree",
+        *,
+        sigma: float | None = None,
+        n_samples: int = 1,
+        state_weight: float = 1.0,
+        clean_inputs: bool = True,
+        free_energy: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__(model, seed)
+        config = getattr(model, "config", None)
+        sigma = sigma if sigma is not None else getattr(config, "sigma", 0.0)
+        if inference not in INFERENCES:
+            raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
+        if not sigma >= 0:
+            raise ValueError(f"sigma={sigma!r}: must be 0 or more (0 switches the noise off)")
+        if not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"n_samples={n_samples!r}: must be a whole number of at least 1")
+        if not state_weight > 0:
+            raise ValueError(f"state_weight={state_weight!r}: must be above 0, or most blocks would not be trained")
+        if config is not None and not clean_inputs:
+            raise ValueError(
+                "clean_inputs=False: a language model whose blocks read corrected states reads its next token; leave it True"
+            )
+        self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
+        self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
+        model.blocks.requires_grad_(True)
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
+        """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
+
+        Metrics: ``ce_<k>`` is the nats per target of the right spine's path with k blocks, ``ce`` that of the longest,
+        ``state`` the mean discrepancy of nodes whose target is a state; on request ``free_energy``, its likelihood
+        part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
+        """
+        keep_graph = torch.is_grad_enabled()
+        # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
+        with torch.enable_grad(), self._dropout_of_step(step):
+            x, targets = self.model.prepare(inputs, labels)
+            if self.n_samples > 1:
+                x, targets = (t.repeat_interleave(self.n_samples, dim=0) for t in (x, targets))
+            result = self._tree_pass(x, targets, step)
+            output = self._losses(result, targets)
+        if self.free_energy:
+            output.metrics.update(self._free_energy(result, targets))
+        return output if keep_graph else ObjectiveOutput(output.loss.detach(), output.node_losses.detach(), output.metrics)
+
+    def _tree_pass(self, x: Tensor, targets: Tensor, step: int) -> TreePass:
+        def noise(node: int, like: Tensor) -> Tensor:
+            generator = torch.Generator(like.device).manual_seed(_mix(self.seed, step, node))
+            return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+        return tree_pass(
+            self.model.chain,
+            self.model.tree,
+            self.model.embed(x),
+            lambda state: self._head(state, targets),
+            self.model.state_family,
+            sigma=self.sigma,
+            noise=noise,
+            clean_inputs=self.clean_inputs,
+            posterior_at_leaves=self.free_energy,
+        )
+
+    def _losses(self, result: TreePass, targets: Tensor) -> ObjectiveOutput:
+        tree = self.model.tree
+        losses, metrics, state_losses = [], {}, []
+        for n in range(1, tree.N):
+            if tree.parents(n)[1] == tree.N:
+                losses.append(0.5 * _mean(result.discrepancies[n], targets))
+                metrics["ce"] = metrics[f"ce_{tree.level_of(n) + 1}"] = losses[-1].detach()
+            else:
+                state_losses.append(0.5 * result.discrepancies[n].mean())
+                losses.append(self.state_weight * state_losses[-1])
+        if state_losses:
+            metrics["state"] = 2.0 * torch.stack(state_losses).detach().mean()
+        node_losses = torch.stack(losses)
+        return ObjectiveOutput(node_losses.sum(), node_losses, metrics)
+
+    @torch.no_grad()
+    def _free_energy(self, result: TreePass, targets: Tensor) -> dict[str, Tensor]:
+        """F = sum_n KL(q(z_n | parents) || p(z_n | z_{n-1})) - log p(y | z_{N-1}), in expectation over q (Eq. 10)."""
+        tree, states = self.model.tree, {0: result.reads[0], **result.targets}
+        variance = self.sigma**2 or 1.0  # without noise the states' variance is fixed to one (paper 6.5.1)
+        nodes = range(1, tree.N)
+        predictions = self.model.chain.apply(nodes, [states[n - 1] for n in nodes])
+        n_targets = (targets != IGNORE_INDEX).sum() if not targets.is_floating_point() else len(targets)
+        metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}
+        for n, prediction in zip(nodes, predictions):
+            kl = self.model.state_family.kl(result.means[n], prediction, variance)
+            metrics[f"free_energy_level_{tree.level_of(n)}"] += kl.sum() / n_targets
+        metrics["free_energy_nll"] = 0.5 * _mean(self._head(states[tree.N - 1], targets), targets)
+        metrics["free_energy"] = sum(metrics.values())
+        return metrics
+
+
+def _mean(discrepancy: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the positions that have a target."""
+    if targets.is_floating_point():
+        return discrepancy.mean()
+    return discrepancy.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, so that neighbouring (seed, step, node) give unrelated streams."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:  # splitmix64 (Steele, Lea, Flood 2014)
+        mixed = (mixed ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed >> 1

@@ -1,0 +1,143 @@
+"""Exponential-family messages: discrepancies, products, KL divergences and the Taylor inversion (paper 3.2, 6.3, 6.4).
+
+A *family* says what a state (or the target y) is a random variable of, and so how far a prediction is from it. Every
+family's ``discrepancy`` is twice a divergence per position, summed over features, so that half of its mean is a loss.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+class Family(ABC):
+    """What a state or target is distributed as, given the output of the block that predicts it."""
+
+    @abstractmethod
+    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """``prediction`` [..., features] and its target -> [...]: zero or more, zero where they agree."""
+
+
+class StateFamily(Family, ABC):
+    """A family that inner states can have; its free-energy terms are known in closed form."""
+
+    @abstractmethod
+    def kl(self, mean: Tensor, prediction: Tensor, variance: float) -> Tensor:
+        """KL(q(z_n | parents) || p(z_n | z_{n-1})) per position [...], from q's and p's parameters (Eqs. 10, 26)."""
+
+
+class Gaussian(StateFamily):
+    """N(prediction, sigma^2 I) with a known scalar variance: the language and vision experiments (paper 6.4)."""
+
+    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """``||prediction - target||^2`` over the last dimension, in at least float32 (Eq. 30)."""
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        return (prediction.to(dtype) - target.to(dtype)).square().sum(-1)
+
+    def kl(self, mean: Tensor, prediction: Tensor, variance: float) -> Tensor:
+        """KL(N(mean, variance/2) || N(prediction, variance)): q is twice as sure as p (Eq. 29)."""
+        ratio = 0.5
+        constant = mean.shape[-1] * 0.5 * (ratio - 1.0 - torch.tensor(ratio).log().item())
+        return self.discrepancy(prediction, mean) / (2.0 * variance) + constant
+
+
+class Bernoulli(StateFamily):
+    """Independent bits; states are logits, the natural parameters (paper 6.3, Eq. 28)."""
+
+    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """``2 KL(target || prediction)`` over the last dimension, both given as logits."""
+        return 2.0 * self._kl_of_logits(target, prediction)
+
+    def kl(self, mean: Tensor, prediction: Tensor, variance: float = 1.0) -> Tensor:
+        """KL between the two Bernoulli distributions; the logits say it all, ``variance`` plays no part."""
+        return self._kl_of_logits(mean, prediction)
+
+    @staticmethod
+    def _kl_of_logits(q: Tensor, p: Tensor) -> Tensor:
+        # rho log(rho / alpha) + (1 - rho) log((1 - rho) / (1 - alpha)), without a logarithm of a rounded zero
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        q, p = q.to(dtype), p.to(dtype)
+        return (q.sigmoid() * (q - p) + F.softplus(p) - F.softplus(q)).sum(-1)
+
+
+class Categorical(Family):
+    """One of V classes, predicted by logits: the head of a classifier or language model."""
+
+    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """``-2 log p(target)`` [...], 0 where the target is ``IGNORE_INDEX``; logits [..., V], target [...] of int64."""
+        logits = prediction.flatten(0, -2).to(torch.promote_types(prediction.dtype, torch.float32))
+        nats = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+        return 2.0 * nats.view(target.shape)
+
+
+FAMILIES: dict[str, type[Family]] = {"gaussian": Gaussian, "bernoulli": Bernoulli, "categorical": Categorical}
+
+
+def family(name: str | Family) -> Family:
+    """The family called ``name``, or ``name`` itself where it is one already.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if isinstance(name, Family):
+        return name
+    if name not in FAMILIES:
+        raise ValueError(f"family {name!r}: allowed are {', '.join(FAMILIES)}")
+    return FAMILIES[name]()
+
+
+class GaussianMessage(NamedTuple):
+    """A Gaussian factor in natural parameters: precision ``P`` [d, d] and shift ``h = P mean`` [..., d]."""
+
+    shift: Tensor
+    precision: Tensor
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> "GaussianMessage":
+        """N(mean, covariance) as a message."""
+        precision = torch.linalg.inv(covariance)
+        return cls(mean @ precision, precision)
+
+    @classmethod
+    def backward(cls, transition: Tensor, covariance: Tensor, target: Tensor) -> "GaussianMessage":
+        """What observing ``target = transition z + noise`` says of z: ``p(target | z)`` as a factor over z."""
+        gain = transition.T @ torch.linalg.inv(covariance)
+        return cls(target @ gain.T, gain @ transition)
+
+    def product(self, other: "GaussianMessage") -> "GaussianMessage":
+        """Product of two messages: natural parameters add (paper 6.3)."""
+        return GaussianMessage(self.shift + other.shift, self.precision + other.precision)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [..., d] and covariance [d, d]."""
+        covariance = torch.linalg.inv(self.precision)
+        return self.shift @ covariance, covariance
+
+
+def posterior_mean(forward_message: Tensor, discrepancy_gradient: Tensor) -> Tensor:
+    """Mean of q(z_n | parents): ``a_n - (1/4) grad e`` (Eqs. 29-31; the paper prints a plus, its derivation needs the minus).
+
+    The right parent's message is one Taylor step from a_n, ``a_n - (1/2) grad e`` (Eq. 30). At equal variance the product
+    of the two messages has the average of their means (Eq. 29).
+
+    Args:
+        forward_message: a_n, any shape.
+        discrepancy_gradient: gradient of e, summed over features and not averaged over positions, at a_n.
+    """
+    return forward_message - 0.25 * discrepancy_gradient
+
+
+def sample_posterior(mean: Tensor, noise: Tensor | None, sigma: float) -> Tensor:
+    """Reparametrised sample ``mean + (sigma / sqrt 2) noise`` of variance sigma^2 / 2 (Eq. 31); None means no noise."""
+    return mean if noise is None else mean + (sigma * 0.5**0.5) * noise
+
+
+def sample_forward(mean: Tensor, noise: Tensor | None, sigma: float) -> Tensor:
+    """Reparametrised sample ``mean + sigma noise`` of p(z_n | z_{n-1}) (Eq. 3); None means no noise."""
+    return mean if noise is None else mean + sigma * noise

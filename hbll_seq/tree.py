@@ -1,0 +1,178 @@
+"""Topology of the binary tree over a chain of N = 2**D blocks (paper section 3.1, Theorem 1). No torch in here.
+
+The chain is z_0 -> z_1 -> ... -> z_N. The nodes are 1 .. N-1; 0 and N are the boundaries. For N = 8:
+
+    level 0                 4
+    level 1         2               6
+    level 2     1       3       5       7        (boundaries 0 and 8)
+
+An *arc* i -> j is a dyadic interval: j = i + 2**l with 2**l dividing i. A *path* walks 0 -> N over arcs and is named by
+the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (METHOD 1.4).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+#: more paths than this are counted and sampled, never listed (n_level = 5 has 458,329).
+MAX_LISTED_PATHS = 100_000
+
+
+class DyadicTree:
+    """The tree over ``N = 2**n_level`` transitions.
+
+    Args:
+        n_level: number of levels D, at least 1.
+
+    Attributes:
+        n_level: D.
+        N: number of transitions, ``2**D`` (the last one is the prediction head).
+        n_nodes: number of inner nodes, ``N - 1``.
+        levels: the nodes level by level, root first; a node needs only nodes of levels above its own.
+
+    Raises:
+        ValueError: ``n_level`` is not a whole number of at least 1.
+    """
+
+    def __init__(self, n_level: int):
+        if not isinstance(n_level, int) or isinstance(n_level, bool) or n_level < 1:
+            raise ValueError(f"n_level={n_level!r}: must be a whole number of at least 1")
+        self.n_level = n_level
+        self.N = 2**n_level
+        self.n_nodes = self.N - 1
+        self.levels = tuple(
+            tuple(range(self.N >> (t + 1), self.N, self.N >> t)) for t in range(n_level)
+        )
+
+    def __repr__(self) -> str:
+        return f"DyadicTree(n_level={self.n_level})"
+
+    def span(self, n: int) -> int:
+        """Largest power of two that divides node ``n`` (paper: ``2**l(n)``)."""
+        self._check_node(n)
+        return n & -n
+
+    def parents(self, n: int) -> tuple[int, int]:
+        """Left and right parent ``(n - span, n + span)``; 0 and N are boundaries (Eq. 7)."""
+        span = self.span(n)
+        return n - span, n + span
+
+    def level_of(self, n: int) -> int:
+        """Level of node ``n``; 0 is the root."""
+        return self.n_level - self.span(n).bit_length()
+
+    def is_arc(self, i: int, j: int) -> bool:
+        """Whether i -> j is a dyadic interval inside [0, N]."""
+        length = j - i
+        return 0 <= i < j <= self.N and length & (length - 1) == 0 and i % length == 0
+
+    def arcs(self) -> tuple[tuple[int, int], ...]:
+        """Every dyadic interval (i, j), longest first: 2N - 1 of them."""
+        return tuple(
+            (i, i + length)
+            for length in (2**level for level in range(self.n_level, -1, -1))
+            for i in range(0, self.N, length)
+        )
+
+    @staticmethod
+    def _count(level: int) -> int:
+        count = 1
+        for _ in range(level):
+            count = 1 + count * count
+        return count
+
+    @property
+    def n_paths(self) -> int:
+        """Number of paths with at least one block: T(D) - 1, T(0) = 1, T(l) = 1 + T(l-1)**2 (METHOD 1.4)."""
+        return self._count(self.n_level) - 1
+
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """Every non-empty path, shortest first, each a tuple of block numbers.
+
+        Raises:
+            ValueError: there are more than ``MAX_LISTED_PATHS``; use :attr:`n_paths` and :meth:`sample_path`.
+        """
+        if self.n_paths > MAX_LISTED_PATHS:
+            raise ValueError(
+                f"n_level={self.n_level} has {self.n_paths:,} paths, more than the {MAX_LISTED_PATHS:,} that are listed: "
+                "use n_paths to count and sample_path to draw them"
+            )
+        return tuple(sorted((p for p in self._walk(0, self.N) if p), key=lambda p: (len(p), p)))
+
+    def _walk(self, i: int, j: int) -> Iterator[tuple[int, ...]]:
+        """Blocks strictly inside (i, j), for every way to jump or split that interval."""
+        yield ()
+        if j - i > 1:
+            middle = (i + j) // 2
+            for left in self._walk(i, middle):
+                for right in self._walk(middle, j):
+                    yield (*left, middle, *right)
+
+    def sample_path(self, rng: random.Random) -> tuple[int, ...]:
+        """One non-empty path, uniform over all of them, without listing them."""
+
+        def draw(i: int, j: int) -> list[int]:
+            whole = (i, j) == (0, self.N)
+            # Of the T(l) ways through an interval of length 2**l, exactly one jumps it; the whole one may not be jumped.
+            if j - i == 1 or (not whole and rng.randrange(self._count((j - i).bit_length() - 1)) == 0):
+                return []
+            middle = (i + j) // 2
+            return [*draw(i, middle), middle, *draw(middle, j)]
+
+        return tuple(draw(0, self.N))
+
+    def path_for_depth(self, depth: int) -> tuple[int, ...]:
+        """The default path with ``depth`` blocks, 1 <= depth <= N - 1.
+
+        Up to D blocks it is the start of the *right spine* N/2, 3N/4, .., N-1 (the paper's table). Beyond, the rightmost
+        interval that can still be split is split at its middle, one at a time, until every block is on the path. From D
+        on every path so contains the one before it: for D = 3 they are (4) (4,6) (4,6,7) (4,5,6,7) (2,4,5,6,7)
+        (2,3,4,5,6,7) (1,..,7).
+
+        Raises:
+            ValueError: ``depth`` is not a whole number in 1 .. N-1.
+        """
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= self.n_nodes:
+            raise ValueError(
+                f"depth={depth!r}: a model with n_level={self.n_level} runs 1 to {self.n_nodes} blocks; "
+                f"choose a whole number in that range"
+            )
+        path = [self.N - (self.N >> t) for t in range(1, self.n_level + 1)][:depth]
+        while len(path) < depth:
+            ends = [0, *path, self.N]
+            i, j = next((i, j) for i, j in zip(ends[-2::-1], ends[:0:-1]) if j - i > 1)
+            path = sorted([*path, (i + j) // 2])
+        return tuple(path)
+
+    def validate_path(self, path: Sequence[int]) -> tuple[int, ...]:
+        """``path`` as a tuple, after checking that it walks 0 -> N over arcs.
+
+        Raises:
+            ValueError: the path is empty, holds something else than block numbers, or takes a step that is no arc.
+        """
+        try:
+            blocks = tuple(path)
+        except TypeError:
+            blocks = (path,)
+        bad = [n for n in blocks if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < self.N]
+        if bad or not blocks:
+            raise ValueError(
+                f"path={path!r}: must list at least one of the block numbers 1 to {self.n_nodes}, such as "
+                f"{list(self.path_for_depth(min(2, self.n_nodes)))}"
+            )
+        ends = (0, *blocks, self.N)
+        for i, j in zip(ends, ends[1:]):
+            if not self.is_arc(i, j):
+                allowed = [b for a, b in sorted(self.arcs()) if a == i and b < self.N]
+                reachable = f"from {i} the next block can be {allowed}" if allowed else f"from {i} only the head is left"
+                raise ValueError(
+                    f"path={list(blocks)}: the step {i} -> {j} is not a dyadic interval of a tree with N={self.N}; "
+                    f"{reachable}"
+                    + (f" or the head ({self.N})" if allowed and self.is_arc(i, self.N) else "")
+                )
+        return blocks
+
+    def _check_node(self, n: int) -> None:
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < self.N:
+            raise ValueError(f"node {n!r}: the nodes of a tree with n_level={self.n_level} are 1 to {self.n_nodes}")

@@ -1,0 +1,68 @@
+"""Perplexity by path against the plain forward, and the conventions of WikiText."""
+
+import math
+
+import pytest
+import torch
+
+from hbll_seq.config import HBLLConfig
+from hbll_seq.data import TokenStream, TokenWindows
+from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.tokenizer import Tokenizer
+
+TEXT = "The river runs to the sea .\n It was built in 1923 by the town of Ashford , and it was lost .\n" * 4
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.default()
+    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24), tokenizer)
+    with torch.no_grad():
+        for p in model.blocks.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model, TokenWindows(TokenStream.from_text(TEXT, tokenizer), 24)
+
+
+def test_every_path_agrees_with_the_plain_forward(setting):
+    model, windows = setting
+    rows = evaluate_paths(model, windows, {str(p): p for p in model.tree.paths()}, batch_size=2)
+    assert [tuple(row["path"]) for row in rows] == list(model.tree.paths())
+    tokens = torch.tensor(windows.stream.tokens.astype("int64"))
+    for row in rows:
+        nats = count = 0
+        for first in range(0, len(tokens) - 1, 24):  # window by window, every token after the first predicted once
+            window = tokens[None, first : first + 25]
+            n = window.shape[1] - 1
+            nats += model(window, labels=window, path=row["path"]).loss.item() * n
+            count += n
+        assert count == row["tokens"] == len(tokens) - 1
+        assert row["loss"] == pytest.approx(nats / count, abs=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+
+
+def test_word_perplexity_spreads_all_nats_over_words_and_line_ends(setting):
+    model, windows = setting
+    (row,) = evaluate_paths(model, windows, {"full": model.resolve_path()})
+    n_words = len(TEXT.split()) + TEXT.count("\n")
+    assert row["word_perplexity"] == pytest.approx(math.exp(row["loss"] * row["tokens"] / n_words), rel=1e-6)
+
+
+def test_evaluation_leaves_the_model_as_it_was(setting):
+    model, windows = setting
+    model.train()
+    evaluate_paths(model, windows, max_batches=1)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="dyadic"):
+        evaluate_paths(model, windows, {"bad": (2, 6)})
+    with pytest.raises(ValueError, match="max_batches"):
+        evaluate_paths(model, windows, max_batches=0)
+
+
+def test_default_paths_and_table(setting):
+    model, windows = setting
+    paths = default_paths(model)
+    assert list(paths.values()) == [model.tree.path_for_depth(k) for k in range(1, 8)]
+    table = format_table(evaluate_paths(model, windows, max_batches=1)).splitlines()
+    assert len(table) == 8 and table[1].endswith("0-4-head") and table[3].endswith("0-4-6-7-head")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -114,7 +115,9 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         if labels is None:
             return CausalLMOutput(None, logits)
         _, targets = self.prepare(input_ids, labels)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        scored = logits[:, :-1].flatten(0, 1)
+        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))  # half precision would round the sum
+        loss = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX)
         return CausalLMOutput(loss, logits)
 
     def _check_tokens(self, input_ids: Tensor) -> None:

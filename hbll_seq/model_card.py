@@ -1,0 +1,108 @@
+"""README.md of a saved model: what it is, how to load it, perplexity by path, data and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+LIBRARY = "hbll_seq"
+MARKER = "<!-- Written by hbll_seq. Remove this line to keep your edits when a model is saved here again. -->"
+#: metadata that the Hub reads from the card's header.
+HEADER_KEYS = ("license", "datasets", "language", "model_name")
+
+_CARD = """\
+---
+{header}
+---
+{marker}
+
+# {title}
+
+A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any dyadic
+path of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks. The architecture is that of
+*Breaking chains with trees: Deep learning with O(log N) parallel time complexity*
+([arXiv 2606.21497](https://arxiv.org/abs/2606.21497)); how this model was trained is listed below.
+
+## How to load it
+
+```python
+from hbll_seq import HBLLForCausalLM
+
+model = HBLLForCausalLM.from_pretrained({location})
+print(model.generate("The history of the city", depth={depth}, max_new_tokens=50))
+```
+
+{sections}"""
+
+
+def model_card(model: Any, metadata: dict[str, Any]) -> str:
+    """The card of ``model``, filled from ``metadata`` (the keywords of ``save_pretrained``); "." is its location."""
+    header = ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag="text-generation",
+        tags=["hbll"],
+        **{key: metadata[key] for key in HEADER_KEYS if key in metadata},
+    )
+    sections = []
+    if rows := metadata.get("perplexity"):
+        sections.append(f"## Perplexity by path\n\n{_table(rows)}")
+    training = []
+    if "data" in metadata:
+        training.append(f"Data: {_cell(metadata['data'])}")
+    if settings := metadata.get("settings"):
+        training.append(_table([{"setting": key, "value": value} for key, value in settings.items()]))
+    shown = {"data", "settings", "perplexity", *HEADER_KEYS}
+    if more := {key: value for key, value in metadata.items() if key not in shown}:
+        training.append(_table([{"": key.replace("_", " "), "value": value} for key, value in more.items()]))
+    if training:
+        sections.append("## Training\n\n" + "\n\n".join(training))
+    config = [{"key": key, "value": value} for key, value in model.config.to_dict().items()]
+    sections.append(f"## Configuration\n\n{_table(config)}")
+    return _CARD.format(
+        header=header.to_yaml(),
+        marker=MARKER,
+        title=metadata.get("model_name", "HBLL language model"),
+        n_layer=model.config.n_layer,
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        location='"."',
+        depth=min(3, model.config.n_layer),
+        sections="\n\n".join(sections) + "\n",
+    )
+
+
+def is_model_card(text: str) -> bool:
+    """Whether the text is a model card of this library, edited by hand or not."""
+    header = re.match(r"---\r?\n(.*?)\n---", text, flags=re.DOTALL)
+    return header is not None and f"library_name: {LIBRARY}" in header.group(1)
+
+
+def may_overwrite(text: str) -> bool:
+    """Whether the text is a model card that nobody has claimed by removing the marker."""
+    return is_model_card(text) and MARKER in text
+
+
+def with_location(card: str, location: str) -> str:
+    """The card with the place to load from put into its example."""
+    return re.sub(r'from_pretrained\("[^"\n]*"\)', lambda _: f"from_pretrained({json.dumps(location)})", card)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with a column for each key that a row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[column.replace("_", " ") for column in columns], ["---"] * len(columns)]
+    lines += [[_cell(row.get(column, ""), column) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any, column: str = "") -> str:
+    if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
+        return "-".join(map(str, [0, *value])) + "-head"
+    if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
+        return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
+    if isinstance(value, str) and os.path.isabs(value):  # where it lies on the machine is nobody's business
+        value = os.path.basename(value.rstrip(os.sep))
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""A folder that is written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+#: start of the name under which something is written before it is whole.
+ASIDE = ".aside-"
+
 
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
@@ -21,6 +24,26 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file whole or not at all: aside, flushed, renamed.
+
+    Raises:
+        OSError: the folder is not writable or the disk is full; an older file of that name is untouched.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{ASIDE}{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class HBLLConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "HBLLConfig":
+    def from_dict(cls, values: dict) -> HBLLConfig:
         """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped.
 
         Raises:

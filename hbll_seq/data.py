@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from .atomic import atomic_write, fsync
 from .sources import Corpus, Segments, open_corpus
 from .tokenizer import Tokenizer, split_lines
 
@@ -314,24 +315,12 @@ def _write_cache(folder: Path, fingerprint: str, corpus: Corpus, tokenizer: Toke
             "n_bytes": counts.n_bytes,
             "source": corpus.name,
         }
-        with (aside / "meta.json").open("w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_write(aside / "meta.json", json.dumps(meta, indent=1))
         os.chmod(aside, 0o755)  # mkdtemp's 0700 would keep others from a shared cache
         if folder.exists():  # damaged, or it would have been opened
             shutil.rmtree(folder)
         os.rename(aside, folder)
-        _sync_folder(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

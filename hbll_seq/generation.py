@@ -157,7 +157,7 @@ def generate_ids(
     start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
     input_ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    running, cache = [True] * len(prompts), None
+    running, cache, tokens = [True] * len(prompts), None, input_ids
     for _ in range(max_new_tokens):
         with _evaluation_mode(model):
             if cache is None:  # without padding no start is given: the blocks then need no mask of their own

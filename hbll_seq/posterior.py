@@ -99,18 +99,18 @@ class GaussianMessage(NamedTuple):
     precision: Tensor
 
     @classmethod
-    def from_moments(cls, mean: Tensor, covariance: Tensor) -> "GaussianMessage":
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> GaussianMessage:
         """N(mean, covariance) as a message."""
         precision = torch.linalg.inv(covariance)
         return cls(mean @ precision, precision)
 
     @classmethod
-    def backward(cls, transition: Tensor, covariance: Tensor, target: Tensor) -> "GaussianMessage":
+    def backward(cls, transition: Tensor, covariance: Tensor, target: Tensor) -> GaussianMessage:
         """What observing ``target = transition z + noise`` says of z: ``p(target | z)`` as a factor over z."""
         gain = transition.T @ torch.linalg.inv(covariance)
         return cls(target @ gain.T, gain @ transition)
 
-    def product(self, other: "GaussianMessage") -> "GaussianMessage":
+    def product(self, other: GaussianMessage) -> GaussianMessage:
         """Product of two messages: natural parameters add (paper 6.3)."""
         return GaussianMessage(self.shift + other.shift, self.precision + other.precision)
 

@@ -13,12 +13,13 @@ import io
 import os
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
 import sentencepiece
+
+from .atomic import atomic_write
 
 DEFAULT_MODEL = "wikitext-2-bpe-4k.model"
 MAX_LINE = 1 << 16  # characters
@@ -194,18 +195,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the .model file atomically (aside, fsync, rename)."""
-        path = Path(path)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.model_proto)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)  # mkstemp's 0600 would keep others from reading a shared model
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+        atomic_write(path, self.model_proto)
 
 
 def _sample_lines(texts: Iterable[str], max_lines: int, seed: int) -> list[str]:

@@ -53,7 +53,8 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     synthetic(tmp_path)
     labels = tmp_path / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
-    for raw, message in [(whole[:-3], "holds 197 values"), (whole[:2], "not a complete idx"), (b"\x00\x00\x0d" + whole[3:], "00 00 08")]:
+    floats = b"\x00\x00\x0d" + whole[3:]
+    for raw, message in [(whole[:-3], "holds 197 values"), (whole[:2], "not a complete idx"), (floats, "00 00 08")]:
         labels.write_bytes(raw)
         with pytest.raises(ValueError, match=f"t10k-labels.*{message}"):
             load_mnist(str(tmp_path), "test")

@@ -97,7 +97,10 @@ def test_paths_that_are_no_block_numbers(path):
         DyadicTree(3).validate_path(path)
 
 
-@pytest.mark.parametrize("path, step", [((2, 6), "2 -> 6"), ((6,), "0 -> 6"), ((4, 4), "4 -> 4"), ((3, 4), "0 -> 3"), ((4, 2), "4 -> 2"), ((1,), "1 -> 8")])
+@pytest.mark.parametrize(
+    "path, step",
+    [((2, 6), "2 -> 6"), ((6,), "0 -> 6"), ((4, 4), "4 -> 4"), ((3, 4), "0 -> 3"), ((4, 2), "4 -> 2"), ((1,), "1 -> 8")],
+)
 def test_paths_that_are_not_dyadic(path, step):
     with pytest.raises(ValueError, match=step + " is not a dyadic interval.*the next block can be"):
         DyadicTree(3).validate_path(path)

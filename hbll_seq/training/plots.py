@@ -1,0 +1,142 @@
+"""Figures of a run as PNG files: no display, no global state."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hbll_seq.atomic import atomic_write
+
+
+def plot_training_curve(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLike
+) -> None:
+    """Cross-entropy over steps, with the validation loss of every path, and the learning rate below.
+
+    Args:
+        rows: lines of metrics.jsonl (``step``, ``ce``, ``lr``).
+        evaluations: lines of evaluations.jsonl (``step``, ``validation``: rows of ``evaluate_paths``).
+        path: the PNG file to write.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    figure = _figure(7.0, 5.0)
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
+    steps = [row["step"] for row in rows]
+    top.plot(steps, [row["ce"] for row in rows], color="0.7", linewidth=0.8)
+    top.plot(steps, _smooth([row["ce"] for row in rows]), color="0.2", label="training (deepest path)")
+    names = {row["name"]: row["depth"] for evaluation in evaluations for row in evaluation["validation"]}
+    shades = dict(zip(names, _shades(len(names))))
+    for name in names:
+        points = [(e["step"], r["loss"]) for e in evaluations for r in e["validation"] if r["name"] == name]
+        top.plot(*zip(*points), marker="o", markersize=3, linewidth=1, color=shades[name], label=f"validation, {name}")
+    top.set_ylabel("nats per token")
+    if steps or names:
+        top.legend(fontsize="small")
+    bottom.plot(steps, [row["lr"] for row in rows], color="0.2")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    _save(figure, path)
+
+
+def plot_perplexity_by_depth(
+    splits: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike
+) -> None:
+    """Perplexity per token against the number of blocks of the path.
+
+    Args:
+        splits: label -> rows of ``evaluate_paths`` (``depth``, ``perplexity``, ``path``).
+        path: the PNG file to write.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    figure = _figure(6.0, 4.0)
+    axes = figure.subplots()
+    depths = sorted({row["depth"] for rows in splits.values() for row in rows})
+    for label, rows in splits.items():
+        rows = sorted(rows, key=lambda row: row["depth"])
+        axes.plot([row["depth"] for row in rows], [row["perplexity"] for row in rows], marker="o", label=label)
+    axes.set_xticks(depths)
+    axes.set_xlabel("blocks on the path")
+    axes.set_ylabel("perplexity per token")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_comparison(
+    path: str | os.PathLike,
+    runs: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, float],
+    seeds: Sequence[int],
+    local: str,
+) -> None:
+    """Test perplexity by depth of one locally trained hierarchy beside backprop models of one depth each.
+
+    Args:
+        path: the PNG file to write.
+        runs: entries of train/compare.py's results (``side``, ``lr``, ``seed``, ``test``).
+        chosen: side -> its learning rate.
+        seeds: those to draw, one point each.
+        local: the side that is one model for all depths; the others are drawn as the baseline.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    figure = _figure(6.0, 4.0)
+    axes = figure.subplots()
+    points: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        if run["lr"] == chosen.get(run["side"]) and run["seed"] in seeds:
+            label = "local losses, one model" if run["side"] == local else "backprop, one model per depth"
+            points.setdefault(label, []).extend((row["depth"], row["perplexity"]) for row in run["test"])
+    for (label, values), marker in zip(sorted(points.items()), "os^"):
+        depths = sorted({depth for depth, _ in values})
+        means = [_mean(y for x, y in values if x == depth) for depth in depths]
+        (line,) = axes.plot(depths, means, label=label)
+        axes.plot(*zip(*values), marker, color=line.get_color(), markersize=4)
+    axes.set_xticks(sorted({depth for values in points.values() for depth, _ in values}))
+    axes.set_xlabel("blocks on the path")
+    axes.set_ylabel("test perplexity per token")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second; only the end of a run needs it
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _shades(count: int) -> list:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
+
+
+def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smoothed, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + (1 - weight) * value, weight * norm + 1 - weight
+        smoothed.append(total / norm)
+    return smoothed
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())

@@ -1,0 +1,293 @@
+"""Settings of a training run: one flat frozen dataclass, from which the command line and the preset files are checked.
+
+A value is looked up in three layers, the later one wins: the defaults below, a preset (a YAML file of some of these
+keys), the command line. ``resume="free"`` marks settings that a resumed run may change, because no weight depends on
+them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+_PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
+_FLOAT16_NAMES = ("float16", "fp16", "half")
+
+
+def _option(default: Any, group: str, help: str, *, low: float | None = None, below: float | None = None,
+            choices: tuple[str, ...] | None = None, resume: str = "fixed") -> Any:
+    metadata = {"group": group, "help": help, "low": low, "below": below, "choices": choices, "resume": resume}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that decides how a language model is trained; see each option's ``help``.
+
+    Raises:
+        ValueError: a value has the wrong type or is out of range; the message names it, what is allowed, the remedy.
+    """
+
+    data: str = _option("bundled", "data", "training text: bundled (WikiText-2), wikitext-2, wikitext-103, a .txt / "
+                        ".jsonl / .parquet file or folder, or a Hub id 'owner/name' or 'owner/name:config'")
+    column: str = _option("text", "data", "column (or JSON key) that holds the text")
+    tokenizer: str = _option("default", "data", "default (bundled, 4,096 pieces), train (train one on the data and "
+                             "cache it), or the path of a SentencePiece .model file")
+    vocab_size: int | None = _option(None, "data", "number of pieces for --tokenizer train", low=2)
+    cache_dir: str | None = _option(None, "data", "folder for tokenised text and trained "
+                                    "tokenizers (default: ~/.cache/hbll_seq)", resume="free")
+    num_proc: int | None = _option(None, "data", "CPU threads that tokenise (default: all cores)", low=1, resume="free")
+
+    n_level: int = _option(3, "model", "levels D of the tree: the full path has 2^D - 1 blocks", low=1)
+    n_embd: int = _option(128, "model", "width of the stream", low=1)
+    n_head: int = _option(4, "model", "attention heads; must divide n_embd", low=1)
+    block_size: int = _option(128, "model", "context in tokens", low=1)
+    mlp_ratio: int = _option(4, "model", "hidden width of a block's MLP in units of n_embd", low=1)
+    norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
+    dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
+    tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
+
+    objective: str = _option("tree", "objective", "tree: block-local losses on the binary tree; backprop: the baseline",
+                             choices=("tree", "backprop"))
+    path: str = _option("full", "objective", "blocks that --objective backprop trains: full, or numbers such as 4,6,7")
+    sigma: float = _option(0.005, "objective", "noise scale of the sampled states", low=0)
+    state_weight: float = _option(0.1, "objective", "weight of the losses on hidden states", low=0)
+    n_samples: int = _option(1, "objective", "Monte-Carlo samples a step", low=1)
+
+    max_steps: int | None = _option(None, "optimisation", "optimizer steps (or give --epochs)", low=1)
+    epochs: float | None = _option(None, "optimisation", "passes over the training text (or give --max-steps)", low=0)
+    batch_size: int = _option(8, "optimisation", "windows in a micro batch of one process", low=1)
+    grad_accum: int = _option(1, "optimisation", "micro batches an optimizer step", low=1)
+    lr: float = _option(2e-3, "optimisation", "peak learning rate of AdamW", low=0)
+    min_lr_ratio: float = _option(0.1, "optimisation", "the cosine ends at this fraction of --lr", low=0, below=1.0001)
+    warmup_steps: int = _option(50, "optimisation", "steps of linear warm-up (at most half of the run)", low=0)
+    weight_decay: float = _option(0.01, "optimisation", "AdamW weight decay, on matrices only", low=0)
+    beta1: float = _option(0.9, "optimisation", "AdamW decay of the first moment", low=0, below=1)
+    beta2: float = _option(0.95, "optimisation", "AdamW decay of the second moment", low=0, below=1)
+    clip: float = _option(1.0, "optimisation", "largest norm of the gradient; 0 does not clip", low=0)
+    seed: int = _option(0, "optimisation", "seed of weights, data order and noise", low=0, below=2**31)
+    precision: str = _option("auto", "optimisation", "auto (bfloat16 on a CUDA GPU, else float32), float32 or "
+                             "bfloat16; float16 is refused")
+
+    output_dir: str = _option("runs/lm", "run", "folder of the run", resume="free")
+    log_every: int = _option(10, "run", "steps between two lines of metrics.jsonl", low=1, resume="free")
+    eval_every: int = _option(500, "run", "steps between two evaluations; 0: only at the end", low=0, resume="free")
+    eval_batches: int | None = _option(20, "run", "batches of an evaluation during the run; none: the whole split",
+                                       low=1, resume="free")
+    final_eval_batches: int | None = _option(None, "run", "batches of the evaluation at the end; none: the whole split",
+                                             low=1, resume="free")
+    eval_batch_size: int = _option(16, "run", "windows in a batch of an evaluation", low=1, resume="free")
+    sample_prompt: str = _option("The history of the city", "run", "prompt of the text sampled at every evaluation",
+                                 resume="free")
+    sample_tokens: int = _option(40, "run", "tokens sampled at every evaluation; 0: none", low=0, resume="free")
+    save_every: int = _option(500, "run", "steps between two checkpoints; 0: only at the end", low=0, resume="free")
+    keep_checkpoints: int = _option(2, "run", "newest checkpoints that are kept", low=1, resume="free")
+    threads: int | None = _option(None, "run", "CPU threads of each process; none: the cores divided by the processes",
+                                  low=1, resume="free")
+    log_with: str | None = _option(None, "run", "further trackers, comma-separated, any that Accelerate knows: "
+                                   "tensorboard, wandb, ... (metrics.jsonl is always written)", resume="free")
+
+    def __post_init__(self):
+        hints = _hints()
+        for field in dataclasses.fields(self):
+            value = _coerce(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+            _check_range(field, value)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
+        if self.max_steps is None and not self.epochs:
+            raise ValueError("how long to train is not set: give --max-steps (or --epochs above 0)")
+        if self.state_weight == 0:
+            raise ValueError("state_weight=0.0: must be above 0, or most blocks would not be trained")
+        if self.lr == 0:
+            raise ValueError("lr=0.0: must be above 0, or nothing is trained")
+        if (self.tokenizer == "train") != (self.vocab_size is not None):
+            raise ValueError(f"tokenizer={self.tokenizer!r} with vocab_size={self.vocab_size}: --vocab-size goes "
+                             "with --tokenizer train and only with it; any other tokenizer has its own size")
+        if self.objective != "backprop" and self.path != "full":
+            raise ValueError(f"path={self.path!r} with objective={self.objective!r}: a path is chosen only with "
+                             "--objective backprop; the tree trains all paths")
+        _ = self.path_blocks
+
+    @property
+    def path_blocks(self) -> tuple[int, ...] | None:
+        """``path`` as block numbers, None for the full path."""
+        if self.path == "full":
+            return None
+        try:
+            return tuple(int(block) for block in self.path.split(","))
+        except ValueError:
+            raise ValueError(f"path={self.path!r}: must be 'full' or block numbers such as 4,6,7") from None
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that ``--preset`` can read back."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainingSettings) if f.metadata["resume"] == "free")
+
+
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainingSettings)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` (from YAML or the command line) in the type of ``hint``; PyYAML reads 1e-4 as a string."""
+    optional = isinstance(hint, types.UnionType)
+    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
+    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[kind]
+    error = ValueError(f"{name}={value!r}: must be {wanted}{' or none' if optional else ''}")
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    if kind is str and name == "path" and isinstance(value, (list, tuple, int)) and not isinstance(value, bool):
+        value = ",".join(map(str, value if isinstance(value, (list, tuple)) else [value]))
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise error
+        if name == "path":
+            return value.replace(" ", "").strip("[]()")
+        return _precision(value) if name == "precision" else value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise error
+        return value
+    if isinstance(value, bool):
+        raise error
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise error from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise error
+    return kind(value) if not isinstance(value, str) else kind(number)
+
+
+def _precision(value: str) -> str:
+    if value in _FLOAT16_NAMES:
+        raise ValueError(
+            f"precision={value!r} is refused: a loss scaler does not reach the gradients inside the local losses; "
+            f"allowed are {', '.join(PRECISIONS)}"
+        )
+    return _PRECISION_ALIASES.get(value, value)
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    low, below, choices = (field.metadata[key] for key in ("low", "below", "choices"))
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise ValueError(f"{field.name}={value!r}: allowed are {', '.join(choices)}")
+    if low is not None and value < low:
+        raise ValueError(f"{field.name}={value!r}: must be at least {low}")
+    if below is not None and value >= below:
+        raise ValueError(f"{field.name}={value!r}: must be below {below:g}")
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+def read_preset(name: str, folder: Path) -> dict[str, Any]:
+    """The keys of a preset: the file ``name`` itself, or ``folder/name.yaml``.
+
+    Raises:
+        ValueError: no such preset, not a YAML mapping, or an unknown key.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"preset {name!r} does not exist: choose one of {known}, or give the path of a .yaml file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"preset {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"preset {path} must hold lines of 'key: value'")
+    check_keys(values, f"preset {path}")
+    return values
+
+
+def check_keys(values: dict[str, Any], where: str) -> None:
+    """Raises ValueError for the first key that is no setting, with the nearest known one."""
+    known = [field.name for field in dataclasses.fields(TrainingSettings)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown key {key!r} in {where}: {hint}known are {', '.join(known)}")
+
+
+def resolve(*layers: dict[str, Any]) -> TrainingSettings:
+    """Settings from layers of values, the later one wins.
+
+    ``max_steps`` and ``epochs`` say the same thing, so a layer that sets one unsets the other of the layers before,
+    and ``tokenizer`` unsets the ``vocab_size`` that belonged to a tokenizer trained before.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, rival in (("max_steps", "epochs"), ("epochs", "max_steps"), ("tokenizer", "vocab_size")):
+            if layer.get(key) is not None:
+                merged.pop(rival, None)
+        merged.update(layer)
+    return TrainingSettings(**merged)
+
+
+def differences(settings: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the settings that differ, without those that a resumed run may change."""
+    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    return [name for name in names if name not in FREE_ON_RESUME and settings.get(name) != other.get(name)]
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+
+def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
+    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    start = parser.add_argument_group("what to run")
+    start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: small)")
+    start.add_argument("--resume", nargs="?", const=-1, type=int, metavar="STEP",
+                       help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
+                            "settings stored there")
+    start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
+    groups: dict[str, Any] = {}
+    hints = _hints()
+    for field in dataclasses.fields(TrainingSettings):
+        title = field.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"]
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        choices = field.metadata["choices"]
+        default = "" if field.default is None else f" (default: {field.default})"
+        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
+        group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
+                           help=(text + default).replace("%", "%%"))
+    return parser
+
+
+def _metavar(hint: Any) -> str:
+    kinds = typing.get_args(hint) or (hint,)
+    return "N" if int in kinds else "X" if float in kinds else "TEXT"

@@ -1,0 +1,260 @@
+"""The training loop: optimizer steps, metrics, evaluation and checkpoints, such that a resumed run is the same run.
+
+Everything a step depends on is either in the checkpoint (weights, optimizer, random number generators) or a pure
+function of the step: the learning rate, the batch, and the noise of the objective.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+
+from hbll_seq.data import TokenWindows
+from hbll_seq.training.checkpoint import (
+    JsonLines,
+    load_module,
+    load_optimizer,
+    module_tensors,
+    optimizer_tensors,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.signals import StopNow, StopSignal
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on (loss not finite, disk full); the message says what is kept and what to do."""
+
+
+class Stopped(Exception):
+    """The run was stopped by a signal and has been saved."""
+
+    def __init__(self, step: int, signal_number: int):
+        super().__init__(f"stopped by signal {signal_number} after step {step}")
+        self.step, self.signal_number = step, signal_number
+
+
+def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: float) -> float:
+    """Linear warm-up to ``peak``, then a cosine down to ``floor * peak`` at the last step; a pure function of the step.
+
+    Args:
+        step: the step about to be done, 0 .. total - 1.
+        total: steps of the whole run.
+        warmup: steps of warm-up; at most half of the run is used.
+        floor: final learning rate as a fraction of ``peak``.
+    """
+    warmup = min(warmup, total // 2)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of ``module``, with weight decay on matrices (embedding included) only."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=betas)
+
+
+class Trainer:
+    """Trains an objective to ``total_steps`` optimizer steps and keeps the run's files.
+
+    Args:
+        accelerator: devices, precision, accumulation (its ``gradient_accumulation_steps`` is ``settings.grad_accum``).
+        objective: a module whose ``forward(windows [B, T+1], step=...)`` returns an ``ObjectiveOutput``; not prepared.
+        windows: training windows.
+        settings: of the run.
+        folder: of the run; must exist. Gets ``metrics.jsonl`` and ``checkpoints/``.
+        identity: JSON values stored in every checkpoint (settings, fingerprints), for the check at a resume.
+        stop: asked after every step.
+        evaluate: called with the number of steps done, on every process; must not change any training state.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: nn.Module,
+        windows: TokenWindows,
+        settings: TrainingSettings,
+        folder: Path,
+        identity: dict[str, Any],
+        stop: StopSignal,
+        evaluate: Callable[[int], None],
+    ):
+        self.accelerator, self.settings, self.windows = accelerator, settings, windows
+        self.folder, self.identity, self.stop, self.evaluate = folder, identity, stop, evaluate
+        self.plain_objective = objective
+        self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
+        self.metrics = JsonLines(folder / "metrics.jsonl")
+        self.windows_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+        self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
+        self.done = 0
+        self.seconds = 0.0  # of training alone, over all sittings
+        self._saved: int | None = None  # step of the newest checkpoint that is known to be good
+        self._logged = (0, 0.0)  # steps and seconds at the last line of metrics.jsonl
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def restore(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        """Take up the run at a loaded checkpoint. Raises CheckpointError when it does not fit this model."""
+        load_module(self.plain_objective, groups["model"], "the checkpoint")
+        load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
+        set_rng_state(state["rng"][self.accelerator.process_index])
+        self.done, self.seconds = state["step"], state["seconds"]
+        self._logged, self._saved = (self.done, self.seconds), self.done
+
+    def save(self) -> None:
+        """Write a checkpoint (main process). Raises RunFailed on every process when it cannot be written."""
+        if self._saved == self.done:
+            return
+        rng = gather_object([rng_state()])
+        problem = [None]
+        if self.accelerator.is_main_process:
+            groups = {
+                "model": module_tensors(self.plain_objective),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.plain_objective),
+            }
+            state = {**self.identity, "seconds": self.seconds, "rng": rng}
+            try:
+                save_checkpoint(self.checkpoints, self.done, groups, state, self.settings.keep_checkpoints)
+            except (OSError, ValueError) as error:
+                remedy = "older ones are kept: make room, then go on with --resume" if self.done else \
+                    "make room, then start again with --overwrite"
+                problem = [f"the checkpoint of step {self.done} could not be saved in {self.checkpoints}: {error}; "
+                           f"{remedy}"]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise RunFailed(problem[0])
+        self._saved = self.done
+
+    # ------------------------------------------------------------------------------------------ loop
+
+    def run(self, evaluated: int = 0) -> None:
+        """Train from ``self.done`` to the end, where a checkpoint is always saved.
+
+        Args:
+            evaluated: number of steps at the last evaluation on record.
+
+        Raises:
+            RunFailed: the loss or the gradient is not finite, or a file cannot be written.
+            Stopped: a signal came; the run is saved.
+        """
+        if self.done == 0:  # so that --resume always finds something, and a disk too small shows now
+            self.save()
+        if evaluated < self.done:
+            self._evaluate_if_due()
+        terminal = sys.stderr.isatty()
+        with tqdm(
+            total=self.total_steps, initial=self.done, unit="step", dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 10.0, disable=not self.accelerator.is_main_process,
+        ) as bar:
+            while self.done < self.total_steps:
+                row, stopping = self._step()
+                self.done += 1
+                bar.set_postfix(self._log(row), refresh=False)
+                bar.update()
+                last = self.done == self.total_steps
+                if stopping:
+                    self._stop()
+                if not last:
+                    self._evaluate_if_due()
+                if last or _due(self.done, self.settings.save_every):
+                    self.save()
+
+    def _step(self) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: its line of metrics, and whether a process was asked to stop."""
+        settings, accelerator, start = self.settings, self.accelerator, time.perf_counter()
+        lr = learning_rate(self.done, peak=settings.lr, total=self.total_steps, warmup=settings.warmup_steps,
+                           floor=settings.min_lr_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        report = 0.0
+        for micro in range(settings.grad_accum):
+            index = self.done * settings.grad_accum + micro  # of the batch and of the noise
+            batch = self.windows.batch(index, settings.batch_size, settings.seed, accelerator.process_index,
+                                       accelerator.num_processes)
+            with accelerator.accumulate(self.objective):
+                output = self.objective(batch.to(accelerator.device), step=index)
+                accelerator.backward(output.loss)
+            names = sorted(output.metrics)
+            values = [output.loss.detach(), *(output.metrics[name] for name in names)]
+            report = report + torch.cat([torch.stack([v.float() for v in values]), output.node_losses.detach().float()])
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip or math.inf)
+        asked = torch.tensor([float(bool(self.stop.received)) * settings.grad_accum], device=report.device)
+        report = accelerator.reduce(torch.cat([asked, report]), "mean") / settings.grad_accum
+        stopping, loss, *values = report.tolist()  # one wait for the device, and the same numbers on every process
+        norm = float(norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailed(
+                f"loss={loss} and gradient norm={norm} at step {self.done + 1}: the run is stopped before they reach "
+                f"the weights. Checkpoints up to the last good one are kept in {self.checkpoints}; try a smaller --lr, a "
+                "longer --warmup-steps or a smaller --clip in a new --output-dir"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds += time.perf_counter() - start
+        row = {"step": self.done + 1, "loss": loss, **dict(zip(names, values)), "grad_norm": norm, "lr": lr,
+               "node_losses": values[len(names):]}
+        return row, stopping > 0
+
+    def _log(self, row: dict[str, Any]) -> dict[str, str]:
+        """Write the line when it is due; what the progress bar shows."""
+        if self.done % self.settings.log_every and self.done < self.total_steps:
+            return self._shown(row)
+        tokens = self.windows_per_step * self.windows.block_size
+        steps, seconds = self._logged
+        row["tokens"] = self.done * tokens
+        row["tokens_per_s"] = (self.done - steps) * tokens / max(self.seconds - seconds, 1e-9)
+        row["epoch"] = self.done * self.windows_per_step / self.windows.n_windows
+        row["seconds"] = self.seconds
+        self._logged = (self.done, self.seconds)
+        if self.accelerator.is_main_process:
+            try:
+                self.metrics.append(row)
+            except OSError as error:
+                remedy = "make room, then go on with --resume"
+                raise RunFailed(f"{self.metrics.path} cannot be written: {error}; {remedy}") from None
+        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, self.done)
+        return self._shown(row)
+
+    def _shown(self, row: dict[str, Any]) -> dict[str, str]:
+        speed = self.done and self.windows_per_step * self.windows.block_size / max(self.seconds / self.done, 1e-9)
+        return {"loss": f"{row['loss']:.3f}", "ce": f"{row['ce']:.3f}", "tokens/s": f"{speed:,.0f}"}
+
+    def _evaluate_if_due(self) -> None:
+        if self.done < self.total_steps and _due(self.done, self.settings.eval_every):
+            try:
+                with self.stop.interruptible(self.accelerator.num_processes == 1):
+                    self.evaluate(self.done)
+            except StopNow:
+                self._stop()
+
+    def _stop(self) -> None:
+        self.save()
+        raise Stopped(self.done, self.stop.received)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0

@@ -1,0 +1,44 @@
+"""Fixtures of the training script's tests."""
+
+import os
+import random
+import signal
+
+import kill_and_resume as kr
+import pytest
+import torch
+
+from hbll_seq.training import checkpoint as ck
+
+
+@pytest.fixture(scope="session")
+def lm_options(tmp_path_factory):
+    """Options of a run that takes about a second: 3 blocks, a text of our own."""
+    folder = tmp_path_factory.mktemp("lm")
+    rng = random.Random(0)
+    words = ["tree", "node", "level", "block", "the", "a", "of", "in", "reads", "writes", "state", "path", "."]
+    text = "\n".join(" ".join(rng.choice(words) for _ in range(12)) for _ in range(600))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    before = torch.get_num_threads()
+    yield ["--preset", "debug", "--data", str(folder / "text.txt"), "--cache-dir", str(folder / "cache"), "--threads",
+           "1", "--max-steps", "60", "--eval-every", "20", "--sample-tokens", "3"]
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def whole_run(lm_options, tmp_path_factory):
+    """The unbroken run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert kr.load_script().main([*lm_options, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def stopped_run(lm_options, tmp_path, monkeypatch):
+    """A run stopped after 12 steps, with checkpoints of the steps 10 and 12."""
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        kr.at_step(patch, 12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert kr.load_script().main([*lm_options, "--output-dir", str(folder)]) == 143
+    assert ck.list_checkpoints(folder / "checkpoints") == [10, 12]
+    return folder

@@ -1,0 +1,269 @@
+"""Train a hierarchical block-local language model: ``accelerate launch train/lm.py [--preset NAME] [options]``.
+
+Three functions: :func:`data` opens the text, :func:`training` trains, evaluates and exports, :func:`main` reads the
+command line. The parts are in the library: settings, trainer, checkpoint, objective, evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # before torch loads OpenMP: spinning threads crawl on cores that other programs use too
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from hbll_seq.atomic import atomic_write
+from hbll_seq.config import HBLLConfig
+from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
+from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.objective import BackpropObjective, LocalObjective, Objective
+from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.training.checkpoint import JsonLines
+from hbll_seq.training.devices import make_accelerator
+from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
+from hbll_seq.training.run_folder import (
+    BY_DEPTH,
+    CURVE,
+    EVALUATIONS,
+    NEWEST,
+    SUMMARY,
+    Resumed,
+    check_folder,
+    check_identity,
+    prepare_folder,
+    resume_run,
+)
+from hbll_seq.training.settings import TrainingSettings, build_parser, read_preset, resolve
+from hbll_seq.training.signals import StopNow, StopSignal
+from hbll_seq.training.trainer import RunFailed, Stopped, Trainer
+from hbll_seq.tree import DyadicTree
+
+PRESETS = Path(__file__).resolve().parent / "presets"
+EPILOG = """\
+The output folder gets settings.yaml, metrics.jsonl (one line per logged step), evaluations.jsonl, checkpoints/, and at
+the end the model in Hugging Face layout, metrics.json, training_curve.png and perplexity_by_depth.png.
+
+SIGTERM or Ctrl-C: the step is finished, a checkpoint saved, and the process ends with 128 + the signal's number (143,
+130); a second signal ends it at once. --resume goes on as if nothing had happened, bit for bit on a CPU with the same
+number of threads. Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
+"""
+
+
+class Data(NamedTuple):
+    """The tokenizer and the three splits."""
+
+    tokenizer: Tokenizer
+    train: TokenWindows
+    validation: TokenWindows
+    test: TokenWindows
+
+
+def data(settings: TrainingSettings) -> Data:
+    """Tokenizer and packed windows of the three splits. Raises ValueError when the text cannot be used."""
+    if settings.tokenizer == "default":
+        tokenizer = Tokenizer.default()
+    elif settings.tokenizer == "train":
+        tokenizer = load_tokenizer(
+            settings.data, settings.vocab_size, column=settings.column, cache_dir=settings.cache_dir
+        )
+    else:
+        tokenizer = Tokenizer.from_file(settings.tokenizer)
+
+    def windows(split: str) -> TokenWindows:
+        stream = load_tokens(settings.data, split, tokenizer, column=settings.column, cache_dir=settings.cache_dir,
+                             num_proc=settings.num_proc)
+        # a short evaluation split is read in shorter windows; for training that would change the model's context
+        block_size = settings.block_size if split == "train" else min(settings.block_size, stream.n_tokens - 1)
+        try:
+            return TokenWindows(stream, block_size)
+        except ValueError as error:
+            raise ValueError(f"{split} split of data={settings.data!r}: {error}") from None
+
+    return Data(tokenizer, *(windows(split) for split in ("train", "validation", "test")))
+
+
+def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
+    """The model's part of the settings. Raises ValueError for a shape that cannot be."""
+    names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "sigma")
+    return HBLLConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
+
+
+def training(
+    settings: TrainingSettings, data: Data, accelerator: Accelerator, preset: str, resumed: Resumed | None = None
+) -> None:
+    """Train to the end, evaluate, and write the model, the figures and metrics.json.
+
+    Raises:
+        ValueError: the output folder cannot be written, or the checkpoint does not fit.
+        RunFailed: the run cannot go on.
+        Stopped: a signal came; the run is saved.
+    """
+    folder = Path(settings.output_dir)
+    set_seed(settings.seed)
+    model = HBLLForCausalLM(model_config(settings, data.tokenizer.vocab_size), tokenizer=data.tokenizer)
+    seed = settings.seed + 1_000_003 * accelerator.process_index  # every process draws its own noise
+    if settings.objective == "tree":
+        objective: Objective = LocalObjective(
+            model, n_samples=settings.n_samples, state_weight=settings.state_weight, seed=seed
+        )
+        paths = default_paths(model)
+    else:
+        objective = BackpropObjective(model, settings.path_blocks, seed=seed)
+        paths = {f"depth {len(objective.path)}": objective.path}  # the other paths are not trained
+    identity = {
+        "settings": asdict(settings),
+        "preset": preset,
+        "num_processes": accelerator.num_processes,
+        "tokenizer": data.tokenizer.fingerprint,
+        "data": data.train.stream.fingerprint,
+    }
+    evaluations = JsonLines(folder / EVALUATIONS)
+
+    def evaluate(step: int) -> None:
+        if accelerator.is_main_process:
+            final = step == trainer.total_steps
+            splits = {"validation": data.validation, "test": data.test} if final else {"validation": data.validation}
+            with accelerator.autocast():
+                row = evaluation(model, splits, paths, settings, step,
+                                 settings.final_eval_batches if final else settings.eval_batches)
+            evaluations.append(row)
+            accelerator.log({f"{split}/{r['name']}": r["loss"] for split in splits for r in row[split]}, step)
+
+    with StopSignal() as stop:
+        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
+        if resumed is not None:
+            check_identity(identity, resumed.state)
+            trainer.restore(resumed.tensors, resumed.state)
+        if accelerator.is_main_process:
+            prepare_folder(folder, settings, None if resumed is None else trainer.done)
+            print(describe(model, data, trainer), file=sys.stderr)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("hbll_seq", {k: "none" if v is None else v for k, v in asdict(settings).items()})
+        evaluated = max((row["step"] for row in evaluations.rows()), default=0)
+        trainer.run(evaluated)
+        if evaluated < trainer.total_steps:
+            try:
+                with stop.interruptible(accelerator.num_processes == 1):
+                    evaluate(trainer.total_steps)
+            except StopNow:
+                raise Stopped(trainer.done, stop.received) from None
+        if accelerator.is_main_process:
+            export(model, settings, trainer, evaluations.rows())
+        accelerator.wait_for_everyone()
+
+
+def evaluation(
+    model: HBLLForCausalLM, splits: dict[str, TokenWindows], paths: dict[str, tuple[int, ...]],
+    settings: TrainingSettings, step: int, max_batches: int | None,
+) -> dict[str, Any]:
+    """Perplexity of every path on every split and a sample of text at two depths, printed and returned."""
+    row: dict[str, Any] = {"step": step}
+    for split, windows in splits.items():
+        row[split] = evaluate_paths(
+            model, windows, paths, batch_size=settings.eval_batch_size, max_batches=max_batches
+        )
+        tqdm.write(f"\n{split}, after {step} steps\n{format_table(row[split])}")
+    row["samples"] = []
+    for path in dict.fromkeys([min(paths.values(), key=len), max(paths.values(), key=len)]):
+        if settings.sample_tokens:
+            text = model.generate(settings.sample_prompt, path=path, max_new_tokens=settings.sample_tokens,
+                                  seed=settings.seed, truncate_prompt=True)
+            row["samples"].append({"depth": len(path), "path": list(path), "text": text})
+            tqdm.write(f"depth {len(path)}: {text!r}")
+    sys.stdout.flush()
+    return row
+
+
+def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer, evaluations: list[dict]) -> None:
+    """The run's results: figures, model in Hugging Face layout, and last metrics.json, which marks it finished."""
+    folder, last = trainer.folder, evaluations[-1]
+    rows = trainer.metrics.rows()
+    summary = {
+        "step": trainer.done, "tokens": rows[-1]["tokens"], "seconds": trainer.seconds, "loss": rows[-1]["loss"],
+        "n_parameters": model.n_parameters(), "validation": last["validation"], "test": last["test"],
+        "samples": last["samples"], "settings": asdict(settings),
+    }
+    try:
+        plot_training_curve(rows, evaluations, folder / CURVE)
+        plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
+        model.save_pretrained(folder, data=settings.data, settings=asdict(settings), perplexity=last["test"],
+                              steps=trainer.done, tokens=rows[-1]["tokens"])
+        atomic_write(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"the results could not be written to {folder}: {error}; make room, then --resume") from None
+    print(f"finished: {folder} holds the model, {SUMMARY}, {CURVE} and {BY_DEPTH}", file=sys.stderr)
+
+
+def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
+    """One line on what is about to run."""
+    accelerator = trainer.accelerator
+    return (
+        f"{model.n_parameters():,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
+        f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
+        f"{data.train.block_size} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
+        f"({'bfloat16' if accelerator.mixed_precision == 'bf16' else 'float32'}, {torch.get_num_threads()} threads)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the command line, run, and return the exit code."""
+    shown = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+    try:
+        arguments = vars(build_parser(__doc__.splitlines()[0], PRESETS, EPILOG).parse_args(argv))
+        preset, resume, overwrite, dry_run = (arguments.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
+        if resume is not None:
+            if overwrite:
+                raise ValueError("--resume and --overwrite exclude each other: give one of the two")
+            settings, preset, resumed = resume_run(arguments, preset, resume)
+        else:
+            preset, resumed = preset or "small", None
+            settings = resolve(read_preset(preset, PRESETS), arguments)
+        config = model_config(settings, vocab_size=2)  # a wrong shape or path is told before the text is opened
+        DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))
+        if dry_run:
+            if shown:
+                print(f"# resolved from preset {preset}\n{settings.to_yaml()}", end="")
+            return 0
+        folder = Path(settings.output_dir)
+        if resume == NEWEST and (folder / SUMMARY).exists():
+            if shown:
+                print(f"{folder} holds a finished run: nothing is left to do", file=sys.stderr)
+            return 0
+        check_folder(folder, resuming=resumed is not None, overwrite=overwrite)
+        accelerator = make_accelerator(settings)
+        opened = data(settings)
+        accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
+        try:
+            training(settings, opened, accelerator, preset, resumed)
+        finally:
+            accelerator.end_training()
+    except Stopped as stopped:
+        if shown:
+            print(f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {settings.output_dir}",
+                  file=sys.stderr)
+        return 128 + (stopped.signal_number or 15)
+    except RunFailed as error:
+        if shown:
+            print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if shown:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before training began
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,7 +43,7 @@ from hbll_seq.training.run_folder import (
     prepare_folder,
     resume_run,
 )
-from hbll_seq.training.settings import TrainingSettings, build_parser, read_preset, resolve
+from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, build_parser, read_preset, resolve
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import RunFailed, Stopped, Trainer
 from hbll_seq.tree import DyadicTree
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError("--resume and --overwrite exclude each other: give one of the two")
             settings, preset, resumed = resume_run(arguments, preset, resume)
         else:
-            preset, resumed = preset or "small", None
+            preset, resumed = preset or DEFAULT_PRESET, None
             settings = resolve(read_preset(preset, PRESETS), arguments)
         config = model_config(settings, vocab_size=2)  # a wrong shape or path is told before the text is opened
         DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))

@@ -27,7 +27,7 @@ def plot_training_curve(
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
     steps = [row["step"] for row in rows]
     top.plot(steps, [row["ce"] for row in rows], color="0.7", linewidth=0.8)
-    top.plot(steps, _smooth([row["ce"] for row in rows]), color="0.2", label="training (deepest path)")
+    top.plot(steps, _smooth([row["ce"] for row in rows]), color="0.2", label="training")
     names = {row["name"]: row["depth"] for evaluation in evaluations for row in evaluation["validation"]}
     shades = dict(zip(names, _shades(len(names))))
     for name in names:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+DEFAULT_PRESET = "small"
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
 _FLOAT16_NAMES = ("float16", "fp16", "half")
@@ -263,7 +264,8 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
     start = parser.add_argument_group("what to run")
-    start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: small)")
+    start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: {DEFAULT_PRESET}, "
+                       "whose values are the defaults below)")
     start.add_argument("--resume", nargs="?", const=-1, type=int, metavar="STEP",
                        help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
                             "settings stored there")
@@ -271,6 +273,7 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
     start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
     groups: dict[str, Any] = {}
     hints = _hints()
+    shown = {f.name: f.default for f in dataclasses.fields(TrainingSettings)} | read_preset(DEFAULT_PRESET, presets)
     for field in dataclasses.fields(TrainingSettings):
         title = field.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
@@ -281,7 +284,7 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         choices = field.metadata["choices"]
-        default = "" if field.default is None else f" (default: {field.default})"
+        default = "" if shown[field.name] is None else f" (default: {shown[field.name]})"
         metavar = "|".join(choices) if choices else _metavar(hints[field.name])
         group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
                            help=(text + default).replace("%", "%%"))

@@ -32,7 +32,9 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, caps
     compare.main(argv)
     first = capsys.readouterr().out
     runs = json.loads(output.read_text())["runs"]
-    assert len(runs) == 3 * 2 + 3  # three sides try two rates with the first seed, and keep one for the second
+    tried = {side: {run["lr"] for run in runs if run["side"] == side} for side in ("tree", "backprop-1", "backprop-3")}
+    assert all({1e-3, 1e-2} < lrs for lrs in tried.values())  # the best of two rates lies at an edge
+    assert sum(run["seed"] == 1 for run in runs) == 3  # each side's best rate is kept for the second seed
     assert [row["depth"] for row in runs[0]["test"]] == [1, 2, 3]
     assert first.splitlines()[-1].startswith("ratio to 3-block backprop at equal steps: best path ")
     assert (tmp_path / "results.png").stat().st_size > 5000
@@ -42,6 +44,13 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, caps
     assert capsys.readouterr().out == first
     with pytest.raises(ValueError, match="other settings \\(steps\\).*--output"):
         compare.main([*argv, "--steps", "4"])
+
+
+def test_tuning_goes_past_the_edge_and_stops(compare):
+    assert compare.tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
+    assert compare.tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
+    assert compare.tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
+    assert compare.tune(lambda lr: lr, [4]) == 4
 
 
 def test_both_sides_start_from_the_same_weights(compare):

@@ -65,9 +65,8 @@ class HBLLConfig:
             raise ValueError(f"n_level={self.n_level}: at most 10 (1023 blocks); choose fewer levels or wider blocks")
         if self.n_embd % self.n_head:
             divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: choose n_head from {divisors}"
-            )
+            remedy = f"choose n_head from {divisors}" if divisors else "choose an even n_embd"
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: {remedy}")
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "

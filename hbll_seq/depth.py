@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hbll_seq.cells.base import Cell
 from hbll_seq.messages import Chain
-from hbll_seq.posterior import Family, StateFamily, family
+from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.tree import DyadicTree
 
 
@@ -38,7 +38,8 @@ class DepthHierarchy(nn.Module):
         head: module from a state to the parameters of ``p(y | z_{N-1})``, such as logits; shared by all depths.
         embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
         state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
-        target_family: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``: what y is.
+        target_family: what y is and the head predicts: ``"categorical"`` (class numbers, logits), ``"gaussian"`` (vectors,
+            their means) or ``"bernoulli"`` (vectors of bits, logits).
 
     Raises:
         ValueError: the number of blocks is not ``2**D - 1``, or a family is unknown.
@@ -50,8 +51,8 @@ class DepthHierarchy(nn.Module):
         head: nn.Module,
         embed: nn.Module | None = None,
         *,
-        state_family: str | StateFamily = "gaussian",
-        target_family: str | Family = "categorical",
+        state_family: str = "gaussian",
+        target_family: str = "categorical",
     ):
         super().__init__()
         blocks = nn.ModuleList(blocks)
@@ -61,10 +62,14 @@ class DepthHierarchy(nn.Module):
                 f"{len(blocks)} blocks: a binary tree needs 2**D - 1 of them (1, 3, 7, 15, ..); "
                 f"use {2**n_level - 1} or {2 ** (n_level + 1) - 1}"
             )
+        for name, value, allowed in (
+            ("state_family", state_family, STATE_FAMILIES),
+            ("target_family", target_family, TARGET_FAMILIES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
         self.tree = DyadicTree(n_level)
-        self.state_family, self.target_family = family(state_family), family(target_family)
-        if not isinstance(self.state_family, StateFamily):
-            raise ValueError(f"state_family={state_family!r}: inner states can be 'gaussian' or 'bernoulli'")
+        self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()
         self.blocks = blocks
         self.head = head

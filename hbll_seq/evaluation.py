@@ -42,7 +42,8 @@ def evaluate_paths(
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
-        ``word_perplexity`` (total nats over the words of the split, end of line counted as one), ``tokens``.
+        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one: with
+        ``max_batches`` an extrapolation), ``tokens`` that were scored.
     """
     paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
     device = device if device is not None else next(model.parameters()).device
@@ -63,7 +64,7 @@ def evaluate_paths(
                     prefix, state = states[-1]
                     states.append(((*prefix, n), model.chain.apply((n,), (state,))[0]))
                 logits = model.head(states[-1][1])
-                nats[name] += 0.5 * Categorical().discrepancy(logits, targets).sum(dtype=torch.float64).item()
+                nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
     finally:
         model.train(was_training)
     if not n_tokens:

@@ -7,6 +7,7 @@ every parameter. Their sum is safe to differentiate in one call: each loss reach
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.messages import TreePass, tree_pass
-from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.posterior import Gaussian
 
 INFERENCES = ("tree",)
 
@@ -57,6 +58,19 @@ class Objective(nn.Module):
             torch.manual_seed(_mix(self.seed, step, 0))
             yield
 
+    def _check_precision(self, device_type: str) -> None:
+        half = any(p.dtype == torch.float16 for p in self.model.parameters())
+        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+        if half or autocast:
+            raise ValueError(
+                "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
+                "use bfloat16 or float32"
+            )
+
+    def _mean(self, discrepancy: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the positions that have a target."""
+        return discrepancy.sum() / self.model.target_family.n_scored(discrepancy, targets)
+
     def _head(self, state: Tensor, targets: Tensor) -> Tensor:
         """Discrepancy of the head's prediction from a state, [batch, ...] (-2 log p(y | state) for classes)."""
         return self.model.target_family.discrepancy(self.model.head(state), targets)
@@ -87,7 +101,7 @@ class BackpropObjective(Objective):
             state = self.model.embed(x)
             for n in self.path:
                 (state,) = self.model.chain.apply((n,), (state,))
-            loss = 0.5 * _mean(self._head(state, targets), targets)
+            loss = 0.5 * self._mean(self._head(state, targets), targets)
         return ObjectiveOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()})
 
 
@@ -110,7 +124,7 @@ class LocalObjective(Objective):
         seed: seed of noise and dropout, which are functions of (seed, step, node).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range. ``forward`` raises it for float16 and under ``torch.inference_mode``.
     """
 
     def __init__(
@@ -130,27 +144,36 @@ class LocalObjective(Objective):
         sigma = sigma if sigma is not None else getattr(config, "sigma", 0.0)
         if inference not in INFERENCES:
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
-        if not sigma >= 0:
-            raise ValueError(f"sigma={sigma!r}: must be 0 or more (0 switches the noise off)")
-        if not isinstance(n_samples, int) or n_samples < 1:
+        if not _is_number(sigma) or not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma={sigma!r}: must be a number of 0 or more (0 switches the noise off)")
+        if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: must be a whole number of at least 1")
-        if not state_weight > 0:
-            raise ValueError(f"state_weight={state_weight!r}: must be above 0, or most blocks would not be trained")
+        if not _is_number(state_weight) or not 0 < state_weight < math.inf:
+            raise ValueError(f"state_weight={state_weight!r}: must be a number above 0, or most blocks would not be trained")
+        if free_energy and sigma == 0 and isinstance(model.state_family, Gaussian):
+            raise ValueError(
+                "free_energy=True with sigma=0: F is an expectation over noisy Gaussian states; give a sigma above 0"
+            )
         if config is not None and not clean_inputs:
             raise ValueError(
                 "clean_inputs=False: a language model whose blocks read corrected states reads its next token; leave it True"
             )
-        self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
+        self.sigma, self.n_samples = float(sigma), n_samples
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
         model.blocks.requires_grad_(True)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
 
+        Losses on states count every position, those of the head only the positions with a label.
+
         Metrics: ``ce_<k>`` is the nats per target of the right spine's path with k blocks, ``ce`` that of the longest,
         ``state`` the mean discrepancy of nodes whose target is a state; on request ``free_energy``, its likelihood
         part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+        self._check_precision(inputs.device.type)
         keep_graph = torch.is_grad_enabled()
         # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
         with torch.enable_grad(), self._dropout_of_step(step):
@@ -185,7 +208,7 @@ class LocalObjective(Objective):
         losses, metrics, state_losses = [], {}, []
         for n in range(1, tree.N):
             if tree.parents(n)[1] == tree.N:
-                losses.append(0.5 * _mean(result.discrepancies[n], targets))
+                losses.append(0.5 * self._mean(result.discrepancies[n], targets))
                 metrics["ce"] = metrics[f"ce_{tree.level_of(n) + 1}"] = losses[-1].detach()
             else:
                 state_losses.append(0.5 * result.discrepancies[n].mean())
@@ -198,25 +221,25 @@ class LocalObjective(Objective):
     @torch.no_grad()
     def _free_energy(self, result: TreePass, targets: Tensor) -> dict[str, Tensor]:
         """F = sum_n KL(q(z_n | parents) || p(z_n | z_{n-1})) - log p(y | z_{N-1}), in expectation over q (Eq. 10)."""
-        tree, states = self.model.tree, {0: result.reads[0], **result.targets}
-        variance = self.sigma**2 or 1.0  # without noise the states' variance is fixed to one (paper 6.5.1)
+        tree, family, states = self.model.tree, self.model.state_family, {0: result.reads[0], **result.targets}
         nodes = range(1, tree.N)
         predictions = self.model.chain.apply(nodes, [states[n - 1] for n in nodes])
-        n_targets = (targets != IGNORE_INDEX).sum() if not targets.is_floating_point() else len(targets)
+        nll = self._head(states[tree.N - 1], targets)
+        n_targets = self.model.target_family.n_scored(nll, targets)
         metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}
         for n, prediction in zip(nodes, predictions):
-            kl = self.model.state_family.kl(result.means[n], prediction, variance)
-            metrics[f"free_energy_level_{tree.level_of(n)}"] += kl.sum() / n_targets
-        metrics["free_energy_nll"] = 0.5 * _mean(self._head(states[tree.N - 1], targets), targets)
+            if tree.span(n) == 1:  # z_{n-1} is the left parent
+                term = family.kl(result.means[n], prediction, self.sigma**2)
+            else:  # z_{n-1} was drawn below z_n, given its sample
+                term = family.log_ratio(states[n], prediction, self.sigma**2)
+            metrics[f"free_energy_level_{tree.level_of(n)}"] += term.sum() / n_targets
+        metrics["free_energy_nll"] = 0.5 * nll.sum() / n_targets
         metrics["free_energy"] = sum(metrics.values())
         return metrics
 
 
-def _mean(discrepancy: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the positions that have a target."""
-    if targets.is_floating_point():
-        return discrepancy.mean()
-    return discrepancy.sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _mix(*numbers: int) -> int:

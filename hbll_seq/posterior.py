@@ -6,6 +6,7 @@ family's ``discrepancy`` is twice a divergence per position, summed over feature
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -21,15 +22,29 @@ class Family(ABC):
 
     @abstractmethod
     def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """``prediction`` [..., features] and its target -> [...]: zero or more, zero where they agree."""
+        """``prediction`` [..., features] and its target -> [...], zero or more."""
+
+    def n_scored(self, discrepancy: Tensor, target: Tensor) -> Tensor | int:
+        """How many positions of ``discrepancy`` have a target."""
+        return discrepancy.numel()
 
 
 class StateFamily(Family, ABC):
-    """A family that inner states can have; its free-energy terms are known in closed form."""
+    """A family that inner states can have."""
 
     @abstractmethod
     def kl(self, mean: Tensor, prediction: Tensor, variance: float) -> Tensor:
-        """KL(q(z_n | parents) || p(z_n | z_{n-1})) per position [...], from q's and p's parameters (Eqs. 10, 26)."""
+        """KL(q(z_n | parents) || p(z_n | z_{n-1})) per position [...], from q's and p's parameters (Eqs. 10, 26).
+
+        The term of F where z_{n-1} does not depend on the sample of z_n: at leaves, whose left parent it is.
+        """
+
+    @abstractmethod
+    def log_ratio(self, sample: Tensor, prediction: Tensor, variance: float) -> Tensor:
+        """``E[log q(z_n | parents)] - log p(z_n = sample | z_{n-1})`` per position [...] (Eq. 10).
+
+        The term of F where z_{n-1} is a descendant of z_n, and so depends on its sample: at all nodes but leaves.
+        """
 
 
 class Gaussian(StateFamily):
@@ -42,9 +57,11 @@ class Gaussian(StateFamily):
 
     def kl(self, mean: Tensor, prediction: Tensor, variance: float) -> Tensor:
         """KL(N(mean, variance/2) || N(prediction, variance)): q is twice as sure as p (Eq. 29)."""
-        ratio = 0.5
-        constant = mean.shape[-1] * 0.5 * (ratio - 1.0 - torch.tensor(ratio).log().item())
-        return self.discrepancy(prediction, mean) / (2.0 * variance) + constant
+        return self.discrepancy(prediction, mean) / (2.0 * variance) + 0.5 * mean.shape[-1] * (math.log(2.0) - 0.5)
+
+    def log_ratio(self, sample: Tensor, prediction: Tensor, variance: float) -> Tensor:
+        """Entropy of N(., variance/2) in closed form against the density of N(prediction, variance) at the sample."""
+        return self.discrepancy(prediction, sample) / (2.0 * variance) + 0.5 * sample.shape[-1] * (math.log(2.0) - 1.0)
 
 
 class Bernoulli(StateFamily):
@@ -57,6 +74,10 @@ class Bernoulli(StateFamily):
     def kl(self, mean: Tensor, prediction: Tensor, variance: float = 1.0) -> Tensor:
         """KL between the two Bernoulli distributions; the logits say it all, ``variance`` plays no part."""
         return self._kl_of_logits(mean, prediction)
+
+    def log_ratio(self, sample: Tensor, prediction: Tensor, variance: float = 1.0) -> Tensor:
+        """The same KL: a state is the distribution's parameter and not a draw of bits (Eq. 27)."""
+        return self._kl_of_logits(sample, prediction)
 
     @staticmethod
     def _kl_of_logits(q: Tensor, p: Tensor) -> Tensor:
@@ -75,21 +96,22 @@ class Categorical(Family):
         nats = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return 2.0 * nats.view(target.shape)
 
+    def n_scored(self, discrepancy: Tensor, target: Tensor) -> Tensor | int:
+        """Targets other than ``IGNORE_INDEX``; 1 where there is none, so that a mean over none is 0."""
+        return (target != IGNORE_INDEX).sum().clamp(min=1)
 
-FAMILIES: dict[str, type[Family]] = {"gaussian": Gaussian, "bernoulli": Bernoulli, "categorical": Categorical}
+
+class Bits(Family):
+    """Observed independent bits, predicted by logits: a Bernoulli head."""
+
+    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """``-2 log p(target)`` summed over the last dimension; ``target`` has the shape of the logits, values 0 to 1."""
+        logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        return 2.0 * F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none").sum(-1)
 
 
-def family(name: str | Family) -> Family:
-    """The family called ``name``, or ``name`` itself where it is one already.
-
-    Raises:
-        ValueError: there is no such family.
-    """
-    if isinstance(name, Family):
-        return name
-    if name not in FAMILIES:
-        raise ValueError(f"family {name!r}: allowed are {', '.join(FAMILIES)}")
-    return FAMILIES[name]()
+STATE_FAMILIES: dict[str, type[StateFamily]] = {"gaussian": Gaussian, "bernoulli": Bernoulli}
+TARGET_FAMILIES: dict[str, type[Family]] = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bits}
 
 
 class GaussianMessage(NamedTuple):

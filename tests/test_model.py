@@ -156,6 +156,7 @@ def test_config_round_trip_and_unknown_key():
     [
         (dict(block_size=0), "block_size=0.*at least 1"),
         (dict(n_embd=100, n_head=3), r"n_embd=100 is not divisible by n_head=3.*\[1, 2, 5, 10, 25, 50\]"),
+        (dict(n_embd=15, n_head=2), "n_embd=15.*choose an even n_embd"),
         (dict(n_embd=6, n_head=2), "odd width 3"),
         (dict(n_level=0), "n_level=0"),
         (dict(n_level=11), "n_level=11"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hbll_seq.posterior import Bernoulli, Categorical, Gaussian, GaussianMessage, family, posterior_mean
+from hbll_seq.posterior import Bernoulli, Bits, Categorical, Gaussian, GaussianMessage, posterior_mean
 from hbll_seq.tree import DyadicTree
 
 
@@ -175,6 +175,16 @@ def test_discrepancy_of_low_precision_states_is_computed_in_float32():
     assert e.dtype == torch.float32 and e.item() == 4096
 
 
-def test_unknown_family():
-    with pytest.raises(ValueError, match="'poisson'.*gaussian, bernoulli, categorical"):
-        family("poisson")
+def test_log_ratio_averages_to_the_kl_when_the_prediction_is_independent_of_the_sample():
+    mean, prediction, variance = torch.randn(3), torch.randn(3), 0.3
+    samples = mean + math.sqrt(variance / 2) * torch.randn(200_000, 3)
+    ratio = Gaussian().log_ratio(samples, prediction.expand_as(samples), variance)
+    assert abs(ratio.mean() - Gaussian().kl(mean, prediction, variance)) < 4 * ratio.std() / 200_000**0.5
+
+
+def test_observed_bits():
+    logits, bits = torch.randn(4, 3), torch.randint(2, (4, 3))
+    expected = -torch.distributions.Bernoulli(logits=logits).log_prob(bits.double()).sum(-1)
+    e = Bits().discrepancy(logits, bits)
+    torch.testing.assert_close(e, 2 * expected)
+    assert Bits().n_scored(e, bits) == 4

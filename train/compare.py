@@ -208,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split in ("train", "validation", "test")
     }
     free = {"output", "quick", "threads", "depths", "lrs", "seeds"}  # what can be added to a comparison later
-    results = Results(args.output, {k: v for k, v in vars(args).items() if k not in free})
+    setting = {k: v for k, v in vars(args).items() if k not in free}
+    setting["text"] = windows["train"].stream.fingerprint  # of text and tokenizer: a changed file is another comparison
+    results = Results(args.output, setting)
     sides = [LOCAL, *(f"backprop-{depth}" for depth in args.depths)]
 
     def ensure(side: str, lr: float, seed: int) -> dict:

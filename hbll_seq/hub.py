@@ -6,7 +6,6 @@ unknown config keys, leaves missing weights random by default, falls back to a p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from hbll_seq.atomic import atomic_folder
 from hbll_seq.config import HBLLConfig
 from hbll_seq.model_card import is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.tensors import first_not_finite, module_tensors, sha256
 from hbll_seq.tokenizer import Tokenizer
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -75,7 +75,7 @@ class HubMixin:
         self._save(Path(save_directory), {name: value for name, value in metadata.items() if value is not None})
 
     def _save(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
-        weights = {name: tensor.detach().contiguous() for name, tensor in _stored_tensors(self).items()}
+        weights = {name: tensor.detach().contiguous() for name, tensor in module_tensors(self).items()}
         _check_finite(weights, f"this {type(self).__name__}", "nothing was written; restore weights that are finite")
         config = {
             "model_type": "hbll",
@@ -91,7 +91,7 @@ class HubMixin:
             if self.tokenizer is not None:
                 self.tokenizer.save(aside / TOKENIZER_NAME)
             if not (folder / CARD_NAME).exists() or may_overwrite(_read_text(folder / CARD_NAME)):
-                kept = not metadata and self._card is not None and _sha256(aside / WEIGHTS_NAME) == self._card[1]
+                kept = not metadata and self._card is not None and sha256(aside / WEIGHTS_NAME) == self._card[1]
                 card = self._card[0] if kept else model_card(self, metadata)
                 card = with_location(card, location or _portable(folder))
                 (aside / CARD_NAME).write_text(card, encoding="utf-8")
@@ -134,7 +134,7 @@ class HubMixin:
             model = cls(config, tokenizer=tokenizer)
         _load_weights(model, weights, source)
         if (folder / CARD_NAME).exists() and is_model_card(card := _read_text(folder / CARD_NAME)):
-            model._card = (card, _sha256(folder / WEIGHTS_NAME))
+            model._card = (card, sha256(folder / WEIGHTS_NAME))
         return model.to(device).eval()
 
     def push_to_hub(
@@ -200,27 +200,17 @@ def find_latest_run(root: str | os.PathLike[str] = "runs") -> Path:
     return max(finished, key=lambda metrics: (metrics.stat().st_mtime_ns, metrics)).parent
 
 
-def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tied tensor once, under its first name; the tensors are the model's own."""
-    first_names: dict[int, str] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        first_names.setdefault(id(tensor), name)
-    return {name: tensors[name] for name in first_names.values()}
-
-
 def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = tensor.numel() - int(torch.isfinite(tensor).sum())
-            raise ValueError(
-                f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}"
-            )
+    name = first_not_finite(tensors)
+    if name is not None:
+        tensor = tensors[name]
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Put ``weights`` in place of the model's own, after checking that they are exactly those it needs."""
-    expected = _stored_tensors(model)
+    expected = module_tensors(model)
     source = f"{source!r}: {WEIGHTS_NAME}"
     remedy = "use the config.json that was saved with these weights, or load an intact copy"
     if missing := [name for name in expected if name not in weights]:
@@ -324,11 +314,3 @@ def _portable(folder: Path) -> str:
 
 def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ import signal
 import kill_and_resume as kr
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from hbll_seq.training import checkpoint as ck
 
@@ -31,6 +32,18 @@ def whole_run(lm_options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert kr.load_script().main([*lm_options, "--output-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def any_precision():
+    """Runs of several precisions in this process, for which Accelerate keeps one precision otherwise."""
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture

@@ -93,10 +93,12 @@ def test_full_disk_in_safetensors_is_an_oserror(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_same_step_can_be_saved_again(tmp_path):
+def test_same_step_is_not_saved_again(tmp_path):
     ck.save_checkpoint(tmp_path, 1, groups(1.0), {})
-    ck.save_checkpoint(tmp_path, 1, groups(2.0), {})
-    assert ck.load_checkpoint(tmp_path, 1)[0]["model"]["a"][0, 0] == 2.0
+    with pytest.raises(FileExistsError, match="step-00000001"):
+        ck.save_checkpoint(tmp_path, 1, groups(2.0), {})
+    assert ck.load_checkpoint(tmp_path, 1)[0]["model"]["a"][0, 0] == 1.0
+    assert os.listdir(tmp_path) == ["step-00000001"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hbll_seq.objective import LocalObjective
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.run_folder import RESULTS
+from hbll_seq.training.run_folder import EVALUATIONS, RESULTS
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
 
@@ -113,8 +113,8 @@ def test_random_generators_go_on_where_they_were(lm_options, tmp_path, monkeypat
         return original(self)
 
     monkeypatch.setattr(Trainer, "_step", draw)
-    options = ["--max-steps", "16", "--save-every", "6", "--keep-checkpoints", "9", "--output-dir", str(tmp_path / "r")]
-    assert lm.main([*lm_options, *options]) == 0
+    options = ["--max-steps", "16", "--save-every", "6", "--eval-every", "6", "--keep-checkpoints", "9"]
+    assert lm.main([*lm_options, *options, "--output-dir", str(tmp_path / "r")]) == 0
     unbroken = dict(draws)
     draws.clear()
     assert len(set(unbroken.values())) == 16 and lm.main(["--resume", "6", "--output-dir", str(tmp_path / "r")]) == 0
@@ -154,14 +154,19 @@ def test_sigterm_to_accelerate_launch_saves(lm_options, tmp_path):
     assert ck.list_checkpoints(folder / "checkpoints")[-1] == kr.steps_of(folder)[-1] < 5000
 
 
-def test_resume_from_an_older_checkpoint(whole_run, lm_options, tmp_path, monkeypatch):
+def test_resume_from_an_older_checkpoint(whole_run, lm_options, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     assert lm.main([*lm_options, "--keep-checkpoints", "9", "--save-every", "25", "--output-dir", str(folder)]) == 0
     assert ck.list_checkpoints(folder / "checkpoints") == [0, 25, 50, 60]
     finished = []
     kr.at_step(monkeypatch, 26, lambda: finished.extend(name for name in RESULTS if (folder / name).exists()))
+    capsys.readouterr()
     assert lm.main(["--resume", "25", "--save-every", "30", "--output-dir", str(folder)]) == 0  # a free setting changes
     assert finished == []  # while it runs it does not pass for a finished run
+    message = capsys.readouterr().err
+    assert "to go on from step 25, removed from" in message and "the checkpoints of steps 50, 60" in message
+    assert "35 lines of metrics.jsonl" in message and "2 lines of evaluations.jsonl" in message
+    assert "metrics.json," in message and "model.safetensors" in message
     assert ck.list_checkpoints(folder / "checkpoints") == [0, 25, 30, 60]
     assert kr.differences(whole_run, folder) == []
 
@@ -227,6 +232,24 @@ def test_full_disk_leaves_nothing_half_written(whole_run, lm_options, tmp_path, 
         assert kr.differences(whole_run, folder) == []
 
 
+@pytest.mark.parametrize("step", [20, 60])
+def test_evaluation_that_cannot_be_written(whole_run, lm_options, tmp_path, monkeypatch, capsys, step):
+    folder, original = tmp_path / "run", ck.JsonLines.append
+
+    def full(self, row):
+        if self.path.name == EVALUATIONS and row["step"] == step:
+            raise OSError(28, "No space left on device")
+        original(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ck.JsonLines, "append", full)
+        options = [*lm_options, "--output-dir", str(folder)]
+        kr.fails(options, capsys, "evaluations.jsonl cannot be written", "No space left", "--resume", code=1)
+    assert ck.list_checkpoints(folder / "checkpoints")[-1] == step  # saved first, so that no step is lost
+    assert lm.main(["--resume", "--output-dir", str(folder)]) == 0  # and the evaluation is made up for
+    assert kr.differences(whole_run, folder) == []
+
+
 # -------------------------------------------------------------------------------- resume that cannot be
 
 
@@ -261,6 +284,37 @@ def test_resume_with_changed_text(stopped_run, capsys):
     state_file.write_text(json.dumps({**state, "data": "another text"}))
     options = ["--resume", "--output-dir", str(stopped_run)]
     kr.fails(options, capsys, "cannot resume: data is", "another text", "same text")
+
+
+def _edit_state(folder, **values):
+    path = folder / "checkpoints" / "step-00000012" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_resume_with_another_precision(stopped_run, whole_run, any_precision, capsys):
+    options = ["--resume", "--output-dir", str(stopped_run)]
+    fragments = ["cannot resume", "precision is 'bfloat16' and was 'float32'", "step 12", "--precision float32"]
+    kr.fails([*options, "--precision", "bfloat16"], capsys, *fragments)
+    any_precision()
+    assert lm.main([*options, "--precision", "float32"]) == 0  # what "auto" had chosen
+    assert kr.differences(whole_run, stopped_run) == []
+
+
+def test_resume_where_auto_chooses_another_precision(stopped_run, capsys):
+    _edit_state(stopped_run, precision="bfloat16")  # as from a GPU
+    before = kr.losses_of(stopped_run)
+    options = ["--resume", "--output-dir", str(stopped_run)]
+    kr.fails(options, capsys, "precision is 'float32' and was 'bfloat16'", "--precision bfloat16")
+    assert kr.losses_of(stopped_run) == before
+
+
+def test_resume_on_another_machine_warns(stopped_run, capsys):
+    capsys.readouterr()
+    _edit_state(stopped_run, device="cuda", threads=7)
+    assert lm.main(["--resume", "--output-dir", str(stopped_run)]) == 0
+    message = capsys.readouterr().err
+    assert "warning: device is 'cpu' and was 'cuda'" in message and "warning: threads is 1 and was 7" in message
+    assert message.count("not bit for bit") == 2
 
 
 @pytest.mark.parametrize("harm", ["half", "nan", "other"])

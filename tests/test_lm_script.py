@@ -119,6 +119,37 @@ def test_accumulation_equals_a_larger_batch(lm_options, tmp_path):
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
 
 
+def test_free_energy_is_logged_and_changes_nothing_else(whole_run, lm_options, tmp_path):
+    folder = tmp_path / "run"
+    assert lm.main([*lm_options, "--free-energy", "--output-dir", str(folder)]) == 0
+    rows, names = kr.lines(folder), ("free_energy_nll", "free_energy_level_0", "free_energy_level_1")
+    assert kr.losses_of(folder) == kr.losses_of(whole_run)
+    for row in rows:
+        assert row["free_energy"] == pytest.approx(sum(row[name] for name in names), rel=1e-5)
+    assert not any(name.startswith("free_energy") for row in kr.lines(whole_run) for name in row)
+
+
+def test_bfloat16_run_is_finite_and_near_float32(lm_options, tmp_path, any_precision):
+    runs = []
+    for precision in ("float32", "bfloat16"):
+        folder, options = tmp_path / precision, ["--precision", precision, "--max-steps", "12", "--lr", "2e-3"]
+        assert lm.main([*lm_options, *options, "--output-dir", str(folder)]) == 0
+        any_precision()
+        runs.append(np.array([[row["loss"], row["ce"], row["grad_norm"]] for row in kr.lines(folder)]))
+    assert runs[0].shape == (12, 3) and np.isfinite(runs).all()
+    assert (runs[0][:, 0] != runs[1][:, 0]).all()
+    assert np.abs(runs[1][:, :2] / runs[0][:, :2] - 1).max() < 0.03
+    assert json.loads((folder / "checkpoints" / "step-00000012" / "state.json").read_text())["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("installed, fragment", [([], "none is installed"), (["wandb", "clearml"], "wandb, clearml")])
+def test_tracker_that_is_not_installed(lm_options, tmp_path, monkeypatch, capsys, installed, fragment):
+    monkeypatch.setattr("hbll_seq.training.devices.get_available_trackers", lambda: installed)
+    options = ["--log-with", "tensorboard", "--output-dir", str(tmp_path / "run")]
+    message = kr.fails([*lm_options, *options], capsys, "log_with='tensorboard'", "not installed", fragment)
+    assert "one of none" not in message
+
+
 def test_own_tokenizer_is_trained_once(lm_options, tmp_path, capsys):
     options = [*lm_options, "--tokenizer", "train", "--vocab-size", "300", "--max-steps", "2"]
     for name in ("a", "b"):
@@ -204,6 +235,12 @@ def test_weight_decay_falls_on_matrices_only():
         (["--tokenizer", "no.model"], ["no.model"]),
         (["--data", "no.txt"], ["no.txt"]),
         (["--log-with", "abacus"], ["log_with='abacus'", "tensorboard"]),
+        (["--min-lr-ratio", "2"], ["min_lr_ratio=2.0: must be at most 1\n"]),
+        (["--sample-prompt", ""], ["sample_prompt='': must not be empty"]),
+        (["--objective", "backprop", "--free-energy"], ["free_energy=True", "--objective tree"]),
+        (["--sigma", "0", "--free-energy"], ["free_energy=True", "sigma"]),
+        (["--batch-size", "100000"], ["batch_size=100000", "windows", "smaller --batch-size"]),
+        (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
         (["--preset", "huge"], ["preset 'huge'", "debug, small, wikitext-103, wikitext-2"]),
         (["--learning-rate", "1"], ["--learning-rate", "--help"]),
     ],
@@ -322,6 +359,7 @@ def test_every_option_is_in_the_help(capsys):
     text = capsys.readouterr().out
     for flag in ("preset data column tokenizer output-dir resume seed max-steps n-level n-embd n-head block-size "
                  "batch-size lr weight-decay warmup-steps objective path sigma state-weight n-samples clip grad-accum "
-                 "eval-every save-every log-every keep-checkpoints precision threads log-with dry-run "
+                 "free-energy eval-every save-every log-every keep-checkpoints precision threads log-with dry-run "
                  "overwrite").split():
-        assert f"--{flag} " in text or f"--{flag}\n" in text, flag
+        assert any(f"--{flag}{end}" in text for end in (" ", "\n", ",")), flag
+    assert "newer checkpoints" in " ".join(text.split()) and "removed" in text

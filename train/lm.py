@@ -29,7 +29,7 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, LocalObjective, Objective
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.checkpoint import JsonLines
-from hbll_seq.training.devices import make_accelerator
+from hbll_seq.training.devices import make_accelerator, precision_name
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
 from hbll_seq.training.run_folder import (
     BY_DEPTH,
@@ -45,7 +45,7 @@ from hbll_seq.training.run_folder import (
 )
 from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, build_parser, read_preset, resolve
 from hbll_seq.training.signals import StopNow, StopSignal
-from hbll_seq.training.trainer import RunFailed, Stopped, Trainer
+from hbll_seq.training.trainer import RunFailed, Stopped, Trainer, append_line
 from hbll_seq.tree import DyadicTree
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -55,7 +55,8 @@ the end the model in Hugging Face layout, metrics.json, training_curve.png and p
 
 SIGTERM or Ctrl-C: the step is finished, a checkpoint saved, and the process ends with 128 + the signal's number (143,
 130); a second signal ends it at once. --resume goes on as if nothing had happened, bit for bit on a CPU with the same
-number of threads. Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
+number of threads; another precision is refused. --resume STEP removes what is newer than STEP.
+Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
 """
 
 
@@ -114,7 +115,8 @@ def training(
     seed = settings.seed + 1_000_003 * accelerator.process_index  # every process draws its own noise
     if settings.objective == "tree":
         objective: Objective = LocalObjective(
-            model, n_samples=settings.n_samples, state_weight=settings.state_weight, seed=seed
+            model, n_samples=settings.n_samples, state_weight=settings.state_weight,
+            free_energy=settings.free_energy, seed=seed,
         )
         paths = default_paths(model)
     else:
@@ -124,6 +126,9 @@ def training(
         "settings": asdict(settings),
         "preset": preset,
         "num_processes": accelerator.num_processes,
+        "precision": precision_name(accelerator),
+        "device": accelerator.device.type,
+        "threads": torch.get_num_threads(),
         "tokenizer": data.tokenizer.fingerprint,
         "data": data.train.stream.fingerprint,
     }
@@ -136,7 +141,7 @@ def training(
             with accelerator.autocast():
                 row = evaluation(model, splits, paths, settings, step,
                                  settings.final_eval_batches if final else settings.eval_batches)
-            evaluations.append(row)
+            append_line(evaluations, row)
             accelerator.log({f"{split}/{r['name']}": r["loss"] for split in splits for r in row[split]}, step)
 
     with StopSignal() as stop:
@@ -211,7 +216,7 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
         f"{model.n_parameters():,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
         f"{data.train.block_size} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
-        f"({'bfloat16' if accelerator.mixed_precision == 'bf16' else 'float32'}, {torch.get_num_threads()} threads)"
+        f"({precision_name(accelerator)}, {torch.get_num_threads()} threads)"
     )
 
 

@@ -7,7 +7,6 @@ name is complete, or was damaged afterwards, which the sums tell. Nothing is pic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hbll_seq.atomic import ASIDE, atomic_write, fsync
+from hbll_seq.tensors import first_not_finite, module_tensors, sha256
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -106,16 +106,19 @@ def save_checkpoint(
 
     Raises:
         ValueError: a tensor holds NaN or infinity; nothing is written.
-        OSError: folder not writable or disk full; nothing is left behind and older checkpoints are untouched.
+        OSError: folder not writable, disk full, or a checkpoint of ``step`` exists; nothing is left behind and older
+            checkpoints are untouched.
     """
     folder = Path(folder)
     for group, tensors in groups.items():
-        bad = _first_not_finite(tensors)
+        bad = first_not_finite(tensors)
         if bad:
             raise ValueError(f"refusing to save step {step}: {group} tensor {bad!r} holds NaN or infinity")
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
     final, aside = checkpoint_path(folder, step), folder / f"{ASIDE}{step}"
+    if final.exists():
+        raise FileExistsError(f"{final} exists already")
     try:
         aside.mkdir()
         files = {}
@@ -131,8 +134,6 @@ def save_checkpoint(
             files[file.name] = _digest(file)
         document = {"format": FORMAT, "step": step, "files": files, **state}
         atomic_write(aside / "state.json", json.dumps(document, indent=1) + "\n")
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            os.replace(final, folder / f"{ASIDE}old-{step}")
         os.replace(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -157,18 +158,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _digest(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            return name
-    return None
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -202,7 +192,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups,
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({error})") from None
-        bad = _first_not_finite(tensors)
+        bad = first_not_finite(tensors)
         if bad:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} holds NaN or infinity in {bad!r}")
         groups[file.stem] = tensors
@@ -223,17 +213,6 @@ def sound_checkpoints(folder: str | os.PathLike) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------- contents
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; tied ones once, under their first name."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], where: str = "checkpoint") -> None:

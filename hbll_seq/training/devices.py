@@ -28,8 +28,9 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=trackers or None,
         project_dir=settings.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
-        # the first process may be tokenising a large text while the others wait
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
+        # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
@@ -38,6 +39,11 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         )
     torch.set_num_threads(settings.threads or default_threads())
     return accelerator
+
+
+def precision_name(accelerator: Accelerator) -> str:
+    """The precision that "auto" came to: float32 or bfloat16."""
+    return "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
 
 
 def default_threads() -> int:
@@ -71,6 +77,8 @@ def _trackers(names: str | None) -> list[str]:
         if name not in known:
             raise ValueError(f"log_with={name!r}: Accelerate knows {', '.join(known)}")
         if name != "all" and name not in installed:
-            raise ValueError(f"log_with={name!r}: its package is not installed; install it, or use one of "
-                             f"{', '.join(installed) or 'none'} (metrics.jsonl is always written)")
+            others = f"use an installed one ({', '.join(installed)})" if installed else "leave --log-with out"
+            none = "" if installed else " and none is installed"
+            raise ValueError(f"log_with={name!r}: its package is not installed{none}; install it, or {others} "
+                             "(metrics.jsonl is always written)")
     return wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +57,16 @@ def check_folder(folder: Path, *, resuming: bool, overwrite: bool) -> None:
 def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int | None) -> None:
     """Make the folder ready: empty of an older run, or wound back to the step that is resumed from.
 
+    What the winding back removes is said on stderr.
+
     Raises:
         ValueError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = folder / CHECKPOINTS
+        if resumed_step is not None and (removed := _later(folder, resumed_step)):
+            print(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}", file=sys.stderr)
         for name in RESULTS:  # without metrics.json the run does not count as finished
             (folder / name).unlink(missing_ok=True)
         if resumed_step is None:
@@ -77,6 +82,18 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
     except OSError as error:
         remedy = "choose another --output-dir"
         raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}); {remedy}") from None
+
+
+def _later(folder: Path, step: int) -> list[str]:
+    """What a run that goes on from ``step`` writes anew, in words."""
+    found = []
+    steps = [str(later) for later in list_checkpoints(folder / CHECKPOINTS) if later > step]
+    if steps:
+        found.append(f"the checkpoints of steps {', '.join(steps)}")
+    for name in (METRICS, EVALUATIONS):
+        if count := sum(row["step"] > step for row in JsonLines(folder / name).rows()):
+            found.append(f"{count} line{'s' * (count > 1)} of {name}")
+    return found + [name for name in RESULTS if (folder / name).exists()]
 
 
 def resume_run(
@@ -134,15 +151,22 @@ def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: s
 def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
     """Compare what a run stores of itself in every checkpoint with a checkpoint's.
 
+    Another type of device or number of threads is told on stderr: sums are then rounded differently.
+
     Raises:
-        ValueError: the text, the tokenizer or the number of processes is another one.
+        ValueError: the text, the tokenizer, the precision or the number of processes is another one.
     """
     remedies = {
         "num_processes": "launch as many, since the order of the data depends on it",
         "tokenizer": "give the same tokenizer file",
         "data": "give the same text",
+        "precision": f"give --precision {state['precision']}",
     }
     for name, remedy in remedies.items():
         if now[name] != state[name]:
             raise ValueError(f"cannot resume: {name} is {now[name]!r} and was {state[name]!r} in the checkpoint of "
                              f"step {state['step']}; {remedy}, or start a new run in another --output-dir")
+    for name in ("device", "threads"):
+        if now[name] != state[name] and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"warning: {name} is {now[name]!r} and was {state[name]!r} in the checkpoint of step {state['step']}: "
+                  "the result is not bit for bit that of the unbroken run", file=sys.stderr)

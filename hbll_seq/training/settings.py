@@ -1,8 +1,8 @@
 """Settings of a training run: one flat frozen dataclass, from which the command line and the preset files are checked.
 
 A value is looked up in three layers, the later one wins: the defaults below, a preset (a YAML file of some of these
-keys), the command line. ``resume="free"`` marks settings that a resumed run may change, because no weight depends on
-them.
+keys), the command line. ``resume`` says whether a resumed run may change a setting: "fixed" no, "free" yes, because no
+weight depends on it, "resolved": what came of it is compared (``run_folder.check_identity``).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
 _FLOAT16_NAMES = ("float16", "fp16", "half")
 
 
-def _option(default: Any, group: str, help: str, *, low: float | None = None, below: float | None = None,
-            choices: tuple[str, ...] | None = None, resume: str = "fixed") -> Any:
-    metadata = {"group": group, "help": help, "low": low, "below": below, "choices": choices, "resume": resume}
+def _option(default: Any, group: str, help: str, *, low: float | None = None, high: float | None = None,
+            below: float | None = None, choices: tuple[str, ...] | None = None, resume: str = "fixed") -> Any:
+    metadata = {"group": group, "help": help, "low": low, "high": high, "below": below, "choices": choices,
+                "resume": resume}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -64,13 +65,15 @@ class TrainingSettings:
     sigma: float = _option(0.005, "objective", "noise scale of the sampled states", low=0)
     state_weight: float = _option(0.1, "objective", "weight of the losses on hidden states", low=0)
     n_samples: int = _option(1, "objective", "Monte-Carlo samples a step", low=1)
+    free_energy: bool = _option(False, "objective", "also log the free energy F (Eq. 10) and its parts per level; costs "
+                                "one more evaluation of every block", resume="free")
 
     max_steps: int | None = _option(None, "optimisation", "optimizer steps (or give --epochs)", low=1)
     epochs: float | None = _option(None, "optimisation", "passes over the training text (or give --max-steps)", low=0)
     batch_size: int = _option(8, "optimisation", "windows in a micro batch of one process", low=1)
     grad_accum: int = _option(1, "optimisation", "micro batches an optimizer step", low=1)
     lr: float = _option(2e-3, "optimisation", "peak learning rate of AdamW", low=0)
-    min_lr_ratio: float = _option(0.1, "optimisation", "the cosine ends at this fraction of --lr", low=0, below=1.0001)
+    min_lr_ratio: float = _option(0.1, "optimisation", "the cosine ends at this fraction of --lr", low=0, high=1)
     warmup_steps: int = _option(50, "optimisation", "steps of linear warm-up (at most half of the run)", low=0)
     weight_decay: float = _option(0.01, "optimisation", "AdamW weight decay, on matrices only", low=0)
     beta1: float = _option(0.9, "optimisation", "AdamW decay of the first moment", low=0, below=1)
@@ -78,7 +81,7 @@ class TrainingSettings:
     clip: float = _option(1.0, "optimisation", "largest norm of the gradient; 0 does not clip", low=0)
     seed: int = _option(0, "optimisation", "seed of weights, data order and noise", low=0, below=2**31)
     precision: str = _option("auto", "optimisation", "auto (bfloat16 on a CUDA GPU, else float32), float32 or "
-                             "bfloat16; float16 is refused")
+                             "bfloat16; float16 is refused", resume="resolved")
 
     output_dir: str = _option("runs/lm", "run", "folder of the run", resume="free")
     log_every: int = _option(10, "run", "steps between two lines of metrics.jsonl", low=1, resume="free")
@@ -120,6 +123,9 @@ class TrainingSettings:
         if self.objective != "backprop" and self.path != "full":
             raise ValueError(f"path={self.path!r} with objective={self.objective!r}: a path is chosen only with "
                              "--objective backprop; the tree trains all paths")
+        if self.free_energy and self.objective != "tree":
+            raise ValueError(f"free_energy=True with objective={self.objective!r}: backprop has no free energy; leave it "
+                             "out, or use --objective tree")
         _ = self.path_blocks
 
     @property
@@ -155,8 +161,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if kind is str and name == "path" and isinstance(value, (list, tuple, int)) and not isinstance(value, bool):
         value = ",".join(map(str, value if isinstance(value, (list, tuple)) else [value]))
     if kind is str:
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str):
             raise error
+        if not value:
+            raise ValueError(f"{name}='': must not be empty{'; none leaves it out' if optional else ''}")
         if name == "path":
             return value.replace(" ", "").strip("[]()")
         return _precision(value) if name == "precision" else value
@@ -185,13 +193,15 @@ def _precision(value: str) -> str:
 
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
-    low, below, choices = (field.metadata[key] for key in ("low", "below", "choices"))
+    low, high, below, choices = (field.metadata[key] for key in ("low", "high", "below", "choices"))
     if value is None:
         return
     if choices and value not in choices:
         raise ValueError(f"{field.name}={value!r}: allowed are {', '.join(choices)}")
     if low is not None and value < low:
         raise ValueError(f"{field.name}={value!r}: must be at least {low}")
+    if high is not None and value > high:
+        raise ValueError(f"{field.name}={value!r}: must be at most {high}")
     if below is not None and value >= below:
         raise ValueError(f"{field.name}={value!r}: must be below {below:g}")
 
@@ -245,9 +255,9 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
 
 
 def differences(settings: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of the settings that differ, without those that a resumed run may change."""
-    names = [field.name for field in dataclasses.fields(TrainingSettings)]
-    return [name for name in names if name not in FREE_ON_RESUME and settings.get(name) != other.get(name)]
+    """Names of the fixed settings that differ."""
+    names = [field.name for field in dataclasses.fields(TrainingSettings) if field.metadata["resume"] == "fixed"]
+    return [name for name in names if settings.get(name) != other.get(name)]
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -268,7 +278,7 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
                        "whose values are the defaults below)")
     start.add_argument("--resume", nargs="?", const=-1, type=int, metavar="STEP",
                        help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
-                            "settings stored there")
+                            "settings stored there; newer checkpoints, later lines and exported results are removed")
     start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
     groups: dict[str, Any] = {}

@@ -20,11 +20,11 @@ from torch import nn
 from tqdm import tqdm
 
 from hbll_seq.data import TokenWindows
+from hbll_seq.tensors import module_tensors
 from hbll_seq.training.checkpoint import (
     JsonLines,
     load_module,
     load_optimizer,
-    module_tensors,
     optimizer_tensors,
     rng_state,
     save_checkpoint,
@@ -44,6 +44,15 @@ class Stopped(Exception):
     def __init__(self, step: int, signal_number: int):
         super().__init__(f"stopped by signal {signal_number} after step {step}")
         self.step, self.signal_number = step, signal_number
+
+
+def append_line(file: JsonLines, row: dict[str, Any]) -> None:
+    """Add a line to a file of the run. Raises RunFailed when the disk is full or the file cannot be written."""
+    try:
+        file.append(row)
+    except OSError as error:
+        remedy = "make room, then go on with --resume"
+        raise RunFailed(f"{file.path} cannot be written: {error}; {remedy}") from None
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: float) -> float:
@@ -85,6 +94,9 @@ class Trainer:
         identity: JSON values stored in every checkpoint (settings, fingerprints), for the check at a resume.
         stop: asked after every step.
         evaluate: called with the number of steps done, on every process; must not change any training state.
+
+    Raises:
+        ValueError: a step takes more windows than the training text has.
     """
 
     def __init__(
@@ -101,9 +113,16 @@ class Trainer:
         self.accelerator, self.settings, self.windows = accelerator, settings, windows
         self.folder, self.identity, self.stop, self.evaluate = folder, identity, stop, evaluate
         self.plain_objective = objective
+        self.windows_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+        if self.windows_per_step > windows.n_windows:
+            raise ValueError(
+                f"batch_size={settings.batch_size} x grad_accum={settings.grad_accum} x {accelerator.num_processes} "
+                f"processes are {self.windows_per_step} windows a step, but the training text has only "
+                f"{windows.n_windows} windows of {windows.block_size} tokens; give a smaller --batch-size, --grad-accum "
+                "or --block-size, or more text"
+            )
         self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
         self.metrics = JsonLines(folder / "metrics.jsonl")
-        self.windows_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
         self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.done = 0
         self.seconds = 0.0  # of training alone, over all sittings
@@ -178,10 +197,11 @@ class Trainer:
                 last = self.done == self.total_steps
                 if stopping:
                     self._stop()
-                if not last:
-                    self._evaluate_if_due()
+                # saved first: an evaluation that fails costs no step, and a resumed run makes up for it
                 if last or _due(self.done, self.settings.save_every):
                     self.save()
+                if not last:
+                    self._evaluate_if_due()
 
     def _step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its line of metrics, and whether a process was asked to stop."""
@@ -231,11 +251,7 @@ class Trainer:
         row["seconds"] = self.seconds
         self._logged = (self.done, self.seconds)
         if self.accelerator.is_main_process:
-            try:
-                self.metrics.append(row)
-            except OSError as error:
-                remedy = "make room, then go on with --resume"
-                raise RunFailed(f"{self.metrics.path} cannot be written: {error}; {remedy}") from None
+            append_line(self.metrics, row)
         self.accelerator.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, self.done)
         return self._shown(row)
 

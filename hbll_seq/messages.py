@@ -1,4 +1,4 @@
-"""Messages along a chain: the paper's tree pass (Algorithm 1). Every vector-Jacobian product of the library lives here.
+"""Messages along a chain: the paper's tree pass (Algorithm 1) and K sweeps (METHOD 2.2). All inner gradients live here.
 
 A *chain* is N transitions and a call that evaluates many of them at once. What is written here knows nothing of layers,
 time, attention or optimisers.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.posterior import StateFamily, posterior_mean, sample_forward, sample_posterior
+from hbll_seq.scan import affine_scan
 from hbll_seq.tree import DyadicTree
 
 
@@ -100,3 +101,94 @@ def _discrepancies(chain, right, messages, emission, state_family, targets) -> l
         state_family.discrepancy(next(predictions), targets[j]) if j in targets else emission(a)
         for j, a in zip(right, messages)
     ]
+
+
+# ------------------------------------------------------------------------------------------------------------ K sweeps
+
+#: cheap stand-ins A for the Jacobian of every transition: identity (residual blocks: Picard) and zero (Jacobi).
+LINEARIZATIONS = {"identity": 1.0, "zero": 0.0}
+INITS = ("input", "first")
+
+
+def _apply_all(chain: Chain, indices: Sequence[int], inputs: Tensor) -> Tensor:
+    """Every transition on its own input: [L, ...] -> [L, ...]."""
+    return torch.stack(chain.apply(indices, inputs.unbind(0)))
+
+
+def _compose(outputs: Tensor, inputs: Tensor, factor: float) -> Tensor:
+    """States [L, ...] of ``sbar_n = f_n(s_{n-1}) + A (sbar_{n-1} - s_{n-1})`` from ``sbar_0 = s_0`` (METHOD 2.2)."""
+    if factor == 0.0:
+        return outputs
+    return affine_scan(outputs - factor * inputs, factor, inputs[0])
+
+
+@torch.no_grad()
+def forward_sweeps(
+    chain: Chain,
+    indices: Sequence[int],
+    s0: Tensor,
+    *,
+    sweeps: int,
+    linearization: str = "identity",
+    init: str = "input",
+    damping: float = 1.0,
+    tolerance: float = 0.0,
+) -> tuple[Tensor, float]:
+    """Estimates of every transition's input after K parallel sweeps, without gradient (METHOD 2.2).
+
+    Args:
+        chain: the transitions.
+        indices: the L transitions in order.
+        s0: [...], what the first one reads.
+        sweeps: K; after k sweeps the first k states are exact, whatever the linearisation.
+        linearization: one of ``LINEARIZATIONS``.
+        init: first estimate: ``"input"``, s_0 everywhere, or ``"first"``, the first transition's output everywhere
+            (one call more, for chains whose first transition changes the state most).
+        damping: each sweep moves so far from the old estimate to the new one; 1 is the plain sweep.
+        tolerance: stop early once the residual is at most this.
+
+    Returns:
+        Inputs s_0 .. s_{L-1} stacked [L, ...], and the residual: root mean square of the last sweep's change relative
+        to the states' (0 where there is nothing to sweep).
+    """
+    factor, residual = LINEARIZATIONS[linearization], 0.0
+    start = chain.apply(indices[:1], [s0])[0] if init == "first" and len(indices) > 1 else s0
+    inputs = torch.stack([s0, *[start] * (len(indices) - 1)])
+    for _ in range(sweeps if len(indices) > 1 else 0):
+        states = _compose(_apply_all(chain, indices, inputs), inputs, factor)[:-1]
+        change = states - inputs[1:]
+        residual = (change.square().mean() / states.square().mean().clamp(min=1e-30)).sqrt().item()
+        inputs = torch.cat((inputs[:1], inputs[1:] + damping * change))
+        if residual <= tolerance:
+            break
+    return inputs, residual
+
+
+def final_state(outputs: Tensor, inputs: Tensor, *, linearization: str = "identity") -> Tensor:
+    """The last state s_L that the forward message makes of the differentiated call (sweep K + 1): a leaf, for the head."""
+    return _compose(outputs.detach(), inputs.detach(), LINEARIZATIONS[linearization])[-1].requires_grad_(True)
+
+
+def backward_sweeps(
+    outputs: Tensor, inputs: Tensor, emission: Tensor, *, corrections: int, linearization: str = "identity"
+) -> Tensor:
+    """Messages lambda_n = d loss / d s_n [L, ...] of a loss on the last state, M corrections from a cheap start.
+
+    Each correction is one batched vector-Jacobian product and a scan (METHOD 2.2):
+    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= L - 1 they are exact.
+
+    Args:
+        outputs: a_n = f_n(s_{n-1}) for n = 1 .. L, attached to ``inputs``.
+        inputs: s_0 .. s_{L-1}.
+        emission: e_L = d loss / d s_L, [...].
+        corrections: M.
+        linearization: one of ``LINEARIZATIONS``.
+    """
+    factor = LINEARIZATIONS[linearization]
+    errors = torch.cat((torch.zeros_like(outputs[1:]), emission.unsqueeze(0))).detach()
+    messages = affine_scan(errors, factor, reverse=True)
+    for _ in range(corrections if len(outputs) > 1 else 0):
+        (products,) = torch.autograd.grad(outputs, inputs, messages, retain_graph=True)
+        errors = torch.cat((products[1:] - factor * messages[1:], emission.unsqueeze(0)))
+        messages = affine_scan(errors, factor, reverse=True)
+    return messages

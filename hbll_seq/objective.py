@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.depth import DepthHierarchy
-from hbll_seq.messages import TreePass, tree_pass
+from hbll_seq.messages import INITS, LINEARIZATIONS, TreePass, backward_sweeps, final_state, forward_sweeps, tree_pass
 from hbll_seq.posterior import Gaussian
 
-INFERENCES = ("tree",)
+INFERENCES = ("tree", "sweeps")
 
 
 class ObjectiveOutput(NamedTuple):
@@ -91,8 +91,7 @@ class BackpropObjective(Objective):
     def __init__(self, model: DepthHierarchy, path: Sequence[int] | None = None, *, seed: int = 0):
         super().__init__(model, seed)
         self.path = model.resolve_path(path=path)
-        for n, block in enumerate(model.blocks, start=1):
-            block.requires_grad_(n in self.path)  # so that every parameter that is trained is touched at every step
+        _train_only(model, self.path)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`."""
@@ -112,8 +111,14 @@ class LocalObjective(Objective):
     the head, where that is y) and, on the left spine, the embedding.
 
     Args:
-        model: a :class:`DepthHierarchy`; all of its blocks are trained.
-        inference: ``"tree"``, the paper's Algorithm 1.
+        model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
+        inference: ``"tree"``, the paper's Algorithm 1: all blocks, and so all paths, at once. ``"sweeps"``: one path
+            as a chain, by messages composed along it (METHOD 2.2); a dial from local to exact.
+        sweeps, corrections: K forward sweeps before the differentiated call and M backward corrections. With both at
+            least the path's length minus one, the gradient of every parameter is backprop's.
+        linearization: ``"identity"`` or ``"zero"``, what stands for the blocks' Jacobians between the sweeps.
+        init: first estimate of the states, ``"input"`` or ``"first"``; see :func:`forward_sweeps`.
+        path: block numbers that ``"sweeps"`` trains; None is the full path. The arguments below belong to ``"tree"``.
         sigma: noise scale; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11).
         state_weight: weight w of the losses whose target is a state; those of the head have weight 1. The default was the
@@ -132,6 +137,11 @@ class LocalObjective(Objective):
         model: DepthHierarchy,
         inference: str = "tree",
         *,
+        sweeps: int = 2,
+        corrections: int = 1,
+        linearization: str = "identity",
+        init: str = "input",
+        path: Sequence[int] | None = None,
         sigma: float | None = None,
         n_samples: int = 1,
         state_weight: float = 0.1,
@@ -150,6 +160,8 @@ class LocalObjective(Objective):
             raise ValueError(f"n_samples={n_samples!r}: must be a whole number of at least 1")
         if not _is_number(state_weight) or not 0 < state_weight < math.inf:
             raise ValueError(f"state_weight={state_weight!r}: must be a number above 0, or most blocks would not be trained")
+        if free_energy and inference != "tree":
+            raise ValueError(f"free_energy=True with inference={inference!r}: only the tree has a variational posterior")
         if free_energy and sigma == 0 and isinstance(model.state_family, Gaussian):
             raise ValueError(
                 "free_energy=True with sigma=0: F is an expectation over noisy Gaussian states; give a sigma above 0"
@@ -158,9 +170,19 @@ class LocalObjective(Objective):
             raise ValueError(
                 "clean_inputs=False: a language model whose blocks read corrected states reads its next token; leave it True"
             )
-        self.sigma, self.n_samples = float(sigma), n_samples
+        for name, value in (("sweeps", sweeps), ("corrections", corrections)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")
+        for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+        if inference == "tree" and path is not None:
+            raise ValueError(f"path={path!r} with inference='tree': the tree trains all paths; use inference='sweeps'")
+        self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
+        self.path = model.resolve_path(path=path)
+        self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
-        model.blocks.requires_grad_(True)
+        _train_only(model, self.path)
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
@@ -180,11 +202,37 @@ class LocalObjective(Objective):
             x, targets = self.model.prepare(inputs, labels)
             if self.n_samples > 1:
                 x, targets = (t.repeat_interleave(self.n_samples, dim=0) for t in (x, targets))
-            result = self._tree_pass(x, targets, step)
-            output = self._losses(result, targets)
+            if self.inference == "sweeps":
+                output = self._sweep(x, targets)
+            else:
+                result = self._tree_pass(x, targets, step)
+                output = self._losses(result, targets)
         if self.free_energy:
             output.metrics.update(self._free_energy(result, targets))
         return output if keep_graph else ObjectiveOutput(output.loss.detach(), output.node_losses.detach(), output.metrics)
+
+    def _sweep(self, x: Tensor, targets: Tensor) -> ObjectiveOutput:
+        """One path by K sweeps and M corrections (METHOD 2.2). ``node_losses`` follow the path: all but the last are zero
+        in value, since only the emission is a loss; their gradients are the blocks' own."""
+        z0 = self.model.embed(x)
+        options = {"linearization": self.linearization}
+        inputs, residual = forward_sweeps(
+            self.model.chain, self.path, z0.detach(), sweeps=self.sweeps, init=self.init, **options
+        )
+        inputs = torch.cat((z0.unsqueeze(0), inputs[1:]))  # attached in the first transition, which trains the embedding
+        inputs.requires_grad_(True) if inputs.is_leaf else None
+        outputs = torch.stack(self.model.chain.apply(self.path, inputs.unbind(0)))
+        final = final_state(outputs, inputs, **options)
+        emission = 0.5 * self._mean(self._head(final, targets), targets)
+        (error,) = torch.autograd.grad(emission, final, retain_graph=True)
+        messages = backward_sweeps(outputs, inputs, error, corrections=self.corrections, **options)
+        # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
+        # forming a difference that float32 could not hold.
+        local = (messages * outputs).flatten(1).sum(1)
+        node_losses = local - local.detach()
+        node_losses = torch.cat((node_losses[:-1], (node_losses[-1] + emission).unsqueeze(0)))
+        metrics = {"ce": emission.detach(), "residual": emission.new_tensor(residual)}
+        return ObjectiveOutput(node_losses.sum(), node_losses, metrics)
 
     def _tree_pass(self, x: Tensor, targets: Tensor, step: int) -> TreePass:
         def noise(node: int, like: Tensor) -> Tensor:
@@ -236,6 +284,12 @@ class LocalObjective(Objective):
         metrics["free_energy_nll"] = 0.5 * nll.sum() / n_targets
         metrics["free_energy"] = sum(metrics.values())
         return metrics
+
+
+def _train_only(model: DepthHierarchy, path: Sequence[int]) -> None:
+    """Freezes the blocks that are not on the path, so that every parameter that is trained is touched at every step."""
+    for n, block in enumerate(model.blocks, start=1):
+        block.requires_grad_(n in path)
 
 
 def _is_number(value: object) -> bool:

@@ -121,8 +121,8 @@ class LocalObjective(Objective):
         path: block numbers that ``"sweeps"`` trains; None is the full path. The arguments below belong to ``"tree"``.
         sigma: noise scale; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11).
-        state_weight: weight w of the losses whose target is a state; those of the head have weight 1. The default was the
-            best of 1, 0.1 and 0.01 for language models.
+        state_weight: weight w of the losses whose target is a state; those of the head have weight 1. The default did
+            best of 1, 0.1 and 0.01 in one short language-model trial (README, "What we tried").
         clean_inputs: blocks read forward messages. False lets them read the corrected samples, which hold y: only for
             models whose y is not their own next input.
         free_energy: also report F (Eq. 10) and its parts; costs N - 1 further block evaluations without gradient.

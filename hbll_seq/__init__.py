@@ -5,8 +5,9 @@ from hbll_seq.data import TokenStream, TokenWindows, load_tokens
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.evaluation import evaluate_paths
 from hbll_seq.generation import generate
+from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, LocalObjective, ObjectiveOutput
+from hbll_seq.objective import BackpropObjective, ObjectiveOutput
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.tree import DyadicTree
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hbll_seq.cells.base import Cell
 from hbll_seq.messages import Chain
 from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
+from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
 
 
@@ -18,16 +21,24 @@ class DepthChain(Chain):
     The blocks of one call do not depend on each other. On one device they are queued one after the other here.
     """
 
-    def __init__(self, blocks: nn.ModuleList):
+    def __init__(self, blocks: nn.ModuleList, dropout_seed: int | None = None):
         self.blocks = blocks
+        self.dropout_seed = dropout_seed
+
+    def with_dropout(self, seed: int) -> DepthChain:
+        """The same blocks, each drawing the same dropout at all its evaluations: a sweep refines a state, not its noise."""
+        return DepthChain(self.blocks, seed)
 
     def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`Chain.apply`; states are [batch, ..., width]."""
-        return [self._run(self.blocks[n - 1], state) for n, state in zip(indices, states)]
+        return [self._run(n, state) for n, state in zip(indices, states)]
 
-    @staticmethod
-    def _run(block: nn.Module, state: Tensor) -> Tensor:
-        return block(state)[0] if isinstance(block, Cell) else block(state)
+    def _run(self, n: int, state: Tensor) -> Tensor:
+        block = self.blocks[n - 1]
+        with fork_rng_of(state) if self.dropout_seed is not None else contextlib.nullcontext():
+            if self.dropout_seed is not None:
+                torch.manual_seed(mix_seeds(self.dropout_seed, n))
+            return block(state)[0] if isinstance(block, Cell) else block(state)
 
 
 class DepthHierarchy(nn.Module):
@@ -92,6 +103,14 @@ class DepthHierarchy(nn.Module):
         if labels is None:
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         return inputs, labels
+
+    def score(self, state: Tensor, targets: Tensor) -> Tensor:
+        """Discrepancy of the head's prediction from a state, summed over positions (-2 log p(y | state) for classes)."""
+        return self.target_family.discrepancy(self.head(state), targets).sum()
+
+    def n_scored(self, state: Tensor, targets: Tensor) -> Tensor | int:
+        """How many positions of ``state`` [..., width] have a target."""
+        return self.target_family.n_scored(state.shape[:-1].numel(), targets)
 
     def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """The plain network along ``path`` (default: full): raw inputs -> the head's output."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hbll_seq.cells import TransformerBlock
 from hbll_seq.cells.attention import make_norm
 from hbll_seq.config import HBLLConfig
+from hbll_seq.cross_entropy import linear_cross_entropy
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.generation import GenerationMixin
 from hbll_seq.hub import HubMixin
@@ -95,6 +96,11 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
                 "at least 1; the model shifts them itself"
             )
         return inputs[:, :-1], labels[:, 1:]
+
+    def score(self, state: Tensor, targets: Tensor) -> Tensor:
+        """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
+        hidden = self.head.norm(state).flatten(0, -2)
+        return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None

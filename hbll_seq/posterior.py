@@ -24,9 +24,9 @@ class Family(ABC):
     def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``prediction`` [..., features] and its target -> [...], zero or more."""
 
-    def n_scored(self, discrepancy: Tensor, target: Tensor) -> Tensor | int:
-        """How many positions of ``discrepancy`` have a target."""
-        return discrepancy.numel()
+    def n_scored(self, n_positions: int, target: Tensor) -> Tensor | int:
+        """How many of ``n_positions`` have a target."""
+        return n_positions
 
 
 class StateFamily(Family, ABC):
@@ -96,7 +96,7 @@ class Categorical(Family):
         nats = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return 2.0 * nats.view(target.shape)
 
-    def n_scored(self, discrepancy: Tensor, target: Tensor) -> Tensor | int:
+    def n_scored(self, n_positions: int, target: Tensor) -> Tensor | int:
         """Targets other than ``IGNORE_INDEX``; 1 where there is none, so that a mean over none is 0."""
         return (target != IGNORE_INDEX).sum().clamp(min=1)
 

@@ -18,15 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hbll_seq.depth import DepthHierarchy
-from hbll_seq.objective import BackpropObjective, LocalObjective, Objective
+from hbll_seq.local_objective import LocalObjective
+from hbll_seq.objective import BackpropObjective, Objective
 
 
 class Span(NamedTuple):
-    """``forward``: dependent evaluations until the loss is known; ``step``: until every gradient is; ``work``: of all."""
+    """``forward``: dependent evaluations until the loss is known; ``step``: until every gradient is; ``work``: all of them,
+    ``block_work``: those of blocks, without the head's."""
 
     forward: int
     step: int
     work: int
+    block_work: int
 
 
 class _Ledger(TorchDispatchMode):
@@ -37,7 +40,16 @@ class _Ledger(TorchDispatchMode):
         self.stamps: dict[int, int] = {}
         self.alive: list[Tensor] = []  # a freed storage's address may come back, and would bring its old stamp
         self.backward_cost = 1  # inner gradients are input-only products; the final backward is a full one
-        self.work = 0
+        self.work = self.head_work = 0
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a block is being evaluated inside a backward pass."""
+        return torch._C._current_graph_task_id() != -1
+
+    def count(self, evaluations: int, is_head: bool) -> None:
+        self.work += evaluations
+        self.head_work += evaluations * is_head
 
     def stamp(self, tensor: Tensor) -> int:
         return self.stamps.get(tensor.untyped_storage()._cdata, 0)
@@ -60,33 +72,36 @@ class _Gate(torch.autograd.Function):
     """The identity at a block's output: adds the block's cost to what passes, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx, x, ledger):
-        ctx.ledger = ledger
+    def forward(ctx, x, ledger, recomputes, is_head):
+        ctx.ledger, ctx.recomputes, ctx.is_head = ledger, recomputes, is_head
         y = x.clone()
         ledger.set_stamp(y, ledger.stamp(x) + 1)
-        ledger.work += 1
+        ledger.count(not ledger.recomputing, ctx.is_head)  # which is counted with the product that asked for it
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         ledger = ctx.ledger
         passed = gradient.clone()
-        ledger.set_stamp(passed, ledger.stamp(gradient) + ledger.backward_cost)
-        ledger.work += ledger.backward_cost
-        return passed, None
+        # What was not kept is computed again when the gradient arrives: earlier, and the insides of all blocks would be
+        # alive at once. (The recomputation itself stops where the last saved tensor is made, often before the gate.)
+        cost = ledger.backward_cost + ctx.recomputes
+        ledger.set_stamp(passed, ledger.stamp(gradient) + cost)
+        ledger.count(cost, ctx.is_head)
+        return passed, None, None, None
 
 
 class _Counted(nn.Module):
-    def __init__(self, module: nn.Module, ledger: _Ledger):
+    def __init__(self, module: nn.Module, ledger: _Ledger, *, recomputes: bool = False, is_head: bool = False):
         super().__init__()
-        self.module, self.ledger = module, ledger
+        self.module, self.gate = module, (ledger, recomputes, is_head)
 
     def forward(self, x):
         y = self.module(x)
-        return _Gate.apply(y[0] if isinstance(y, tuple) else y, self.ledger)
+        return _Gate.apply(y[0] if isinstance(y, tuple) else y, *self.gate)
 
 
-def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = None) -> Span:
+def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> Span:
     """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block.
 
     The model's blocks are wrapped while this runs and restored afterwards; gradients are left as they were.
@@ -96,19 +111,20 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         for n, block in enumerate(blocks):
-            model.blocks[n] = _Counted(block, ledger)
-        model.head = _Counted(head, ledger)
+            model.blocks[n] = _Counted(block, ledger, recomputes=objective.graphs == "recomputed")
+        model.head = _Counted(head, ledger, is_head=True)
         with ledger:
-            loss = objective(inputs, labels).loss
+            loss = objective(inputs, labels, step=step).loss
             forward = ledger.stamp(loss)
             ledger.backward_cost = 2
-            gradients = torch.autograd.grad(loss, parameters)
-            step = max(ledger.stamp(gradient) for gradient in gradients)
+            # a mix does not read every block in every step
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            until = max(ledger.stamp(gradient) for gradient in gradients if gradient is not None)
     finally:
         for n, block in enumerate(blocks):
             model.blocks[n] = block
         model.head = head
-    return Span(forward, step, ledger.work)
+    return Span(forward, until, ledger.work, ledger.work - ledger.head_work)
 
 
 def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3) -> DepthHierarchy:

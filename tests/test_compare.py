@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hbll_seq.tasks import make_task
+from hbll_seq.training.comparison import Results, Shape, Side, TaskProblem, train, tune
+
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "compare.py"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "2", "--steps", "3",
-        "--depths", "1", "3", "--lrs", "1e-3", "1e-2", "--seeds", "0", "1", "--eval-batches", "1",
-        "--threads", "1"]  # fmt: skip
+        "--lrs", "1e-3", "1e-2", "--seeds", "0", "1", "--eval-batches", "1",
+        "--eval-every", "2", "--probe-every", "2", "--threads", "1"]  # fmt: skip
 
 
 @pytest.fixture()
@@ -23,37 +26,91 @@ def compare():
     torch.set_num_threads(threads)
 
 
+SIDES = ["tree", "backprop-1", "backprop-3", "sweeps", "mix", "backprop-mix"]
+
+
 def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
     output = tmp_path / "results.json"
-    argv = [*TINY, "--data", str(text), "--output", str(output)]
+    argv = [*TINY, "--data", str(text), "--output", str(output), "--sides", *SIDES]
     monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
     compare.main(argv)
     first = capsys.readouterr().out
     runs = json.loads(output.read_text())["runs"]
-    tried = {side: {run["lr"] for run in runs if run["side"] == side} for side in ("tree", "backprop-1", "backprop-3")}
+    tried = {side: {run["lr"] for run in runs if run["side"] == side} for side in SIDES}
     assert all({1e-3, 1e-2} < lrs for lrs in tried.values())  # the best of two rates lies at an edge
-    assert sum(run["seed"] == 1 for run in runs) == 3  # each side's best rate is kept for the second seed
-    assert [row["depth"] for row in runs[0]["test"]] == [1, 2, 3]
-    assert first.splitlines()[-1].startswith("ratio to 3-block backprop at equal steps: best path ")
+    assert sum(run["seed"] == 1 for run in runs) == len(SIDES)  # each side's best rate is kept for the second seed
+    by_side = {run["side"]: run for run in runs}
+    assert [row["depth"] for row in by_side["tree"]["test"]] == [1, 2, 3]
+    assert [row["depth"] for row in by_side["sweeps"]["test"]] == [3]
+    assert by_side["backprop-3"]["work"] == 9 < by_side["sweeps"]["work"] < by_side["mix"]["work"]
+    assert by_side["sweeps"]["probes"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
+    assert [step for step, _ in by_side["mix"]["evaluations"]] == [2]
+    assert first.splitlines()[-1].startswith("ratio of perplexity on the full path to 3-block backprop at equal steps: tree ")
     assert (tmp_path / "results.png").stat().st_size > 5000
 
-    monkeypatch.setattr(compare, "run", lambda *a: pytest.fail("a finished run was done again"))
+    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("a finished run was done again"))
     compare.main(argv)
+    assert capsys.readouterr().out == first
+    compare.main([*argv, "--report-only"])
     assert capsys.readouterr().out == first
     with pytest.raises(ValueError, match="other settings \\(steps\\).*--output"):
         compare.main([*argv, "--steps", "4"])
 
 
-def test_tuning_goes_past_the_edge_and_stops(compare):
-    assert compare.tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
-    assert compare.tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
-    assert compare.tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
-    assert compare.tune(lambda lr: lr, [4]) == 4
+def test_a_synthetic_task(compare, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    compare.main([*TINY, "--task", "induction", "--output", str(output), "--sides", "backprop-1", "sweeps:sweeps=0",
+                  "--seeds", "0", "--lrs", "1e-3"])
+    rows = {run["side"]: run["test"] for run in json.loads(output.read_text())["runs"]}
+    assert {row["depth"] for row in rows["sweeps:sweeps=0"]} == {3} and 0 <= rows["backprop-1"][0]["accuracy"] <= 100
+    assert "test accuracy" in capsys.readouterr().out
 
 
-def test_both_sides_start_from_the_same_weights(compare):
-    args = compare.parse(TINY)
-    sides = [compare.make_side(side, args, 50, seed=3)[0].model.state_dict() for side in ("tree", "backprop-1")]
-    assert all(torch.equal(a, b) for a, b in zip(*(side.values() for side in sides)))
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("forward", "side 'forward': allowed are backprop"),
+        ("sweeps:k=3", "unknown option 'k'; known are sweeps"),
+        ("sweeps:depth=3", "unknown option 'depth'"),
+        ("sweeps:sweeps=x", "sweeps='x' must be int"),
+    ],
+)
+def test_bad_sides(name, message):
+    with pytest.raises(ValueError, match=message):
+        Side.parse(name, "random")
+
+
+def test_tuning_goes_past_the_edge_and_stops():
+    assert tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
+    assert tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
+    assert tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
+    assert tune(lambda lr: lr, [4]) == 4
+
+
+def test_sides_start_from_the_same_weights_and_read_the_same_batches(compare, monkeypatch):
+    """With a learning rate of next to nothing, one seed is one model, whatever the side."""
+    problem = compare.problem_of(compare.parse(["--task", "induction"]))
+    shape = Shape(2, 16, 2, 2, steps=2, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=9)
+    losses = {name: train(Side.parse(name, "random"), 1e-12, 3, problem, shape) for name in ("tree", "sweeps", "backprop-3")}
+    first, *others = ([row["loss"] for row in run["test"] if row["depth"] == 3] for run in losses.values())
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others)
+    assert losses["sweeps"]["curve"][0][1] == pytest.approx(losses["backprop-3"]["curve"][0][1], abs=1e-4)
+
+
+def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
+    one, two = (Results(tmp_path / "r.json", {"a": 1}) for _ in range(2))
+    one.add({"side": "tree", "lr": 1.0, "seed": 0})
+    two.add({"side": "mix", "lr": 1.0, "seed": 0})
+    assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
+    assert one.find("mix", 1.0, 0) is not None
+
+
+def test_induction_is_learned_by_three_blocks_and_not_by_one():
+    """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
+    problem = TaskProblem(make_task("induction", n_symbols=8, block_size=24))
+    shape = Shape(2, 32, 2, batch_size=32, steps=200, warmup_steps=20, eval_batches=4, eval_every=999, probe_every=999)
+    reached = {name: train(Side.parse(name, "random"), 5e-3, 0, problem, shape)["test"][-1]["accuracy"]
+               for name in ("backprop-1", "backprop-3", "sweeps:sweeps=1,corrections=1")}  # fmt: skip
+    assert reached["backprop-1"] < 60 < 85 < min(reached["backprop-3"], reached["sweeps:sweeps=1,corrections=1"]), reached

@@ -23,18 +23,19 @@ def _two_processes(monkeypatch, options):
     return errors
 
 
-def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective, figure", [("sweeps", "ce_mix"), ("tree", "state")])
+def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch, objective, figure):
     one, two = tmp_path / "one", tmp_path / "two"
     # without noise, which every process draws for itself
-    options = [*lm_options, "--sigma", "0", "--max-steps", str(STEPS), "--save-every", "2", "--keep-checkpoints", "9",
-               "--eval-every", "4"]
+    options = [*lm_options, "--objective", objective, "--sigma", "0", "--max-steps", str(STEPS), "--save-every",
+               "2", "--keep-checkpoints", "9", "--eval-every", "4"]
     assert kr.load_script().main([*options, "--batch-size", "4", "--output-dir", str(one)]) == 0
     errors = _two_processes(monkeypatch, [*options, "--batch-size", "2", "--output-dir", str(two)])
     assert "on 2 x cpu" in errors
     rows = kr.lines(two)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, expected in zip(rows, kr.lines(one), strict=True):
-        for name in ("loss", "ce", "state", "grad_norm", "node_losses"):
+        for name in ("loss", "ce", figure, "grad_norm", "node_losses"):
             assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (row["step"], name)
         assert (row["tokens"], row["epoch"], row["lr"]) == (expected["tokens"], expected["epoch"], expected["lr"])
     evaluations = (two / "evaluations.jsonl").read_text()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hbll_seq.objective import LocalObjective
+from hbll_seq.local_objective import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.run_folder import EVALUATIONS, RESULTS
 from hbll_seq.training.signals import StopSignal
@@ -266,7 +266,7 @@ def test_nothing_to_resume(tmp_path, capsys):
         (["--lr", "0.02", "--seed", "4"], ["lr=0.02 (there 0.01)", "seed=4 (there 0)"]),
         (["--max-steps", "70"], ["max_steps=70 (there 60)"]),
         (["--epochs", "1"], ["max_steps=None (there 60)", "epochs=1.0"]),
-        (["--objective", "backprop"], ["objective='backprop' (there 'tree')"]),
+        (["--objective", "backprop"], ["objective='backprop' (there 'sweeps')"]),
         (["--preset", "small"], ["preset='small'", "'debug'"]),
         (["--resume", "11"], ["resume=11", "10, 12"]),
         (["--overwrite"], ["--overwrite", "exclude"]),

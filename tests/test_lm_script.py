@@ -88,8 +88,8 @@ def test_how_often_one_looks_changes_no_step(whole_run, lm_options, tmp_path):
 
 
 def test_seed_and_sigma_matter(whole_run, lm_options, tmp_path):
-    runs = [kr.losses_of(whole_run)[:5]]
-    for number, options in enumerate((["--seed", "1"], ["--sigma", "0.5"], ["--state-weight", "3"])):
+    runs, tree = [kr.losses_of(whole_run)[:5]], ["--objective", "tree"]
+    for number, options in enumerate((["--seed", "1"], [*tree, "--sigma", "0.5"], [*tree, "--state-weight", "3"])):
         folder = tmp_path / str(number)
         options = [*options, "--max-steps", "5", "--warmup-steps", "2", "--output-dir", str(folder)]
         assert lm.main([*lm_options, *options]) == 0
@@ -120,10 +120,12 @@ def test_accumulation_equals_a_larger_batch(lm_options, tmp_path):
 
 
 def test_free_energy_is_logged_and_changes_nothing_else(whole_run, lm_options, tmp_path):
-    folder = tmp_path / "run"
-    assert lm.main([*lm_options, "--free-energy", "--output-dir", str(folder)]) == 0
+    folder, without = tmp_path / "run", tmp_path / "without"
+    tree = [*lm_options, "--objective", "tree", "--max-steps", "20"]
+    assert lm.main([*tree, "--output-dir", str(without)]) == 0
+    assert lm.main([*tree, "--free-energy", "--output-dir", str(folder)]) == 0
     rows, names = kr.lines(folder), ("free_energy_nll", "free_energy_level_0", "free_energy_level_1")
-    assert kr.losses_of(folder) == kr.losses_of(whole_run)
+    assert kr.losses_of(folder) == kr.losses_of(without)
     for row in rows:
         assert row["free_energy"] == pytest.approx(sum(row[name] for name in names), rel=1e-5)
     assert not any(name.startswith("free_energy") for row in kr.lines(whole_run) for name in row)
@@ -225,8 +227,12 @@ def test_weight_decay_falls_on_matrices_only():
         (["--max-steps", "5", "--epochs", "2"], ["max_steps=5", "epochs=2.0", "one of the two"]),
         (["--dropout", "1"], ["dropout=1.0", "below 1"]),
         (["--norm", "batch"], ["norm='batch'", "rmsnorm, layernorm"]),
-        (["--objective", "both"], ["objective='both'", "tree, backprop"]),
-        (["--path", "2,3"], ["path='2,3'", "--objective backprop"]),
+        (["--objective", "both"], ["objective='both'", "sweeps, tree, backprop"]),
+        (["--objective", "tree", "--path", "2,3"], ["path='2,3'", "--objective sweeps or backprop"]),
+        (["--objective", "tree", "--mix", "random"], ["mix='random'", "the tree trains all paths"]),
+        (["--path", "4", "--mix", "random"], ["mix='random' with path='4'", "leave one out"]),
+        (["--mix-weight", "0"], ["mix_weight=0.0", "--mix none"]),
+        (["--mix", "all"], ["mix='all'", "sandwich"]),
         (["--objective", "backprop", "--path", "1,3"], ["1 -> 3", "dyadic"]),
         (["--objective", "backprop", "--path", "x"], ["path='x'", "full"]),
         (["--precision", "fp16"], ["'fp16'", "refused", "bfloat16"]),
@@ -238,7 +244,7 @@ def test_weight_decay_falls_on_matrices_only():
         (["--min-lr-ratio", "2"], ["min_lr_ratio=2.0: must be at most 1\n"]),
         (["--sample-prompt", ""], ["sample_prompt='': must not be empty"]),
         (["--objective", "backprop", "--free-energy"], ["free_energy=True", "--objective tree"]),
-        (["--sigma", "0", "--free-energy"], ["free_energy=True", "sigma"]),
+        (["--objective", "tree", "--sigma", "0", "--free-energy"], ["free_energy=True", "sigma"]),
         (["--batch-size", "100000"], ["batch_size=100000", "windows", "smaller --batch-size"]),
         (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
         (["--preset", "huge"], ["preset 'huge'", "debug, small, wikitext-103, wikitext-2"]),

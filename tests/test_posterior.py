@@ -187,4 +187,4 @@ def test_observed_bits():
     expected = -torch.distributions.Bernoulli(logits=logits).log_prob(bits.double()).sum(-1)
     e = Bits().discrepancy(logits, bits)
     torch.testing.assert_close(e, 2 * expected)
-    assert Bits().n_scored(e, bits) == 4
+    assert Bits().n_scored(4, bits) == 4

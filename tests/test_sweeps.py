@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from hbll_seq.config import HBLLConfig
-from hbll_seq.messages import forward_sweeps
+from hbll_seq.local_objective import LocalObjective
+from hbll_seq.messages import Chain
+from hbll_seq.mix import MIXES
 from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, LocalObjective
+from hbll_seq.multigrid import v_cycle
+from hbll_seq.objective import BackpropObjective
 from hbll_seq.span import measure_span, small_hierarchy
+from hbll_seq.sweeps import LINEARIZATIONS, backward_sweeps, forward_sweeps
 
 
 def double_lm(**changes):
@@ -33,7 +37,7 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize("linearization", ["identity", "zero"])
-@pytest.mark.parametrize("init", ["input", "first"])
+@pytest.mark.parametrize("init", ["input", "first", "tree"])
 @pytest.mark.parametrize("path, tie", [(None, True), (None, False), ((2, 4, 6), True), ((4,), True), ((4, 6), False)])
 def test_exact_in_the_limit_and_not_before(linearization, init, path, tie):
     model, tokens = double_lm(tie_embeddings=tie)
@@ -44,7 +48,7 @@ def test_exact_in_the_limit_and_not_before(linearization, init, path, tie):
     assert largest_difference(ours, reference) < 1e-9
     assert abs(output.loss - exact.loss) < 1e-12
     if steps > 1:
-        first = 1 if init == "first" else 0  # which makes the first state exact before any sweep
+        first = 0 if init == "input" else 1  # the others make the first state exact before any sweep
         fewer_sweeps = LocalObjective(model, sweeps=steps - 1 - first, corrections=steps, **options)
         fewer_corrections = LocalObjective(model, sweeps=steps, corrections=steps - 1, **options)
         assert largest_difference(gradients(fewer_sweeps, tokens)[1], reference) > 1e-7
@@ -59,13 +63,147 @@ def test_after_k_sweeps_the_first_k_states_are_exact(linearization):
     for n in path:
         states += model.chain.apply((n,), (states[-1],))
     for sweeps in range(7):
-        inputs, residual = forward_sweeps(
-            model.chain, path, states[0].detach(), sweeps=sweeps, linearization=linearization
-        )
-        errors = [(inputs[n] - states[n]).abs().max().item() for n in range(7)]
+        swept = forward_sweeps(model.chain, path, states[0].detach(), sweeps=sweeps, linearization=linearization)
+        errors = [(swept.inputs[n] - states[n]).abs().max().item() for n in range(7)]
         assert max(errors[: sweeps + 1]) < 1e-12
         assert all(error > 1e-6 for error in errors[sweeps + 1 :])
-        assert (residual > 0) == (sweeps > 0)
+        assert (swept.residual > 0) == (0 < sweeps < 6)  # with six all states are exact
+
+
+def test_v_cycles_and_the_tree_start():
+    """The tree's states are its jump arcs; each V-cycle makes (at least) two more states exact, for D + 1 of span."""
+    model, tokens = double_lm()
+    states = [model.embed(tokens)]
+    for n in range(1, 8):
+        states += model.chain.apply((n,), (states[-1],))
+    jump = model.chain.apply((4,), (states[0],))[0]
+    estimates = v_cycle(model.chain, model.tree, states[0], cycles=0)
+    torch.testing.assert_close(estimates[3], jump)
+    torch.testing.assert_close(estimates[5], model.chain.apply((6,), (jump,))[0])
+    for cycles in range(7):
+        estimates = v_cycle(model.chain, model.tree, states[0], cycles=cycles)
+        errors = [(s - exact).abs().max().item() for s, exact in zip(estimates, states[1:7])]
+        exact = 2 * cycles + 1  # the first needs no cycle: its jump arc is the block itself
+        assert max(errors[:exact]) < 1e-12
+        assert all(error > 1e-6 for error in errors[exact:])
+    exact, reference = gradients(BackpropObjective(model), tokens)
+    output, ours = gradients(LocalObjective(model, "multigrid", sweeps=6, corrections=6), tokens)
+    assert largest_difference(ours, reference) < 1e-9
+
+
+class GatedChain(Chain):
+    """s -> g s + (1 - g) tanh(c + s / 2), elementwise gates: as a gated recurrent cell without mixing of features."""
+
+    has_diagonal = True
+
+    def __init__(self, gates, inputs):
+        self.gates, self.inputs = gates, inputs
+
+    def apply(self, indices, states):
+        return [self.gates[n] * s + (1 - self.gates[n]) * (self.inputs[n] + s / 2).tanh() for n, s in zip(indices, states)]
+
+    def diagonal(self, indices, states, outputs):
+        slopes = [1 - (self.inputs[n] + s / 2).tanh() ** 2 for n, s in zip(indices, states)]
+        return [self.gates[n] + (1 - self.gates[n]) * slope / 2 for n, slope in zip(indices, slopes)]
+
+
+def test_diagonal_linearisation_is_newton_where_the_jacobian_is_diagonal():
+    generator = torch.Generator().manual_seed(0)
+    gates, inputs = (torch.rand(40, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    chain, indices = GatedChain(gates, inputs), range(40)
+    s0 = torch.zeros(5, dtype=torch.float64)
+    states = [s0]
+    for n in indices:
+        states += chain.apply((n,), (states[-1],))
+
+    def error(linearization, sweeps):
+        swept = forward_sweeps(chain, indices, s0, sweeps=sweeps, linearization=linearization)
+        return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
+
+    assert error("diagonal", 4) < 1e-9 < 1e-3 < min(error("zero", 4), error("identity", 4))
+    assert max(error(name, 39) for name in LINEARIZATIONS) < 1e-12
+
+    # with the true Jacobian even the start of the messages is exact, without a correction
+    leaf = s0.clone().requires_grad_(True)
+    swept = forward_sweeps(chain, indices, leaf, sweeps=39, linearization="diagonal")
+    messages = backward_sweeps(swept, [*[None] * 39, torch.ones(5, dtype=torch.float64)], corrections=0)
+    state = leaf
+    for n in indices:
+        (state,) = chain.apply((n,), (state,))
+    (exact,) = torch.autograd.grad(state.sum(), leaf)
+    (ours,) = torch.autograd.grad(swept.outputs[0], leaf, messages[0])
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("mix", [name for name in MIXES if name != "none"])
+def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix):
+    model, tokens = double_lm()
+    for step in (0, 1):
+        pair = BackpropObjective(model, mix=mix, mix_weight=0.7), LocalObjective(
+            model, "sweeps", mix=mix, mix_weight=0.7, sweeps=6, corrections=6
+        )
+        (exact, reference), (output, ours) = (_at(objective, tokens, step) for objective in pair)
+        assert largest_difference(ours, reference) < 1e-9
+        assert abs(output.loss - exact.loss) < 1e-12
+        assert output.metrics["ce"] == pytest.approx(exact.metrics["ce"].item())
+        assert output.metrics["ce_mix"] == pytest.approx(exact.metrics["ce_mix"].item())
+    weights = [sum(r.exits.values()) for r in pair[0].routes(1)]
+    assert sum(weights) == pytest.approx(1.7)
+
+
+def _at(objective, tokens, step):
+    objective.model.zero_grad()
+    output = objective(tokens, step=step)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("inference", ["sweeps", "multigrid", "tree"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_graphs_give_the_same_gradients_from_less_memory(inference, dropout):
+    model, tokens = double_lm(dropout=dropout, n_embd=32)
+    results = [_at(LocalObjective(model, inference, graphs=g, seed=5), tokens, 3)[1] for g in ("kept", "recomputed")]
+    assert largest_difference(*results) < 1e-12
+    kept, recomputed = (_bytes_alive(LocalObjective(model, inference, graphs=g), tokens) for g in ("kept", "recomputed"))
+    assert recomputed < 0.4 * kept
+
+
+def _bytes_alive(objective, tokens):
+    """What autograd holds of the blocks between the objective's forward and the one backward."""
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage()._cdata for p in objective.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = objective(tokens)
+    del output
+    return sum(size for key, size in held.items() if key not in parameters)
+
+
+def test_dropout_is_the_same_at_every_evaluation_of_a_block():
+    """So the limit is backprop with dropout too."""
+    model, tokens = double_lm(dropout=0.3)
+    exact, reference = _at(BackpropObjective(model, seed=1), tokens, 4)
+    output, ours = _at(LocalObjective(model, "sweeps", sweeps=6, corrections=6, init="input", seed=1), tokens, 4)
+    assert largest_difference(ours, reference) < 1e-9
+    other = _at(BackpropObjective(model, seed=1), tokens, 5)[0]
+    assert abs(other.loss - exact.loss) > 1e-4
+
+
+def test_what_is_exact_is_not_computed_again():
+    """With K and M at least L - 1 the work is backprop's; below it, each sweep and correction leaves one transition out."""
+    torch.manual_seed(0)
+    x, y, model = torch.randn(2, 2), torch.tensor([0, 1]), small_hierarchy(3)
+    head = 4  # forward, product, full backward
+    for sweeps, corrections in ((0, 0), (3, 2), (4, 3), (6, 6)):
+        options = dict(sweeps=sweeps, corrections=corrections, init="input")
+        work = measure_span(LocalObjective(model, "sweeps", **options), x, y).work
+        forwards = sum(7 - k for k in range(sweeps + 1))
+        products = sum(6 - m for m in range(corrections))
+        assert work == forwards + products + 2 * 7 + head
 
 
 def test_early_stop_and_damping():
@@ -75,21 +213,28 @@ def test_early_stop_and_damping():
     apply = model.chain.apply
     model.chain.apply = lambda indices, states: calls.append(1) or apply(indices, states)
     forward_sweeps(model.chain, path, z0, sweeps=50, tolerance=1e-10)
-    assert len(calls) <= 8  # six sweeps make it exact, one more sees that nothing changes
-    half = forward_sweeps(model.chain, path, z0, sweeps=1, damping=0.5)[0]
-    whole = forward_sweeps(model.chain, path, z0, sweeps=1)[0]
+    assert len(calls) <= 13  # six sweeps of two calls (differentiated or not) make it exact, then the last block
+    calls.clear()
+    forward_sweeps(model.chain, path, z0, sweeps=50, tolerance=1e3)
+    assert len(calls) == 3  # one sweep, and the differentiated call of the others
+    half = torch.stack(forward_sweeps(model.chain, path, z0, sweeps=1, damping=0.5).inputs)
+    whole = torch.stack(forward_sweeps(model.chain, path, z0, sweeps=1).inputs)
     torch.testing.assert_close(half, 0.5 * (whole + z0))
 
 
 def test_span_does_not_grow_with_the_number_of_blocks():
     torch.manual_seed(0)
     x, y = torch.randn(2, 2), torch.tensor([0, 1])
-    for n_level in (3, 4, 6):
+    head = 2  # forward, and the product that starts the messages; its own gradients are off the critical path
+    for n_level in (3, 4, 6, 8):
         model = small_hierarchy(n_level)
-        for sweeps, corrections in ((2, 1), (4, 2)):
-            objective = LocalObjective(model, "sweeps", sweeps=sweeps, corrections=corrections)
-            span = measure_span(objective, x, y)
-            assert span.step == (sweeps + 1) + corrections + 2 + 2  # and the head: forward and backward
+        for sweeps, corrections in ((2, 1), (4, 3), (3, 5)):
+            for init, first in (("input", 0), ("first", 1)):
+                options = dict(sweeps=sweeps - first, corrections=corrections, init=init)
+                kept = measure_span(LocalObjective(model, "sweeps", **options), x, y)
+                assert kept.step == (sweeps + 1) + corrections + 2 + head
+                recomputed = measure_span(LocalObjective(model, "sweeps", graphs="recomputed", **options), x, y)
+                assert recomputed.step == (sweeps + 1) + 2 * corrections + 3 + head
 
 
 def test_no_gradient_passes_from_one_block_to_another():
@@ -115,8 +260,17 @@ def test_no_gradient_passes_from_one_block_to_another():
     [
         (dict(sweeps=-1), "sweeps=-1"),
         (dict(corrections=1.5), "corrections=1.5"),
-        (dict(linearization="diagonal"), "linearization='diagonal'.*identity, zero"),
-        (dict(init="tree"), "init='tree'.*input, first"),
+        (dict(linearization="diagonal"), "linearization='diagonal'.*use 'identity' or 'zero'"),
+        (dict(linearization="low-rank"), "linearization='low-rank'.*identity, zero, diagonal"),
+        (dict(init="random"), "init='random'.*input, first, tree"),
+        (dict(damping=0.0), "damping=0.0"),
+        (dict(tolerance=-1.0), "tolerance=-1.0"),
+        (dict(graphs="some"), "graphs='some'.*kept, recomputed"),
+        (dict(mix="all"), "mix='all'.*none, random"),
+        (dict(mix="random", mix_weight=0), "mix_weight=0"),
+        (dict(mix="random", path=(4,)), "leave path out"),
+        (dict(inference="multigrid", path=(4,)), "needs the full path"),
+        (dict(inference="tree", mix="random"), "mix='random' with inference='tree'"),
         (dict(path=(2, 6)), "dyadic"),
         (dict(inference="tree", path=(4,)), "the tree trains all paths"),
     ],

@@ -25,8 +25,9 @@ from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
+from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, LocalObjective, Objective
+from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.checkpoint import JsonLines
 from hbll_seq.training.devices import make_accelerator, precision_name
@@ -99,6 +100,24 @@ def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
     return HBLLConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
 
 
+def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int) -> tuple[Objective, dict]:
+    """The objective that the settings name, and the paths that it trains, by name."""
+    seeds = dict(seed=settings.seed, rank=rank)
+    if settings.objective == "tree":
+        return LocalObjective(model, "tree", n_samples=settings.n_samples, state_weight=settings.state_weight,
+                              free_energy=settings.free_energy, graphs=settings.graphs, **seeds), default_paths(model)
+    routes = dict(path=settings.path_blocks, mix=settings.mix_name, mix_weight=settings.mix_weight,
+                  graphs=settings.graphs, **seeds)
+    if settings.objective == "sweeps":
+        objective: Objective = LocalObjective(model, "sweeps", sweeps=settings.sweeps, corrections=settings.corrections,
+                                              linearization=settings.linearization, init=settings.init, **routes)
+    else:
+        objective = BackpropObjective(model, **routes)
+    if objective.mix == "none":  # the other paths are not trained
+        return objective, {f"depth {len(objective.path)}": objective.path}
+    return objective, default_paths(model)
+
+
 def training(
     settings: TrainingSettings, data: Data, accelerator: Accelerator, preset: str, resumed: Resumed | None = None
 ) -> None:
@@ -112,16 +131,7 @@ def training(
     folder = Path(settings.output_dir)
     set_seed(settings.seed)
     model = HBLLForCausalLM(model_config(settings, data.tokenizer.vocab_size), tokenizer=data.tokenizer)
-    seed = settings.seed + 1_000_003 * accelerator.process_index  # every process draws its own noise
-    if settings.objective == "tree":
-        objective: Objective = LocalObjective(
-            model, n_samples=settings.n_samples, state_weight=settings.state_weight,
-            free_energy=settings.free_energy, seed=seed,
-        )
-        paths = default_paths(model)
-    else:
-        objective = BackpropObjective(model, settings.path_blocks, seed=seed)
-        paths = {f"depth {len(objective.path)}": objective.path}  # the other paths are not trained
+    objective, paths = make_objective(settings, model, accelerator.process_index)
     identity = {
         "settings": asdict(settings),
         "preset": preset,

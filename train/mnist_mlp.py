@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hbll_seq.depth import DepthHierarchy
+from hbll_seq.local_objective import LocalObjective
 from hbll_seq.mnist import load_mnist
-from hbll_seq.objective import BackpropObjective, LocalObjective
+from hbll_seq.objective import BackpropObjective
 
 
 def sigmoid_mlp(n_layers: int, width: int, n_classes: int = 10) -> DepthHierarchy:

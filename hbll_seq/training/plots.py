@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,42 +69,49 @@ def plot_perplexity_by_depth(
     _save(figure, path)
 
 
-def plot_comparison(
-    path: str | os.PathLike,
-    runs: Sequence[Mapping[str, Any]],
-    chosen: Mapping[str, float],
-    seeds: Sequence[int],
-    local: str,
-) -> None:
-    """Test perplexity by depth of one locally trained hierarchy beside backprop models of one depth each.
+def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
+    """The sides of a comparison: the test figure by depth, and validation of the deepest path over steps and over work.
 
     Args:
         path: the PNG file to write.
-        runs: entries of train/compare.py's results (``side``, ``lr``, ``seed``, ``test``).
-        chosen: side -> its learning rate.
-        seeds: those to draw, one point each.
-        local: the side that is one model for all depths; the others are drawn as the baseline.
+        runs: side -> its runs, one per seed (entries of train/compare.py's results); sides named ``backprop-N`` are models
+            of one depth each and are drawn as one line.
+        metric: ``"perplexity"`` or ``"accuracy"``, the name of the figure.
 
     Raises:
         OSError: it cannot be written.
     """
-    figure = _figure(6.0, 4.0)
-    axes = figure.subplots()
+    figure = _figure(13.0, 4.2)
+    by_depth, by_step, by_work = figure.subplots(1, 3)
     points: dict[str, list[tuple[int, float]]] = {}
-    for run in runs:
-        if run["lr"] == chosen.get(run["side"]) and run["seed"] in seeds:
-            label = "local losses, one model" if run["side"] == local else "backprop, one model per depth"
-            points.setdefault(label, []).extend((row["depth"], row["perplexity"]) for row in run["test"])
-    for (label, values), marker in zip(sorted(points.items()), "os^"):
+    for side, of_side in runs.items():
+        single = side.startswith("backprop-") and side != "backprop-mix"
+        label = "backprop, a model per depth" if single else side
+        points.setdefault(label, []).extend((row["depth"], row[metric]) for run in of_side for row in run["test"])
+    for (label, values), marker in zip(points.items(), itertools.cycle("os^vDP*X")):
         depths = sorted({depth for depth, _ in values})
-        means = [_mean(y for x, y in values if x == depth) for depth in depths]
-        (line,) = axes.plot(depths, means, label=label)
-        axes.plot(*zip(*values), marker, color=line.get_color(), markersize=4)
-    axes.set_xticks(sorted({depth for values in points.values() for depth, _ in values}))
-    axes.set_xlabel("blocks on the path")
-    axes.set_ylabel("test perplexity per token")
-    axes.grid(axis="y", color="0.9")
-    axes.legend(fontsize="small")
+        (line,) = by_depth.plot(depths, [_mean(y for x, y in values if x == depth) for depth in depths], label=label)
+        by_depth.plot(*zip(*values), marker, color=line.get_color(), markersize=4)
+    by_depth.set_xticks(sorted({depth for values in points.values() for depth, _ in values}))
+    by_depth.set_xlabel("blocks on the path")
+    by_depth.set_ylabel(f"test {metric}")
+    deepest = max(depth for values in points.values() for depth, _ in values)
+    for side, of_side in runs.items():
+        name = f"depth {deepest}"
+        curve = [(step, row[name]) for run in of_side[:1] for step, row in run["evaluations"] if name in row]
+        if curve:
+            steps, values = zip(*curve)
+            by_step.plot(steps, values, label=side)
+            by_work.plot([step * of_side[0]["work"] for step in steps], values, label=side)
+    by_step.set_xlabel("steps")
+    by_work.set_xlabel("block evaluations of training")
+    for axes in (by_step, by_work):
+        axes.set_ylabel(f"validation {metric}, {deepest} blocks")
+    for axes in (by_depth, by_step, by_work):
+        axes.set_yscale("log" if metric == "perplexity" and axes is not by_depth else "linear")
+        axes.grid(axis="y", color="0.9")
+        if axes.has_data():
+            axes.legend(fontsize="small")
     _save(figure, path)
 
 

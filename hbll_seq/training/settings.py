@@ -19,6 +19,10 @@ from typing import Any
 
 import yaml
 
+from hbll_seq.mix import DEFAULT_MIX, MIXES
+from hbll_seq.objective import GRAPHS
+from hbll_seq.sweeps import INITS
+
 DEFAULT_PRESET = "small"
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
@@ -59,14 +63,25 @@ class TrainingSettings:
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
 
-    objective: str = _option("tree", "objective", "tree: block-local losses on the binary tree; backprop: the baseline",
-                             choices=("tree", "backprop"))
-    path: str = _option("full", "objective", "blocks that --objective backprop trains: full, or numbers such as 4,6,7")
-    sigma: float = _option(0.005, "objective", "noise scale of the sampled states", low=0)
-    state_weight: float = _option(0.1, "objective", "weight of the losses on hidden states", low=0)
-    n_samples: int = _option(1, "objective", "Monte-Carlo samples a step", low=1)
-    free_energy: bool = _option(False, "objective", "also log the free energy F (Eq. 10) and its parts per level; costs "
-                                "one more evaluation of every block", resume="free")
+    objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "
+                             "paper's local losses on the binary tree; backprop: the baseline",
+                             choices=("sweeps", "tree", "backprop"))
+    path: str = _option("full", "objective", "blocks that sweeps or backprop train: full, or numbers such as 4,6,7")
+    mix: str = _option("auto", "objective", "further paths that sweeps or backprop train in each step, so that every depth "
+                       "is useful; auto: sandwich for sweeps on the full path, else none", choices=("auto", *MIXES))
+    mix_weight: float = _option(1.0, "objective", "weight of the mix's losses beside the main path's 1", low=0)
+    sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0)
+    corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0)
+    linearization: str = _option("identity", "objective", "stands for the blocks' Jacobians between sweeps",
+                                 choices=("identity", "zero"))
+    init: str = _option("first", "objective", "first estimate of the states: the embedding, the first block's output, or the "
+                        "tree's", choices=INITS)
+    graphs: str = _option("kept", "objective", "kept, or recomputed: less memory for more work", choices=GRAPHS)
+    sigma: float = _option(0.005, "objective", "tree: noise scale of the sampled states", low=0)
+    state_weight: float = _option(0.1, "objective", "tree: weight of the losses on hidden states", low=0)
+    n_samples: int = _option(1, "objective", "tree: Monte-Carlo samples a step", low=1)
+    free_energy: bool = _option(False, "objective", "tree: also log the free energy F (Eq. 10) and its parts per level; "
+                                "costs one more evaluation of every block", resume="free")
 
     max_steps: int | None = _option(None, "optimisation", "optimizer steps (or give --epochs)", low=1)
     epochs: float | None = _option(None, "optimisation", "passes over the training text (or give --max-steps)", low=0)
@@ -120,13 +135,27 @@ class TrainingSettings:
         if (self.tokenizer == "train") != (self.vocab_size is not None):
             raise ValueError(f"tokenizer={self.tokenizer!r} with vocab_size={self.vocab_size}: --vocab-size goes "
                              "with --tokenizer train and only with it; any other tokenizer has its own size")
-        if self.objective != "backprop" and self.path != "full":
-            raise ValueError(f"path={self.path!r} with objective={self.objective!r}: a path is chosen only with "
-                             "--objective backprop; the tree trains all paths")
+        if self.objective == "tree" and self.path != "full":
+            raise ValueError(f"path={self.path!r} with objective='tree': the tree trains all paths; leave --path out, or "
+                             "choose --objective sweeps or backprop")
+        if self.objective == "tree" and self.mix not in ("auto", "none"):
+            raise ValueError(f"mix={self.mix!r} with objective='tree': the tree trains all paths; leave --mix out, or "
+                             "choose --objective sweeps or backprop")
+        if self.path != "full" and self.mix not in ("auto", "none"):
+            raise ValueError(f"mix={self.mix!r} with path={self.path!r}: a mix adds paths to the full one; leave one out")
+        if self.mix_weight == 0:
+            raise ValueError("mix_weight=0.0: must be above 0; --mix none trains one path alone")
         if self.free_energy and self.objective != "tree":
-            raise ValueError(f"free_energy=True with objective={self.objective!r}: backprop has no free energy; leave it "
-                             "out, or use --objective tree")
+            raise ValueError(f"free_energy=True with objective={self.objective!r}: only the tree has a variational "
+                             "posterior; leave it out, or use --objective tree")
         _ = self.path_blocks
+
+    @property
+    def mix_name(self) -> str:
+        """``mix``, with what "auto" stands for."""
+        if self.mix != "auto":
+            return self.mix
+        return DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none"
 
     @property
     def path_blocks(self) -> tuple[int, ...] | None:

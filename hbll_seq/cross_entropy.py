@@ -1,0 +1,78 @@
+"""Cross-entropy of a linear projection onto a vocabulary, in chunks: no [positions, vocabulary] tensor outlives its chunk.
+
+With 50,000 pieces the logits of a batch, their float32 copy and their gradient are the largest tensors of a training step.
+Loss and gradients of a chunk are computed together and only the gradients, of the size of the inputs, are kept. The
+idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989) and of torchtune's chunked loss.
+
+Shapes: P positions, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: logits of a chunk: 4M numbers, 16 MiB in float32.
+CHUNK_ELEMENTS = 2**22
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum over positions of ``-log softmax(hidden @ weight.T)[target]``, a scalar in nats, in at least float32.
+
+    Can be differentiated any number of times by the first order (not twice): gradients are made with the loss, so each
+    further backward costs a multiplication.
+
+    Args:
+        hidden: [P, C].
+        weight: [V, C].
+        targets: [P] of int64; ``ignore_index`` is not scored.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
+    return _chunked(hidden, weight, targets, ignore_index, False, False)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index):
+        total, d_hidden, d_weight = _chunked(hidden, weight, targets, ignore_index, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        d_hidden, d_weight = ctx.saved_tensors
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        return (
+            (gradient * d_hidden).to(d_hidden.dtype) if needs_hidden else None,
+            (gradient * d_weight).to(d_weight.dtype) if needs_weight else None,
+            None,
+            None,
+        )
+
+
+def _chunked(hidden, weight, targets, ignore_index, needs_hidden, needs_weight):
+    """The sum, and its gradients by hidden and weight where they are needed (else None)."""
+    work = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=work, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if needs_hidden else None
+    d_weight = torch.zeros(weight.shape, dtype=work, device=weight.device) if needs_weight else None
+    rows = max(1, CHUNK_ELEMENTS // len(weight))
+    for low in range(0, len(hidden), rows):
+        part, answer = hidden[low : low + rows], targets[low : low + rows]
+        scored = (answer != ignore_index).unsqueeze(1)
+        answer = answer.clamp(min=0).unsqueeze(1)
+        logits = (part @ weight.T).to(work)  # under autocast the product is in its precision, the sum below never is
+        log_norm = logits.logsumexp(1, keepdim=True)
+        total += ((log_norm - logits.gather(1, answer)) * scored).sum()
+        if not (needs_hidden or needs_weight):
+            continue
+        d_logits = logits.sub_(log_norm).exp_()
+        d_logits.scatter_add_(1, answer, torch.full_like(log_norm, -1.0))
+        d_logits = d_logits.mul_(scored).to(part.dtype)
+        if needs_hidden:
+            d_hidden[low : low + rows] = d_logits @ weight.to(part.dtype)
+        if needs_weight:
+            d_weight += d_logits.T @ part
+    return total, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)

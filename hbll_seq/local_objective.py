@@ -1,0 +1,271 @@
+"""Local losses: every block is trained by a loss of its own, from messages on the tree or composed along the chain.
+
+All local losses of a step are computed inside ``forward``, so that DistributedDataParallel around the objective sees
+every parameter. Their sum is safe to differentiate in one call: each loss reaches its own block or two and no further.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hbll_seq.depth import DepthHierarchy
+from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
+from hbll_seq.mix import Route
+from hbll_seq.multigrid import v_cycle
+from hbll_seq.objective import Objective, ObjectiveOutput, is_number
+from hbll_seq.posterior import Gaussian
+from hbll_seq.seeds import mix_seeds
+from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
+
+INFERENCES = ("sweeps", "multigrid", "tree")
+
+
+class LocalObjective(Objective):
+    """Local losses from messages: no gradient ever passes more than two blocks.
+
+    Inference ``"tree"`` is the paper's Algorithm 1: all blocks, and so all paths, at once. Node n's loss is
+    ``1/2 mean over positions of e_n`` (METHOD 1.3); it trains f_n, the block of its right parent (or the head, where that
+    is y) and, on the left spine, the embedding. ``"sweeps"`` and ``"multigrid"`` train the main path, and those of the mix,
+    as chains (METHOD 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone.
+
+    Args:
+        model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
+        inference: ``"tree"``, ``"sweeps"``, or ``"multigrid"``: V-cycles over the tree's jump arcs instead of forward
+            sweeps (METHOD 2.2b); only with the full path.
+        sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
+            both at least the path's length minus one, the gradient of every parameter is backprop's.
+        linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
+        init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
+        damping, tolerance: see :func:`forward_sweeps`.
+        path, mix, mix_weight, graphs: see :class:`Objective`; they belong to ``"sweeps"``, ``graphs`` to all.
+        sigma: noise scale of ``"tree"``; None takes ``model.config.sigma`` or 0 where the model has no config.
+        n_samples: Monte-Carlo samples S of the states per input (Eq. 11), ``"tree"``.
+        state_weight: weight w of the losses whose target is a state, ``"tree"``; those of the head have weight 1. The
+            default did best of 1, 0.1 and 0.01 in one short language-model trial (README, "What we tried").
+        clean_inputs: blocks read forward messages. False lets them read the corrected samples, which hold y: only for
+            models whose y is not their own next input.
+        free_energy: also report F (Eq. 10) and its parts; costs N - 1 further block evaluations without gradient.
+        seed, rank: of noise, dropout and the mix; see :class:`Objective`.
+
+    Raises:
+        ValueError: an argument is out of range. ``forward`` raises it for float16 and under ``torch.inference_mode``.
+    """
+
+    def __init__(
+        self,
+        model: DepthHierarchy,
+        inference: str = "tree",
+        *,
+        sweeps: int = 3,
+        corrections: int = 4,
+        linearization: str = "identity",
+        init: str = "first",
+        damping: float = 1.0,
+        tolerance: float = 0.0,
+        path: Sequence[int] | None = None,
+        mix: str = "none",
+        mix_weight: float = 1.0,
+        graphs: str = "kept",
+        sigma: float | None = None,
+        n_samples: int = 1,
+        state_weight: float = 0.1,
+        clean_inputs: bool = True,
+        free_energy: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+    ):
+        super().__init__(model, path, mix=mix, mix_weight=mix_weight, graphs=graphs, seed=seed, rank=rank)
+        sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
+        if inference not in INFERENCES:
+            raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
+        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance)
+        if linearization == "diagonal" and not model.chain.has_diagonal:
+            raise ValueError(
+                "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
+                "do); use 'identity' or 'zero'"
+            )
+        _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy)
+        if inference == "tree" and (path is not None or mix != "none"):
+            given = f"path={path!r}" if path is not None else f"mix={mix!r}"
+            raise ValueError(f"{given} with inference='tree': the tree trains all paths; use inference='sweeps'")
+        if inference == "multigrid" and len(self.path) < model.tree.n_nodes:
+            raise ValueError(f"path={path!r} with inference='multigrid': it needs the full path; use inference='sweeps'")
+        self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
+        self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
+        self.damping, self.tolerance = damping, tolerance
+        self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
+        """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
+
+        Losses on states count every position, those of the head only the positions with a label.
+
+        Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the mix's readouts, ``residual`` of the
+        main path's last sweep. Of the tree: ``ce_<k>`` of the right spine's path with k blocks, ``ce`` that of the longest,
+        ``state`` the mean discrepancy of nodes whose target is a state; on request ``free_energy``, its likelihood
+        part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+        self._check_precision(inputs.device.type)
+        keep_graph = torch.is_grad_enabled()
+        # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
+        with torch.enable_grad(), self._dropout_of_step(inputs, step):
+            x, targets = self.model.prepare(inputs, labels)
+            if self.n_samples > 1:
+                x, targets = (t.repeat_interleave(self.n_samples, dim=0) for t in (x, targets))
+            if self.inference == "tree":
+                result = self._tree_pass(x, targets, step)
+                output = self._losses(result, targets)
+            else:
+                output = self._sweep_routes(x, targets, step)
+        if self.free_energy:
+            output.metrics.update(self._free_energy(result, targets))
+        return output if keep_graph else ObjectiveOutput(output.loss.detach(), output.node_losses.detach(), output.metrics)
+
+    # ------------------------------------------------------------------------------------------------------ sweeps
+
+    def _sweep_routes(self, x: Tensor, targets: Tensor, step: int) -> ObjectiveOutput:
+        """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
+        a value other than zero, and their gradients are the blocks' own."""
+        z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
+        node_losses: dict[int, Tensor] = {}
+        nats: list[dict[int, Tensor]] = []
+        residual = None
+        for route in routes:
+            swept, values = self._sweep(chain, route, z0, targets, node_losses)
+            nats.append(values)
+            residual = swept.residual if residual is None else residual
+        losses = torch.stack([node_losses[n] for n in sorted(node_losses)])
+        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(routes, nats), "residual": residual})
+
+    def _sweep(
+        self, chain: Chain, route: Route, z0: Tensor, targets: Tensor, node_losses: dict[int, Tensor]
+    ) -> tuple[Swept, dict[int, Tensor]]:
+        """One route; adds its losses by block to ``node_losses`` and returns the nats of its readouts by block."""
+        path = tuple(n for n in route.path if n in route.blocks)
+        swept = self._forward_messages(chain, path, z0)
+        states = [s.requires_grad_(True) for s in swept.states]
+        nats = {n: self._nats(states[path.index(n)], targets) for n in route.exits}
+        emission = sum(weight * nats[n] for n, weight in route.exits.items())
+        # None where no readout reads a state
+        errors = torch.autograd.grad(emission, states, retain_graph=True, allow_unused=True)
+        messages = backward_sweeps(swept, errors, corrections=self.corrections)
+        for n, message, output in zip(path, messages, swept.outputs):
+            # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
+            # forming a difference that float32 could not hold.
+            local = (message * output).sum()
+            loss = local - local.detach()
+            if n in nats:
+                loss = loss + route.exits[n] * nats[n]
+            node_losses[n] = node_losses[n] + loss if n in node_losses else loss
+        return swept, nats
+
+    def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
+        tree = self.model.tree
+        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance)
+        if self.inference == "multigrid" and len(path) == tree.n_nodes:
+            start = v_cycle(chain, tree, z0, cycles=self.sweeps)
+            return forward_sweeps(chain, path, z0, sweeps=0, start=start, **options)
+        start = tree_states(chain, tree, path, z0) if self.init == "tree" else None
+        init = "input" if self.init == "tree" else self.init
+        return forward_sweeps(chain, path, z0, sweeps=self.sweeps, start=start, init=init, **options)
+
+    # -------------------------------------------------------------------------------------------------------- tree
+
+    def _tree_pass(self, x: Tensor, targets: Tensor, step: int) -> TreePass:
+        def noise(node: int, like: Tensor) -> Tensor:
+            generator = torch.Generator(like.device).manual_seed(mix_seeds(self.noise_seed, step, node))
+            return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+        return tree_pass(
+            self.chain(step),
+            self.model.tree,
+            self.model.embed(x),
+            lambda state: self.model.score(state, targets),
+            self.model.state_family,
+            sigma=self.sigma,
+            noise=noise,
+            clean_inputs=self.clean_inputs,
+            posterior_at_leaves=self.free_energy,
+        )
+
+    def _losses(self, result: TreePass, targets: Tensor) -> ObjectiveOutput:
+        tree = self.model.tree
+        losses, metrics, state_losses = [], {}, []
+        for n in range(1, tree.N):
+            if tree.parents(n)[1] == tree.N:
+                n_scored = self.model.n_scored(result.messages[n], targets)
+                losses.append(0.5 * result.discrepancies[n].sum() / n_scored)
+                metrics["ce"] = metrics[f"ce_{tree.level_of(n) + 1}"] = losses[-1].detach()
+            else:
+                state_losses.append(0.5 * result.discrepancies[n].mean())
+                losses.append(self.state_weight * state_losses[-1])
+        if state_losses:
+            metrics["state"] = 2.0 * torch.stack(state_losses).detach().mean()
+        node_losses = torch.stack(losses)
+        return ObjectiveOutput(node_losses.sum(), node_losses, metrics)
+
+    @torch.no_grad()
+    def _free_energy(self, result: TreePass, targets: Tensor) -> dict[str, Tensor]:
+        """F = sum_n KL(q(z_n | parents) || p(z_n | z_{n-1})) - log p(y | z_{N-1}), in expectation over q (Eq. 10)."""
+        tree, family, states = self.model.tree, self.model.state_family, {0: result.reads[0], **result.targets}
+        nodes = range(1, tree.N)
+        predictions = self.model.chain.apply(nodes, [states[n - 1] for n in nodes])
+        nll = self.model.score(states[tree.N - 1], targets)
+        n_targets = self.model.n_scored(states[tree.N - 1], targets)
+        metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}
+        for n, prediction in zip(nodes, predictions):
+            if tree.span(n) == 1:  # z_{n-1} is the left parent
+                term = family.kl(result.means[n], prediction, self.sigma**2)
+            else:  # z_{n-1} was drawn below z_n, given its sample
+                term = family.log_ratio(states[n], prediction, self.sigma**2)
+            metrics[f"free_energy_level_{tree.level_of(n)}"] += term.sum() / n_targets
+        metrics["free_energy_nll"] = 0.5 * nll / n_targets
+        metrics["free_energy"] = sum(metrics.values())
+        return metrics
+
+    def _check_precision(self, device_type: str) -> None:
+        half = any(p.dtype == torch.float16 for p in self.model.parameters())
+        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+        if half or autocast:
+            raise ValueError(
+                "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
+                "use bfloat16 or float32"
+            )
+
+
+def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) -> None:
+    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")
+    for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    if not is_number(damping) or not 0 < damping <= 2:
+        raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
+    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: must be a number of 0 or more; 0 does all sweeps")
+
+
+def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:
+    if not is_number(sigma) or not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma={sigma!r}: must be a number of 0 or more (0 switches the noise off)")
+    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
+        raise ValueError(f"n_samples={n_samples!r}: must be a whole number of at least 1")
+    if not is_number(state_weight) or not 0 < state_weight < math.inf:
+        raise ValueError(f"state_weight={state_weight!r}: must be a number above 0, or most blocks would not be trained")
+    if free_energy and inference != "tree":
+        raise ValueError(f"free_energy=True with inference={inference!r}: only the tree has a variational posterior")
+    if free_energy and sigma == 0 and isinstance(model.state_family, Gaussian):
+        raise ValueError(
+            "free_energy=True with sigma=0: F is an expectation over noisy Gaussian states; give a sigma above 0"
+        )
+    if getattr(model, "config", None) is not None and not clean_inputs:
+        raise ValueError(
+            "clean_inputs=False: a language model whose blocks read corrected states reads its next token; leave it True"
+        )

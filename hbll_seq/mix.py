@@ -1,0 +1,99 @@
+"""Which paths a training step reads besides the main one, so that every depth becomes useful (METHOD 2.3).
+
+A *route* is a path and the readouts along it. One route with several readouts serves several depths for one evaluation of
+its blocks: the right spine (4, 6, 7) read out after each block is the default path of depths 1, 2 and 3.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hbll_seq.tree import DyadicTree
+
+
+class Route(NamedTuple):
+    """``path``: block numbers; ``exits``: block number on the path -> weight of the loss of its readout."""
+
+    path: tuple[int, ...]
+    exits: dict[int, float]
+
+    @property
+    def blocks(self) -> set[int]:
+        """The blocks that some readout depends on."""
+        return set(self.path[: 1 + max(self.path.index(n) for n in self.exits)])
+
+
+def whole(path: tuple[int, ...], weight: float = 1.0) -> Route:
+    """A path read out at its end."""
+    return Route(path, {path[-1]: weight})
+
+
+def _random(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    return [whole(tree.sample_path(rng))]
+
+
+def _nested(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    return [whole(tree.path_for_depth(rng.randint(1, max(1, tree.n_nodes - 1))))]
+
+
+def _sandwich(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    return [whole(tree.path_for_depth(1), 0.5), whole(tree.path_for_depth(rng.randint(1, max(1, tree.n_nodes - 1))), 0.5)]
+
+
+def _spine(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    spine = tree.path_for_depth(tree.n_level)
+    return [Route(spine, {n: 1.0 / len(spine) for n in spine})]
+
+
+def _ladder(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    """The spine, and a default path of a random depth between it and the full path."""
+    (spine,) = _spine(tree, rng)
+    if tree.n_nodes - 1 <= tree.n_level:
+        return [spine]
+    half = Route(spine.path, {n: 0.5 * w for n, w in spine.exits.items()})
+    return [half, whole(tree.path_for_depth(rng.randint(tree.n_level + 1, tree.n_nodes - 1)), 0.5)]
+
+
+def _prefixes(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    """The full path itself, read out where a dyadic jump leads to the output: after 4 and 6 of 7, weight by depth."""
+    ends = [n for n in tree.path_for_depth(tree.n_level)[:-1]]
+    return [Route(tuple(range(1, tree.N)), {n: n / sum(ends) for n in ends})] if ends else []
+
+
+#: name -> routes of a step besides the main path; the weights of their readouts sum to one.
+MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
+    "none": lambda tree, rng: [],
+    "random": _random,  # any dyadic path, all alike
+    "nested": _nested,  # a default path of a random depth
+    "sandwich": _sandwich,  # the smallest and one default path
+    "spine": _spine,  # the right spine, read out after each block
+    "ladder": _ladder,  # the spine, read out after each block, and one default path that is deeper
+    "prefixes": _prefixes,  # the full path, read out at its dyadic prefixes
+}
+
+
+#: did best of those above in train/compare.py (README, "Results")
+DEFAULT_MIX = "sandwich"
+
+
+def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, ...], seed: int) -> list[Route]:
+    """The main path with weight 1, then the mix's routes with ``weight`` in all; a pure function of its arguments.
+
+    Readouts along the main path itself are joined to its route, so that its blocks are evaluated once.
+    """
+    main, others = whole(path), []
+    for route in MIXES[mix](tree, random.Random(seed)):
+        exits = {n: weight * w for n, w in route.exits.items()}
+        if route.path == path:
+            joined = {n: main.exits.get(n, 0.0) + w for n, w in exits.items()}
+            main = Route(path, {**main.exits, **joined})
+        else:
+            others.append(Route(route.path, exits))
+    return [main, *others]
+
+
+def trained_blocks(mix: str, tree: DyadicTree, path: tuple[int, ...]) -> set[int]:
+    """Blocks that some step may train."""
+    return set(path) if mix == "none" else set(range(1, tree.N))

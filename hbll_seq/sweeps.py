@@ -1,0 +1,166 @@
+"""Messages composed along a chain: K forward sweeps and M backward corrections (METHOD 2.2).
+
+A chain s_n = f_n(s_{n-1}), n = 1 .. L, is linearised around an estimate of its states with a cheap stand-in A_n for the
+Jacobian of f_n. A whole sweep is then one parallel call of the transitions and one scan. Lists are over transitions:
+``inputs[i]`` is s_i, ``outputs[i]`` is a_{i+1} = f_{i+1}(s_i), ``messages[i]`` is lambda_{i+1} = d loss / d s_{i+1}.
+
+What is exact is not computed again: after k sweeps the first k states are those of the plain chain, so sweep k + 1 leaves
+those transitions out, and their calls are already the differentiated ones. The same holds for messages from the end. With
+K and M at least L - 1 the whole scheme is backpropagation, and costs no more than it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbll_seq.messages import Chain
+from hbll_seq.scan import affine_scan
+
+#: stand-ins A for the Jacobians: identity (residual blocks: Picard), zero (Jacobi), and the chain's own diagonals
+#: (gated cells: quasi-Newton).
+LINEARIZATIONS = ("identity", "zero", "diagonal")
+#: first estimates: the chain's input everywhere, the first transition's output everywhere, or the tree's jump arcs.
+INITS = ("input", "first", "tree")
+
+
+@dataclass
+class Swept:
+    """A chain after its forward sweeps.
+
+    Attributes:
+        inputs: s_0 .. s_{L-1}, what the differentiated calls read; s_0 stays attached, the others are leaves.
+        outputs: a_1 .. a_L, the differentiated calls.
+        states: s_1 .. s_L as the forward message makes them of these calls, detached: what readouts read.
+        factors: A per transition: 0.0, 1.0 or a tensor [L, ...].
+        residual: root mean square of the last sweep's change relative to the states'; 0 where all states are exact.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    states: list[Tensor]
+    factors: Tensor | float
+    residual: Tensor
+
+
+def forward_sweeps(
+    chain: Chain,
+    indices: Sequence[int],
+    s0: Tensor,
+    *,
+    sweeps: int,
+    linearization: str = "identity",
+    start: Sequence[Tensor] | None = None,
+    init: str = "input",
+    damping: float = 1.0,
+    tolerance: float = 0.0,
+) -> Swept:
+    """K parallel sweeps without gradient, then the differentiated call of every transition (sweep K + 1).
+
+    Args:
+        chain: the transitions.
+        indices: the L transitions in order.
+        s0: [...], what the first one reads; stays attached to what made it.
+        sweeps: K; after k sweeps the first k states are exact, whatever the linearisation.
+        linearization: one of ``LINEARIZATIONS``.
+        start: first estimate of s_1 .. s_{L-1}; goes before ``init``.
+        init: ``"input"`` or ``"first"``. The latter is one call more, and makes one more state exact: for chains whose
+            first transition changes the state most (METHOD 2.2b).
+        damping: each sweep moves so far from the old estimate to the new one; 1 is the plain sweep, and the only one that
+            ever makes a state exact.
+        tolerance: stop early once the residual is at most this (waits for the device).
+    """
+    n_steps, residual = len(indices), s0.new_zeros(())
+    inputs: list[Tensor] = [s0] * n_steps
+    outputs: list[Tensor] = [s0] * n_steps
+    states = [s0.detach(), *(s.detach() for s in start)] if start is not None else [s0.detach()] * n_steps
+    n_exact = 0  # transitions whose input was exact when they were differentiated
+
+    def differentiate(low: int, high: int) -> list[Tensor]:
+        inputs[low:high] = [s0 if i == 0 else states[i].detach().requires_grad_(True) for i in range(low, high)]
+        with torch.enable_grad():
+            outputs[low:high] = chain.apply(indices[low:high], inputs[low:high])
+        return [a.detach() for a in outputs[low:high]]
+
+    with torch.no_grad():
+        if init == "first" and start is None:
+            states[1:] = differentiate(0, 1) * (n_steps - 1)
+            n_exact = 1
+        for _ in range(sweeps):
+            if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
+                break
+            n_done = 0
+            calls = differentiate(n_exact, n_exact + 1) if damping == 1.0 else []
+            n_done = n_exact + len(calls)
+            calls += chain.apply(indices[n_done:], states[n_done:])
+            factors = _factors(chain, linearization, indices[n_exact:], states[n_exact:], calls)
+            new = _compose(calls, states[n_exact:], factors)[:-1]
+            old = states[n_exact + 1 :]
+            residual = _residual(old, new)
+            states[n_exact + 1 :] = [o + damping * (n - o) for o, n in zip(old, new)] if damping != 1.0 else new
+            n_exact = n_done
+            if tolerance > 0 and residual.item() <= tolerance:
+                break
+        if n_exact >= n_steps - 1:
+            residual = torch.zeros_like(residual)
+        calls = differentiate(n_exact, n_steps)
+        factors = _factors(chain, linearization, indices, states, [a.detach() for a in outputs])
+        tail = factors[n_exact:] if isinstance(factors, Tensor) else factors
+        final = [a.detach() for a in outputs[:n_exact]] + (_compose(calls, states[n_exact:], tail) if calls else [])
+    return Swept(inputs, outputs, final, factors, residual)
+
+
+def backward_sweeps(swept: Swept, errors: Sequence[Tensor | None], *, corrections: int) -> list[Tensor]:
+    """Messages lambda_1 .. lambda_L of a loss on some of the states: a scan, then M corrections of it (METHOD 2.2).
+
+    Each correction is one batched vector-Jacobian product and a scan:
+    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= L - 1 they are exact.
+
+    Args:
+        swept: the chain after :func:`forward_sweeps`.
+        errors: e_n = d loss / d s_n for n = 1 .. L; None where no readout reads s_n.
+        corrections: M.
+    """
+    n_steps = len(swept.outputs)
+    e = torch.stack([torch.zeros_like(s) if error is None else error for s, error in zip(swept.states, errors)])
+    factors = swept.factors
+
+    def after(low: int, high: int) -> Tensor | float:
+        return factors[low:high] if isinstance(factors, Tensor) else factors
+
+    messages = torch.cat((affine_scan(e[:-1], after(1, n_steps), e[-1], reverse=True), e[-1:])) if n_steps > 1 else e
+    for correction in range(corrections):
+        high = n_steps - correction  # products of transitions from here on were taken of final messages
+        if high < 2:
+            break
+        # The engine is handed sums, one number per transition: the gradient of <message, output> is the product.
+        products = torch.autograd.grad(
+            swept.outputs[1:high], swept.inputs[1:high], list(messages[1:high].unbind(0)), retain_graph=True
+        )
+        a = after(1, high)
+        b = e[: high - 1] + torch.stack(products) - a * messages[1:high]
+        messages = torch.cat((affine_scan(b, a, messages[high - 1], reverse=True), messages[high - 1 :]))
+    return list(messages.unbind(0))
+
+
+def _factors(chain: Chain, linearization: str, indices, inputs, outputs) -> Tensor | float:
+    if linearization == "diagonal":
+        return torch.stack(chain.diagonal(indices, inputs, outputs))
+    return 1.0 if linearization == "identity" else 0.0
+
+
+def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Tensor | float) -> list[Tensor]:
+    """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
+    if isinstance(factors, float) and factors == 0.0:
+        return list(outputs)
+    s = torch.stack(list(inputs))
+    return list(affine_scan(torch.stack(list(outputs)) - factors * s, factors, inputs[0]).unbind(0))
+
+
+def _residual(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
+    change = sum((n.float() - o.float()).square().sum() for o, n in zip(old, new))
+    size = sum(n.float().square().sum() for n in new)
+    return (change / size.clamp(min=1e-30)).sqrt()

@@ -1,0 +1,314 @@
+"""Parts of a comparison of training methods: what is learned, the sides, one run, and the file of results.
+
+Every run of a comparison sees the same batches in the same order and starts from the same weights (of its seed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hbll_seq.atomic import atomic_write
+from hbll_seq.config import HBLLConfig
+from hbll_seq.data import TokenWindows
+from hbll_seq.evaluation import evaluate_paths
+from hbll_seq.local_objective import INFERENCES, LocalObjective
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.objective import BackpropObjective, Objective
+from hbll_seq.span import measure_span, small_hierarchy
+from hbll_seq.tasks import Task, count_correct
+from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.trainer import learning_rate, make_optimizer
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
+class Problem(ABC):
+    """What is learned: batches of training, and the figures of a model by path."""
+
+    vocab_size: int
+    block_size: int
+    #: name of the figure in a row
+    metric: str
+    #: identifies the data
+    fingerprint: str
+
+    @abstractmethod
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens and labels [B, T + 1] (None: the tokens themselves)."""
+
+    @abstractmethod
+    def evaluate(self, model: HBLLForCausalLM, split: str, paths: Mapping[str, Sequence[int]], n_batches: int) -> list[dict]:
+        """One row per path with ``name``, ``path``, ``depth``, ``loss`` and the figure named by ``metric``."""
+
+
+class TextProblem(Problem):
+    """Next-token prediction; the figure is perplexity per token."""
+
+    metric = "perplexity"
+
+    def __init__(self, windows: dict[str, TokenWindows], vocab_size: int):
+        self.windows, self.vocab_size, self.block_size = windows, vocab_size, windows["train"].block_size
+        self.fingerprint = windows["train"].stream.fingerprint
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, None]:
+        """See :meth:`Problem.batch`."""
+        return self.windows["train"].batch(step, batch_size, seed), None
+
+    def evaluate(self, model: HBLLForCausalLM, split: str, paths: Mapping[str, Sequence[int]], n_batches: int) -> list[dict]:
+        """See :meth:`Problem.evaluate`; the first batches of 16 windows."""
+        return evaluate_paths(model, self.windows[split], paths, max_batches=n_batches)
+
+
+class TaskProblem(Problem):
+    """A synthetic task; the figure is the accuracy in percent of the scored positions."""
+
+    metric = "accuracy"
+
+    def __init__(self, task: Task):
+        self.task, self.vocab_size, self.block_size = task, task.vocab_size, task.block_size
+        self.fingerprint = f"{task.name} {sorted((k, v) for k, v in vars(task).items() if isinstance(v, int))}"
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`Problem.batch`."""
+        return self.task.batch(step, batch_size, seed)
+
+    @torch.no_grad()
+    def evaluate(self, model: HBLLForCausalLM, split: str, paths: Mapping[str, Sequence[int]], n_batches: int) -> list[dict]:
+        """See :meth:`Problem.evaluate`; batches of 32 windows."""
+        device = next(model.parameters()).device
+        totals = {name: [0.0, 0, 0] for name in paths}
+        for step in range(n_batches):
+            tokens, labels = (t.to(device) for t in self.task.batch(step, 32, 0, split))
+            for name, path in paths.items():
+                logits = model.run(tokens[:, :-1], path)
+                nats = 0.5 * model.target_family.discrepancy(logits, labels[:, 1:]).double().sum().item()
+                for i, value in enumerate((nats, *count_correct(logits, labels))):
+                    totals[name][i] += value
+        return [
+            {"name": name, "path": list(path), "depth": len(path), "loss": nats / n, "accuracy": 100 * right / n}
+            for (name, path), (nats, right, n) in zip(paths.items(), totals.values())
+        ]
+
+
+# --------------------------------------------------------------------------------------------------------------- sides
+
+_KINDS = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float, "mix": str,
+          "init": str, "linearization": str, "graphs": str}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way of training: ``name`` as it was asked for, the inference (or "backprop"), and options of its objective."""
+
+    name: str
+    inference: str
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def parse(cls, name: str, mix: str) -> Side:
+        """From "inference:key=value,key=value", or the short names "backprop-3", "mix" and "backprop-mix".
+
+        Raises:
+            ValueError: unknown inference or option, or a value of the wrong type.
+        """
+        short = {"mix": f"sweeps:mix={mix}", "backprop-mix": f"backprop:mix={mix}"}.get(name, name)
+        if short.startswith("backprop-"):
+            short = "backprop:depth=" + short.removeprefix("backprop-")
+        inference, _, rest = short.partition(":")
+        if inference not in ("backprop", *INFERENCES):
+            raise ValueError(f"side {name!r}: allowed are backprop, backprop-N, mix, backprop-mix, {', '.join(INFERENCES)}")
+        options = []
+        for item in filter(None, rest.split(",")):
+            key, _, value = item.partition("=")
+            if key not in _KINDS or (key == "depth" and inference != "backprop"):
+                raise ValueError(f"side {name!r}: unknown option {key!r}; known are {', '.join(_KINDS)}")
+            try:
+                options.append((key, _KINDS[key](value)))
+            except ValueError:
+                raise ValueError(f"side {name!r}: {key}={value!r} must be {_KINDS[key].__name__}") from None
+        return cls(name, inference, tuple(options))
+
+    @property
+    def one_depth(self) -> int | None:
+        """The depth of a backprop model that is trained for one depth only."""
+        return dict(self.options).get("depth")
+
+    def objective(self, model, seed: int) -> Objective:
+        """This side's objective around a model.
+
+        Raises:
+            ValueError: an option does not fit the model.
+        """
+        options = dict(self.options)
+        if self.inference == "backprop":
+            depth = options.pop("depth", None)
+            path = None if depth is None else model.resolve_path(depth=depth)
+            return BackpropObjective(model, path, seed=seed, **options)
+        return LocalObjective(model, self.inference, seed=seed, **options)
+
+    def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+        """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
+        if self.one_depth is not None:
+            return {f"depth {self.one_depth}": model.resolve_path(depth=self.one_depth)}
+        n = model.tree.n_nodes
+        if self.inference != "tree" and dict(self.options).get("mix", "none") == "none":
+            return {f"depth {n}": model.resolve_path()}
+        depths = [k for k in range(1, n + 1) if k <= 7 or k & (k + 1) == 0]
+        return {f"depth {k}": model.resolve_path(depth=k) for k in depths}
+
+    def work(self, n_level: int, n_steps: int = 16) -> float:
+        """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""
+        objective = self.objective(small_hierarchy(n_level), seed=0)
+        x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+        is_random = dict(self.options).get("mix", "none") != "none"
+        counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if is_random else 1)]
+        return sum(counts) / len(counts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and the length of every run of a comparison."""
+
+    n_level: int
+    n_embd: int
+    n_head: int
+    batch_size: int
+    steps: int
+    warmup_steps: int
+    eval_batches: int
+    eval_every: int
+    probe_every: int
+
+
+def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> dict[str, Any]:
+    """Trains one side once and evaluates it; a run of the results file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    config = HBLLConfig(vocab_size=problem.vocab_size, n_level=shape.n_level, n_embd=shape.n_embd, n_head=shape.n_head,
+                        block_size=problem.block_size)  # fmt: skip
+    model = HBLLForCausalLM(config).to(device)
+    objective, paths = side.objective(model, seed), side.paths(model)
+    exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)
+    settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)
+    optimizer = make_optimizer(objective, settings)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    curve, probes, evaluations, seconds = [], [], [], 0.0
+    with tqdm(range(shape.steps), desc=f"{side.name} lr={lr:g} seed={seed}", mininterval=5) as bar:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, peak=lr, total=shape.steps, warmup=shape.warmup_steps,
+                                            floor=settings.min_lr_ratio)  # fmt: skip
+            tokens, labels = (t if t is None else t.to(device) for t in problem.batch(step, shape.batch_size, seed))
+            if side.inference in ("sweeps", "multigrid") and (step + 1) % shape.probe_every == 0:
+                probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step)])
+            start = time.perf_counter()
+            output = objective(tokens, labels, step=step)
+            optimizer.zero_grad()
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            seconds += time.perf_counter() - start
+            if step % 20 == 19 or step == shape.steps - 1:
+                curve.append([step + 1, round(output.metrics["ce"].item(), 5)])
+                bar.set_postfix(ce=f"{curve[-1][1]:.3f}")
+            if (step + 1) % shape.eval_every == 0 and step + 1 < shape.steps:
+                rows = problem.evaluate(model, "validation", paths, max(1, shape.eval_batches // 4))
+                evaluations.append([step + 1, {row["name"]: round(row[problem.metric], 4) for row in rows}])
+    rows = {s: problem.evaluate(model, s, paths, shape.eval_batches) for s in ("validation", "test")}
+    return {"side": side.name, "lr": lr, "seed": seed, "seconds": round(seconds, 1), "work": side.work(shape.n_level),
+            "curve": curve, "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
+
+
+def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
+    gradients = []
+    for each in (objective, exact):
+        output = each(tokens, labels, step=step)
+        parts = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in parts if g is not None]))
+        residual = output.metrics.get("residual", torch.zeros(())) if each is objective else residual  # noqa: F821
+    ours, reference = gradients
+    cosine = torch.dot(ours, reference) / (ours.norm() * reference.norm()).clamp(min=1e-30)
+    return [round(float(v), 5) for v in (cosine, ours.norm() / reference.norm().clamp(min=1e-30), residual)]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    """The JSON file: the setting of the comparison, and one entry per finished run. Processes may share it."""
+
+    def __init__(self, path: Path, setting: dict):
+        self.path, self.setting = path, setting
+        self.runs: list[dict] = []
+        self._read()
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        data = json.loads(self.path.read_text(encoding="utf-8"))
+        changed = [k for k in self.setting if data["setting"].get(k) != self.setting[k]]
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a comparison with other settings ({', '.join(changed)}): its runs cannot be compared "
+                "with these; give another --output"
+            )
+        self.runs = data["runs"]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time between reading and replacing the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)  # locked by itself: no lock file to be left behind
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def find(self, side: str, lr: float, seed: int) -> dict | None:
+        """The finished run, if there is one, also one that another process has added."""
+        self._read()
+        return next((r for r in self.runs if (r["side"], r["lr"], r["seed"]) == (side, lr, seed)), None)
+
+    def add(self, run: dict) -> None:
+        """Appends a run and replaces the file atomically; one line per run."""
+        with self._locked():
+            if self.find(run["side"], run["lr"], run["seed"]) is None:
+                self.runs.append(run)
+            lines = ",\n".join(json.dumps(r) for r in self.runs)
+            text = f'{{"setting": {json.dumps(self.setting)},\n"runs": [\n{lines}\n]}}\n'
+            atomic_write(self.path, text)
+
+
+def tune(loss_at: Callable[[float], float], grid: Sequence[float]) -> float:
+    """The learning rate of the lowest loss: on the grid, and past its edges by factors of two while the best lies there."""
+    tried = {lr: loss_at(lr) for lr in grid}
+    while len(grid) > 1:
+        best = min(tried, key=tried.get)
+        beyond = {min(tried): best / 2, max(tried): best * 2}.get(best)
+        if beyond is None or len(tried) >= len(grid) + 3:
+            return best
+        tried[beyond] = loss_at(beyond)
+    return grid[0]  # a single rate is not tuned
+
+
+def deepest(run: dict, split: str = "validation") -> dict:
+    """The row of a run's deepest path."""
+    return max(run[split], key=lambda row: row["depth"])

@@ -142,7 +142,9 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3) -> DepthHi
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the span and work of one training step by the number of transitions N.
+    """Prints the span and work of one training step by the number of transitions N, the head counted as one of them.
+
+    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call counted among the sweeps, and 2 for the head.
 
     "tree" counts what depends on what: blocks read clean forward messages, so all of them could run before the first
     correction. "tree, level by level" is the order that the code queues them in, and that the data force where blocks
@@ -158,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, objective in (
             ("tree", LocalObjective(model)),
             ("tree, level by level", LocalObjective(model, clean_inputs=False)),
+            ("sweeps", LocalObjective(model, "sweeps")),
+            ("sweeps, recomputed", LocalObjective(model, "sweeps", graphs="recomputed")),
             ("backprop", BackpropObjective(model)),
         ):
             span = measure_span(objective, x, y)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows
-from hbll_seq.evaluation import evaluate_paths
+from hbll_seq.evaluation import default_paths, evaluate_paths
 from hbll_seq.local_objective import INFERENCES, LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
@@ -163,11 +163,9 @@ class Side:
         """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
         if self.one_depth is not None:
             return {f"depth {self.one_depth}": model.resolve_path(depth=self.one_depth)}
-        n = model.tree.n_nodes
         if self.inference != "tree" and dict(self.options).get("mix", "none") == "none":
-            return {f"depth {n}": model.resolve_path()}
-        depths = [k for k in range(1, n + 1) if k <= 7 or k & (k + 1) == 0]
-        return {f"depth {k}": model.resolve_path(depth=k) for k in depths}
+            return {f"depth {model.tree.n_nodes}": model.resolve_path()}
+        return default_paths(model)
 
     def work(self, n_level: int, n_steps: int = 16) -> float:
         """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""

@@ -149,11 +149,12 @@ class LocalObjective(Objective):
         """One route; adds its losses by block to ``node_losses`` and returns the nats of its readouts by block."""
         path = tuple(n for n in route.path if n in route.blocks)
         swept = self._forward_messages(chain, path, z0)
-        states = [s.requires_grad_(True) for s in swept.states]
-        nats = {n: self._nats(states[path.index(n)], targets) for n in route.exits}
+        read = {n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}
+        swept.states.clear()  # only what is read out is needed from here on
+        nats = {n: self._nats(state, targets) for n, state in read.items()}
         emission = sum(weight * nats[n] for n, weight in route.exits.items())
-        # None where no readout reads a state
-        errors = torch.autograd.grad(emission, states, retain_graph=True, allow_unused=True)
+        at_exits = dict(zip(read, torch.autograd.grad(emission, list(read.values()), retain_graph=True)))
+        errors = [at_exits.get(n) for n in path]
         messages = backward_sweeps(swept, errors, corrections=self.corrections)
         for n, message, output in zip(path, messages, swept.outputs):
             # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without

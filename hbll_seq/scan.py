@@ -39,7 +39,11 @@ def affine_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None, *, 
     elif a == 0.0:
         states = b  # s_0 reaches nothing
     else:
-        states = b.cumsum(0) if initial is None else b.cumsum(0) + initial
+        if not (reverse or dtype != work):  # else b is ours already
+            b = b.clone()
+        if initial is not None:
+            b[0] += initial
+        states = b.cumsum_(0)  # in place: of long chains this is among the largest tensors of a training step
     return (states.flip(0) if reverse else states).to(dtype)
 
 

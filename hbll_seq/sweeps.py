@@ -80,7 +80,10 @@ def forward_sweeps(
     n_exact = 0  # transitions whose input was exact when they were differentiated
 
     def differentiate(low: int, high: int) -> list[Tensor]:
-        inputs[low:high] = [s0 if i == 0 else states[i].detach().requires_grad_(True) for i in range(low, high)]
+        for i in range(low, high):
+            # A state is a row of a whole sweep, which a row that outlives it would keep alive.
+            own = states[i].clone() if high < n_steps else states[i].detach()
+            inputs[i] = s0 if i == 0 else own.requires_grad_(True)
         with torch.enable_grad():
             outputs[low:high] = chain.apply(indices[low:high], inputs[low:high])
         return [a.detach() for a in outputs[low:high]]
@@ -124,25 +127,30 @@ def backward_sweeps(swept: Swept, errors: Sequence[Tensor | None], *, correction
         errors: e_n = d loss / d s_n for n = 1 .. L; None where no readout reads s_n.
         corrections: M.
     """
-    n_steps = len(swept.outputs)
-    e = torch.stack([torch.zeros_like(s) if error is None else error for s, error in zip(swept.states, errors)])
-    factors = swept.factors
+    n_steps, factors = len(swept.outputs), swept.factors
 
-    def after(low: int, high: int) -> Tensor | float:
+    def between(low: int, high: int) -> Tensor | float:
         return factors[low:high] if isinstance(factors, Tensor) else factors
 
-    messages = torch.cat((affine_scan(e[:-1], after(1, n_steps), e[-1], reverse=True), e[-1:])) if n_steps > 1 else e
+    def add_errors(b: Tensor) -> Tensor:
+        for row, error in zip(b, errors):
+            if error is not None:
+                row += error
+        return b
+
+    messages = add_errors(swept.inputs[0].new_zeros((n_steps, *swept.inputs[0].shape)))
+    if n_steps > 1:
+        messages[:-1] = affine_scan(messages[:-1], between(1, n_steps), messages[-1], reverse=True)
     for correction in range(corrections):
         high = n_steps - correction  # products of transitions from here on were taken of final messages
         if high < 2:
             break
-        # The engine is handed sums, one number per transition: the gradient of <message, output> is the product.
-        products = torch.autograd.grad(
-            swept.outputs[1:high], swept.inputs[1:high], list(messages[1:high].unbind(0)), retain_graph=True
-        )
-        a = after(1, high)
-        b = e[: high - 1] + torch.stack(products) - a * messages[1:high]
-        messages = torch.cat((affine_scan(b, a, messages[high - 1], reverse=True), messages[high - 1 :]))
+        old = messages[1:high]
+        products = torch.autograd.grad(swept.outputs[1:high], swept.inputs[1:high], list(old.unbind(0)), retain_graph=True)
+        b = torch.stack(products)
+        del products  # L states each: of long chains these are the largest tensors of a training step
+        b = add_errors(_subtract(b, between(1, high), old))
+        messages[: high - 1] = affine_scan(b, between(1, high), messages[high - 1], reverse=True)
     return list(messages.unbind(0))
 
 
@@ -156,8 +164,18 @@ def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Tenso
     """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
     if isinstance(factors, float) and factors == 0.0:
         return list(outputs)
-    s = torch.stack(list(inputs))
-    return list(affine_scan(torch.stack(list(outputs)) - factors * s, factors, inputs[0]).unbind(0))
+    return list(affine_scan(_subtract(torch.stack(list(outputs)), factors, inputs), factors, inputs[0]).unbind(0))
+
+
+def _subtract(b: Tensor, factors: Tensor | float, states: Sequence[Tensor] | Tensor) -> Tensor:
+    """``b - A s``, row by row in place."""
+    if isinstance(factors, Tensor):
+        for row, factor, s in zip(b, factors, states):
+            row.addcmul_(factor, s, value=-1.0)
+    elif factors != 0.0:
+        for row, s in zip(b, states):
+            row.sub_(s)
+    return b
 
 
 def _residual(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:

@@ -105,10 +105,14 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
             by_work.plot([step * of_side[0]["work"] for step in steps], values, label=side)
     by_step.set_xlabel("steps")
     by_work.set_xlabel("block evaluations of training")
+    by_work.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axes in (by_step, by_work):
         axes.set_ylabel(f"validation {metric}, {deepest} blocks")
     for axes in (by_depth, by_step, by_work):
-        axes.set_yscale("log" if metric == "perplexity" and axes is not by_depth else "linear")
+        if metric == "perplexity" and axes is not by_depth:
+            axes.set_yscale("log")
+            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                which("{x:.0f}")
         axes.grid(axis="y", color="0.9")
         if axes.has_data():
             axes.legend(fontsize="small")

@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: logits of a chunk: 4M numbers, 16 MiB in float32.
-CHUNK_ELEMENTS = 2**22
+#: logits of a chunk: 16M numbers, 64 MiB in float32.
+CHUNK_ELEMENTS = 2**24
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Sum over positions of ``-log softmax(hidden @ weight.T)[target]``, a scalar in nats, in at least float32.
 
-    Can be differentiated any number of times by the first order (not twice): gradients are made with the loss, so each
-    further backward costs a multiplication.
+    Keeps the gradients, [P, C] and [V, C], until the graph is freed. Can be differentiated any number of times by
+    the first order (not twice): gradients are made with the loss, so each further backward costs a multiplication.
 
     Args:
         hidden: [P, C].
@@ -62,7 +62,7 @@ def _chunked(hidden, weight, targets, ignore_index, needs_hidden, needs_weight):
     for low in range(0, len(hidden), rows):
         part, answer = hidden[low : low + rows], targets[low : low + rows]
         scored = (answer != ignore_index).unsqueeze(1)
-        answer = answer.clamp(min=0).unsqueeze(1)
+        answer = answer.unsqueeze(1).masked_fill(~scored, 0)  # another wrong label is left for gather to refuse
         logits = (part @ weight.T).to(work)  # under autocast the product is in its precision, the sum below never is
         log_norm = logits.logsumexp(1, keepdim=True)
         total += ((log_norm - logits.gather(1, answer)) * scored).sum()
@@ -74,5 +74,8 @@ def _chunked(hidden, weight, targets, ignore_index, needs_hidden, needs_weight):
         if needs_hidden:
             d_hidden[low : low + rows] = d_logits @ weight.to(part.dtype)
         if needs_weight:
-            d_weight += d_logits.T @ part
+            if d_weight.dtype == part.dtype and not torch.is_autocast_enabled(part.device.type):
+                d_weight.addmm_(d_logits.T, part)  # no second [V, C]
+            else:
+                d_weight += d_logits.T @ part
     return total, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)

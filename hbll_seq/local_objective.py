@@ -25,7 +25,10 @@ INFERENCES = ("sweeps", "multigrid", "tree")
 
 
 class LocalObjective(Objective):
-    """Local losses from messages: no gradient ever passes more than two blocks.
+    """Local losses from messages: no loss is differentiated through more than two blocks (tree) or one (sweeps).
+
+    What a message carries is another matter: with M corrections it holds exact products over M blocks, and the stand-in for
+    all others. It is truncated backpropagation, evaluated in parallel at approximate states (METHOD 2.2).
 
     Inference ``"tree"`` is the paper's Algorithm 1: all blocks, and so all paths, at once. Node n's loss is
     ``1/2 mean over positions of e_n`` (METHOD 1.3); it trains f_n, the block of its right parent (or the head, where that
@@ -49,7 +52,7 @@ class LocalObjective(Objective):
         clean_inputs: blocks read forward messages. False lets them read the corrected samples, which hold y: only for
             models whose y is not their own next input.
         free_energy: also report F (Eq. 10) and its parts; costs N - 1 further block evaluations without gradient.
-        seed, rank: of noise, dropout and the mix; see :class:`Objective`.
+        seed, rank, micro_batches: of noise, dropout and the mix; see :class:`Objective`.
 
     Raises:
         ValueError: an argument is out of range. ``forward`` raises it for float16 and under ``torch.inference_mode``.
@@ -77,8 +80,11 @@ class LocalObjective(Objective):
         free_energy: bool = False,
         seed: int = 0,
         rank: int = 0,
+        micro_batches: int = 1,
     ):
-        super().__init__(model, path, mix=mix, mix_weight=mix_weight, graphs=graphs, seed=seed, rank=rank)
+        super().__init__(
+            model, path, mix=mix, mix_weight=mix_weight, graphs=graphs, seed=seed, rank=rank, micro_batches=micro_batches
+        )
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
         if inference not in INFERENCES:
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
@@ -94,6 +100,12 @@ class LocalObjective(Objective):
             raise ValueError(f"{given} with inference='tree': the tree trains all paths; use inference='sweeps'")
         if inference == "multigrid" and len(self.path) < model.tree.n_nodes:
             raise ValueError(f"path={path!r} with inference='multigrid': it needs the full path; use inference='sweeps'")
+        if inference == "multigrid" and linearization != "identity":
+            raise ValueError(
+                f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
+            )
+        if inference != "tree" and n_samples > 1:
+            raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
         self.damping, self.tolerance = damping, tolerance
@@ -122,14 +134,14 @@ class LocalObjective(Objective):
                 result = self._tree_pass(x, targets, step)
                 output = self._losses(result, targets)
             else:
-                output = self._sweep_routes(x, targets, step)
+                output = self._sweep_routes(x, targets, step, keep_graph)
         if self.free_energy:
             output.metrics.update(self._free_energy(result, targets))
         return output if keep_graph else ObjectiveOutput(output.loss.detach(), output.node_losses.detach(), output.metrics)
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep_routes(self, x: Tensor, targets: Tensor, step: int) -> ObjectiveOutput:
+    def _sweep_routes(self, x: Tensor, targets: Tensor, step: int, keep_graph: bool) -> ObjectiveOutput:
         """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
         a value other than zero, and their gradients are the blocks' own."""
         z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
@@ -137,17 +149,18 @@ class LocalObjective(Objective):
         nats: list[dict[int, Tensor]] = []
         residual = None
         for route in routes:
-            swept, values = self._sweep(chain, route, z0, targets, node_losses)
+            swept, values = self._sweep(chain, route, z0, targets, node_losses, keep_graph)
             nats.append(values)
             residual = swept.residual if residual is None else residual
+        measured = {"residual": residual} if self.inference == "sweeps" and self.sweeps > 0 else {}
         losses = torch.stack([node_losses[n] for n in sorted(node_losses)])
-        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(routes, nats), "residual": residual})
+        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(routes, nats), **measured})
 
     def _sweep(
-        self, chain: Chain, route: Route, z0: Tensor, targets: Tensor, node_losses: dict[int, Tensor]
+        self, chain: Chain, route: Route, z0: Tensor, targets: Tensor, node_losses: dict[int, Tensor], keep_graph: bool
     ) -> tuple[Swept, dict[int, Tensor]]:
         """One route; adds its losses by block to ``node_losses`` and returns the nats of its readouts by block."""
-        path = tuple(n for n in route.path if n in route.blocks)
+        path = route.path
         swept = self._forward_messages(chain, path, z0)
         read = {n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}
         swept.states.clear()  # only what is read out is needed from here on
@@ -155,7 +168,7 @@ class LocalObjective(Objective):
         emission = sum(weight * nats[n] for n, weight in route.exits.items())
         at_exits = dict(zip(read, torch.autograd.grad(emission, list(read.values()), retain_graph=True)))
         errors = [at_exits.get(n) for n in path]
-        messages = backward_sweeps(swept, errors, corrections=self.corrections)
+        messages = backward_sweeps(swept, errors, corrections=self.corrections if keep_graph else 0)
         for n, message, output in zip(path, messages, swept.outputs):
             # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
             # forming a difference that float32 could not hold.

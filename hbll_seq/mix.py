@@ -14,15 +14,10 @@ from hbll_seq.tree import DyadicTree
 
 
 class Route(NamedTuple):
-    """``path``: block numbers; ``exits``: block number on the path -> weight of the loss of its readout."""
+    """``path``: block numbers; ``exits``: block number on the path -> weight of its readout's loss; one is at the end."""
 
     path: tuple[int, ...]
     exits: dict[int, float]
-
-    @property
-    def blocks(self) -> set[int]:
-        """The blocks that some readout depends on."""
-        return set(self.path[: 1 + max(self.path.index(n) for n in self.exits)])
 
 
 def whole(path: tuple[int, ...], weight: float = 1.0) -> Route:
@@ -74,7 +69,7 @@ MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
 }
 
 
-#: did best of those above in train/compare.py (README, "Results")
+#: did best of those above in short trials (README, "What we tried")
 DEFAULT_MIX = "sandwich"
 
 
@@ -92,8 +87,3 @@ def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, .
         else:
             others.append(Route(route.path, exits))
     return [main, *others]
-
-
-def trained_blocks(mix: str, tree: DyadicTree, path: tuple[int, ...]) -> set[int]:
-    """Blocks that some step may train."""
-    return set(path) if mix == "none" else set(range(1, tree.N))

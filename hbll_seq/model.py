@@ -99,6 +99,8 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
 
     def score(self, state: Tensor, targets: Tensor) -> Tensor:
         """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
+        if not isinstance(self.head, LMHead):  # wrapped, as to count its evaluations
+            return super().score(state, targets)
         hidden = self.head.norm(state).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.messages import Chain, Recomputed
-from hbll_seq.mix import MIXES, Route, routes_of_step, trained_blocks
+from hbll_seq.mix import MIXES, Route, routes_of_step
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 
 GRAPHS = ("kept", "recomputed")
@@ -24,7 +24,7 @@ class ObjectiveOutput(NamedTuple):
     """What every objective returns.
 
     loss: scalar to differentiate, the sum of ``node_losses``.
-    node_losses: [n], attached; ``LocalObjective``: of nodes 1 .. N-1 in this order; ``BackpropObjective``: n = 1.
+    node_losses: [n], attached; ``LocalObjective``: of the trained blocks in this order; ``BackpropObjective``: n = 1.
     metrics: detached scalars by name. Always ``"ce"``: nats per target of the deepest path that was evaluated.
     """
 
@@ -46,6 +46,8 @@ class Objective(nn.Module):
         seed: seed of noise, dropout and the mix, which are functions of (seed, step, ...).
         rank: number of this process. Noise and dropout differ between processes; the mix does not, so that several
             processes are one with a larger batch.
+        micro_batches: of an optimizer step: ``forward`` is given the number of the micro batch as its step, and all those
+            of an optimizer step share the mix.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Objective(nn.Module):
         graphs: str = "kept",
         seed: int = 0,
         rank: int = 0,
+        micro_batches: int = 1,
     ):
         super().__init__()
         for name, value, allowed in (("mix", mix, MIXES), ("graphs", graphs, GRAPHS)):
@@ -70,9 +73,9 @@ class Objective(nn.Module):
             raise ValueError(f"path={path!r} with mix={mix!r}: a mix adds paths to the full one; leave path out, or mix")
         self.model, self.seed, self.noise_seed = model, seed, mix_seeds(seed, rank)
         self.mix, self.mix_weight, self.graphs = mix, float(mix_weight), graphs
-        trained = trained_blocks(mix, model.tree, self.path)
+        self.micro_batches = micro_batches
         for n, block in enumerate(model.blocks, start=1):  # so that every parameter that is trained is touched at every step
-            block.requires_grad_(n in trained)
+            block.requires_grad_(n in self.path)
 
     def chain(self, step: int) -> Chain:
         """The model's blocks in a step, with its dropout, and with what ``graphs`` says kept of them."""
@@ -83,7 +86,7 @@ class Objective(nn.Module):
 
     def routes(self, step: int) -> list[Route]:
         """The main path and the mix's routes of a step."""
-        seed = mix_seeds(self.seed, step, _MIX_STREAM)
+        seed = mix_seeds(self.seed, step // self.micro_batches, _MIX_STREAM)
         return routes_of_step(self.mix, self.mix_weight, self.model.tree, self.path, seed)
 
     @property
@@ -109,8 +112,8 @@ class Objective(nn.Module):
         """``ce`` of the main path, and ``ce_mix``, the weighted mean of all other readouts."""
         metrics = {"ce": nats[0][self.path[-1]].detach()}
         others = [(route.exits[n], value.detach()) for route, values in zip(routes, nats) for n, value in values.items()][1:]
-        if others:
-            metrics["ce_mix"] = sum(w * v for w, v in others) / sum(w for w, _ in others)
+        if self.mix != "none":  # in every step, also in one whose random path is the main one
+            metrics["ce_mix"] = sum(w * v for w, v in others) / sum(w for w, _ in others) if others else metrics["ce"]
         return metrics
 
 

@@ -117,9 +117,8 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
             loss = objective(inputs, labels, step=step).loss
             forward = ledger.stamp(loss)
             ledger.backward_cost = 2
-            # a mix does not read every block in every step
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            until = max(ledger.stamp(gradient) for gradient in gradients if gradient is not None)
+            gradients = torch.autograd.grad(loss, parameters)
+            until = max(ledger.stamp(gradient) for gradient in gradients)
     finally:
         for n, block in enumerate(blocks):
             model.blocks[n] = block

@@ -6,7 +6,8 @@ Jacobian of f_n. A whole sweep is then one parallel call of the transitions and 
 
 What is exact is not computed again: after k sweeps the first k states are those of the plain chain, so sweep k + 1 leaves
 those transitions out, and their calls are already the differentiated ones. The same holds for messages from the end. With
-K and M at least L - 1 the whole scheme is backpropagation, and costs no more than it.
+K and M at least L - 1 the whole scheme is backpropagation, evaluated in parallel; below, it is an approximation of it that
+truncates: M corrections carry exact products over M transitions.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def forward_sweeps(
             # A state is a row of a whole sweep, which a row that outlives it would keep alive.
             own = states[i].clone() if high < n_steps else states[i].detach()
             inputs[i] = s0 if i == 0 else own.requires_grad_(True)
+        # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
+        torch.clear_autocast_cache()
         with torch.enable_grad():
             outputs[low:high] = chain.apply(indices[low:high], inputs[low:high])
         return [a.detach() for a in outputs[low:high]]
@@ -95,7 +98,6 @@ def forward_sweeps(
         for _ in range(sweeps):
             if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
                 break
-            n_done = 0
             calls = differentiate(n_exact, n_exact + 1) if damping == 1.0 else []
             n_done = n_exact + len(calls)
             calls += chain.apply(indices[n_done:], states[n_done:])

@@ -71,10 +71,11 @@ def test_a_synthetic_task(compare, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("forward", "side 'forward': allowed are backprop"),
-        ("sweeps:k=3", "unknown option 'k'; known are sweeps"),
-        ("sweeps:depth=3", "unknown option 'depth'"),
-        ("sweeps:sweeps=x", "sweeps='x' must be int"),
+        ("forward", "side 'forward': allowed are backprop-N"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has corrections"),
+        ("sweeps:depth=3", "has no option 'depth'"),
+        ("tree:sweeps=2", "tree has no option 'sweeps'; it has graphs, state_weight"),
+        ("sweeps:sweeps=x", "sweeps='x' must be a number"),
     ],
 )
 def test_bad_sides(name, message):
@@ -87,6 +88,7 @@ def test_tuning_goes_past_the_edge_and_stops():
     assert tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
     assert tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
     assert tune(lambda lr: lr, [4]) == 4
+    assert tune(lambda lr: float("nan") if lr < 2 else abs(lr - 2), [1, 2, 4]) == 2
 
 
 def test_sides_start_from_the_same_weights_and_read_the_same_batches(compare, monkeypatch):

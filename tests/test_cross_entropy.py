@@ -53,3 +53,9 @@ def test_half_precision_is_summed_in_float32():
     torch.testing.assert_close(value, exact, rtol=1e-2, atol=0)
     value.backward()
     assert weight.grad.dtype == torch.bfloat16
+
+
+def test_a_wrong_label_is_refused():
+    for label in (-1, 50):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            linear_cross_entropy(torch.randn(2, 3), torch.randn(50, 3), torch.tensor([4, label]))

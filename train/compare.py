@@ -4,11 +4,11 @@
     python train/compare.py --quick                # a few minutes: the same comparison, too short to mean much
     python train/compare.py --task induction       # a task that one block cannot do
 
-A side is an inference with options, such as "sweeps:sweeps=2,corrections=1", "tree", "backprop:mix=sandwich", or a short
-name: "backprop-3" (a model of its own that runs the default path of 3 blocks), "mix" (sweeps on the full path and the mix of
-paths), "backprop-mix" (the same mix by backprop). Every side tries every learning rate with the first seed, and beyond the
-grid, in factors of two, as long as its best one lies at the edge. The one with the lowest validation loss (of the side's
-deepest path) is kept for the other seeds. The test split is only reported.
+A side is an inference with options, such as "sweeps:sweeps=2,corrections=1", "tree", "backprop:mix=sandwich", or a
+short name: "backprop-3" (a model of its own that runs the default path of 3 blocks), "mix" (sweeps on the full path and
+the mix of paths), "backprop-mix" (the same mix by backprop). Every side tries every learning rate with the first seed,
+and beyond the grid, in factors of two, as long as its best one lies at the edge (three steps at most). The one with the
+lowest validation loss (of the side's deepest path) is kept for the other seeds. The test split is only reported.
 
 Results are added to a JSON file run by run, and a run that is in the file is not done again; two processes may share one.
 """
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that")
     add("--probe-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
     add("--threads", type=int, help="CPU threads (default: all cores)")
-    add("--report-only", action="store_true", help="run nothing: print what the file of results holds")
+    add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     argv = sys.argv[1:] if argv is None else argv
     task = parser.parse_known_args(argv)[0].task
     if task != "text":
@@ -142,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     problem = problem_of(args)
     sides = [Side.parse(name, args.mix) for name in args.sides]
+    for side in sides:
+        side.check(args.n_level)  # before the first run, not hours later
     shape = Shape(**{name: getattr(args, name) for name in Shape.__dataclass_fields__})
     fixed = ("task", "mix", "data", "block_size")
     setting = {**{k: getattr(args, k) for k in fixed}, **{k: getattr(shape, k) for k in Shape.__dataclass_fields__}}

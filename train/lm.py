@@ -102,7 +102,7 @@ def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
 
 def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int) -> tuple[Objective, dict]:
     """The objective that the settings name, and the paths that it trains, by name."""
-    seeds = dict(seed=settings.seed, rank=rank)
+    seeds = dict(seed=settings.seed, rank=rank, micro_batches=settings.grad_accum)
     if settings.objective == "tree":
         return LocalObjective(model, "tree", n_samples=settings.n_samples, state_weight=settings.state_weight,
                               free_energy=settings.free_energy, graphs=settings.graphs, **seeds), default_paths(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -24,7 +25,7 @@ from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows
 from hbll_seq.evaluation import default_paths, evaluate_paths
-from hbll_seq.local_objective import INFERENCES, LocalObjective
+from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.span import measure_span, small_hierarchy
@@ -90,6 +91,8 @@ class TaskProblem(Problem):
         """See :meth:`Problem.evaluate`; batches of 32 windows."""
         device = next(model.parameters()).device
         totals = {name: [0.0, 0, 0] for name in paths}
+        was_training = model.training
+        model.eval()
         for step in range(n_batches):
             tokens, labels = (t.to(device) for t in self.task.batch(step, 32, 0, split))
             for name, path in paths.items():
@@ -97,6 +100,7 @@ class TaskProblem(Problem):
                 nats = 0.5 * model.target_family.discrepancy(logits, labels[:, 1:]).double().sum().item()
                 for i, value in enumerate((nats, *count_correct(logits, labels))):
                     totals[name][i] += value
+        model.train(was_training)
         return [
             {"name": name, "path": list(path), "depth": len(path), "loss": nats / n, "accuracy": 100 * right / n}
             for (name, path), (nats, right, n) in zip(paths.items(), totals.values())
@@ -105,8 +109,15 @@ class TaskProblem(Problem):
 
 # --------------------------------------------------------------------------------------------------------------- sides
 
-_KINDS = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float, "mix": str,
-          "init": str, "linearization": str, "graphs": str}  # fmt: skip
+_TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float}
+_MIXED = {"mix", "mix_weight", "graphs"}
+#: what can be said of each kind of side; another option would be ignored, and two names mean one method
+_OPTIONS = {
+    "backprop": {"depth", *_MIXED},
+    "tree": {"state_weight", "graphs"},
+    "sweeps": {"sweeps", "corrections", "init", "linearization", *_MIXED},
+    "multigrid": {"sweeps", "corrections", *_MIXED},
+}
 
 
 @dataclass(frozen=True)
@@ -128,17 +139,18 @@ class Side:
         if short.startswith("backprop-"):
             short = "backprop:depth=" + short.removeprefix("backprop-")
         inference, _, rest = short.partition(":")
-        if inference not in ("backprop", *INFERENCES):
-            raise ValueError(f"side {name!r}: allowed are backprop, backprop-N, mix, backprop-mix, {', '.join(INFERENCES)}")
+        if inference not in _OPTIONS:
+            raise ValueError(f"side {name!r}: allowed are backprop-N, mix, backprop-mix, {', '.join(_OPTIONS)}")
         options = []
         for item in filter(None, rest.split(",")):
             key, _, value = item.partition("=")
-            if key not in _KINDS or (key == "depth" and inference != "backprop"):
-                raise ValueError(f"side {name!r}: unknown option {key!r}; known are {', '.join(_KINDS)}")
+            if key not in _OPTIONS[inference]:
+                known = ", ".join(sorted(_OPTIONS[inference]))
+                raise ValueError(f"side {name!r}: {inference} has no option {key!r}; it has {known}")
             try:
-                options.append((key, _KINDS[key](value)))
+                options.append((key, _TYPES.get(key, str)(value)))
             except ValueError:
-                raise ValueError(f"side {name!r}: {key}={value!r} must be {_KINDS[key].__name__}") from None
+                raise ValueError(f"side {name!r}: {key}={value!r} must be a number") from None
         return cls(name, inference, tuple(options))
 
     @property
@@ -158,6 +170,10 @@ class Side:
             path = None if depth is None else model.resolve_path(depth=depth)
             return BackpropObjective(model, path, seed=seed, **options)
         return LocalObjective(model, self.inference, seed=seed, **options)
+
+    def check(self, n_level: int) -> None:
+        """Raises ValueError where an option does not fit a model of so many levels."""
+        self.objective(small_hierarchy(n_level), seed=0)
 
     def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
         """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
@@ -215,13 +231,13 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
             tokens, labels = (t if t is None else t.to(device) for t in problem.batch(step, shape.batch_size, seed))
             if side.inference in ("sweeps", "multigrid") and (step + 1) % shape.probe_every == 0:
                 probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step)])
-            start = time.perf_counter()
+            start = _now(device)
             output = objective(tokens, labels, step=step)
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            seconds += time.perf_counter() - start
+            seconds += _now(device) - start
             if step % 20 == 19 or step == shape.steps - 1:
                 curve.append([step + 1, round(output.metrics["ce"].item(), 5)])
                 bar.set_postfix(ce=f"{curve[-1][1]:.3f}")
@@ -233,15 +249,20 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
             "curve": curve, "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
 
 
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()  # or only the queueing would be timed
+    return time.perf_counter()
+
+
 def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
     """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
-    gradients = []
+    gradients, residuals = [], []
     for each in (objective, exact):
         output = each(tokens, labels, step=step)
-        parts = torch.autograd.grad(output.loss, parameters, allow_unused=True)
-        gradients.append(torch.cat([g.flatten() for g in parts if g is not None]))
-        residual = output.metrics.get("residual", torch.zeros(())) if each is objective else residual  # noqa: F821
-    ours, reference = gradients
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(output.loss, parameters)]))
+        residuals.append(output.metrics.get("residual", torch.zeros(())))
+    (ours, reference), residual = gradients, residuals[0]
     cosine = torch.dot(ours, reference) / (ours.norm() * reference.norm()).clamp(min=1e-30)
     return [round(float(v), 5) for v in (cosine, ours.norm() / reference.norm().clamp(min=1e-30), residual)]
 
@@ -296,14 +317,20 @@ class Results:
 
 
 def tune(loss_at: Callable[[float], float], grid: Sequence[float]) -> float:
-    """The learning rate of the lowest loss: on the grid, and past its edges by factors of two while the best lies there."""
-    tried = {lr: loss_at(lr) for lr in grid}
+    """The learning rate of the lowest loss: on the grid, and past its edges by factors of two while the best lies there,
+    but no further than three of them. A loss that is not finite is the worst."""
+
+    def loss_or_inf(lr: float) -> float:
+        loss = loss_at(lr)
+        return loss if math.isfinite(loss) else math.inf
+
+    tried = {lr: loss_or_inf(lr) for lr in grid}
     while len(grid) > 1:
         best = min(tried, key=tried.get)
         beyond = {min(tried): best / 2, max(tried): best * 2}.get(best)
         if beyond is None or len(tried) >= len(grid) + 3:
             return best
-        tried[beyond] = loss_at(beyond)
+        tried[beyond] = loss_or_inf(beyond)
     return grid[0]  # a single rate is not tuned
 
 

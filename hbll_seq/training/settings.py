@@ -284,9 +284,9 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
 
 
 def differences(settings: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of the fixed settings that differ."""
+    """Names of the fixed settings that differ from those of ``other``, which an older version may have stored."""
     names = [field.name for field in dataclasses.fields(TrainingSettings) if field.metadata["resume"] == "fixed"]
-    return [name for name in names if settings.get(name) != other.get(name)]
+    return [name for name in names if name in other and settings.get(name) != other[name]]
 
 
 # ---------------------------------------------------------------------------------------------------- command line

@@ -43,7 +43,7 @@ from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import GRAPHS, BackpropObjective, Objective
 from hbll_seq.span import measure_span, small_hierarchy
-from hbll_seq.training.plots import _figure, _save
+from hbll_seq.training.plots import new_figure, save_figure
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = ("backprop", "sweeps", "tree")
@@ -207,7 +207,7 @@ def report_line(rows: Sequence[dict]) -> str:
 
 def plot(rows: Sequence[dict], path: Path) -> None:
     """Peak activation memory and time by number of blocks, one line per form."""
-    figure = _figure(9.0, 4.5)
+    figure = new_figure(9.0, 4.5)
     memory, seconds = figure.subplots(1, 2)
     blocks = sorted({row["blocks"] for row in rows})
     for scheme, graphs in FORMS:
@@ -227,7 +227,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         axes.grid(color="0.9")
     handles = memory.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize="small", handlelength=3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 _HEADER = (

@@ -36,7 +36,7 @@ from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.plots import _figure, _save
+from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 
@@ -259,7 +259,7 @@ def plot(models: Sequence[dict], path: Path) -> None:
     from matplotlib.colors import LogNorm
 
     floor = 1e-6  # below it the two gradients differ by rounding
-    figure = _figure(12.0, 4.4 * len(models))
+    figure = new_figure(12.0, 4.4 * len(models))
     for (left, right), measured in zip(figure.subplots(len(models), 2, squeeze=False), models):
         size, rows = measured["n_blocks"], measured["rows"]
         grid = [[1.0] * size for _ in range(size)]
@@ -294,7 +294,7 @@ def plot(models: Sequence[dict], path: Path) -> None:
         right.set_title(f"{measured['name']}: forward parts at M = {size - 1}", fontsize="medium")
         right.grid(color="0.9")
         right.legend(fontsize="small", loc="upper right")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

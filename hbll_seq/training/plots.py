@@ -24,7 +24,7 @@ def plot_training_curve(
     Raises:
         OSError: it cannot be written.
     """
-    figure = _figure(7.0, 5.0)
+    figure = new_figure(7.0, 5.0)
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
     steps = [row["step"] for row in rows]
     top.plot(steps, [row["ce"] for row in rows], color="0.7", linewidth=0.8)
@@ -40,7 +40,7 @@ def plot_training_curve(
     bottom.plot(steps, [row["lr"] for row in rows], color="0.2")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_perplexity_by_depth(
@@ -55,7 +55,7 @@ def plot_perplexity_by_depth(
     Raises:
         OSError: it cannot be written.
     """
-    figure = _figure(6.0, 4.0)
+    figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     depths = sorted({row["depth"] for rows in splits.values() for row in rows})
     for label, rows in splits.items():
@@ -66,7 +66,7 @@ def plot_perplexity_by_depth(
     axes.set_ylabel("perplexity per token")
     axes.grid(axis="y", color="0.9")
     axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
@@ -81,7 +81,7 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
     Raises:
         OSError: it cannot be written.
     """
-    figure = _figure(13.0, 4.2)
+    figure = new_figure(13.0, 4.2)
     by_depth, by_step, by_work = figure.subplots(1, 3)
     points: dict[str, list[tuple[int, float]]] = {}
     for side, of_side in runs.items():
@@ -116,7 +116,7 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
         axes.grid(axis="y", color="0.9")
         if axes.has_data():
             axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _mean(values) -> float:
@@ -124,7 +124,8 @@ def _mean(values) -> float:
     return sum(values) / len(values)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches, for :func:`save_figure`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second; only the end of a run needs it
     from matplotlib.figure import Figure
 
@@ -148,7 +149,8 @@ def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smoothed
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Writes a PNG file, whole or not at all. Raises OSError where it cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())

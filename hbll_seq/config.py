@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from hbll_seq.tree import PATH_FAMILIES
+
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
     {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
@@ -28,6 +30,7 @@ class HBLLConfig:
         mlp_ratio: hidden width of a block's MLP, in units of ``n_embd``.
         norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
         rope_base: base of the rotary positions' wavelengths.
+        default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (METHOD: ``sigma``; the paper's LM runs use 0.005).
@@ -45,6 +48,7 @@ class HBLLConfig:
     mlp_ratio: int = 4
     norm: str = "rmsnorm"
     rope_base: float = 10000.0
+    default_paths: str = "spine"
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
@@ -72,7 +76,7 @@ class HBLLConfig:
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
                 "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
             )
-        for name, allowed in (("cell", CELLS), ("norm", NORMS)):
+        for name, allowed in (("cell", CELLS), ("norm", NORMS), ("default_paths", PATH_FAMILIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, float("inf")), ("rope_base", 1.0, float("inf"))):

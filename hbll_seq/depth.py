@@ -49,6 +49,7 @@ class DepthHierarchy(nn.Module):
         head: module from a state to the parameters of ``p(y | z_{N-1})``, such as logits; shared by all depths.
         embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
         state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
+        default_paths: which path a depth names, ``"spine"`` or ``"prefix"``; see :meth:`DyadicTree.path_for_depth`.
         target_family: what y is and the head predicts: ``"categorical"`` (class numbers, logits), ``"gaussian"`` (vectors,
             their means) or ``"bernoulli"`` (vectors of bits, logits).
 
@@ -64,6 +65,7 @@ class DepthHierarchy(nn.Module):
         *,
         state_family: str = "gaussian",
         target_family: str = "categorical",
+        default_paths: str = "spine",
     ):
         super().__init__()
         blocks = nn.ModuleList(blocks)
@@ -79,7 +81,7 @@ class DepthHierarchy(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-        self.tree = DyadicTree(n_level)
+        self.tree = DyadicTree(n_level, default_paths)
         self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()
         self.blocks = blocks

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hbll_seq.branches import Branch, messages_of, split_off, walk
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
 from hbll_seq.mix import Route
@@ -145,38 +146,62 @@ class LocalObjective(Objective):
         """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
         a value other than zero, and their gradients are the blocks' own."""
         z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
+        branches, others = split_off(routes[0].path, routes[1:], self.model.tree.n_level)
         node_losses: dict[int, Tensor] = {}
-        nats: list[dict[int, Tensor]] = []
-        residual = None
-        for route in routes:
-            swept, values = self._sweep(chain, route, z0, targets, node_losses, keep_graph)
-            nats.append(values)
-            residual = swept.residual if residual is None else residual
-        measured = {"residual": residual} if self.inference == "sweeps" and self.sweeps > 0 else {}
+        swept, nats = self._sweep(chain, routes[0], branches, z0, targets, node_losses, keep_graph)
+        read = list(zip([routes[0], *branches], nats))
+        for route in others:
+            _, nats = self._sweep(chain, route, [], z0, targets, node_losses, keep_graph)
+            read.append((route, nats[0]))
+        measured = {"residual": swept.residual} if self.inference == "sweeps" and self.sweeps > 0 else {}
         losses = torch.stack([node_losses[n] for n in sorted(node_losses)])
-        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(routes, nats), **measured})
+        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(read), **measured})
 
     def _sweep(
-        self, chain: Chain, route: Route, z0: Tensor, targets: Tensor, node_losses: dict[int, Tensor], keep_graph: bool
-    ) -> tuple[Swept, dict[int, Tensor]]:
-        """One route; adds its losses by block to ``node_losses`` and returns the nats of its readouts by block."""
+        self,
+        chain: Chain,
+        route: Route,
+        branches: list[Branch],
+        z0: Tensor,
+        targets: Tensor,
+        node_losses: dict[int, Tensor],
+        keep_graph: bool,
+    ) -> tuple[Swept, list[dict[int, Tensor]]]:
+        """One route and its branches; adds their losses by block to ``node_losses`` and returns the nats of the readouts
+        by block: the route's, then each branch's."""
         path = route.path
         swept = self._forward_messages(chain, path, z0)
-        read = {n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}
+        starts = [swept.states[b.start - 1].clone().requires_grad_(True) if b.start else z0 for b in branches]
+        walked = walk(chain, branches, starts)
+        read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
         swept.states.clear()  # only what is read out is needed from here on
-        nats = {n: self._nats(state, targets) for n, state in read.items()}
-        emission = sum(weight * nats[n] for n, weight in route.exits.items())
-        at_exits = dict(zip(read, torch.autograd.grad(emission, list(read.values()), retain_graph=True)))
-        errors = [at_exits.get(n) for n in path]
-        messages = backward_sweeps(swept, errors, corrections=self.corrections if keep_graph else 0)
-        for n, message, output in zip(path, messages, swept.outputs):
+        for i, branch in enumerate(branches):
+            ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
+            read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
+        nats = [{n: self._nats(state, targets) for n, state in states.items()} for states in read]
+        weights = [route.exits, *(branch.exits for branch in branches)]
+        emission = sum(w * values[n] for exits, values in zip(weights, nats) for n, w in exits.items())
+        leaves = [state for states in read for state in states.values()]
+        gradients = iter(torch.autograd.grad(emission, leaves, retain_graph=True))
+        errors = [{n: next(gradients) for n in states} for states in read]
+        branch_messages, sent = messages_of(walked, errors[1:])
+        at_states = [errors[0].get(n) for n in path]
+        for branch, message in zip(branches, sent):
+            if message is not None:
+                before = at_states[branch.start - 1]
+                at_states[branch.start - 1] = message if before is None else before + message
+        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0)
+        local = list(zip(path, messages, swept.outputs))
+        for i, branch in enumerate(branches):
+            local += [(n, branch_messages[j][i], walked.outputs[j][i]) for j, n in enumerate(branch.path)]
+        for n, message, output in local:
             # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
             # forming a difference that float32 could not hold.
-            local = (message * output).sum()
-            loss = local - local.detach()
-            if n in nats:
-                loss = loss + route.exits[n] * nats[n]
-            node_losses[n] = node_losses[n] + loss if n in node_losses else loss
+            value = (message * output).sum()
+            _add(node_losses, n, value - value.detach())
+        for exits, values in zip(weights, nats):
+            for n, weight in exits.items():
+                _add(node_losses, n, weight * values[n])
         return swept, nats
 
     def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
@@ -251,6 +276,10 @@ class LocalObjective(Objective):
                 "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
                 "use bfloat16 or float32"
             )
+
+
+def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
+    losses[n] = losses[n] + loss if n in losses else loss
 
 
 def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) -> None:

@@ -38,7 +38,7 @@ def _sandwich(tree: DyadicTree, rng: random.Random) -> list[Route]:
 
 
 def _spine(tree: DyadicTree, rng: random.Random) -> list[Route]:
-    spine = tree.path_for_depth(tree.n_level)
+    spine = tree.right_spine
     return [Route(spine, {n: 1.0 / len(spine) for n in spine})]
 
 
@@ -53,8 +53,15 @@ def _ladder(tree: DyadicTree, rng: random.Random) -> list[Route]:
 
 def _prefixes(tree: DyadicTree, rng: random.Random) -> list[Route]:
     """The full path itself, read out where a dyadic jump leads to the output: after 4 and 6 of 7, weight by depth."""
-    ends = [n for n in tree.path_for_depth(tree.n_level)[:-1]]
+    ends = tree.right_spine[:-1]
     return [Route(tuple(range(1, tree.N)), {n: n / sum(ends) for n in ends})] if ends else []
+
+
+def _all(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    """Every default path, six of them at random where there are more."""
+    depths = range(1, tree.n_nodes)
+    chosen = rng.sample(depths, min(6, len(depths)))
+    return [whole(tree.path_for_depth(k), 1.0 / len(chosen)) for k in sorted(chosen)]
 
 
 #: name -> routes of a step besides the main path; the weights of their readouts sum to one.
@@ -66,6 +73,7 @@ MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
     "spine": _spine,  # the right spine, read out after each block
     "ladder": _ladder,  # the spine, read out after each block, and one default path that is deeper
     "prefixes": _prefixes,  # the full path, read out at its dyadic prefixes
+    "all": _all,  # every default path, six of them where there are more
 }
 
 
@@ -76,12 +84,12 @@ DEFAULT_MIX = "sandwich"
 def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, ...], seed: int) -> list[Route]:
     """The main path with weight 1, then the mix's routes with ``weight`` in all; a pure function of its arguments.
 
-    Readouts along the main path itself are joined to its route, so that its blocks are evaluated once.
+    Readouts on the main path, or a beginning of it, are joined to its route, so that its blocks are evaluated once.
     """
     main, others = whole(path), []
     for route in MIXES[mix](tree, random.Random(seed)):
         exits = {n: weight * w for n, w in route.exits.items()}
-        if route.path == path:
+        if route.path == path[: len(route.path)]:
             joined = {n: main.exits.get(n, 0.0) + w for n, w in exits.items()}
             main = Route(path, {**main.exits, **joined})
         else:

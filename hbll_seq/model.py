@@ -79,7 +79,7 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [TransformerBlock(config) for _ in range(config.n_layer)]
-        super().__init__(blocks, LMHead(config, embed), embed)
+        super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths)
         self.config = config
         self.tokenizer = tokenizer
 

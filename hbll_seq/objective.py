@@ -108,10 +108,11 @@ class Objective(nn.Module):
         """Half the discrepancy of the head's prediction, mean over the positions that have a target."""
         return 0.5 * self.model.score(state, targets) / self.model.n_scored(state, targets)
 
-    def _metrics(self, routes: list[Route], nats: list[dict[int, Tensor]]) -> dict[str, Tensor]:
-        """``ce`` of the main path, and ``ce_mix``, the weighted mean of all other readouts."""
-        metrics = {"ce": nats[0][self.path[-1]].detach()}
-        others = [(route.exits[n], value.detach()) for route, values in zip(routes, nats) for n, value in values.items()][1:]
+    def _metrics(self, read: Sequence[tuple[Route, dict[int, Tensor]]]) -> dict[str, Tensor]:
+        """``ce`` of the main path, the first of all readouts (routes with their nats by block), and ``ce_mix``, the
+        weighted mean of all others."""
+        metrics = {"ce": read[0][1][self.path[-1]].detach()}
+        others = [(route.exits[n], value.detach()) for route, values in read for n, value in values.items()][1:]
         if self.mix != "none":  # in every step, also in one whose random path is the main one
             metrics["ce_mix"] = sum(w * v for w, v in others) / sum(w for w, _ in others) if others else metrics["ce"]
         return metrics
@@ -131,16 +132,19 @@ class BackpropObjective(Objective):
         with self._dropout_of_step(inputs, step):
             x, targets = self.model.prepare(inputs, labels)
             z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
-            nats: list[dict[int, Tensor]] = []
+            states: dict[tuple[int, ...], Tensor] = {(): z0}  # by beginning of a path: routes share theirs
+            read: list[tuple[Route, dict[int, Tensor]]] = []
             for route in routes:
-                state, read = z0, {}
-                for n in route.path:
-                    (state,) = chain.apply((n,), (state,))
+                nats = {}
+                for i, n in enumerate(route.path, start=1):
+                    done = route.path[:i]
+                    if done not in states:
+                        (states[done],) = chain.apply((n,), (states[done[:-1]],))
                     if n in route.exits:
-                        read[n] = self._nats(state, targets)
-                nats.append({n: read[n] for n in route.exits})
-            loss = sum(route.exits[n] * value for route, values in zip(routes, nats) for n, value in values.items())
-        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(routes, nats))
+                        nats[n] = self._nats(states[done], targets)
+                read.append((route, {n: nats[n] for n in route.exits}))
+            loss = sum(route.exits[n] * value for route, values in read for n, value in values.items())
+        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read))
 
 
 def is_number(value: object) -> bool:

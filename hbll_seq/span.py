@@ -126,7 +126,7 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     return Span(forward, until, ledger.work, ledger.work - ledger.head_work)
 
 
-def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3) -> DepthHierarchy:
+def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3, default_paths: str = "spine") -> DepthHierarchy:
     """A hierarchy of tiny residual blocks, to count on."""
 
     class Residual(nn.Module):
@@ -137,7 +137,8 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3) -> DepthHi
         def forward(self, x):
             return x + self.linear(x).tanh()
 
-    return DepthHierarchy((Residual() for _ in range(2**n_level - 1)), nn.Linear(width, n_classes), nn.Linear(2, width))
+    blocks = (Residual() for _ in range(2**n_level - 1))
+    return DepthHierarchy(blocks, nn.Linear(width, n_classes), nn.Linear(2, width), default_paths=default_paths)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 
 #: more paths than this are counted and sampled, never listed (n_level = 5 has 458,329).
 MAX_LISTED_PATHS = 100_000
+#: orders in which depth grows from one block to all of them, see :meth:`DyadicTree.path_for_depth`.
+PATH_FAMILIES = ("spine", "prefix")
 
 
 class DyadicTree:
@@ -24,6 +26,7 @@ class DyadicTree:
 
     Args:
         n_level: number of levels D, at least 1.
+        family: which path of a depth is the default one, of ``PATH_FAMILIES``; see :meth:`path_for_depth`.
 
     Attributes:
         n_level: D.
@@ -32,13 +35,15 @@ class DyadicTree:
         levels: the nodes level by level, root first; a node needs only nodes of levels above its own.
 
     Raises:
-        ValueError: ``n_level`` is not a whole number of at least 1.
+        ValueError: ``n_level`` is not a whole number of at least 1, or the family is unknown.
     """
 
-    def __init__(self, n_level: int):
+    def __init__(self, n_level: int, family: str = "spine"):
         if not isinstance(n_level, int) or isinstance(n_level, bool) or n_level < 1:
             raise ValueError(f"n_level={n_level!r}: must be a whole number of at least 1")
-        self.n_level = n_level
+        if family not in PATH_FAMILIES:
+            raise ValueError(f"family={family!r}: allowed are {', '.join(PATH_FAMILIES)}")
+        self.n_level, self.family = n_level, family
         self.N = 2**n_level
         self.n_nodes = self.N - 1
         self.levels = tuple(
@@ -46,7 +51,7 @@ class DyadicTree:
         )
 
     def __repr__(self) -> str:
-        return f"DyadicTree(n_level={self.n_level})"
+        return f"DyadicTree(n_level={self.n_level}, family={self.family!r})"
 
     def span(self, n: int) -> int:
         """Largest power of two that divides node ``n`` (paper: ``2**l(n)``)."""
@@ -123,12 +128,16 @@ class DyadicTree:
         return tuple(draw(0, self.N))
 
     def path_for_depth(self, depth: int) -> tuple[int, ...]:
-        """The default path with ``depth`` blocks, 1 <= depth <= N - 1.
+        """The default path with ``depth`` blocks, 1 <= depth <= N - 1, of the tree's family.
 
-        Up to D blocks it is the start of the *right spine* N/2, 3N/4, .., N-1 (the paper's table). Beyond, the rightmost
-        interval that can still be split is split at its middle, one at a time, until every block is on the path. From D
-        on every path so contains the one before it: for D = 3 they are (4) (4,6) (4,6,7) (4,5,6,7) (2,4,5,6,7)
+        ``"spine"``: up to D blocks it is the start of the *right spine* N/2, 3N/4, .., N-1 (the paper's table). Beyond, the
+        rightmost interval that can still be split is split at its middle, one at a time, until every block is on the path.
+        From D on every path so contains the one before it: for D = 3 they are (4) (4,6) (4,6,7) (4,5,6,7) (2,4,5,6,7)
         (2,3,4,5,6,7) (1,..,7).
+
+        ``"prefix"``: the path that leaves the full one as late as it can, the first in the order of block numbers: for
+        D = 3 (4) (2,4) (1,2,4) (1,2,3,4) (1,2,3,4,6) (1,..,6) (1,..,7). What the blocks right of it read so is what they
+        read on the full path, and at most D blocks are not shared with it.
 
         Raises:
             ValueError: ``depth`` is not a whole number in 1 .. N-1.
@@ -138,12 +147,37 @@ class DyadicTree:
                 f"depth={depth!r}: a model with n_level={self.n_level} runs 1 to {self.n_nodes} blocks; "
                 f"choose a whole number in that range"
             )
-        path = [self.N - (self.N >> t) for t in range(1, self.n_level + 1)][:depth]
+        return self._first_path(depth) if self.family == "prefix" else self._spine_path(depth)
+
+    @property
+    def right_spine(self) -> tuple[int, ...]:
+        """The path N/2, 3N/4, .., N-1 of the nodes whose right parent is y."""
+        return tuple(self.N - (self.N >> t) for t in range(1, self.n_level + 1))
+
+    def _spine_path(self, depth: int) -> tuple[int, ...]:
+        path = list(self.right_spine[:depth])
         while len(path) < depth:
             ends = [0, *path, self.N]
             i, j = next((i, j) for i, j in zip(ends[-2::-1], ends[:0:-1]) if j - i > 1)
             path = sorted([*path, (i + j) // 2])
         return tuple(path)
+
+    def _first_path(self, depth: int) -> tuple[int, ...]:
+        path: list[int] = []
+        while len(path) < depth:
+            i, after = path[-1] if path else 0, depth - len(path) - 1
+            longest = i & -i if i else self.N // 2
+            steps = (i + (1 << level) for level in range(longest.bit_length()))
+            # From j on, any number of blocks between that of the longest jumps and all of them can follow.
+            path.append(next(j for j in steps if j < self.N and self._fewest_after(j) <= after <= self.n_nodes - j))
+        return tuple(path)
+
+    def _fewest_after(self, j: int) -> int:
+        """Blocks between ``j`` and the head when every jump is the longest possible."""
+        count = 0
+        while (j := j + (j & -j)) < self.N:
+            count += 1
+        return count
 
     def validate_path(self, path: Sequence[int]) -> tuple[int, ...]:
         """``path`` as a tuple, after checking that it walks 0 -> N over arcs.

@@ -85,6 +85,23 @@ def test_path_for_depth():
         assert all(set(a) < set(b) for a, b in zip(paths, paths[1:]))
 
 
+def test_prefix_paths_leave_the_full_one_last():
+    tree = DyadicTree(3, "prefix")
+    assert [tree.path_for_depth(k) for k in range(1, 8)] == [
+        (4,), (2, 4), (1, 2, 4), (1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7),
+    ]  # fmt: skip
+    for n_level in range(1, 8):
+        tree = DyadicTree(n_level, "prefix")
+        for depth in range(1, tree.N):
+            path = tree.validate_path(tree.path_for_depth(depth))
+            shared = sum(n == i for i, n in enumerate(path, start=1))
+            assert len(path) == depth and depth - shared <= n_level
+            if n_level <= 4:
+                assert path == min(p for p in tree.paths() if len(p) == depth)
+    with pytest.raises(ValueError, match="family='left'.*spine, prefix"):
+        DyadicTree(3, "left")
+
+
 @pytest.mark.parametrize("depth", [0, 8, -1, "x", 2.0, True, None])
 def test_bad_depth(depth):
     with pytest.raises(ValueError, match="1 to 7 blocks"):

@@ -32,6 +32,7 @@ from hbll_seq.span import measure_span, small_hierarchy
 from hbll_seq.tasks import Task, count_correct
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.tree import PATH_FAMILIES
 
 # ------------------------------------------------------------------------------------------------------------ problems
 
@@ -110,7 +111,7 @@ class TaskProblem(Problem):
 # --------------------------------------------------------------------------------------------------------------- sides
 
 _TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float}
-_MIXED = {"mix", "mix_weight", "graphs"}
+_MIXED = {"mix", "mix_weight", "graphs", "paths"}
 #: what can be said of each kind of side; another option would be ignored, and two names mean one method
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
@@ -122,11 +123,13 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Side:
-    """A way of training: ``name`` as it was asked for, the inference (or "backprop"), and options of its objective."""
+    """A way of training: ``name`` as it was asked for, the inference (or "backprop"), options of its objective, and
+    ``default_paths``, the family of the paths that it trains."""
 
     name: str
     inference: str
     options: tuple[tuple[str, Any], ...]
+    default_paths: str = "spine"
 
     @classmethod
     def parse(cls, name: str, mix: str) -> Side:
@@ -151,7 +154,10 @@ class Side:
                 options.append((key, _TYPES.get(key, str)(value)))
             except ValueError:
                 raise ValueError(f"side {name!r}: {key}={value!r} must be a number") from None
-        return cls(name, inference, tuple(options))
+        family = dict(options).pop("paths", "spine")
+        if family not in PATH_FAMILIES:
+            raise ValueError(f"side {name!r}: paths={family!r}: allowed are {', '.join(PATH_FAMILIES)}")
+        return cls(name, inference, tuple(o for o in options if o[0] != "paths"), family)
 
     @property
     def one_depth(self) -> int | None:
@@ -173,7 +179,7 @@ class Side:
 
     def check(self, n_level: int) -> None:
         """Raises ValueError where an option does not fit a model of so many levels."""
-        self.objective(small_hierarchy(n_level), seed=0)
+        self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
 
     def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
         """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
@@ -185,7 +191,7 @@ class Side:
 
     def work(self, n_level: int, n_steps: int = 16) -> float:
         """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""
-        objective = self.objective(small_hierarchy(n_level), seed=0)
+        objective = self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
         x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
         is_random = dict(self.options).get("mix", "none") != "none"
         counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if is_random else 1)]
@@ -215,7 +221,7 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     config = HBLLConfig(vocab_size=problem.vocab_size, n_level=shape.n_level, n_embd=shape.n_embd, n_head=shape.n_head,
-                        block_size=problem.block_size)  # fmt: skip
+                        block_size=problem.block_size, default_paths=side.default_paths)  # fmt: skip
     model = HBLLForCausalLM(config).to(device)
     objective, paths = side.objective(model, seed), side.paths(model)
     exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)

@@ -1,0 +1,99 @@
+"""Short ways from a chain's state to a readout: a path that shares its beginning with the main one is a branch off it.
+
+A branch is at most log2 N blocks long, so it is walked block by block, exactly, within the span of the sweeps. All
+branches advance together: their j-th blocks are one call. No graph reaches from one block into another here either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbll_seq.messages import Chain
+from hbll_seq.mix import Route
+
+
+class Branch(NamedTuple):
+    """``start``: number of blocks shared with the main path; ``path``: the further ones; ``exits``: see :class:`Route`."""
+
+    start: int
+    path: tuple[int, ...]
+    exits: dict[int, float]
+
+
+def split_off(main: tuple[int, ...], routes: Sequence[Route], longest: int) -> tuple[list[Branch], list[Route]]:
+    """The routes that leave the main path for at most ``longest`` blocks as branches, and all others as they are."""
+    branches, others = [], []
+    for route in routes:
+        start = 0
+        while start < min(len(main), len(route.path)) and main[start] == route.path[start]:
+            start += 1
+        rest = route.path[start:]
+        if len(rest) <= longest and set(route.exits) <= set(rest):
+            branches.append(Branch(start, rest, route.exits))
+        else:
+            others.append(route)
+    return branches, others
+
+
+@dataclass
+class Walked:
+    """``inputs[j][i]`` and ``outputs[j][i]``: what the j-th block of the i-th branch reads and makes; None past its end."""
+
+    branches: list[Branch]
+    inputs: list[list[Tensor | None]]
+    outputs: list[list[Tensor | None]]
+
+    def steps(self, j: int) -> list[int]:
+        """The branches that have a j-th block."""
+        return [i for i, branch in enumerate(self.branches) if j < len(branch.path)]
+
+
+def walk(chain: Chain, branches: list[Branch], starts: Sequence[Tensor]) -> Walked:
+    """Every branch from its start, [...], which stays as attached as it is given; inner states are leaves."""
+    walked = Walked(branches, [], [])
+    states: list[Tensor | None] = list(starts)
+    for j in range(max((len(branch.path) for branch in branches), default=0)):
+        alive = walked.steps(j)
+        outputs: list[Tensor | None] = [None] * len(branches)
+        for i, a in zip(alive, chain.apply([branches[i].path[j] for i in alive], [states[i] for i in alive])):
+            outputs[i] = a
+        walked.inputs.append(states)
+        walked.outputs.append(outputs)
+        states = [None if a is None else a.detach().requires_grad_(True) for a in outputs]
+    return walked
+
+
+def messages_of(walked: Walked, errors: Sequence[dict[int, Tensor]]) -> tuple[list[list[Tensor | None]], list[Tensor | None]]:
+    """Backward messages of every output, and what each branch sends into the chain (None where it starts at its input).
+
+    Args:
+        walked: the branches.
+        errors: by branch, block number -> d loss / d state where it is read out; each branch is read at its end.
+    """
+    messages: list[list[Tensor | None]] = [[None] * len(walked.branches) for _ in walked.outputs]
+    sent: list[Tensor | None] = [None] * len(walked.branches)
+    for j in reversed(range(len(walked.outputs))):
+        alive = walked.steps(j)
+        for i in alive:
+            own = errors[i].get(walked.branches[i].path[j])
+            later = sent[i]
+            messages[j][i] = later if own is None else own if later is None else own + later
+        through = [i for i in alive if j > 0 or walked.branches[i].start > 0]
+        products = ()
+        if through:
+            products = torch.autograd.grad(
+                [walked.outputs[j][i] for i in through],
+                [walked.inputs[j][i] for i in through],
+                [messages[j][i] for i in through],
+                retain_graph=True,
+            )
+        for i in alive:
+            sent[i] = None
+        for i, product in zip(through, products):
+            sent[i] = product
+    return messages, sent

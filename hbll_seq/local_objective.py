@@ -72,7 +72,7 @@ class LocalObjective(Objective):
         tolerance: float = 0.0,
         path: Sequence[int] | None = None,
         mix: str = "none",
-        mix_weight: float = 1.0,
+        mix_weight: float | None = None,
         graphs: str = "kept",
         sigma: float | None = None,
         n_samples: int = 1,

@@ -58,10 +58,12 @@ def _prefixes(tree: DyadicTree, rng: random.Random) -> list[Route]:
 
 
 def _all(tree: DyadicTree, rng: random.Random) -> list[Route]:
-    """Every default path, six of them at random where there are more."""
+    """Every default path (of a deep tree that of one block and five at random), weight by one over the depth."""
     depths = range(1, tree.n_nodes)
-    chosen = rng.sample(depths, min(6, len(depths)))
-    return [whole(tree.path_for_depth(k), 1.0 / len(chosen)) for k in sorted(chosen)]
+    if len(depths) > 6:
+        depths = [1, *sorted(rng.sample(depths[1:], 5))]
+    total = sum(1.0 / k for k in depths)
+    return [whole(tree.path_for_depth(k), 1.0 / k / total) for k in depths]
 
 
 #: name -> routes of a step besides the main path; the weights of their readouts sum to one.
@@ -73,12 +75,14 @@ MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
     "spine": _spine,  # the right spine, read out after each block
     "ladder": _ladder,  # the spine, read out after each block, and one default path that is deeper
     "prefixes": _prefixes,  # the full path, read out at its dyadic prefixes
-    "all": _all,  # every default path, six of them where there are more
+    "all": _all,  # every default path (six of them where there are more), the shorter the heavier
 }
 
 
 #: did best of those above in short trials (README, "What we tried")
-DEFAULT_MIX = "sandwich"
+DEFAULT_MIX = "all"
+#: total weight of a mix's readouts beside the full path's 1, where nothing else is said; of the others it is 1.
+MIX_WEIGHTS = {"all": 9.0}
 
 
 def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, ...], seed: int) -> list[Route]:

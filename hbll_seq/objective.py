@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.messages import Chain, Recomputed
-from hbll_seq.mix import MIXES, Route, routes_of_step
+from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, routes_of_step
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 
 GRAPHS = ("kept", "recomputed")
@@ -40,7 +40,7 @@ class Objective(nn.Module):
         model: a :class:`DepthHierarchy`.
         path: block numbers of the main path; None is the full one. Blocks that no step reads are frozen.
         mix: which further paths a step reads, see ``mix.MIXES``; only with the full path.
-        mix_weight: total weight of their readouts; the main path's is 1.
+        mix_weight: total weight of their readouts; the main path's is 1. None takes the mix's own, see ``mix.MIX_WEIGHTS``.
         graphs: ``"kept"``, or ``"recomputed"``: only the states between blocks are kept, and the inside of a block is
             computed again when a product needs it (activation checkpointing).
         seed: seed of noise, dropout and the mix, which are functions of (seed, step, ...).
@@ -56,7 +56,7 @@ class Objective(nn.Module):
         path: Sequence[int] | None = None,
         *,
         mix: str = "none",
-        mix_weight: float = 1.0,
+        mix_weight: float | None = None,
         graphs: str = "kept",
         seed: int = 0,
         rank: int = 0,
@@ -66,6 +66,7 @@ class Objective(nn.Module):
         for name, value, allowed in (("mix", mix, MIXES), ("graphs", graphs, GRAPHS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+        mix_weight = MIX_WEIGHTS.get(mix, 1.0) if mix_weight is None else mix_weight
         if not is_number(mix_weight) or not 0 < mix_weight < float("inf"):
             raise ValueError(f"mix_weight={mix_weight!r}: must be a number above 0; mix='none' trains one path alone")
         self.path = model.resolve_path(path=path)

@@ -96,7 +96,8 @@ def data(settings: TrainingSettings) -> Data:
 
 def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
     """The model's part of the settings. Raises ValueError for a shape that cannot be."""
-    names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "sigma")
+    names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "default_paths",
+             "sigma")
     return HBLLConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
 
 
@@ -106,7 +107,7 @@ def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int
     if settings.objective == "tree":
         return LocalObjective(model, "tree", n_samples=settings.n_samples, state_weight=settings.state_weight,
                               free_energy=settings.free_energy, graphs=settings.graphs, **seeds), default_paths(model)
-    routes = dict(path=settings.path_blocks, mix=settings.mix_name, mix_weight=settings.mix_weight,
+    routes = dict(path=settings.path_blocks, mix=settings.mix, mix_weight=settings.mix_weight,
                   graphs=settings.graphs, **seeds)
     if settings.objective == "sweeps":
         objective: Objective = LocalObjective(model, "sweeps", sweeps=settings.sweeps, corrections=settings.corrections,

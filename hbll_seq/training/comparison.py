@@ -138,7 +138,8 @@ class Side:
         Raises:
             ValueError: unknown inference or option, or a value of the wrong type.
         """
-        short = {"mix": f"sweeps:mix={mix}", "backprop-mix": f"backprop:mix={mix}"}.get(name, name)
+        mixed = f"mix={mix},paths={'prefix' if mix == 'all' else 'spine'}"  # each with the family that it was measured with
+        short = {"mix": f"sweeps:{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
         if short.startswith("backprop-"):
             short = "backprop:depth=" + short.removeprefix("backprop-")
         inference, _, rest = short.partition(":")

@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.mix import DEFAULT_MIX, MIXES
+from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES
 from hbll_seq.objective import GRAPHS
 from hbll_seq.sweeps import INITS
+from hbll_seq.tree import PATH_FAMILIES
 
 DEFAULT_PRESET = "small"
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -62,14 +63,18 @@ class TrainingSettings:
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
+    default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves the "
+                                 "full path as late as it can; auto: spine for the tree, else prefix",
+                                 choices=("auto", *PATH_FAMILIES))
 
     objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "
                              "paper's local losses on the binary tree; backprop: the baseline",
                              choices=("sweeps", "tree", "backprop"))
     path: str = _option("full", "objective", "blocks that sweeps or backprop train: full, or numbers such as 4,6,7")
     mix: str = _option("auto", "objective", "further paths that sweeps or backprop train in each step, so that every depth "
-                       "is useful; auto: sandwich for sweeps on the full path, else none", choices=("auto", *MIXES))
-    mix_weight: float = _option(1.0, "objective", "weight of the mix's losses beside the main path's 1", low=0)
+                       f"is useful; auto: {DEFAULT_MIX} for sweeps on the full path, else none", choices=("auto", *MIXES))
+    mix_weight: float | None = _option(None, "objective", "weight of the mix's losses beside the main path's 1 (default: "
+                                       f"{MIX_WEIGHTS} by mix, else 1)", low=0)
     sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0)
     corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0)
     linearization: str = _option("identity", "objective", "stands for the blocks' Jacobians between sweeps",
@@ -149,13 +154,13 @@ class TrainingSettings:
             raise ValueError(f"free_energy=True with objective={self.objective!r}: only the tree has a variational "
                              "posterior; leave it out, or use --objective tree")
         _ = self.path_blocks
-
-    @property
-    def mix_name(self) -> str:
-        """``mix``, with what "auto" stands for."""
-        if self.mix != "auto":
-            return self.mix
-        return DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none"
+        # What a checkpoint or model card says must not change its meaning with a later version's defaults.
+        if self.mix == "auto":
+            object.__setattr__(self, "mix", DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none")
+        if self.mix_weight is None:
+            object.__setattr__(self, "mix_weight", MIX_WEIGHTS.get(self.mix, 1.0))
+        if self.default_paths == "auto":
+            object.__setattr__(self, "default_paths", "spine" if self.objective == "tree" else "prefix")
 
     @property
     def path_blocks(self) -> tuple[int, ...] | None:

@@ -107,6 +107,10 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     two.add({"side": "mix", "lr": 1.0, "seed": 0})
     assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
     assert one.find("mix", 1.0, 0) is not None
+    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 3"})
+    assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
+    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 4"})
+    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["method"] for k in (3, 4)] == ["K = 3", "K = 4"]
 
 
 def test_induction_is_learned_by_three_blocks_and_not_by_one():

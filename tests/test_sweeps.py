@@ -207,7 +207,9 @@ def test_recomputed_graphs_give_the_same_gradients(inference, dropout):
     assert largest_difference(*results) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"mix": "sandwich"}, {"inference": "multigrid"}, {"graphs": "recomputed"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mix": "sandwich"}, {"mix": "all"}, {"inference": "multigrid"}, {"graphs": "recomputed"}]
+)
 def test_bfloat16_gradients_are_whole_and_near(options):
     """Calls without gradient share the autocast region with the differentiated ones, which must not lose theirs."""
     model, tokens = double_lm(n_embd=32)

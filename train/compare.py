@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(args.output, setting)
 
     def ensure(side: Side, lr: float, seed: int) -> dict:
-        found = results.find(side.name, lr, seed)
+        found = results.find(side.name, lr, seed, side.method(args.n_level))
         if found is None:
             found = train(side, lr, seed, problem, shape)
             results.add(found)
@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {}
     for side in sides:
         if args.report_only:
-            tried = {run["lr"]: run for run in results.runs if (run["side"], run["seed"]) == (side.name, args.seeds[0])}
+            rates = {run["lr"] for run in results.runs if run["side"] == side.name}
+            found = {lr: results.find(side.name, lr, args.seeds[0], side.method(args.n_level)) for lr in rates}
+            tried = {lr: run for lr, run in found.items() if run is not None}
             if tried:
                 chosen[side.name] = min(tried, key=lambda lr: deepest(tried[lr])["loss"])  # noqa: B023
         else:
@@ -171,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for side in sides:
             if side.name in chosen:
                 lr = chosen[side.name]
-                run = results.find(side.name, lr, seed) if args.report_only else ensure(side, lr, seed)
+                method = side.method(args.n_level)
+                run = results.find(side.name, lr, seed, method) if args.report_only else ensure(side, lr, seed)
                 if run is not None:
                     runs.setdefault(side.name, []).append(run)
     if not runs:

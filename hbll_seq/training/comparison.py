@@ -178,6 +178,19 @@ class Side:
             return BackpropObjective(model, path, seed=seed, **options)
         return LocalObjective(model, self.inference, seed=seed, **options)
 
+    def method(self, n_level: int) -> str:
+        """What the side does, with every default written out: runs of another method are not this side's."""
+        objective = self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
+        names = ["mix"]
+        if objective.mix != "none":
+            names += ["mix_weight"]
+        if self.inference in ("sweeps", "multigrid"):
+            names += ["sweeps", "corrections", "linearization", "init"]
+        if self.inference == "tree":
+            names += ["state_weight"]
+        described = {name: getattr(objective, name) for name in names} | {"paths": self.default_paths}
+        return f"{self.inference} {described}"
+
     def check(self, n_level: int) -> None:
         """Raises ValueError where an option does not fit a model of so many levels."""
         self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
@@ -252,8 +265,9 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
                 rows = problem.evaluate(model, "validation", paths, max(1, shape.eval_batches // 4))
                 evaluations.append([step + 1, {row["name"]: round(row[problem.metric], 4) for row in rows}])
     rows = {s: problem.evaluate(model, s, paths, shape.eval_batches) for s in ("validation", "test")}
-    return {"side": side.name, "lr": lr, "seed": seed, "seconds": round(seconds, 1), "work": side.work(shape.n_level),
-            "curve": curve, "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
+    return {"side": side.name, "method": side.method(shape.n_level), "lr": lr, "seed": seed,
+            "seconds": round(seconds, 1), "work": side.work(shape.n_level), "curve": curve,
+            "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
 
 
 def _now(device: str) -> float:
@@ -308,15 +322,21 @@ class Results:
         finally:
             os.close(folder)
 
-    def find(self, side: str, lr: float, seed: int) -> dict | None:
-        """The finished run, if there is one, also one that another process has added."""
+    def find(self, side: str, lr: float, seed: int, method: str | None = None) -> dict | None:
+        """The finished run, if there is one, also one that another process has added.
+
+        Args:
+            side, lr, seed: what names a run.
+            method: if given, see :meth:`Side.method`; a run that did something else under this name is not found.
+        """
         self._read()
-        return next((r for r in self.runs if (r["side"], r["lr"], r["seed"]) == (side, lr, seed)), None)
+        named = (r for r in self.runs if (r["side"], r["lr"], r["seed"]) == (side, lr, seed))
+        return next((r for r in named if method is None or r.get("method", method) == method), None)
 
     def add(self, run: dict) -> None:
         """Appends a run and replaces the file atomically; one line per run."""
         with self._locked():
-            if self.find(run["side"], run["lr"], run["seed"]) is None:
+            if self.find(run["side"], run["lr"], run["seed"], run.get("method")) is None:
                 self.runs.append(run)
             lines = ",\n".join(json.dumps(r) for r in self.runs)
             text = f'{{"setting": {json.dumps(self.setting)},\n"runs": [\n{lines}\n]}}\n'

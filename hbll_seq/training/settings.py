@@ -63,8 +63,8 @@ class TrainingSettings:
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
-    default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves the "
-                                 "full path as late as it can; auto: spine for the tree, else prefix",
+    default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
+                                 "the full path as late as it can; auto: spine for the tree, else prefix",
                                  choices=("auto", *PATH_FAMILIES))
 
     objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "

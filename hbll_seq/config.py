@@ -31,6 +31,8 @@ class HBLLConfig:
         norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
         rope_base: base of the rotary positions' wavelengths.
         default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
+        readout_rank: rank of the correction that each length of the head's jump has for itself; 0 for none. See
+            :class:`hbll_seq.readout.JumpReadout`.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (METHOD: ``sigma``; the paper's LM runs use 0.005).
@@ -49,6 +51,7 @@ class HBLLConfig:
     norm: str = "rmsnorm"
     rope_base: float = 10000.0
     default_paths: str = "spine"
+    readout_rank: int = 0
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
@@ -63,6 +66,8 @@ class HBLLConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        if not isinstance(self.readout_rank, int) or isinstance(self.readout_rank, bool) or self.readout_rank < 0:
+            raise ValueError(f"readout_rank={self.readout_rank!r}: must be a whole number of at least 0; 0 leaves it out")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
         if self.n_level > 10:

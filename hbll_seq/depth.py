@@ -106,9 +106,17 @@ class DepthHierarchy(nn.Module):
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         return inputs, labels
 
-    def score(self, state: Tensor, targets: Tensor) -> Tensor:
-        """Discrepancy of the head's prediction from a state, summed over positions (-2 log p(y | state) for classes)."""
-        return self.target_family.discrepancy(self.head(state), targets).sum()
+    def before_head(self, state: Tensor, last: int) -> Tensor:
+        """What the head reads of the state after block ``last``: the state itself, unless a model says otherwise."""
+        return state
+
+    def read_out(self, state: Tensor, last: int) -> Tensor:
+        """The head's output for the state after block ``last``."""
+        return self.head(self.before_head(state, last))
+
+    def score(self, state: Tensor, targets: Tensor, last: int) -> Tensor:
+        """Discrepancy of the prediction after block ``last``, summed over positions (-2 log p(y | state) for classes)."""
+        return self.target_family.discrepancy(self.read_out(state, last), targets).sum()
 
     def n_scored(self, state: Tensor, targets: Tensor) -> Tensor | int:
         """How many positions of ``state`` [..., width] have a target."""
@@ -116,10 +124,10 @@ class DepthHierarchy(nn.Module):
 
     def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """The plain network along ``path`` (default: full): raw inputs -> the head's output."""
-        state = self.embed(inputs)
-        for n in self.resolve_path(path=path):
+        state, path = self.embed(inputs), self.resolve_path(path=path)
+        for n in path:
             (state,) = self.chain.apply((n,), (state,))
-        return self.head(state)
+        return self.read_out(state, path[-1])
 
     def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """Same as :meth:`run`."""

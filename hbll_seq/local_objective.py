@@ -178,7 +178,7 @@ class LocalObjective(Objective):
         for i, branch in enumerate(branches):
             ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
             read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
-        nats = [{n: self._nats(state, targets) for n, state in states.items()} for states in read]
+        nats = [{n: self._nats(state, targets, n) for n, state in states.items()} for states in read]
         weights = [route.exits, *(branch.exits for branch in branches)]
         emission = sum(w * values[n] for exits, values in zip(weights, nats) for n, w in exits.items())
         leaves = [state for states in read for state in states.values()]
@@ -225,7 +225,7 @@ class LocalObjective(Objective):
             self.chain(step),
             self.model.tree,
             self.model.embed(x),
-            lambda state: self.model.score(state, targets),
+            lambda n, state: self.model.score(state, targets, n),
             self.model.state_family,
             sigma=self.sigma,
             noise=noise,
@@ -255,7 +255,7 @@ class LocalObjective(Objective):
         tree, family, states = self.model.tree, self.model.state_family, {0: result.reads[0], **result.targets}
         nodes = range(1, tree.N)
         predictions = self.model.chain.apply(nodes, [states[n - 1] for n in nodes])
-        nll = self.model.score(states[tree.N - 1], targets)
+        nll = self.model.score(states[tree.N - 1], targets, tree.N - 1)
         n_targets = self.model.n_scored(states[tree.N - 1], targets)
         metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}
         for n, prediction in zip(nodes, predictions):

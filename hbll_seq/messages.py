@@ -96,7 +96,7 @@ def tree_pass(
     chain: Chain,
     tree: DyadicTree,
     z0: Tensor,
-    emission: Callable[[Tensor], Tensor],
+    emission: Callable[[int, Tensor], Tensor],
     state_family: StateFamily,
     *,
     sigma: float = 0.0,
@@ -110,7 +110,7 @@ def tree_pass(
         chain: the blocks f_1 .. f_{N-1}.
         tree: the tree over them.
         z0: embedded input, [batch, ..., width]; stays attached, so that the left spine trains the embedding.
-        emission: a_n -> e = -2 log p(y | head(a_n)), per position or summed; shared by all nodes whose right parent is y.
+        emission: n, a_n -> e = -2 log p(y | head(a_n)), per position or summed, for the nodes whose right parent is y.
         state_family: distribution of the inner states.
         sigma: noise scale of the samples.
         noise: ``(node, like) -> standard normal noise`` of the shape of ``like``; needed where sigma > 0.
@@ -122,7 +122,7 @@ def tree_pass(
     for level in tree.levels:
         left, right = zip(*(tree.parents(n) for n in level))
         messages = chain.apply(level, [result.reads[i] for i in left])
-        discrepancies = _discrepancies(chain, right, messages, emission, state_family, result.targets)
+        discrepancies = _discrepancies(chain, level, right, messages, emission, state_family, result.targets)
         result.messages.update(zip(level, messages))
         result.discrepancies.update(zip(level, discrepancies))
         is_leaf_level = level[0] == 1
@@ -140,11 +140,11 @@ def tree_pass(
     return result
 
 
-def _discrepancies(chain, right, messages, emission, state_family, targets) -> list[Tensor]:
+def _discrepancies(chain, level, right, messages, emission, state_family, targets) -> list[Tensor]:
     """e_n of each node of a level: against the right parent's state, or against y where that parent is the boundary."""
     inner = [(j, a) for j, a in zip(right, messages) if j in targets]
     predictions = iter(chain.apply([j for j, _ in inner], [a for _, a in inner]) if inner else [])
     return [
-        state_family.discrepancy(next(predictions), targets[j]) if j in targets else emission(a)
-        for j, a in zip(right, messages)
+        state_family.discrepancy(next(predictions), targets[j]) if j in targets else emission(n, a)
+        for n, j, a in zip(level, right, messages)
     ]

@@ -17,6 +17,7 @@ from hbll_seq.depth import DepthHierarchy
 from hbll_seq.generation import GenerationMixin
 from hbll_seq.hub import HubMixin
 from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.readout import JumpReadout
 from hbll_seq.tokenizer import Tokenizer
 
 
@@ -80,6 +81,7 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [TransformerBlock(config) for _ in range(config.n_layer)]
         super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths)
+        self.readouts = JumpReadout(config.n_level, config.n_embd, config.readout_rank) if config.readout_rank else None
         self.config = config
         self.tokenizer = tokenizer
 
@@ -97,11 +99,15 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
             )
         return inputs[:, :-1], labels[:, 1:]
 
-    def score(self, state: Tensor, targets: Tensor) -> Tensor:
+    def before_head(self, state: Tensor, last: int) -> Tensor:
+        """See :meth:`DepthHierarchy.before_head`."""
+        return state if self.readouts is None else self.readouts(state, self.tree.N - last)
+
+    def score(self, state: Tensor, targets: Tensor, last: int) -> Tensor:
         """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
         if not isinstance(self.head, LMHead):  # wrapped, as to count its evaluations
-            return super().score(state, targets)
-        hidden = self.head.norm(state).flatten(0, -2)
+            return super().score(state, targets, last)
+        hidden = self.head.norm(self.before_head(state, last)).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 
     def forward(
@@ -144,7 +150,8 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
         parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
-        return sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+        shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+        return shared + 2 * self.config.readout_rank * self.config.n_embd
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""

@@ -80,6 +80,31 @@ def test_greedy_ids_equal_those_of_the_full_forward(model, path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("path", [(4,), (4, 6), (2, 4, 6, 7), (1, 2, 3, 4)])
+def test_each_length_of_the_heads_jump_reads_in_its_own_way(path):
+    """Run, cached generation and score agree, and only the readout of the path's own jump matters."""
+    torch.manual_seed(0)
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=23, n_embd=16, n_head=2, block_size=16, readout_rank=2)).eval()
+    tokens = torch.randint(23, (2, 12))
+    plain = model.run(tokens, path)
+    with torch.no_grad():
+        model.readouts.up.normal_()
+    logits = model.run(tokens, path)
+    assert (logits - plain).abs().max() > 1e-2
+    cached = prefill(model, tokens, path)[0]
+    torch.testing.assert_close(cached, logits[:, -1], atol=1e-4, rtol=0)
+    x, y = model.prepare(tokens)
+    state = model.embed(x)
+    for n in path:
+        (state,) = model.chain.apply((n,), (state,))
+    by_hand = 2 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), y.flatten(), reduction="sum")
+    torch.testing.assert_close(model.score(state, y, path[-1]), by_hand)
+    jump = model.tree.N - path[-1]
+    with torch.no_grad():
+        model.readouts.up[[level for level in range(3) if 2**level != jump]] = 7.0
+    torch.testing.assert_close(model.run(tokens, path), logits)
+
+
 def test_different_paths_give_different_logits(model):
     """Guards the two tests above: with equal paths they would show nothing."""
     ids = tokens_of(1, 8)

@@ -205,7 +205,7 @@ def test_weight_decay_falls_on_matrices_only():
     model = HBLLForCausalLM(lm.model_config(settings, 50))
     model.blocks[0].requires_grad_(False)
     matrices, rest = make_optimizer(model, settings).param_groups
-    assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2}
+    assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2, 3}  # 3: a stack of them
     assert rest["weight_decay"] == 0.0 and {p.ndim for p in rest["params"]} == {1}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in matrices["params"] + rest["params"]}

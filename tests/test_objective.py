@@ -59,7 +59,7 @@ def test_left_spine_trains_the_embedding_and_right_spine_the_head():
 
 def tree_states(model, tokens, **options):
     targets = tokens[:, 1:]
-    emission = lambda a: model.target_family.discrepancy(model.head(a), targets)  # noqa: E731
+    emission = lambda n, a: model.target_family.discrepancy(model.head(a), targets)  # noqa: E731
     noise = lambda n, like: torch.randn(like.shape, generator=torch.Generator().manual_seed(n))  # noqa: E731
     z0 = model.embed(tokens[:, :-1])
     return tree_pass(model.chain, model.tree, z0, emission, Gaussian(), sigma=0.1, noise=noise, **options)

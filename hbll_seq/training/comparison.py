@@ -24,6 +24,7 @@ from tqdm import tqdm
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows
+from hbll_seq.depth import DepthHierarchy
 from hbll_seq.evaluation import default_paths, evaluate_paths
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
@@ -32,7 +33,6 @@ from hbll_seq.span import measure_span, small_hierarchy
 from hbll_seq.tasks import Task, count_correct
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
-from hbll_seq.tree import PATH_FAMILIES
 
 # ------------------------------------------------------------------------------------------------------------ problems
 
@@ -110,8 +110,11 @@ class TaskProblem(Problem):
 
 # --------------------------------------------------------------------------------------------------------------- sides
 
-_TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float}
-_MIXED = {"mix", "mix_weight", "graphs", "paths"}
+_TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float,
+          "readout_rank": int}  # fmt: skip
+_MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank"}
+#: options that belong to the model's configuration, by its name there
+_OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank"}
 #: what can be said of each kind of side; another option would be ignored, and two names mean one method
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
@@ -124,12 +127,12 @@ _OPTIONS = {
 @dataclass(frozen=True)
 class Side:
     """A way of training: ``name`` as it was asked for, the inference (or "backprop"), options of its objective, and
-    ``default_paths``, the family of the paths that it trains."""
+    ``config``, what it changes of the model's configuration."""
 
     name: str
     inference: str
     options: tuple[tuple[str, Any], ...]
-    default_paths: str = "spine"
+    config: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, name: str, mix: str) -> Side:
@@ -138,7 +141,8 @@ class Side:
         Raises:
             ValueError: unknown inference or option, or a value of the wrong type.
         """
-        mixed = f"mix={mix},paths={'prefix' if mix == 'all' else 'spine'}"  # each with the family that it was measured with
+        # "all" belongs with the paths and readouts made for it, the other mixes with those that they were measured with
+        mixed = f"mix={mix}" + (",paths=prefix,readout_rank=16" if mix == "all" else "")
         short = {"mix": f"sweeps:{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
         if short.startswith("backprop-"):
             short = "backprop:depth=" + short.removeprefix("backprop-")
@@ -155,10 +159,12 @@ class Side:
                 options.append((key, _TYPES.get(key, str)(value)))
             except ValueError:
                 raise ValueError(f"side {name!r}: {key}={value!r} must be a number") from None
-        family = dict(options).pop("paths", "spine")
-        if family not in PATH_FAMILIES:
-            raise ValueError(f"side {name!r}: paths={family!r}: allowed are {', '.join(PATH_FAMILIES)}")
-        return cls(name, inference, tuple(o for o in options if o[0] != "paths"), family)
+        config = tuple((_OF_CONFIG[key], value) for key, value in options if key in _OF_CONFIG)
+        HBLLConfig(**dict(config))  # refuses a value that is out of range
+        return cls(name, inference, tuple((k, v) for k, v in options if k not in _OF_CONFIG), config)
+
+    def _to_count_on(self, n_level: int) -> DepthHierarchy:
+        return small_hierarchy(n_level, default_paths=dict(self.config).get("default_paths", "spine"))
 
     @property
     def one_depth(self) -> int | None:
@@ -180,7 +186,7 @@ class Side:
 
     def method(self, n_level: int) -> str:
         """What the side does, with every default written out: runs of another method are not this side's."""
-        objective = self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
+        objective = self.objective(self._to_count_on(n_level), seed=0)
         names = ["mix"]
         if objective.mix != "none":
             names += ["mix_weight"]
@@ -188,12 +194,12 @@ class Side:
             names += ["sweeps", "corrections", "linearization", "init"]
         if self.inference == "tree":
             names += ["state_weight"]
-        described = {name: getattr(objective, name) for name in names} | {"paths": self.default_paths}
+        described = {name: getattr(objective, name) for name in names} | dict(self.config)
         return f"{self.inference} {described}"
 
     def check(self, n_level: int) -> None:
         """Raises ValueError where an option does not fit a model of so many levels."""
-        self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
+        self.objective(self._to_count_on(n_level), seed=0)
 
     def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
         """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
@@ -205,7 +211,7 @@ class Side:
 
     def work(self, n_level: int, n_steps: int = 16) -> float:
         """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""
-        objective = self.objective(small_hierarchy(n_level, default_paths=self.default_paths), seed=0)
+        objective = self.objective(self._to_count_on(n_level), seed=0)
         x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
         is_random = dict(self.options).get("mix", "none") != "none"
         counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if is_random else 1)]
@@ -235,7 +241,7 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     config = HBLLConfig(vocab_size=problem.vocab_size, n_level=shape.n_level, n_embd=shape.n_embd, n_head=shape.n_head,
-                        block_size=problem.block_size, default_paths=side.default_paths)  # fmt: skip
+                        block_size=problem.block_size, **dict(side.config))  # fmt: skip
     model = HBLLForCausalLM(config).to(device)
     objective, paths = side.objective(model, seed), side.paths(model)
     exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)

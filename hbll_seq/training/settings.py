@@ -63,6 +63,7 @@ class TrainingSettings:
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
+    readout_rank: int = _option(16, "model", "rank of the correction that each length of the head's jump has", low=0)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
                                  "the full path as late as it can; auto: spine for the tree, else prefix",
                                  choices=("auto", *PATH_FAMILIES))

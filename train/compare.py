@@ -94,6 +94,11 @@ def problem_of(args: argparse.Namespace) -> Problem:
     return TextProblem(windows, tokenizer.vocab_size)
 
 
+def at_depth(run: dict, depth: int, metric: str) -> float | None:
+    """The test figure of a run at a depth, None where it did not train that one."""
+    return next((row[metric] for row in run["test"] if row["depth"] == depth), None)
+
+
 def report(runs: dict[str, list[dict]], metric: str) -> str:
     """The figures by depth, what they cost, and one last line with the ratio.
 
@@ -121,10 +126,23 @@ def report(runs: dict[str, list[dict]], metric: str) -> str:
     for side, of_side in runs.items():
         probes = [probe for run in of_side for probe in run["probes"]]
         cosines = f"{probes[0][1]:.3f}, {min(p[1] for p in probes):.3f}, {probes[-1][1]:.3f}" if probes else ""
+        alone = [probe[4] for probe in probes if len(probe) > 4]
+        cosines += f"; of the full path alone: {alone[0]:.3f}, {min(alone):.3f}, {alone[-1]:.3f}" if alone else ""
         steps = of_side[0]["curve"][-1][0]
         seconds = sum(run["seconds"] for run in of_side) / len(of_side) / steps
         lines.append(f"{side:>24}  {of_side[0]['lr']:>7.2g}  {len(of_side):>5}  {of_side[0]['work']:>9.1f}  {seconds:>7.3f}  "
                      + cosines)  # fmt: skip
+    lines.append("")
+    for side in others:
+        ratios = {}
+        for depth in depths:
+            ours, theirs = ({r["seed"]: at_depth(r, depth, metric) for r in runs.get(s, ())} for s in (side, single[depth]))
+            both = [ours[s] / theirs[s] for s in ours if ours[s] is not None and theirs.get(s)]
+            if both:
+                ratios[depth] = sum(both) / len(both)
+        if len(ratios) > 1:
+            by_depth = ", ".join(f"{depth}: {ratio:.3f}" for depth, ratio in ratios.items())
+            lines.append(f"{side}, ratio to the model of each depth: {by_depth}")
     last = f"backprop-{depths[-1]}"
     parts = []
     for side in others if last in runs else ():

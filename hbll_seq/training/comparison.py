@@ -184,6 +184,11 @@ class Side:
             return BackpropObjective(model, path, seed=seed, **options)
         return LocalObjective(model, self.inference, seed=seed, **options)
 
+    def main_path(self, model, seed: int) -> Objective:
+        """The same objective without its mix."""
+        options = tuple((key, value) for key, value in self.options if not key.startswith("mix"))
+        return Side(self.name, self.inference, options).objective(model, seed)
+
     def method(self, n_level: int) -> str:
         """What the side does, with every default written out: runs of another method are not this side's."""
         objective = self.objective(self._to_count_on(n_level), seed=0)
@@ -245,6 +250,7 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
     model = HBLLForCausalLM(config).to(device)
     objective, paths = side.objective(model, seed), side.paths(model)
     exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)
+    alone = side.main_path(model, seed), BackpropObjective(model, objective.path, seed=seed)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)
     optimizer = make_optimizer(objective, settings)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -257,6 +263,8 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
             tokens, labels = (t if t is None else t.to(device) for t in problem.batch(step, shape.batch_size, seed))
             if side.inference in ("sweeps", "multigrid") and (step + 1) % shape.probe_every == 0:
                 probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step)])
+                if objective.mix != "none":  # the mix may be exact where its main path is not
+                    probes[-1].append(fidelity(*alone, parameters, tokens, labels, step)[0])
             start = _now(device)
             output = objective(tokens, labels, step=step)
             optimizer.zero_grad()
@@ -283,11 +291,13 @@ def _now(device: str) -> float:
 
 
 def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
-    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual; over the
+    parameters that both train."""
     gradients, residuals = [], []
     for each in (objective, exact):
         output = each(tokens, labels, step=step)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(output.loss, parameters)]))
+        found = torch.autograd.grad(output.loss, parameters, materialize_grads=True)
+        gradients.append(torch.cat([g.flatten() for g in found]).double())  # float32 sums of millions end above one
         residuals.append(output.metrics.get("residual", torch.zeros(())))
     (ours, reference), residual = gradients, residuals[0]
     cosine = torch.dot(ours, reference) / (ours.norm() * reference.norm()).clamp(min=1e-30)

@@ -63,7 +63,8 @@ class TrainingSettings:
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
-    readout_rank: int = _option(16, "model", "rank of the correction that each length of the head's jump has", low=0)
+    readout_rank: int | None = _option(None, "model", "rank of the correction that each length of the head's jump has "
+                                       "(default: 0 for the tree, else 16)", low=0)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
                                  "the full path as late as it can; auto: spine for the tree, else prefix",
                                  choices=("auto", *PATH_FAMILIES))
@@ -160,6 +161,8 @@ class TrainingSettings:
             object.__setattr__(self, "mix", DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none")
         if self.mix_weight is None:
             object.__setattr__(self, "mix_weight", MIX_WEIGHTS.get(self.mix, 1.0))
+        if self.readout_rank is None:
+            object.__setattr__(self, "readout_rank", 0 if self.objective == "tree" else 16)
         if self.default_paths == "auto":
             object.__setattr__(self, "default_paths", "spine" if self.objective == "tree" else "prefix")
 

@@ -1,7 +1,7 @@
 """Short ways from a chain's state to a readout: a path that shares its beginning with the main one is a branch off it.
 
-A branch is at most log2 N blocks long, so it is walked block by block, exactly, within the span of the sweeps. All
-branches advance together: their j-th blocks are one call. No graph reaches from one block into another here either.
+A branch is at most log2 N blocks long, so it is walked block by block, exactly; that adds at most log2 N to the span each
+way. All branches advance together: their j-th blocks are one call. No graph reaches from one block into another here either.
 """
 
 from __future__ import annotations

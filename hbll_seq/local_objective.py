@@ -34,7 +34,9 @@ class LocalObjective(Objective):
     Inference ``"tree"`` is the paper's Algorithm 1: all blocks, and so all paths, at once. Node n's loss is
     ``1/2 mean over positions of e_n`` (METHOD 1.3); it trains f_n, the block of its right parent (or the head, where that
     is y) and, on the left spine, the embedding. ``"sweeps"`` and ``"multigrid"`` train the main path, and those of the mix,
-    as chains (METHOD 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone.
+    as chains (METHOD 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone. A path
+    of the mix that leaves the main one for at most D blocks is a branch: its further blocks are walked one by one and
+    their messages hold exact products over all of them, whatever K and M.
 
     Args:
         model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
@@ -172,9 +174,9 @@ class LocalObjective(Objective):
         path = route.path
         swept = self._forward_messages(chain, path, z0)
         starts = [swept.states[b.start - 1].clone().requires_grad_(True) if b.start else z0 for b in branches]
-        walked = walk(chain, branches, starts)
         read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
         swept.states.clear()  # only what is read out is needed from here on
+        walked = walk(chain, branches, starts)
         for i, branch in enumerate(branches):
             ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
             read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})

@@ -1,7 +1,7 @@
 """Which paths a training step reads besides the main one, so that every depth becomes useful (METHOD 2.3).
 
 A *route* is a path and the readouts along it. One route with several readouts serves several depths for one evaluation of
-its blocks: the right spine (4, 6, 7) read out after each block is the default path of depths 1, 2 and 3.
+its blocks: the right spine (4, 6, 7) read out after each block is the spine family's path of depths 1, 2 and 3.
 """
 
 from __future__ import annotations
@@ -58,15 +58,18 @@ def _prefixes(tree: DyadicTree, rng: random.Random) -> list[Route]:
 
 
 def _all(tree: DyadicTree, rng: random.Random) -> list[Route]:
-    """Every default path (of a deep tree that of one block and five at random), weight by one over the depth."""
+    """Every default path, weight by one over the depth. Of a deep tree that of one block and five others at random, which
+    stand for all others: the expected weights are the same."""
     depths = range(1, tree.n_nodes)
+    weights = {k: 1.0 / k / sum(1.0 / j for j in depths) for k in depths}
     if len(depths) > 6:
-        depths = [1, *sorted(rng.sample(depths[1:], 5))]
-    total = sum(1.0 / k for k in depths)
-    return [whole(tree.path_for_depth(k), 1.0 / k / total) for k in depths]
+        drawn = sorted(rng.sample(depths[1:], 5))
+        weights = {1: weights[1], **{k: weights[k] * (len(depths) - 1) / len(drawn) for k in drawn}}
+    return [whole(tree.path_for_depth(k), weight) for k, weight in weights.items()]
 
 
-#: name -> routes of a step besides the main path; the weights of their readouts sum to one.
+#: name -> routes of a step besides the main path; the weights of their readouts sum to one ("all" of a deep tree: on
+#: average).
 MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
     "none": lambda tree, rng: [],
     "random": _random,  # any dyadic path, all alike

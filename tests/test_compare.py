@@ -107,6 +107,9 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     two.add({"side": "mix", "lr": 1.0, "seed": 0})
     assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
     assert one.find("mix", 1.0, 0) is not None
+    mix = Side.parse("mix", "all")
+    assert dict(mix.config) == {"default_paths": "prefix", "readout_rank": 16} and "'mix_weight': 9.0" in mix.method(3)
+    assert Side.parse("sweeps", "all").method(3) != Side.parse("sweeps:sweeps=4", "all").method(3)
     one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 3"})
     assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
     one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 4"})

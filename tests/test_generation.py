@@ -79,7 +79,6 @@ def test_greedy_ids_equal_those_of_the_full_forward(model, path):
     assert [token for (token,) in steps] == expected[0, 6:].tolist()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("path", [(4,), (4, 6), (2, 4, 6, 7), (1, 2, 3, 4)])
 def test_each_length_of_the_heads_jump_reads_in_its_own_way(path):
     """Run, cached generation and score agree, and only the readout of the path's own jump matters."""
@@ -105,6 +104,7 @@ def test_each_length_of_the_heads_jump_reads_in_its_own_way(path):
     torch.testing.assert_close(model.run(tokens, path), logits)
 
 
+@torch.no_grad()
 def test_different_paths_give_different_logits(model):
     """Guards the two tests above: with equal paths they would show nothing."""
     ids = tokens_of(1, 8)

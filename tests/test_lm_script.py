@@ -1,5 +1,6 @@
 """train/lm.py: what a run leaves behind, its settings, and what users are told when it cannot be."""
 
+import dataclasses
 import json
 import math
 import os
@@ -198,6 +199,41 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
     assert learning_rate(0, peak=2.0, total=1, warmup=10, floor=0.1) == 2.0
     short = [learning_rate(step, peak=2.0, total=6, warmup=100, floor=0.0) for step in range(6)]
     assert max(short) == 2.0 and short[-1] == pytest.approx(0.0)  # warm-up is at most half of the run
+
+
+@pytest.mark.parametrize(
+    "given, mix, weight, rank, family",
+    [
+        ({}, "all", 9.0, 16, "prefix"),
+        ({"objective": "tree"}, "none", 1.0, 0, "spine"),
+        ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
+        ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
+        ({"mix": "spine"}, "spine", 1.0, 0, "spine"),
+        ({"objective": "backprop", "mix": "all", "mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
+    ],
+)
+def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weight, rank, family):
+    fresh = st.resolve({"max_steps": 5}, given)
+    # the same on top of a finished run's settings, in which everything is written out
+    again = st.resolve(dataclasses.asdict(st.TrainingSettings(max_steps=5)), given)
+    for settings in (fresh, again):
+        found = (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths)
+        assert found == (mix, weight, rank, family)
+    model = HBLLForCausalLM(lm.model_config(fresh, 50))
+    objective, paths = lm.make_objective(fresh, model, 0)
+    if mix in ("all", "none") and fresh.objective != "tree":
+        read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
+        assert set(paths.values()) == read
+
+
+def test_settings_of_an_older_checkpoint_keep_their_meaning():
+    old = {"objective": "sweeps", "path": "full", "mix": "auto", "mix_weight": 1.0, "max_steps": 5}
+    settings = st.resolve(st.as_meant(old))
+    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
+    assert not st.differences(dataclasses.asdict(settings), st.as_meant(old))
+    assert st.as_meant({**old, "objective": "tree"})["mix"] == "none"
+    new = dataclasses.asdict(settings)
+    assert st.as_meant(new) is new
 
 
 def test_weight_decay_falls_on_matrices_only():

@@ -7,13 +7,13 @@ from hbll_seq.branches import Branch, messages_of, walk
 from hbll_seq.config import HBLLConfig
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.messages import Chain
-from hbll_seq.mix import MIXES
+from hbll_seq.mix import MIXES, routes_of_step
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.span import measure_span, small_hierarchy
 from hbll_seq.sweeps import LINEARIZATIONS, backward_sweeps, forward_sweeps
-from hbll_seq.tree import PATH_FAMILIES
+from hbll_seq.tree import PATH_FAMILIES, DyadicTree
 
 
 def double_lm(**changes):
@@ -170,6 +170,20 @@ def test_branches_train_each_block_by_itself_and_what_they_share_once(graphs):
         for m, block in enumerate(model.blocks, start=1):
             reached = torch.autograd.grad(loss, list(block.parameters()), retain_graph=True, allow_unused=True)
             assert (m == n) == any(g is not None and g.abs().sum() > 0 for g in reached)
+
+
+def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights():
+    tree = DyadicTree(4, "prefix")
+    steps = [routes_of_step("all", 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
+    total = dict.fromkeys(range(1, 15), 0.0)
+    for routes in steps:
+        exits = [(r.path[: r.path.index(n) + 1], w) for r in routes for n, w in r.exits.items()][1:]
+        assert len(exits) == 6
+        for path, weight in exits:
+            assert path == tree.path_for_depth(len(path))
+            total[len(path)] += weight / len(steps)
+    harmonic = sum(1 / k for k in range(1, 15))
+    assert total == pytest.approx({k: 9 / k / harmonic for k in range(1, 15)}, rel=0.1)
 
 
 def test_a_branch_tells_the_chain_what_it_needs():

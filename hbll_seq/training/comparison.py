@@ -199,7 +199,9 @@ class Side:
             names += ["sweeps", "corrections", "linearization", "init"]
         if self.inference == "tree":
             names += ["state_weight"]
-        described = {name: getattr(objective, name) for name in names} | dict(self.config)
+        described = {name: getattr(objective, name) for name in names}
+        default = HBLLConfig()
+        described |= {name: getattr(default, name) for name in sorted(_OF_CONFIG.values())} | dict(self.config)
         return f"{self.inference} {described}"
 
     def check(self, n_level: int) -> None:
@@ -291,12 +293,11 @@ def _now(device: str) -> float:
 
 
 def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
-    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual; over the
-    parameters that both train."""
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
     gradients, residuals = [], []
     for each in (objective, exact):
         output = each(tokens, labels, step=step)
-        found = torch.autograd.grad(output.loss, parameters, materialize_grads=True)
+        found = torch.autograd.grad(output.loss, parameters)
         gradients.append(torch.cat([g.flatten() for g in found]).double())  # float32 sums of millions end above one
         residuals.append(output.metrics.get("residual", torch.zeros(())))
     (ours, reference), residual = gradients, residuals[0]
@@ -347,7 +348,7 @@ class Results:
         """
         self._read()
         named = (r for r in self.runs if (r["side"], r["lr"], r["seed"]) == (side, lr, seed))
-        return next((r for r in named if method is None or r.get("method", method) == method), None)
+        return next((r for r in named if method is None or r.get("method") == method), None)
 
     def add(self, run: dict) -> None:
         """Appends a run and replaces the file atomically; one line per run."""

@@ -20,7 +20,7 @@ from hbll_seq.training.checkpoint import (
     remove_checkpoints,
     sound_checkpoints,
 )
-from hbll_seq.training.settings import FREE_ON_RESUME, TrainingSettings, differences, resolve
+from hbll_seq.training.settings import FREE_ON_RESUME, TrainingSettings, as_meant, differences, resolve
 
 SETTINGS, METRICS, EVALUATIONS, SUMMARY = "settings.yaml", "metrics.jsonl", "evaluations.jsonl", "metrics.json"
 CURVE, BY_DEPTH, CHECKPOINTS = "training_curve.png", "perplexity_by_depth.png", "checkpoints"
@@ -131,7 +131,7 @@ def resume_run(
                   if older else "there is no older sound one: start anew with --overwrite")
         raise CheckpointError(f"{error}; {remedy}") from None
     where = f"the checkpoint of step {step} in {checkpoints}"
-    stored = state["settings"]
+    stored = as_meant(state["settings"])
     if preset is not None and preset != state["preset"]:
         raise ValueError(f"preset={preset!r} differs from {where}, which was made with preset {state['preset']!r}: "
                          "leave --preset out, or start a new run in another --output-dir")

@@ -64,9 +64,9 @@ class TrainingSettings:
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
     readout_rank: int | None = _option(None, "model", "rank of the correction that each length of the head's jump has "
-                                       "(default: 0 for the tree, else 16)", low=0)
+                                       "(default: 16 with --mix all, else 0)", low=0)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
-                                 "the full path as late as it can; auto: spine for the tree, else prefix",
+                                 "the full path as late as it can; auto: prefix with --mix all, else spine",
                                  choices=("auto", *PATH_FAMILIES))
 
     objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "
@@ -162,9 +162,9 @@ class TrainingSettings:
         if self.mix_weight is None:
             object.__setattr__(self, "mix_weight", MIX_WEIGHTS.get(self.mix, 1.0))
         if self.readout_rank is None:
-            object.__setattr__(self, "readout_rank", 0 if self.objective == "tree" else 16)
+            object.__setattr__(self, "readout_rank", 16 if self.mix == "all" else 0)
         if self.default_paths == "auto":
-            object.__setattr__(self, "default_paths", "spine" if self.objective == "tree" else "prefix")
+            object.__setattr__(self, "default_paths", "prefix" if self.mix == "all" else "spine")
 
     @property
     def path_blocks(self) -> tuple[int, ...] | None:
@@ -281,15 +281,33 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
     """Settings from layers of values, the later one wins.
 
     ``max_steps`` and ``epochs`` say the same thing, so a layer that sets one unsets the other of the layers before,
-    and ``tokenizer`` unsets the ``vocab_size`` that belonged to a tokenizer trained before.
+    and ``tokenizer`` unsets the ``vocab_size`` that belonged to a tokenizer trained before. What was resolved for another
+    objective, path or mix (a run's settings.yaml, read as a preset, has it written out) is resolved again.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
+        changed = [key for key in _DEPENDENT if key in layer and layer[key] != merged.get(key, layer[key])]
+        for key in (key for name in changed for key in _DEPENDENT[name]):
+            merged.pop(key, None)
         for key, rival in (("max_steps", "epochs"), ("epochs", "max_steps"), ("tokenizer", "vocab_size")):
             if layer.get(key) is not None:
                 merged.pop(rival, None)
         merged.update(layer)
     return TrainingSettings(**merged)
+
+
+_OF_MIX = ("mix_weight", "readout_rank", "default_paths")
+_DEPENDENT = {"objective": ("mix", *_OF_MIX), "path": ("mix", *_OF_MIX), "mix": _OF_MIX}
+
+
+def as_meant(stored: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings with what the version that wrote them had no name for, or left at "auto"."""
+    if "default_paths" in stored:
+        return stored
+    mixed = stored.get("objective") == "sweeps" and stored.get("path", "full") == "full"
+    mix = stored.get("mix", "none")
+    return {**stored, "mix": mix if mix != "auto" else "sandwich" if mixed else "none",
+            "readout_rank": 0, "default_paths": "spine"}  # fmt: skip
 
 
 def differences(settings: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -46,9 +46,9 @@ class Jacobian(NamedTuple):
             return self.direct
         diagonals = self.weight.view(-1, *self.weight.shape[1:] * 2).diagonal(dim1=-2, dim2=-1)  # [G, H]
         gains = self.gains.unflatten(-1, diagonals.shape)
-        total = gains[..., 0, :] * diagonals[0] if self.direct is None else self.direct.addcmul(gains[..., 0, :], diagonals[0])
-        for g in range(1, len(diagonals)):
-            total.addcmul_(gains[..., g, :], diagonals[g])
+        total = torch.zeros_like(gains[..., 0, :]) if self.direct is None else self.direct.clone()
+        for gain, diagonal in zip(gains.unbind(-2), diagonals):
+            total.addcmul_(gain, diagonal)
         return total
 
     def vjp(self, message: Tensor) -> Tensor:

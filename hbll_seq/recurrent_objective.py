@@ -184,8 +184,8 @@ class RecurrentLocalObjective(RecurrentObjective):
         read = swept.states.detach().requires_grad_(True)
         ce, errors = _emission(self.model, read, targets)
         messages = backward_time_sweeps(swept, errors, corrections=self.corrections)
-        # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without forming
-        # a difference that float32 could not hold. Its value is 0 and its gradient by a_n is lambda_n.
+        # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
+        # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
         losses = [ce + _WithGradients.apply(messages, swept.outputs)]
         if estimate is not None:
             losses.append(self._tree_agreement(estimate, swept.states, targets))

@@ -103,3 +103,15 @@ def test_bad_values_are_named():
         make_cell("gru", 3, 0)
     with pytest.raises(ValueError, match="nonlinearity='relu'.*tanh, sigmoid"):
         ElmanCell(3, 4, "relu")
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_large_sweeps_are_the_same_function(kind, dtype, tolerance):
+    """They take tanh from sigmoid."""
+    torch.manual_seed(0)
+    cell = make_cell(kind, 5, 64).to(dtype)
+    x, s = 5 * torch.randn(300, 5, dtype=dtype), torch.randn(300, 64, dtype=dtype)
+    with torch.no_grad():
+        large, small = cell.transition(s, cell.project(x)), [cell.transition(a, cell.project(b)) for a, b in zip(s, x)]
+    torch.testing.assert_close(large, torch.stack(small), rtol=0, atol=tolerance)

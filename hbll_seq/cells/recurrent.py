@@ -186,7 +186,7 @@ class ElmanCell(RecurrentCell):
     def transition(self, state: Tensor, projected: Tensor) -> Tensor:
         """See :meth:`RecurrentCell.transition`."""
         before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype) + projected
-        return before.tanh_() if self.nonlinearity == "tanh" else before.sigmoid_()
+        return _tanh_(before) if self.nonlinearity == "tanh" else before.sigmoid_()
 
     def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
         """See :meth:`RecurrentCell.differentiate`: phi' of tanh is 1 - s^2, of sigmoid s (1 - s)."""
@@ -230,7 +230,7 @@ class GRUCell(RecurrentCell):
         hidden = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
         r, z = (hidden[..., : 2 * width] + projected[..., : 2 * width]).sigmoid_().split(width, dim=-1)
         hidden_n = hidden[..., 2 * width :]
-        n = torch.addcmul(projected[..., 2 * width :], r, hidden_n).tanh_()
+        n = _tanh_(torch.addcmul(projected[..., 2 * width :], r, hidden_n))
         return r, z, n, hidden_n
 
 
@@ -268,6 +268,17 @@ class MinGRUCell(RecurrentCell):
         return states.transpose(0, 1), RecurrentState(states[-1], padding)
 
 
+def _tanh_(x: Tensor) -> Tensor:
+    """tanh, in place where that is possible. Large sweeps on a CPU take it from sigmoid, which is six times as fast there;
+    the error is that of rounding at 1 and not relative to x, hence not in half precision."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    if wide and x.device.type == "cpu" and x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):
+        return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)
+    return x.tanh_()
+
+
+#: elements from which on the arithmetic of a tanh outweighs three more calls.
+LARGE = 2**14
 #: the kinds by name; see :func:`make_cell`.
 CELL_KINDS = ("gru", "mingru", "elman", "elman-sigmoid")
 

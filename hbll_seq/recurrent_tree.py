@@ -184,11 +184,9 @@ class RecurrentTree(nn.Module):
         padding = 2**n_level - len(symbols)
         windows, state, at = self._windows(symbols, n_level, padding), h0, 0
         for level in [*range(n_level - 1, -1, -1), 0]:
-            end = at + 2**level
-            if end > padding:  # else the arc reads nothing
-                cell = self.cell(level, f0)
-                state = cell.transition(state, cell.project(windows[level][at >> level]).to(h0.dtype))
-            at = end
+            cell = self.cell(level, f0)
+            state = cell.transition(state, cell.project(windows[level][at >> level]).to(h0.dtype))
+            at += 2**level
         return state
 
     def consistency(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor, states: Tensor, sweeps: int) -> Tensor:

@@ -164,6 +164,24 @@ def test_what_trains_what():
     assert names_with_gradient(paper, tokens, 2) == {"model.cell", "model.embed"}  # consistency
 
 
+def test_the_initialiser_is_trained_at_even_n():
+    """0.1 ||h_n - sg s_n||^2 summed over features and the task loss of the frozen head, both means over even n."""
+    model, tree, tokens = lm_and_tree(11)
+    objective = RecurrentLocalObjective(model, tree=tree, sweeps=10, tree_weight=0.1)
+    output = objective(tokens)
+    y, _ = model.cell(model.embed(tokens[:, :-1]))
+    h = tree.states(model.cell, model.symbols(tokens[:, :-1]), torch.zeros(2, 6, dtype=torch.float64))
+    even = torch.tensor([n % 2 == 0 for n in range(6, 17)])  # of 16 nodes the first five are padding
+    agreement = 0.1 * (h - y.transpose(0, 1))[even].square().sum(-1).mean()
+    task = torch.nn.functional.cross_entropy(model.head(h[even]).flatten(0, 1), tokens.T[1:][even].flatten())
+    torch.testing.assert_close(output.node_losses[1], agreement + task)
+    # the chain's states are targets, so only the tree's own cells may be compared: h is detached from them everywhere else
+    agreement = 0.1 * (h - y.detach().transpose(0, 1))[even].square().sum(-1).mean()
+    ours, theirs = (torch.autograd.grad(loss, tree.cells.parameters()) for loss in (output.node_losses[1], agreement + task))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_consistency_differentiates_the_last_sweep_only():
     tree, f0, symbols, h0 = double_tree(8)
     clean = tree.states(f0, symbols, h0).detach()

@@ -228,9 +228,11 @@ class GRUCell(RecurrentCell):
         """r, z, n and ``W_hn s + b_hn``, each [..., H]."""
         width = self.hidden_size
         hidden = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
-        r, z = (hidden[..., : 2 * width] + projected[..., : 2 * width]).sigmoid_().split(width, dim=-1)
-        hidden_n = hidden[..., 2 * width :]
-        n = _tanh_(torch.addcmul(projected[..., 2 * width :], r, hidden_n))
+        # split, because the backward pass of a slice fills a tensor of the whole width with zeros
+        hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
+        projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
+        r, z = (hidden_rz + projected_rz).sigmoid_().split(width, dim=-1)
+        n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
         return r, z, n, hidden_n
 
 

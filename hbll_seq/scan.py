@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: maps composed one after the other in a round of the scan, which has log(N) / log(CHUNK) rounds.
+CHUNK = 8
+
 
 def affine_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """All s_n of ``s_n = a_n * s_{n-1} + b_n`` with s_0 = ``initial``.
@@ -31,12 +34,16 @@ def affine_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None, *, 
     elif a not in (0.0, 1.0):
         raise ValueError(f"a={a!r}: a number must be 0 or 1; other factors are given as a tensor of b's shape")
     dtype, work = b.dtype, torch.promote_types(b.dtype, torch.float32)
+    if isinstance(a, Tensor):
+        b, a = b.to(work, copy=True), a.to(work, copy=True)
+        if initial is not None:
+            b[-1 if reverse else 0] += a[-1 if reverse else 0] * initial
+        _diagonal_scan(b, a, reverse)
+        return b.to(dtype)
     b = b.to(work)
     if reverse:
-        b, a = b.flip(0), a.flip(0) if isinstance(a, Tensor) else a
-    if isinstance(a, Tensor):
-        states = _diagonal_scan(b, a.to(work), initial)
-    elif a == 0.0:
+        b = b.flip(0)
+    if a == 0.0:
         states = b  # s_0 reaches nothing
     else:
         if not (reverse or dtype != work):  # else b is ours already
@@ -47,16 +54,33 @@ def affine_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None, *, 
     return (states.flip(0) if reverse else states).to(dtype)
 
 
-def _diagonal_scan(b: Tensor, a: Tensor, initial: Tensor | None) -> Tensor:
-    """Hillis and Steele's scan: after round r every element composes the 2**r maps that end in it."""
-    if initial is not None:
-        b = torch.cat((b[:1] + a[:1] * initial, b[1:]))
-    shift = 1
-    while shift < len(b):
-        b = torch.cat((b[:shift], b[shift:] + a[shift:] * b[:-shift]))
-        a = torch.cat((a[:shift], a[shift:] * a[:-shift]))
-        shift *= 2
-    return b
+def _diagonal_scan(b: Tensor, a: Tensor, reverse: bool) -> None:
+    """In place in ``b``; destroys ``a``. Chunks of a few maps are composed side by side, their ends by recursion, and then
+    every end is carried through the chunk behind it: O(N) work, where Hillis and Steele's scan does N log N."""
+    n_chunks = len(b) // CHUNK
+    if n_chunks < 2:
+        _follow(b, a, range(len(b)), reverse)
+        return
+    whole = n_chunks * CHUNK
+    body = slice(len(b) - whole, None) if reverse else slice(whole)
+    chunked_b, chunked_a = (t[body].unflatten(0, (n_chunks, CHUNK)) for t in (b, a))
+    order = range(CHUNK - 1, -1, -1) if reverse else range(CHUNK)
+    for before, j in zip(order, order[1:]):
+        chunked_b[:, j].addcmul_(chunked_a[:, j], chunked_b[:, before])
+        chunked_a[:, j].mul_(chunked_a[:, before])
+    end = order[-1]
+    _diagonal_scan(chunked_b[:, end], chunked_a[:, end], reverse)
+    inner = slice(1, None) if reverse else slice(CHUNK - 1)
+    behind, front = (slice(n_chunks - 1), slice(1, None)) if reverse else (slice(1, None), slice(n_chunks - 1))
+    chunked_b[behind, inner].addcmul_(chunked_a[behind, inner], chunked_b[front, end].unsqueeze(1))
+    _follow(b, a, range(len(b) - whole + 1) if reverse else range(whole - 1, len(b)), reverse)
+
+
+def _follow(b: Tensor, a: Tensor, indices: range, reverse: bool) -> None:
+    """One map after the other, in place in ``b``; the first of ``indices`` (reverse: the last) is a state already."""
+    order = indices[::-1] if reverse else indices
+    for before, n in zip(order, order[1:]):
+        b[n].addcmul_(a[n], b[before])
 
 
 def sequential_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None, *, reverse: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from hbll_seq.scan import affine_scan, sequential_scan
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_initial", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 63, 64, 65])
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 15, 16, 17, 63, 64, 65, 137, 700])
 @pytest.mark.parametrize("kind", ["zero", "identity", "diagonal"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_scan_is_the_sequence(kind, length, with_initial, reverse, dtype, tolerance):

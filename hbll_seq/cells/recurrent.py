@@ -1,0 +1,298 @@
+"""Recurrent cells: Elman, GRU and minGRU, written so that all time steps of a sequence can be evaluated at once.
+
+A cell is split in two: ``project`` makes the input's part of all gates for a whole sequence in one product, and
+``transition`` takes a state one step further, for any number of (state, input) pairs at once. Their Jacobian is known:
+
+    d s_t / d s_{t-1} = diag(direct) + sum_g diag(gains_g) W_g
+
+with W_g the recurrent matrix of gate g. Its diagonal, and its product with a message, cost less than the cell itself.
+
+Shapes: B batch, T tokens, I input width, H hidden width, G gates, ``...`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll_seq.cells.base import Cell
+from hbll_seq.scan import affine_scan
+
+
+class Jacobian(NamedTuple):
+    """d s_t / d s_{t-1} of many transitions, detached: ``diag(direct) + sum_g diag(gains_g) W_g``.
+
+    direct: [..., H], or None for zero.
+    gains: [..., G * H], or None where no gate reads the state.
+    weight: [G * H, H], the recurrent matrices, or None.
+    """
+
+    direct: Tensor | None
+    gains: Tensor | None = None
+    weight: Tensor | None = None
+
+    def between(self, low: int, high: int | None = None) -> Jacobian:
+        """Those of the transitions low .. high - 1 along the first dimension."""
+        direct, gains = (None if part is None else part[low:high] for part in (self.direct, self.gains))
+        return Jacobian(direct, gains, self.weight)
+
+    def diagonal(self) -> Tensor:
+        """Diagonals of the matrices, [..., H]."""
+        if self.gains is None:
+            return self.direct
+        diagonals = self.weight.view(-1, *self.weight.shape[1:] * 2).diagonal(dim1=-2, dim2=-1)  # [G, H]
+        gains = self.gains.unflatten(-1, diagonals.shape)
+        total = torch.zeros_like(gains[..., 0, :]) if self.direct is None else self.direct.clone()
+        for gain, diagonal in zip(gains.unbind(-2), diagonals):
+            total.addcmul_(gain, diagonal)
+        return total
+
+    def vjp(self, message: Tensor) -> Tensor:
+        """``J^T message``, transposed Jacobian times [..., H]: a product with W for all transitions at once."""
+        direct = None if self.direct is None else self.direct * message
+        if self.gains is None:
+            return direct
+        scaled = (self.gains.unflatten(-1, (-1, message.shape[-1])) * message.unsqueeze(-2)).flatten(-2)
+        product = (scaled @ self.weight).to(message.dtype)  # under autocast the product is in its precision
+        return product if direct is None else product.add_(direct)
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent cell remembers.
+
+    hidden: [B, H], or None before the first token (zero).
+    padding: [B] how many of the tokens to come are left padding, which leaves the state as it is; None for none.
+    """
+
+    hidden: Tensor | None = None
+    padding: Tensor | None = None
+
+
+class RecurrentCell(Cell):
+    """A cell s_t = f(s_{t-1}, x_t) whose output is its state.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+
+    Attributes:
+        n_gates: G, number of [H] blocks that ``project`` makes of an input.
+
+    Raises:
+        ValueError: a size is not a whole number of at least 1.
+    """
+
+    n_gates = 1
+    #: whether the gates read the state through a matrix; one without is exact in one scan.
+    has_recurrent_weight = True
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__()
+        for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        self.input_size, self.hidden_size = input_size, hidden_size
+        width = self.n_gates * hidden_size
+        self.weight_ih = nn.Parameter(torch.empty(width, input_size))  # names and layout of torch.nn.GRUCell, RNNCell
+        self.bias_ih = nn.Parameter(torch.empty(width))
+        if self.has_recurrent_weight:
+            self.weight_hh = nn.Parameter(torch.empty(width, hidden_size))
+            self.bias_hh = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ``+- 1 / sqrt(H)``, as torch.nn.GRU and torch.nn.RNN start."""
+        bound = self.hidden_size**-0.5
+        for p in self.parameters():
+            nn.init.uniform_(p, -bound, bound)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The input's part of the gates, ``x`` [..., I] -> [..., G * H], of all tokens at once.
+
+        An input narrower than I is read as though zeros stood before it: so one cell can read windows of several lengths.
+
+        Raises:
+            ValueError: the input is wider than I.
+        """
+        width = x.shape[-1]
+        if width > self.input_size:
+            raise ValueError(f"input of width {width}: this cell reads at most {self.input_size}; set input_size={width}")
+        weight = self.weight_ih if width == self.input_size else self.weight_ih[:, -width:]
+        return F.linear(x, weight, self.bias_ih)
+
+    @abstractmethod
+    def transition(self, state: Tensor, projected: Tensor) -> Tensor:
+        """``state`` [..., H], ``projected`` [..., G * H] -> next state [..., H] in the dtype of ``state``."""
+
+    @abstractmethod
+    def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
+        """What :meth:`transition` gives, attached, and the Jacobians by the state at the same inputs, detached."""
+
+    @torch.no_grad()
+    def diagonal(self, state: Tensor, projected: Tensor) -> Tensor:
+        """Diagonals of d s_t / d s_{t-1}, [..., H], detached."""
+        return self.differentiate(state, projected)[1].diagonal()
+
+    def initial_state(self, start: Tensor | None = None) -> RecurrentState:
+        """See :meth:`Cell.initial_state`."""
+        return RecurrentState(padding=start)
+
+    def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+        """See :meth:`Cell.forward`; ``x`` [B, T, I] -> all states [B, T, H]. One transition after the other."""
+        hidden, padding, mask = self._begin(x, state)
+        projected = self.project(x)
+        outputs = []
+        for t, p in enumerate(projected.unbind(1)):
+            new = self.transition(hidden, p)
+            hidden = new if mask is None else torch.where(mask[:, t, None], hidden, new)
+            outputs.append(hidden)
+        return torch.stack(outputs, dim=1), RecurrentState(hidden, padding)
+
+    def _begin(self, x: Tensor, state: RecurrentState | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """First state [B, H], padding after this call, and which tokens of it are padding [B, T]."""
+        state = state or RecurrentState()
+        hidden = x.new_zeros((x.shape[0], self.hidden_size)) if state.hidden is None else state.hidden
+        if state.padding is None:
+            return hidden, None, None
+        mask = torch.arange(x.shape[1], device=x.device) < state.padding[:, None]
+        return hidden, (state.padding - x.shape[1]).clamp(min=0), mask
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(cell)``."""
+        return f"{self.input_size}, {self.hidden_size}"
+
+
+class ElmanCell(RecurrentCell):
+    """``s_t = phi(W_ih x_t + b_ih + W_hh s_{t-1} + b_hh)`` (Elman 1990); tanh: equations of torch.nn.RNN.
+
+    Args:
+        input_size, hidden_size: see :class:`RecurrentCell`.
+        nonlinearity: ``"tanh"`` or ``"sigmoid"``.
+
+    Raises:
+        ValueError: the nonlinearity is another one.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, nonlinearity: str = "tanh"):
+        if nonlinearity not in ("tanh", "sigmoid"):
+            raise ValueError(f"nonlinearity={nonlinearity!r}: allowed are tanh, sigmoid")
+        super().__init__(input_size, hidden_size)
+        self.nonlinearity = nonlinearity
+
+    def transition(self, state: Tensor, projected: Tensor) -> Tensor:
+        """See :meth:`RecurrentCell.transition`."""
+        before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype) + projected
+        return _tanh_(before) if self.nonlinearity == "tanh" else before.sigmoid_()
+
+    def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
+        """See :meth:`RecurrentCell.differentiate`: phi' of tanh is 1 - s^2, of sigmoid s (1 - s)."""
+        output = self.transition(state, projected)
+        s = output.detach()
+        slope = 1 - s * s if self.nonlinearity == "tanh" else s - s * s
+        return output, Jacobian(None, slope, self.weight_hh.detach())
+
+
+class GRUCell(RecurrentCell):
+    """The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078) with the equations of torch.nn.GRU:
+
+    ``r, z = sigmoid(W_i x + b_i + W_h s + b_h)``, ``n = tanh(W_in x + b_in + r (W_hn s + b_hn))``, ``s' = (1 - z) n + z s``.
+    """
+
+    n_gates = 3
+
+    def transition(self, state: Tensor, projected: Tensor) -> Tensor:
+        """See :meth:`RecurrentCell.transition`."""
+        _, z, n, _ = self._gates(state, projected)
+        return torch.lerp(n, state, z)
+
+    def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
+        """See :meth:`RecurrentCell.differentiate`."""
+        r, z, n, hidden_n = self._gates(state, projected)
+        output = torch.lerp(n, state, z)
+        with torch.no_grad():
+            r, z, n, hidden_n, width = r.detach(), z.detach(), n.detach(), hidden_n.detach(), self.hidden_size
+            # derivatives of s' by what the recurrent matrices add to r, z and n before their nonlinearities
+            gains = torch.empty((*z.shape[:-1], 3 * width), dtype=z.dtype, device=z.device)
+            gain_r, gain_z, gain_n = gains.split(width, dim=-1)
+            by_n = (1 - z) * (1 - n * n)  # by n's pre-activation
+            torch.mul(by_n, r, out=gain_n)
+            torch.mul(gain_n * (1 - r), hidden_n, out=gain_r)
+            torch.mul(z - z * z, state.detach() - n, out=gain_z)
+        return output, Jacobian(z, gains, self.weight_hh.detach())
+
+    def _gates(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """r, z, n and ``W_hn s + b_hn``, each [..., H]."""
+        width = self.hidden_size
+        hidden = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
+        # split, because the backward pass of a slice fills a tensor of the whole width with zeros
+        hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
+        projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
+        r, z = (hidden_rz + projected_rz).sigmoid_().split(width, dim=-1)
+        n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
+        return r, z, n, hidden_n
+
+
+class MinGRUCell(RecurrentCell):
+    """The minimal gated unit whose gates read the input alone (Feng et al. 2024, arXiv 2410.01201):
+
+    ``z = sigmoid(W_z x + b_z)``, ``s' = (1 - z) s + z (W_n x + b_n)``. Its Jacobian is diagonal and does not depend on the
+    state: one sweep with the diagonal is exact, and so is the first scan of the messages, without a correction.
+    """
+
+    n_gates = 2
+    has_recurrent_weight = False
+
+    def transition(self, state: Tensor, projected: Tensor) -> Tensor:
+        """See :meth:`RecurrentCell.transition`."""
+        z, candidate = projected.to(state.dtype).chunk(2, dim=-1)
+        return torch.lerp(state, candidate, z.sigmoid())
+
+    def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
+        """See :meth:`RecurrentCell.differentiate`: the diagonal is 1 - z."""
+        z, candidate = projected.to(state.dtype).chunk(2, dim=-1)
+        z = z.sigmoid()
+        return torch.lerp(state, candidate, z), Jacobian(1 - z.detach())
+
+    def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+        """See :meth:`RecurrentCell.forward`; without gradients all states come from one scan."""
+        if torch.is_grad_enabled():
+            return super().forward(x, state)
+        hidden, padding, mask = self._begin(x, state)
+        z, candidate = self.project(x).transpose(0, 1).to(hidden.dtype).chunk(2, dim=-1)  # [T, B, H]
+        z = z.sigmoid()
+        if mask is not None:
+            z = z.masked_fill(mask.T[..., None], 0.0)
+        states = affine_scan(z * candidate, 1 - z, hidden)
+        return states.transpose(0, 1), RecurrentState(states[-1], padding)
+
+
+def _tanh_(x: Tensor) -> Tensor:
+    """tanh, in place where that is possible. Large sweeps on a CPU take it from sigmoid, which is six times as fast there;
+    the error is that of rounding at 1 and not relative to x, hence not in half precision."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    if wide and x.device.type == "cpu" and x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):
+        return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)
+    return x.tanh_()
+
+
+#: elements from which on the arithmetic of a tanh outweighs three more calls.
+LARGE = 2**14
+#: the kinds by name; see :func:`make_cell`.
+CELL_KINDS = ("gru", "mingru", "elman", "elman-sigmoid")
+
+
+def make_cell(kind: str, input_size: int, hidden_size: int) -> RecurrentCell:
+    """A recurrent cell by name: one of ``CELL_KINDS``.
+
+    Raises:
+        ValueError: the kind is unknown, or a size out of range.
+    """
+    if kind not in CELL_KINDS:
+        raise ValueError(f"cell kind {kind!r}: allowed are {', '.join(CELL_KINDS)}")
+    if kind.startswith("elman"):
+        return ElmanCell(input_size, hidden_size, "sigmoid" if kind == "elman-sigmoid" else "tanh")
+    return {"gru": GRUCell, "mingru": MinGRUCell}[kind](input_size, hidden_size)

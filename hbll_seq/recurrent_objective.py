@@ -1,0 +1,262 @@
+"""Training objectives of recurrent models: local losses from messages along time, the paper's tree, and the baselines.
+
+As in ``objective.py`` an objective is a module around the model whose forward returns one loss to call ``backward`` on.
+A recurrent model also returns the state to carry into the next window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hbll_seq.objective import is_number
+from hbll_seq.recurrent_model import RecurrentModel
+from hbll_seq.recurrent_tree import RecurrentTree
+from hbll_seq.time_sweeps import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
+
+RECURRENT_INFERENCES = ("sweeps", "tree")
+
+
+class RecurrentOutput(NamedTuple):
+    """What every recurrent objective returns: :class:`hbll_seq.objective.ObjectiveOutput` and a state.
+
+    loss: scalar to differentiate, the sum of ``node_losses``.
+    node_losses: [n], attached: of the chain, and of the tree where there is one.
+    metrics: detached scalars by name. Always ``"ce"``: nats per target of the states that the step computed.
+    state: [B, H], detached: h_N, to carry into the window that follows.
+    """
+
+    loss: Tensor
+    node_losses: Tensor
+    metrics: dict[str, Tensor]
+    state: Tensor
+
+
+class RecurrentObjective(nn.Module):
+    """What the objectives share: the model, and what they refuse.
+
+    Args:
+        model: embedding, cell and head.
+    """
+
+    def __init__(self, model: RecurrentModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, state: Tensor | None = None
+    ) -> RecurrentOutput:
+        """``inputs`` and ``labels`` as the model's ``prepare`` wants them, h_0 [B, H] or None for zero.
+
+        Raises:
+            ValueError: under ``torch.inference_mode``, and for float16.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+        self._check_precision(inputs.device.type)
+        x, targets = self.model.prepare(inputs, labels)
+        return self._losses(x, targets, self.model.initial_state(len(x)) if state is None else state)
+
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        raise NotImplementedError
+
+    def _check_precision(self, device_type: str) -> None:
+        half = any(p.dtype == torch.float16 for p in self.model.parameters())
+        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+        if half or autocast:
+            raise ValueError(
+                "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
+                "use bfloat16 or float32"
+            )
+
+
+class RecurrentBackpropObjective(RecurrentObjective):
+    """The baselines: backpropagation through time by an explicit, unfused loop over the same cell.
+
+    Args:
+        model: see :class:`RecurrentObjective`.
+        one_step: the state is detached before every transition: exact states, no credit through time. It is
+            ``RecurrentLocalObjective`` with ``linearization="zero"``, K = N - 1 and M = 0.
+    """
+
+    def __init__(self, model: RecurrentModel, *, one_step: bool = False):
+        super().__init__(model)
+        self.one_step = one_step
+
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        cell, state, states = self.model.cell, s0, []
+        for projected in cell.project(self.model.symbols(x)).unbind(0):
+            state = cell.transition(state.detach() if self.one_step and states else state, projected)
+            states.append(state)
+        loss = self.model.nats(torch.stack(states), targets)
+        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, state.detach())
+
+
+class RecurrentLocalObjective(RecurrentObjective):
+    """Local losses: nothing is differentiated through more than one transition of the cell.
+
+    Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
+    corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
+    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with both K and M
+    at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
+
+    With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
+    chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
+    embedding nor head of the model.
+
+    Inference ``"tree"`` is the paper's HBLL-RNN (METHOD 1.5): task loss at the tree's states, arc losses against right
+    parents, and a consistency stage (Eqs. 13-15) for the deployed cell, which is the tree's f_0.
+
+    Args:
+        model: see :class:`RecurrentObjective`.
+        inference: ``"sweeps"`` or ``"tree"``.
+        sweeps: K, before the differentiated call; for ``"tree"`` the consistency stage's, differentiated one included.
+        corrections: M.
+        linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
+        tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
+        tree_weight: weight of the losses that train the tree to agree with the chain, ``"sweeps"``.
+        arc_weight, consistency_weight: weights of the arc losses and of the consistency stage, ``"tree"``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: RecurrentModel,
+        inference: str = "sweeps",
+        *,
+        sweeps: int = 4,
+        corrections: int = 4,
+        linearization: str = "diagonal",
+        init: str = "state",
+        damping: float = 1.0,
+        clip: float = 1.0,
+        tolerance: float = 0.0,
+        tree: RecurrentTree | None = None,
+        tree_weight: float = 0.1,
+        arc_weight: float = 0.1,
+        consistency_weight: float = 1.0,
+    ):
+        super().__init__(model)
+        _check_choices(inference, linearization, init, sweeps, corrections)
+        weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
+        for name, value in (("tolerance", tolerance), *weights):
+            if not is_number(value) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
+        if not is_number(damping) or not 0 < damping <= 2:
+            raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
+        if not is_number(clip) or not clip > 0:
+            raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
+        if inference == "tree" and tree is None:
+            raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
+        if tree is not None and tree.hidden_size != model.cell.hidden_size:
+            raise ValueError(
+                f"a tree of hidden_size={tree.hidden_size} with a cell of {model.cell.hidden_size}: must be the same"
+            )
+        if tree is not None and inference == "sweeps" and not tree.has_own_cells:
+            raise ValueError("a tree with share='all' has no cells of its own to start sweeps from: share 'none' or 'capped'")
+        self.inference, self.sweeps, self.corrections, self.init, self.tree = inference, sweeps, corrections, init, tree
+        self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance)
+        self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
+
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        symbols = self.model.symbols(x)
+        return (self._tree if self.inference == "tree" else self._sweep)(symbols, targets, s0)
+
+    # ------------------------------------------------------------------------------------------------------ sweeps
+
+    def _sweep(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        cell, keep_graph = self.model.cell, torch.is_grad_enabled()
+        estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True) if self.tree is not None else None
+        swept = forward_time_sweeps(
+            cell, cell.project(symbols), s0, sweeps=self.sweeps, init=self.init,
+            start=None if estimate is None else estimate.detach()[:-1], **self.options,
+        )  # fmt: skip
+        metrics = {"residual": swept.residual} if self.sweeps > 0 else {}
+        if not keep_graph:
+            ce = self.model.nats(swept.states, targets)
+            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, swept.states[-1])
+        read = swept.states.detach().requires_grad_(True)
+        ce, errors = _emission(self.model, read, targets)
+        messages = backward_time_sweeps(swept, errors, corrections=self.corrections)
+        # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
+        # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
+        losses = [ce + _WithGradients.apply(messages, swept.outputs)]
+        if estimate is not None:
+            losses.append(self._tree_agreement(estimate, swept.states, targets))
+            metrics["tree"] = losses[-1].detach()
+        metrics["ce"] = ce.detach()
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, swept.states[-1].detach())
+
+    def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
+        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (METHOD 2.4)."""
+        own = self.tree.own_states(len(states)).to(states.device)
+        if not own.any():
+            return estimate.sum() * 0.0
+        agreement = (estimate - states)[own].square().sum(-1).mean()
+        loss = self.tree_weight * agreement
+        if self.model.readout == "every":  # the head says what matters in a state, and is not trained by it
+            read = estimate[own].detach().requires_grad_(True)
+            ce = self.model.nats(read, targets[:, own])
+            (errors,) = torch.autograd.grad(ce, read)
+            loss = loss + ce.detach() + _WithGradients.apply(errors, estimate[own])
+        return loss
+
+    # -------------------------------------------------------------------------------------------------------- tree
+
+    def _tree(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        cell = self.model.cell
+        states, arcs = self.tree.states_and_arcs(cell, symbols, s0)
+        ce = self.model.nats(states, targets)
+        losses = [ce, self.arc_weight * arcs]
+        metrics = {"ce": ce.detach(), "state": arcs.detach()}
+        if self.sweeps > 0:
+            losses.append(self.consistency_weight * self.tree.consistency(cell, symbols, s0, states, self.sweeps))
+            metrics["consistency"] = losses[-1].detach()
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, states[-1].detach())
+
+
+def _emission(model: RecurrentModel, read: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The task loss, attached to the head alone, and e_n = d loss / d s_n [N, B, H]; the head is differentiated once."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ce = model.nats(read, targets)
+    errors, *gradients = torch.autograd.grad(ce, [read, *parameters], allow_unused=True)
+    pairs = [(g, p) for g, p in zip(gradients, parameters) if g is not None]
+    loss = ce.detach()
+    if pairs:
+        loss = loss + sum(_WithGradients.apply(g, p) for g, p in pairs)
+    return loss, errors
+
+
+class _WithGradients(torch.autograd.Function):
+    """A zero whose gradient by ``tensor`` is ``gradient``."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return tensor.new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, scale * gradient
+
+
+def _check_choices(inference: str, linearization: str, init: str, sweeps: int, corrections: int) -> None:
+    choices: Sequence[tuple[str, str, Sequence[str]]] = (
+        ("inference", inference, RECURRENT_INFERENCES),
+        ("linearization", linearization, TIME_LINEARIZATIONS),
+        ("init", init, TIME_INITS),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")

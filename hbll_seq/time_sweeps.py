@@ -1,0 +1,173 @@
+"""Messages along time: K forward sweeps and M backward corrections over one recurrent cell (METHOD 2.2).
+
+It is the scheme of ``sweeps.py``, with the same indices and the same limit, for the chain whose transitions are all one
+cell: N is in the hundreds or thousands and a transition is tiny, so that a list of N tensors and N calls would cost more
+than the arithmetic. Here a sweep is ONE call of the cell over [N, B, ...] tensors and a scan, and products with the
+Jacobians come from their known form (:class:`hbll_seq.cells.recurrent.Jacobian`), not from autograd. A test holds the
+two modules equal on the same chain.
+
+With A the diagonal this is quasi-DEER (Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115); with
+A = 0 it is Jacobi iteration. M corrections carry exact products over M transitions and the stand-in for all others:
+truncated backpropagation through time (M + 1 steps with A = 0), evaluated in parallel at approximate states.
+
+Shapes: N transitions, B batch, H hidden width. ``states[n]`` is s_n on [N + 1, B, H]; of the N that transitions read,
+``inputs[i]`` is s_i, ``outputs[i]`` is a_{i+1} and ``messages[i]`` is lambda_{i+1}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
+from hbll_seq.scan import affine_scan
+
+#: stand-ins for the Jacobians of a cell: zero (Jacobi) and the diagonal (quasi-Newton).
+TIME_LINEARIZATIONS = ("zero", "diagonal")
+#: first estimates: zero, the first state everywhere, or one quasi-Newton sweep from there (one call; makes a state exact).
+TIME_INITS = ("zeros", "state", "diagonal")
+
+
+@dataclass
+class TimeSwept:
+    """A recurrence after its forward sweeps.
+
+    Attributes:
+        inputs: [N, B, H], s_0 .. s_{N-1} that the differentiated call read; detached, s_0 attached where it needs a gradient.
+        outputs: [N, B, H], a_1 .. a_N of that one call; attached to the cell's parameters and to ``projected``.
+        states: [N, B, H], s_1 .. s_N as the forward message makes them of these, detached: what readouts read.
+        jacobian: of all transitions at ``inputs``.
+        factors: A: None for zero, or [N, B, H].
+        residual: root mean square of the last sweep's change relative to the states'; 0 where all states are exact.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    states: Tensor
+    jacobian: Jacobian
+    factors: Tensor | None
+    residual: Tensor
+
+
+def forward_time_sweeps(
+    cell: RecurrentCell,
+    projected: Tensor,
+    s0: Tensor,
+    *,
+    sweeps: int,
+    linearization: str = "diagonal",
+    start: Tensor | None = None,
+    init: str = "state",
+    damping: float = 1.0,
+    clip: float = 1.0,
+    tolerance: float = 0.0,
+) -> TimeSwept:
+    """K parallel sweeps without gradient, then ONE differentiated call of the cell over all positions (sweep K + 1).
+
+    Args:
+        cell: f.
+        projected: [N, B, G * H], ``cell.project`` of the inputs, time first; stays attached to what made it.
+        s0: [B, H].
+        sweeps: K; after k sweeps s_1 .. s_k are exact, whatever the linearisation.
+        linearization: one of ``TIME_LINEARIZATIONS``.
+        start: [N - 1, B, H], first estimate of s_1 .. s_{N-1}; goes before ``init``.
+        init: one of ``TIME_INITS``.
+        damping: each sweep moves so far from the old estimate to the new one; only 1 ever makes a state exact.
+        clip: diagonals are held within -clip .. clip, so that a scan of many cannot explode; no limit at ``inf``.
+        tolerance: stop early once the residual is at most this (waits for the device).
+    """
+    n_steps, residual = len(projected), s0.new_zeros(())
+    first, fixed = s0.detach(), projected.detach()
+    n_exact = 0  # states s_1 .. of the estimate that are exact
+    with torch.no_grad():
+        inputs = first.new_zeros((n_steps, *first.shape))
+        inputs[0] = first
+        if start is not None:
+            inputs[1:] = start
+        elif init != "zeros":
+            inputs[1:] = first
+        if start is None and init == "diagonal" and n_steps > 1:
+            inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip)
+            n_exact = 1
+        for sweep in range(sweeps):
+            if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
+                break
+            new = _sweep(cell, inputs[n_exact:], fixed[n_exact:], linearization, clip)
+            old = inputs[n_exact + 1 :]
+            if tolerance > 0 or sweep == sweeps - 1:
+                residual = _residual(old, new)
+            if damping == 1.0:
+                old.copy_(new)
+                n_exact += 1
+            else:
+                old.lerp_(new, damping)
+            if tolerance > 0 and residual.item() <= tolerance:
+                break
+        if n_exact >= n_steps - 1:
+            residual = torch.zeros_like(residual)
+    # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
+    torch.clear_autocast_cache()
+    if s0.requires_grad:
+        inputs = torch.cat((s0[None], inputs[1:]))
+    outputs, jacobian = cell.differentiate(inputs, projected)
+    factors = _factors(jacobian, clip) if linearization == "diagonal" else None
+    return TimeSwept(inputs, outputs, _compose(outputs.detach(), inputs.detach(), factors), jacobian, factors, residual)
+
+
+@torch.no_grad()
+def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int) -> Tensor:
+    """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
+
+    Each correction is one product with the transposed Jacobians and a scan:
+    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= N - 1 they are exact.
+
+    Args:
+        swept: the recurrence after :func:`forward_time_sweeps`.
+        errors: [N, B, H], e_n = d loss / d s_n for n = 1 .. N; zero where no readout reads s_n.
+        corrections: M.
+    """
+    n_steps, factors = len(errors), swept.factors
+    messages = errors.clone()
+    if factors is not None and n_steps > 1:
+        messages[:-1] = affine_scan(errors[:-1], factors[1:], errors[-1], reverse=True)
+    if factors is not None and swept.jacobian.gains is None:
+        return messages  # the Jacobian is its diagonal: nothing is left to correct
+    for correction in range(corrections):
+        high = n_steps - correction  # products of transitions from here on were taken of final messages
+        if high < 2:
+            break
+        old = messages[1:high]
+        new = swept.jacobian.between(1, high).vjp(old)
+        if factors is not None:
+            new = new.addcmul_(factors[1:high], old, value=-1.0).add_(errors[: high - 1])
+            messages[: high - 1] = affine_scan(new, factors[1:high], messages[high - 1], reverse=True)
+        else:
+            torch.add(new, errors[: high - 1], out=messages[: high - 1])
+    return messages
+
+
+def _sweep(cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float) -> Tensor:
+    """New estimates of all but the first of ``inputs``, which is exact."""
+    if linearization == "zero":
+        return cell.transition(inputs[:-1], projected[:-1])
+    outputs, jacobian = cell.differentiate(inputs[:-1], projected[:-1])
+    return _compose(outputs, inputs[:-1], _factors(jacobian, clip))
+
+
+def _factors(jacobian: Jacobian, clip: float) -> Tensor:
+    if jacobian.gains is None:  # the diagonal is the whole Jacobian: clipped it would never be exact
+        return jacobian.direct
+    return jacobian.diagonal().clamp_(-clip, clip)
+
+
+def _compose(outputs: Tensor, inputs: Tensor, factors: Tensor | None) -> Tensor:
+    """States of ``sbar_n = f(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
+    if factors is None:
+        return outputs
+    return affine_scan(torch.addcmul(outputs, factors, inputs, value=-1.0), factors, inputs[0])
+
+
+def _residual(old: Tensor, new: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new).clamp(min=1e-30)

@@ -17,7 +17,7 @@ from hbll_seq.depth import DepthHierarchy
 from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
 from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
-from hbll_seq.objective import Objective, ObjectiveOutput, is_number
+from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_local_losses_can_run, is_number
 from hbll_seq.posterior import Gaussian
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
@@ -124,9 +124,7 @@ class LocalObjective(Objective):
         ``state`` the mean discrepancy of nodes whose target is a state; on request ``free_energy``, its likelihood
         part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
         """
-        if torch.is_inference_mode_enabled():
-            raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
-        self._check_precision(inputs.device.type)
+        check_local_losses_can_run(self.model, inputs.device.type)
         keep_graph = torch.is_grad_enabled()
         # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
         with torch.enable_grad(), self._dropout_of_step(inputs, step):
@@ -270,31 +268,16 @@ class LocalObjective(Objective):
         metrics["free_energy"] = sum(metrics.values())
         return metrics
 
-    def _check_precision(self, device_type: str) -> None:
-        half = any(p.dtype == torch.float16 for p in self.model.parameters())
-        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
-        if half or autocast:
-            raise ValueError(
-                "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
-                "use bfloat16 or float32"
-            )
-
 
 def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
     losses[n] = losses[n] + loss if n in losses else loss
 
 
 def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) -> None:
-    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")
+    check_dial(sweeps, corrections, damping, tolerance)
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-    if not is_number(damping) or not 0 < damping <= 2:
-        raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
-    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={tolerance!r}: must be a number of 0 or more; 0 does all sweeps")
 
 
 def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:

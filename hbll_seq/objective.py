@@ -6,6 +6,7 @@ Here is what they share and the baseline, backpropagation; the local losses are 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -146,6 +147,30 @@ class BackpropObjective(Objective):
                 read.append((route, {n: nats[n] for n in route.exits}))
             loss = sum(route.exits[n] * value for route, values in read for n, value in values.items())
         return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read))
+
+
+def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:
+    """Raises ValueError under ``torch.inference_mode``, and for float16 parameters or autocast."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+    if half or autocast:
+        raise ValueError(
+            "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
+            "use bfloat16 or float32"
+        )
+
+
+def check_dial(sweeps: object, corrections: object, damping: object, tolerance: object) -> None:
+    """Raises ValueError for a K, M, damping or tolerance that is out of range."""
+    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")
+    if not is_number(damping) or not 0 < damping <= 2:
+        raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
+    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance!r}: must be a number of 0 or more; 0 does all sweeps")
 
 
 def is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.objective import is_number
+from hbll_seq.objective import check_dial, check_local_losses_can_run, is_number
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.time_sweeps import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
@@ -55,23 +55,12 @@ class RecurrentObjective(nn.Module):
         Raises:
             ValueError: under ``torch.inference_mode``, and for float16.
         """
-        if torch.is_inference_mode_enabled():
-            raise ValueError("local losses need inner gradients, which torch.inference_mode() forbids: use torch.no_grad()")
-        self._check_precision(inputs.device.type)
+        check_local_losses_can_run(self.model, inputs.device.type)
         x, targets = self.model.prepare(inputs, labels)
         return self._losses(x, targets, self.model.initial_state(len(x)) if state is None else state)
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
         raise NotImplementedError
-
-    def _check_precision(self, device_type: str) -> None:
-        half = any(p.dtype == torch.float16 for p in self.model.parameters())
-        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
-        if half or autocast:
-            raise ValueError(
-                "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
-                "use bfloat16 or float32"
-            )
 
 
 class RecurrentBackpropObjective(RecurrentObjective):
@@ -143,13 +132,12 @@ class RecurrentLocalObjective(RecurrentObjective):
         consistency_weight: float = 1.0,
     ):
         super().__init__(model)
-        _check_choices(inference, linearization, init, sweeps, corrections)
+        _check_choices(inference, linearization, init)
+        check_dial(sweeps, corrections, damping, tolerance)
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
-        for name, value in (("tolerance", tolerance), *weights):
+        for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
-        if not is_number(damping) or not 0 < damping <= 2:
-            raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
         if not is_number(clip) or not clip > 0:
             raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
         if inference == "tree" and tree is None:
@@ -248,7 +236,7 @@ class _WithGradients(torch.autograd.Function):
         return None, scale * gradient
 
 
-def _check_choices(inference: str, linearization: str, init: str, sweeps: int, corrections: int) -> None:
+def _check_choices(inference: str, linearization: str, init: str) -> None:
     choices: Sequence[tuple[str, str, Sequence[str]]] = (
         ("inference", inference, RECURRENT_INFERENCES),
         ("linearization", linearization, TIME_LINEARIZATIONS),
@@ -257,6 +245,3 @@ def _check_choices(inference: str, linearization: str, init: str, sweeps: int, c
     for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")

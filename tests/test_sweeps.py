@@ -172,6 +172,22 @@ def test_branches_train_each_block_by_itself_and_what_they_share_once(graphs):
             assert (m == n) == any(g is not None and g.abs().sum() > 0 for g in reached)
 
 
+@pytest.mark.parametrize("n_level", [3, 4, 5])
+def test_branches_add_less_than_the_number_of_levels_to_the_span_each_way(n_level):
+    """And of seven blocks all depths cost 69 block evaluations in place of 51, backprop's 36 in place of 21."""
+    model = small_hierarchy(n_level, default_paths="prefix")
+    x, y = torch.randn(2, 2), torch.tensor([0, 1])
+    for graphs in ("kept", "recomputed"):
+        options = dict(inference="sweeps", graphs=graphs)
+        alone, mixed = (measure_span(LocalObjective(model, mix=mix, **options), x, y) for mix in ("none", "all"))
+        ways = 2 if graphs == "kept" else 3  # forward and back; recomputed: forward once more
+        assert 0 < mixed.step - alone.step <= ways * (n_level - 1)
+        if n_level == 3 and graphs == "kept":
+            exact = [measure_span(BackpropObjective(model, mix=mix), x, y).block_work for mix in ("none", "all")]
+            assert (alone.block_work, mixed.block_work, *exact) == (51, 69, 21, 36)
+            assert mixed.work - mixed.block_work == 28  # seven heads
+
+
 def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights():
     tree = DyadicTree(4, "prefix")
     steps = [routes_of_step("all", 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]

@@ -271,7 +271,7 @@ class MinGRUCell(RecurrentCell):
 
 
 def _tanh_(x: Tensor) -> Tensor:
-    """tanh, in place where that is possible. Large sweeps on a CPU take it from sigmoid, which is six times as fast there;
+    """tanh, in place where that is possible. Large sweeps on a CPU take it from sigmoid, which torch vectorises there;
     the error is that of rounding at 1 and not relative to x, hence not in half precision."""
     wide = x.dtype in (torch.float32, torch.float64)
     if wide and x.device.type == "cpu" and x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):

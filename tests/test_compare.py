@@ -47,6 +47,9 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, caps
     assert by_side["backprop-3"]["work"] == 9 < by_side["sweeps"]["work"] < by_side["mix"]["work"]
     assert by_side["sweeps"]["probes"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
     assert [step for step, _ in by_side["mix"]["evaluations"]] == [2]
+    for side in ("mix", "backprop-mix"):
+        assert [row["path"] for row in by_side[side]["test"]] == [[2], [1, 2], [1, 2, 3]]  # the prefix family
+    assert by_side["mix"]["probes"][0][4] == pytest.approx(1, abs=1e-3)  # of the full path alone
     assert first.splitlines()[-1].startswith("ratio of perplexity on the full path to 3-block backprop at equal steps: tree ")
     assert (tmp_path / "results.png").stat().st_size > 5000
 

@@ -18,9 +18,9 @@ TEXT = "The river runs to the sea .\n It was built in 1923 by the town of Ashfor
 def setting():
     torch.manual_seed(0)
     tokenizer = Tokenizer.default()
-    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24), tokenizer)
+    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24, readout_rank=2), tokenizer)
     with torch.no_grad():
-        for p in model.blocks.parameters():
+        for p in (*model.blocks.parameters(), *model.readouts.parameters()):
             p.add_(0.2 * torch.randn_like(p))
     return model, TokenWindows(TokenStream.from_text(TEXT, tokenizer), 24)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import kill_and_resume as kr
@@ -234,6 +235,19 @@ def test_settings_of_an_older_checkpoint_keep_their_meaning():
     assert st.as_meant({**old, "objective": "tree"})["mix"] == "none"
     new = dataclasses.asdict(settings)
     assert st.as_meant(new) is new
+
+
+def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    for path in folder.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        for name in ("default_paths", "readout_rank"):
+            del state["settings"][name]
+        state["settings"].update(mix="auto", mix_weight=1.0)
+        path.write_text(json.dumps(state))
+    settings = lm.resume_run({"output_dir": str(folder)}, None)[0]
+    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
 
 
 def test_weight_decay_falls_on_matrices_only():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from hbll_seq.readout import READOUTS
 from hbll_seq.tree import PATH_FAMILIES
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
@@ -31,8 +32,10 @@ class HBLLConfig:
         norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
         rope_base: base of the rotary positions' wavelengths.
         default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
-        readout_rank: rank of the correction that each length of the head's jump has for itself; 0 for none. See
-            :class:`hbll_seq.readout.JumpReadout`.
+        readout_rank: rank of the corrections of a state before the head; 0 for none. See
+            :class:`hbll_seq.readout.Readouts`.
+        readout_by: what has a correction of its own: ``"jump"``, each length of the head's jump, or ``"depth"``, each
+            number of blocks.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (METHOD: ``sigma``; the paper's LM runs use 0.005).
@@ -52,6 +55,7 @@ class HBLLConfig:
     rope_base: float = 10000.0
     default_paths: str = "spine"
     readout_rank: int = 0
+    readout_by: str = "jump"
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
@@ -81,7 +85,8 @@ class HBLLConfig:
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
                 "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
             )
-        for name, allowed in (("cell", CELLS), ("norm", NORMS), ("default_paths", PATH_FAMILIES)):
+        choices = {"cell": CELLS, "norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, float("inf")), ("rope_base", 1.0, float("inf"))):

@@ -106,17 +106,17 @@ class DepthHierarchy(nn.Module):
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         return inputs, labels
 
-    def before_head(self, state: Tensor, last: int) -> Tensor:
-        """What the head reads of the state after block ``last``: the state itself, unless a model says otherwise."""
+    def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
+        """What the head reads of the state after the blocks ``path``: the state itself, unless a model says otherwise."""
         return state
 
-    def read_out(self, state: Tensor, last: int) -> Tensor:
-        """The head's output for the state after block ``last``."""
-        return self.head(self.before_head(state, last))
+    def read_out(self, state: Tensor, path: Sequence[int]) -> Tensor:
+        """The head's output for the state after the blocks ``path``."""
+        return self.head(self.before_head(state, path))
 
-    def score(self, state: Tensor, targets: Tensor, last: int) -> Tensor:
-        """Discrepancy of the prediction after block ``last``, summed over positions (-2 log p(y | state) for classes)."""
-        return self.target_family.discrepancy(self.read_out(state, last), targets).sum()
+    def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
+        """Discrepancy of the prediction after the blocks ``path``, summed over positions (classes: -2 log p(y | state))."""
+        return self.target_family.discrepancy(self.read_out(state, path), targets).sum()
 
     def n_scored(self, state: Tensor, targets: Tensor) -> Tensor | int:
         """How many positions of ``state`` [..., width] have a target."""
@@ -127,7 +127,7 @@ class DepthHierarchy(nn.Module):
         state, path = self.embed(inputs), self.resolve_path(path=path)
         for n in path:
             (state,) = self.chain.apply((n,), (state,))
-        return self.read_out(state, path[-1])
+        return self.read_out(state, path)
 
     def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """Same as :meth:`run`."""

@@ -63,7 +63,7 @@ def evaluate_paths(
                 for n in path[len(states[-1][0]) :]:
                     prefix, state = states[-1]
                     states.append(((*prefix, n), model.chain.apply((n,), (state,))[0]))
-                logits = model.read_out(states[-1][1], path[-1])
+                logits = model.read_out(states[-1][1], path)
                 nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
     finally:
         model.train(was_training)

@@ -42,13 +42,13 @@ def prefill(
     """
     cache = PathCache(model, [path], start)
     cache.append(input_ids)
-    return model.read_out(cache.advance(path)[:, -1], path[-1]), cache
+    return model.read_out(cache.advance(path)[:, -1], path), cache
 
 
 def decode_one_token(model: HBLLForCausalLM, tokens: Tensor, path: Sequence[int], cache: PathCache) -> Tensor:
     """Add one token to each row of the cache, ``tokens`` [B], and return the logits [B, V] of the next."""
     cache.append(tokens.unsqueeze(1))
-    return model.read_out(cache.advance(path)[:, -1], path[-1])
+    return model.read_out(cache.advance(path)[:, -1], path)
 
 
 def sample(

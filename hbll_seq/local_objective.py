@@ -175,10 +175,14 @@ class LocalObjective(Objective):
         read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
         swept.states.clear()  # only what is read out is needed from here on
         walked = walk(chain, branches, starts)
+        paths = [path, *(path[: b.start] + b.path for b in branches)]
         for i, branch in enumerate(branches):
             ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
             read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
-        nats = [{n: self._nats(state, targets, n) for n, state in states.items()} for states in read]
+        nats = [
+            {n: self._nats(state, targets, walk_of[: walk_of.index(n) + 1]) for n, state in states.items()}
+            for walk_of, states in zip(paths, read)
+        ]
         weights = [route.exits, *(branch.exits for branch in branches)]
         emission = sum(w * values[n] for exits, values in zip(weights, nats) for n, w in exits.items())
         leaves = [state for states in read for state in states.values()]
@@ -221,11 +225,12 @@ class LocalObjective(Objective):
             generator = torch.Generator(like.device).manual_seed(mix_seeds(self.noise_seed, step, node))
             return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
+        spine = self.model.tree.right_spine
         return tree_pass(
             self.chain(step),
             self.model.tree,
             self.model.embed(x),
-            lambda n, state: self.model.score(state, targets, n),
+            lambda n, state: self.model.score(state, targets, spine[: spine.index(n) + 1]),
             self.model.state_family,
             sigma=self.sigma,
             noise=noise,
@@ -255,7 +260,7 @@ class LocalObjective(Objective):
         tree, family, states = self.model.tree, self.model.state_family, {0: result.reads[0], **result.targets}
         nodes = range(1, tree.N)
         predictions = self.model.chain.apply(nodes, [states[n - 1] for n in nodes])
-        nll = self.model.score(states[tree.N - 1], targets, tree.N - 1)
+        nll = self.model.score(states[tree.N - 1], targets, range(1, tree.N))
         n_targets = self.model.n_scored(states[tree.N - 1], targets)
         metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}
         for n, prediction in zip(nodes, predictions):

@@ -17,7 +17,7 @@ from hbll_seq.depth import DepthHierarchy
 from hbll_seq.generation import GenerationMixin
 from hbll_seq.hub import HubMixin
 from hbll_seq.posterior import IGNORE_INDEX
-from hbll_seq.readout import JumpReadout
+from hbll_seq.readout import Readouts
 from hbll_seq.tokenizer import Tokenizer
 
 
@@ -81,7 +81,9 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [TransformerBlock(config) for _ in range(config.n_layer)]
         super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths)
-        self.readouts = JumpReadout(config.n_level, config.n_embd, config.readout_rank) if config.readout_rank else None
+        self.readouts: Readouts | None = None
+        if config.readout_rank:
+            self.readouts = Readouts(self.tree, config.n_embd, config.readout_rank, config.readout_by)
         self.config = config
         self.tokenizer = tokenizer
 
@@ -99,15 +101,15 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
             )
         return inputs[:, :-1], labels[:, 1:]
 
-    def before_head(self, state: Tensor, last: int) -> Tensor:
+    def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
         """See :meth:`DepthHierarchy.before_head`."""
-        return state if self.readouts is None else self.readouts(state, self.tree.N - last)
+        return state if self.readouts is None else self.readouts(state, path)
 
-    def score(self, state: Tensor, targets: Tensor, last: int) -> Tensor:
+    def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
         """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
         if not isinstance(self.head, LMHead):  # wrapped, as to count its evaluations
-            return super().score(state, targets, last)
-        hidden = self.head.norm(self.before_head(state, last)).flatten(0, -2)
+            return super().score(state, targets, path)
+        hidden = self.head.norm(self.before_head(state, path)).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 
     def forward(

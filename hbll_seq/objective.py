@@ -106,9 +106,9 @@ class Objective(nn.Module):
             torch.manual_seed(mix_seeds(self.noise_seed, step, 0))
             yield
 
-    def _nats(self, state: Tensor, targets: Tensor, last: int) -> Tensor:
-        """Half the discrepancy of the head's prediction after block ``last``, mean over the positions that have a target."""
-        return 0.5 * self.model.score(state, targets, last) / self.model.n_scored(state, targets)
+    def _nats(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
+        """Half the discrepancy of the head's prediction after the blocks ``path``, mean over positions that have a target."""
+        return 0.5 * self.model.score(state, targets, path) / self.model.n_scored(state, targets)
 
     def _metrics(self, read: Sequence[tuple[Route, dict[int, Tensor]]]) -> dict[str, Tensor]:
         """``ce`` of the main path, the first of all readouts (routes with their nats by block), and ``ce_mix``, the
@@ -143,7 +143,7 @@ class BackpropObjective(Objective):
                     if done not in states:
                         (states[done],) = chain.apply((n,), (states[done[:-1]],))
                     if n in route.exits:
-                        nats[n] = self._nats(states[done], targets, n)
+                        nats[n] = self._nats(states[done], targets, done)
                 read.append((route, {n: nats[n] for n in route.exits}))
             loss = sum(route.exits[n] * value for route, values in read for n, value in values.items())
         return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read))

@@ -13,7 +13,7 @@ from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.span import measure_span, small_hierarchy
 from hbll_seq.sweeps import LINEARIZATIONS, backward_sweeps, forward_sweeps
-from hbll_seq.tree import PATH_FAMILIES, DyadicTree
+from hbll_seq.tree import DyadicTree
 
 
 def double_lm(**changes):
@@ -137,10 +137,11 @@ def test_diagonal_linearisation_is_newton_where_the_jacobian_is_diagonal():
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("family", PATH_FAMILIES)
+@pytest.mark.parametrize("family, readouts", [("spine", "jump"), ("prefix", "jump"), ("prefix", "depth")])
 @pytest.mark.parametrize("mix", [name for name in MIXES if name != "none"])
-def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family):
-    model, tokens = double_lm(default_paths=family, readout_rank=3)  # double_lm moves the corrections from zero
+def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family, readouts):
+    # double_lm moves the corrections from zero
+    model, tokens = double_lm(default_paths=family, readout_rank=3, readout_by=readouts)
     for step in (0, 1):
         pair = BackpropObjective(model, mix=mix, mix_weight=0.7), LocalObjective(
             model, "sweeps", mix=mix, mix_weight=0.7, sweeps=6, corrections=6
@@ -151,7 +152,8 @@ def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family):
         assert output.metrics["ce"] == pytest.approx(exact.metrics["ce"].item())
         assert output.metrics["ce_mix"] == pytest.approx(exact.metrics["ce_mix"].item())
     weights = [sum(r.exits.values()) for r in pair[0].routes(1)]
-    assert sum(weights) == pytest.approx(1.7)
+    if mix != "few":  # its weights hold on average
+        assert sum(weights) == pytest.approx(1.7)
 
 
 @pytest.mark.parametrize("graphs", ["kept", "recomputed"])
@@ -188,13 +190,14 @@ def test_branches_add_less_than_the_number_of_levels_to_the_span_each_way(n_leve
             assert mixed.work - mixed.block_work == 28  # seven heads
 
 
-def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights():
+@pytest.mark.parametrize("mix, n_readouts", [("all", 6), ("few", 3)])
+def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights(mix, n_readouts):
     tree = DyadicTree(4, "prefix")
-    steps = [routes_of_step("all", 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
+    steps = [routes_of_step(mix, 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
     total = dict.fromkeys(range(1, 15), 0.0)
     for routes in steps:
         exits = [(r.path[: r.path.index(n) + 1], w) for r in routes for n, w in r.exits.items()][1:]
-        assert len(exits) == 6
+        assert len(exits) == n_readouts and len({len(path) for path, _ in exits}) == n_readouts
         for path, weight in exits:
             assert path == tree.path_for_depth(len(path))
             total[len(path)] += weight / len(steps)

@@ -97,7 +97,7 @@ def data(settings: TrainingSettings) -> Data:
 def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
     """The model's part of the settings. Raises ValueError for a shape that cannot be."""
     names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "default_paths",
-             "readout_rank", "sigma")
+             "readout_rank", "readout_by", "sigma")
     return HBLLConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
 
 

@@ -27,6 +27,7 @@ from hbll_seq.data import TokenWindows
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.evaluation import default_paths, evaluate_paths
 from hbll_seq.local_objective import LocalObjective
+from hbll_seq.mix import OF_PREFIXES
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.span import measure_span, small_hierarchy
@@ -112,9 +113,9 @@ class TaskProblem(Problem):
 
 _TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float,
           "readout_rank": int}  # fmt: skip
-_MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank"}
+_MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank", "readouts"}
 #: options that belong to the model's configuration, by its name there
-_OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank"}
+_OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readouts": "readout_by"}
 #: what can be said of each kind of side; another option would be ignored, and two names mean one method
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
@@ -141,8 +142,8 @@ class Side:
         Raises:
             ValueError: unknown inference or option, or a value of the wrong type.
         """
-        # "all" belongs with the paths and readouts made for it, the other mixes with those that they were measured with
-        mixed = f"mix={mix}" + (",paths=prefix,readout_rank=16" if mix == "all" else "")
+        # These belong with the paths and readouts made for it, the other mixes with those that they were measured with
+        mixed = f"mix={mix}" + (",paths=prefix,readout_rank=16" if mix in OF_PREFIXES else "")
         short = {"mix": f"sweeps:{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
         if short.startswith("backprop-"):
             short = "backprop:depth=" + short.removeprefix("backprop-")

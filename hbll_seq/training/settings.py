@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES
+from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objective import GRAPHS
+from hbll_seq.readout import READOUTS
 from hbll_seq.sweeps import INITS
 from hbll_seq.tree import PATH_FAMILIES
 
@@ -63,10 +64,12 @@ class TrainingSettings:
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
-    readout_rank: int | None = _option(None, "model", "rank of the correction that each length of the head's jump has "
-                                       "(default: 16 with --mix all, else 0)", low=0)
+    readout_rank: int | None = _option(None, "model", "rank of the corrections of a state before the head (default: 16 with "
+                                       "--mix all or few, else 0)", low=0)
+    readout_by: str = _option("jump", "model", "what has a correction of its own: jump, each length of the head's jump, or "
+                              "depth, each number of blocks", choices=READOUTS)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
-                                 "the full path as late as it can; auto: prefix with --mix all, else spine",
+                                 "the full path as late as it can; auto: prefix with --mix all or few, else spine",
                                  choices=("auto", *PATH_FAMILIES))
 
     objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "
@@ -162,9 +165,9 @@ class TrainingSettings:
         if self.mix_weight is None:
             object.__setattr__(self, "mix_weight", MIX_WEIGHTS.get(self.mix, 1.0))
         if self.readout_rank is None:
-            object.__setattr__(self, "readout_rank", 16 if self.mix == "all" else 0)
+            object.__setattr__(self, "readout_rank", 16 if self.mix in OF_PREFIXES else 0)
         if self.default_paths == "auto":
-            object.__setattr__(self, "default_paths", "prefix" if self.mix == "all" else "spine")
+            object.__setattr__(self, "default_paths", "prefix" if self.mix in OF_PREFIXES else "spine")
 
     @property
     def path_blocks(self) -> tuple[int, ...] | None:

@@ -89,6 +89,9 @@ class HBLLConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if self.readout_by != "jump" and not self.readout_rank:
+            raise ValueError(f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
+                             "such as 16, or leave readout_by out")  # fmt: skip
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, float("inf")), ("rope_base", 1.0, float("inf"))):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:

@@ -180,8 +180,8 @@ class LocalObjective(Objective):
             ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
             read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
         nats = [
-            {n: self._nats(state, targets, walk_of[: walk_of.index(n) + 1]) for n, state in states.items()}
-            for walk_of, states in zip(paths, read)
+            {n: self._nats(state, targets, whole[: whole.index(n) + 1]) for n, state in states.items()}
+            for whole, states in zip(paths, read)
         ]
         weights = [route.exits, *(branch.exits for branch in branches)]
         emission = sum(w * values[n] for exits, values in zip(weights, nats) for n, w in exits.items())

@@ -18,7 +18,7 @@ TEXT = "The river runs to the sea .\n It was built in 1923 by the town of Ashfor
 def setting():
     torch.manual_seed(0)
     tokenizer = Tokenizer.default()
-    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24, readout_rank=2), tokenizer)
+    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24, readout_rank=2, readout_by="depth"), tokenizer)
     with torch.no_grad():
         for p in (*model.blocks.parameters(), *model.readouts.parameters()):
             p.add_(0.2 * torch.randn_like(p))

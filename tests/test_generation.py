@@ -11,7 +11,6 @@ from hbll_seq.config import HBLLConfig
 from hbll_seq.generation import decode_one_token, generate, prefill, sample
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.path_cache import PathCache
-from hbll_seq.readout import READOUTS
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.tree import DyadicTree
 
@@ -78,33 +77,6 @@ def test_greedy_ids_equal_those_of_the_full_forward(model, path):
         expected = torch.cat((expected, model(expected, path=path).logits[:, -1:].argmax(-1)), dim=1)
     steps = generation.generate_ids(model, prompt.tolist(), path, max_new_tokens=14, temperature=0)
     assert [token for (token,) in steps] == expected[0, 6:].tolist()
-
-
-@pytest.mark.parametrize("by", READOUTS)
-@pytest.mark.parametrize("path", [(4,), (4, 6), (2, 4, 6, 7), (1, 2, 3, 4)])
-def test_each_length_of_the_heads_jump_or_of_the_path_reads_in_its_own_way(path, by):
-    """Run, cached generation and score agree, and only the readout of the path's own jump, or depth, matters."""
-    torch.manual_seed(0)
-    config = HBLLConfig(vocab_size=23, n_embd=16, n_head=2, block_size=16, readout_rank=2, readout_by=by)
-    model = HBLLForCausalLM(config).eval()
-    tokens = torch.randint(23, (2, 12))
-    plain = model.run(tokens, path)
-    with torch.no_grad():
-        model.readouts.up.normal_()
-    logits = model.run(tokens, path)
-    assert (logits - plain).abs().max() > 1e-2
-    cached = prefill(model, tokens, path)[0]
-    torch.testing.assert_close(cached, logits[:, -1], atol=1e-4, rtol=0)
-    x, y = model.prepare(tokens)
-    state = model.embed(x)
-    for n in path:
-        (state,) = model.chain.apply((n,), (state,))
-    by_hand = 2 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), y.flatten(), reduction="sum")
-    torch.testing.assert_close(model.score(state, y, path), by_hand)
-    own = {(4,): 2, (4, 6): 1, (2, 4, 6, 7): 0, (1, 2, 3, 4): 2}[path] if by == "jump" else len(path) - 1
-    with torch.no_grad():
-        model.readouts.up[[row for row in range(len(model.readouts.up)) if row != own]] = 7.0
-    torch.testing.assert_close(model.run(tokens, path), logits)
 
 
 @torch.no_grad()

@@ -210,6 +210,7 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
         ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
         ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
         ({"mix": "spine"}, "spine", 1.0, 0, "spine"),
+        ({"mix": "few", "readout_by": "depth"}, "few", 9.0, 16, "prefix"),
         ({"objective": "backprop", "mix": "all", "mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
     ],
 )
@@ -221,10 +222,18 @@ def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weigh
         found = (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths)
         assert found == (mix, weight, rank, family)
     model = HBLLForCausalLM(lm.model_config(fresh, 50))
+    assert model.config.readout_by == fresh.readout_by == given.get("readout_by", "jump")
     objective, paths = lm.make_objective(fresh, model, 0)
     if mix in ("all", "none") and fresh.objective != "tree":
         read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
         assert set(paths.values()) == read
+
+
+def test_another_mix_takes_back_what_a_run_said_of_its_readouts():
+    run = dataclasses.asdict(st.TrainingSettings(max_steps=5, readout_by="depth"))
+    settings = st.resolve(run, {"mix": "spine"})
+    assert (settings.readout_rank, settings.readout_by) == (0, "jump")
+    assert st.resolve(run, {"lr": 1e-4}).readout_by == "depth"
 
 
 def test_settings_of_an_older_checkpoint_keep_their_meaning():

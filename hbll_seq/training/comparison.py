@@ -142,7 +142,7 @@ class Side:
         Raises:
             ValueError: unknown inference or option, or a value of the wrong type.
         """
-        # These belong with the paths and readouts made for it, the other mixes with those that they were measured with
+        # These belong with the paths and readouts made for them, the other mixes with those that they were measured with
         mixed = f"mix={mix}" + (",paths=prefix,readout_rank=16" if mix in OF_PREFIXES else "")
         short = {"mix": f"sweeps:{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
         if short.startswith("backprop-"):

@@ -299,7 +299,7 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
     return TrainingSettings(**merged)
 
 
-_OF_MIX = ("mix_weight", "readout_rank", "default_paths")
+_OF_MIX = ("mix_weight", "readout_rank", "readout_by", "default_paths")
 _DEPENDENT = {"objective": ("mix", *_OF_MIX), "path": ("mix", *_OF_MIX), "mix": _OF_MIX}
 
 

@@ -119,6 +119,14 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     assert [one.find("sweeps", 1.0, 0, f"K = {k}")["method"] for k in (3, 4)] == ["K = 3", "K = 4"]
 
 
+@pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("results/compare*.json")), ids=lambda path: path.stem)
+def test_stored_runs_are_still_those_of_the_sides_that_they_name(path):
+    """Otherwise the README's report would be empty, and a comparison would make all runs anew."""
+    stored = json.loads(path.read_text())
+    for run in stored["runs"]:
+        assert Side.parse(run["side"], stored["setting"]["mix"]).method(stored["setting"]["n_level"]) == run["method"]
+
+
 def test_induction_is_learned_by_three_blocks_and_not_by_one():
     """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
     problem = TaskProblem(make_task("induction", n_symbols=8, block_size=24))

@@ -201,8 +201,10 @@ class Side:
         if self.inference == "tree":
             names += ["state_weight"]
         described = {name: getattr(objective, name) for name in names}
-        default = HBLLConfig()
-        described |= {name: getattr(default, name) for name in sorted(_OF_CONFIG.values())} | dict(self.config)
+        config = HBLLConfig(**dict(self.config))
+        described |= {name: getattr(config, name) for name in sorted(_OF_CONFIG.values())}
+        if config.readout_by == "jump":  # the only one there was when the first stored runs were described
+            del described["readout_by"]
         return f"{self.inference} {described}"
 
     def check(self, n_level: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hbll_seq.tasks import make_task
 from hbll_seq.training.comparison import Results, Shape, Side, TaskProblem, train, tune
+from hbll_seq.training.settings import read_preset
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "compare.py"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "2", "--steps", "3",
@@ -112,6 +113,8 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     assert one.find("mix", 1.0, 0) is not None
     mix = Side.parse("mix", "all")
     assert dict(mix.config) == {"default_paths": "prefix", "readout_rank": 16} and "'mix_weight': 9.0" in mix.method(3)
+    preset = read_preset("small", SCRIPT.parent / "presets")
+    assert {name: value for name, value in mix.options if name in preset} == {k: preset[k] for k in ("sweeps", "corrections")}
     assert Side.parse("sweeps", "all").method(3) != Side.parse("sweeps:sweeps=4", "all").method(3)
     one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 3"})
     assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then

@@ -142,9 +142,12 @@ class Side:
         Raises:
             ValueError: unknown inference or option, or a value of the wrong type.
         """
-        # These belong with the paths and readouts made for them, the other mixes with those that they were measured with
-        mixed = f"mix={mix}" + (",paths=prefix,readout_rank=16" if mix in OF_PREFIXES else "")
-        short = {"mix": f"sweeps:{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
+        # These belong with the paths and readouts made for them, and K and M that were found enough for them (the preset
+        # small has the same); the other mixes with those that they were measured with
+        mixed, dial = f"mix={mix}", ""
+        if mix in OF_PREFIXES:
+            mixed, dial = mixed + ",paths=prefix,readout_rank=16", "sweeps=2,corrections=3,"
+        short = {"mix": f"sweeps:{dial}{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
         if short.startswith("backprop-"):
             short = "backprop:depth=" + short.removeprefix("backprop-")
         inference, _, rest = short.partition(":")

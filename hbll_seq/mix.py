@@ -57,28 +57,34 @@ def _prefixes(tree: DyadicTree, rng: random.Random) -> list[Route]:
     return [Route(tuple(range(1, tree.N)), {n: n / sum(ends) for n in ends})] if ends else []
 
 
-def _all(tree: DyadicTree, rng: random.Random) -> list[Route]:
-    """Every default path, weight by one over the depth. Of a deep tree that of one block and five others at random, which
+def _octaves(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    """Every default path; the octaves of depth (1; 2 and 3; 4 to 7; ..) weigh the same, depths within one too, and those of
+    the last, which the full path trains as well, half. Of a deep tree that of one block and five others at random, which
     stand for all others: the expected weights are the same."""
-    return _weighted_by_depth(tree, rng, drawn=5)
+    return _every_depth(tree, rng, lambda k: 2.0 ** -k.bit_length() / (2 if 2 * k >= tree.N else 1), drawn=5)
+
+
+def _all(tree: DyadicTree, rng: random.Random) -> list[Route]:
+    """As "octaves", weight by one over the depth."""
+    return _every_depth(tree, rng, lambda k: 1.0 / k, drawn=5)
 
 
 def _few(tree: DyadicTree, rng: random.Random) -> list[Route]:
     """As "all", with two others at random in place of five: less than half the readouts, and more noise."""
-    return _weighted_by_depth(tree, rng, drawn=2)
+    return _every_depth(tree, rng, lambda k: 1.0 / k, drawn=2)
 
 
-def _weighted_by_depth(tree: DyadicTree, rng: random.Random, drawn: int) -> list[Route]:
+def _every_depth(tree: DyadicTree, rng: random.Random, weight_of: Callable[[int], float], drawn: int) -> list[Route]:
     depths = range(1, tree.n_nodes)
-    weights = {k: 1.0 / k / sum(1.0 / j for j in depths) for k in depths}
+    weights = {k: weight_of(k) / sum(map(weight_of, depths)) for k in depths}
     if len(depths) > 1 + drawn:
         chosen = sorted(rng.sample(depths[1:], drawn))
         weights = {1: weights[1], **{k: weights[k] * (len(depths) - 1) / drawn for k in chosen}}
     return [whole(tree.path_for_depth(k), weight) for k, weight in weights.items()]
 
 
-#: name -> routes of a step besides the main path; the weights of their readouts sum to one ("few", and "all" of a
-#: deep tree: on average).
+#: name -> routes of a step besides the main path; the weights of their readouts sum to one ("few",
+#: and "octaves" and "all" of a deep tree: on average).
 MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
     "none": lambda tree, rng: [],
     "random": _random,  # any dyadic path, all alike
@@ -87,17 +93,18 @@ MIXES: dict[str, Callable[[DyadicTree, random.Random], list[Route]]] = {
     "spine": _spine,  # the right spine, read out after each block
     "ladder": _ladder,  # the spine, read out after each block, and one default path that is deeper
     "prefixes": _prefixes,  # the full path, read out at its dyadic prefixes
-    "all": _all,  # every default path (six of them where there are more), the shorter the heavier
+    "octaves": _octaves,  # every default path (six of them where there are more), the same weight for each octave of depth
+    "all": _all,  # the same paths, weight by one over the depth
     "few": _few,  # the smallest and two other default paths, which stand for all others
 }
 
 
-#: did best of those above in short trials (README, "What we tried")
-DEFAULT_MIX = "all"
+#: did best of those above (README, "Results" and "What we tried")
+DEFAULT_MIX = "octaves"
 #: total weight of a mix's readouts beside the full path's 1, where nothing else is said; of the others it is 1.
-MIX_WEIGHTS = {"all": 9.0, "few": 9.0}
+MIX_WEIGHTS = {"octaves": 9.0, "all": 9.0, "few": 9.0}
 #: mixes of short paths that branch off the full one; they belong with ``default_paths="prefix"`` and readouts
-OF_PREFIXES = ("all", "few")
+OF_PREFIXES = ("octaves", "all", "few")
 
 
 def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, ...], seed: int) -> list[Route]:

@@ -111,7 +111,7 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     two.add({"side": "mix", "lr": 1.0, "seed": 0})
     assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
     assert one.find("mix", 1.0, 0) is not None
-    mix = Side.parse("mix", "all")
+    mix = Side.parse("mix", "octaves")
     assert dict(mix.config) == {"default_paths": "prefix", "readout_rank": 16} and "'mix_weight': 9.0" in mix.method(3)
     preset = read_preset("small", SCRIPT.parent / "presets")
     assert {name: value for name, value in mix.options if name in preset} == {k: preset[k] for k in ("sweeps", "corrections")}

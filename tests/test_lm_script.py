@@ -205,7 +205,7 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
 @pytest.mark.parametrize(
     "given, mix, weight, rank, family",
     [
-        ({}, "all", 9.0, 16, "prefix"),
+        ({}, "octaves", 9.0, 16, "prefix"),
         ({"objective": "tree"}, "none", 1.0, 0, "spine"),
         ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
         ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
@@ -224,7 +224,7 @@ def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weigh
     model = HBLLForCausalLM(lm.model_config(fresh, 50))
     assert model.config.readout_by == fresh.readout_by == given.get("readout_by", "jump")
     objective, paths = lm.make_objective(fresh, model, 0)
-    if mix in ("all", "none") and fresh.objective != "tree":
+    if mix in ("octaves", "none") and fresh.objective != "tree":
         read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
         assert set(paths.values()) == read
 

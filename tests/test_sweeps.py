@@ -190,7 +190,7 @@ def test_branches_add_less_than_the_number_of_levels_to_the_span_each_way(n_leve
             assert mixed.work - mixed.block_work == 28  # seven heads
 
 
-@pytest.mark.parametrize("mix, n_readouts", [("all", 6), ("few", 3)])
+@pytest.mark.parametrize("mix, n_readouts", [("octaves", 6), ("all", 6), ("few", 3)])
 def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights(mix, n_readouts):
     tree = DyadicTree(4, "prefix")
     steps = [routes_of_step(mix, 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
@@ -201,8 +201,9 @@ def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_wei
         for path, weight in exits:
             assert path == tree.path_for_depth(len(path))
             total[len(path)] += weight / len(steps)
-    harmonic = sum(1 / k for k in range(1, 15))
-    assert total == pytest.approx({k: 9 / k / harmonic for k in range(1, 15)}, rel=0.1)
+    octaves = {1: 1, 2: 1 / 2, 3: 1 / 2, 4: 1 / 4, 5: 1 / 4, 6: 1 / 4, 7: 1 / 4, **dict.fromkeys(range(8, 15), 1 / 16)}
+    expected = octaves if mix == "octaves" else {k: 1 / k for k in range(1, 15)}
+    assert total == pytest.approx({k: 9 * w / sum(expected.values()) for k, w in expected.items()}, rel=0.1)
 
 
 def test_a_branch_tells_the_chain_what_it_needs():

@@ -65,11 +65,11 @@ class TrainingSettings:
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
     readout_rank: int | None = _option(None, "model", "rank of the corrections of a state before the head (default: 16 with "
-                                       "--mix all or few, else 0)", low=0)
+                                       "--mix octaves, all or few, else 0)", low=0)
     readout_by: str = _option("jump", "model", "what has a correction of its own: jump, each length of the head's jump, or "
                               "depth, each number of blocks", choices=READOUTS)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
-                                 "the full path as late as it can; auto: prefix with --mix all or few, else spine",
+                                 "the full path as late as it can; auto: prefix with --mix octaves, all or few, else spine",
                                  choices=("auto", *PATH_FAMILIES))
 
     objective: str = _option("sweeps", "objective", "sweeps: local losses from messages composed along the path; tree: the "

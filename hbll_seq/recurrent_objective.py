@@ -90,7 +90,7 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
     corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
-    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with both K and M
+    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with K c and M c
     at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
     With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
@@ -106,6 +106,8 @@ class RecurrentLocalObjective(RecurrentObjective):
         sweeps: K, before the differentiated call; for ``"tree"`` the consistency stage's, differentiated one included.
         corrections: M.
         linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
+        chunk: c, transitions that a sweep, and products that a correction takes one after the other: the span grows by
+            that factor and the work does not. ``"sweeps"``.
         tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
         tree_weight: weight of the losses that train the tree to agree with the chain, ``"sweeps"``.
         arc_weight, consistency_weight: weights of the arc losses and of the consistency stage, ``"tree"``.
@@ -126,6 +128,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         damping: float = 1.0,
         clip: float = 1.0,
         tolerance: float = 0.0,
+        chunk: int = 1,
         tree: RecurrentTree | None = None,
         tree_weight: float = 0.1,
         arc_weight: float = 0.1,
@@ -140,6 +143,8 @@ class RecurrentLocalObjective(RecurrentObjective):
                 raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
         if not is_number(clip) or not clip > 0:
             raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
+        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
+            raise ValueError(f"chunk={chunk!r}: must be a whole number of at least 1; 1 sweeps single transitions")
         if inference == "tree" and tree is None:
             raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
         if tree is not None and tree.hidden_size != model.cell.hidden_size:
@@ -149,7 +154,8 @@ class RecurrentLocalObjective(RecurrentObjective):
         if tree is not None and inference == "sweeps" and not tree.has_own_cells:
             raise ValueError("a tree with share='all' has no cells of its own to start sweeps from: share 'none' or 'capped'")
         self.inference, self.sweeps, self.corrections, self.init, self.tree = inference, sweeps, corrections, init, tree
-        self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance)
+        self.chunk = chunk
+        self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance, chunk=chunk)
         self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
@@ -171,7 +177,7 @@ class RecurrentLocalObjective(RecurrentObjective):
             return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, swept.states[-1])
         read = swept.states.detach().requires_grad_(True)
         ce, errors = _emission(self.model, read, targets)
-        messages = backward_time_sweeps(swept, errors, corrections=self.corrections)
+        messages = backward_time_sweeps(swept, errors, corrections=self.corrections, chunk=self.chunk)
         # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
         # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
         losses = [ce + _WithGradients.apply(messages, swept.outputs)]

@@ -10,6 +10,12 @@ With A the diagonal this is quasi-DEER (Lim et al. 2024, arXiv 2309.12252; Gonza
 A = 0 it is Jacobi iteration. M corrections carry exact products over M transitions and the stand-in for all others:
 truncated backpropagation through time (M + 1 steps with A = 0), evaluated in parallel at approximate states.
 
+A sweep of single transitions spends N calls on each step of memory that it wins. With ``chunk`` = c a sweep walks c
+transitions one after the other inside every one of N / c chunks, all chunks side by side (block Jacobi iteration, the fine
+half of parareal: Lions, Maday, Turinici 2001): the work of one pass over the sequence wins c steps of memory, for a span of c.
+K sweeps then have span K c and give every state an exact memory of at least (K - 1) c + 1 steps, and of K c at the chunks'
+ends; so do M corrections with products. With K, M fixed and c of order log N the span stays O(log N).
+
 Shapes: N transitions, B batch, H hidden width. ``states[n]`` is s_n on [N + 1, B, H]; of the N that transitions read,
 ``inputs[i]`` is s_i, ``outputs[i]`` is a_{i+1} and ``messages[i]`` is lambda_{i+1}.
 """
@@ -63,6 +69,7 @@ def forward_time_sweeps(
     damping: float = 1.0,
     clip: float = 1.0,
     tolerance: float = 0.0,
+    chunk: int = 1,
 ) -> TimeSwept:
     """K parallel sweeps without gradient, then ONE differentiated call of the cell over all positions (sweep K + 1).
 
@@ -70,13 +77,14 @@ def forward_time_sweeps(
         cell: f.
         projected: [N, B, G * H], ``cell.project`` of the inputs, time first; stays attached to what made it.
         s0: [B, H].
-        sweeps: K; after k sweeps s_1 .. s_k are exact, whatever the linearisation.
+        sweeps: K; after k sweeps s_1 .. s_kc are exact, whatever the linearisation.
         linearization: one of ``TIME_LINEARIZATIONS``.
         start: [N - 1, B, H], first estimate of s_1 .. s_{N-1}; goes before ``init``.
         init: one of ``TIME_INITS``.
         damping: each sweep moves so far from the old estimate to the new one; only 1 ever makes a state exact.
         clip: diagonals are held within -clip .. clip, so that a scan of many cannot explode; no limit at ``inf``.
         tolerance: stop early once the residual is at most this (waits for the device).
+        chunk: c, transitions that a sweep takes one after the other; 1 is the plain sweep.
     """
     n_steps, residual = len(projected), s0.new_zeros(())
     first, fixed = s0.detach(), projected.detach()
@@ -89,18 +97,18 @@ def forward_time_sweeps(
         elif init != "zeros":
             inputs[1:] = first
         if start is None and init == "diagonal" and n_steps > 1:
-            inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip)
+            inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)
             n_exact = 1
         for sweep in range(sweeps):
             if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
                 break
-            new = _sweep(cell, inputs[n_exact:], fixed[n_exact:], linearization, clip)
+            new = _sweep(cell, inputs[n_exact:], fixed[n_exact:], linearization, clip, chunk)
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)
             if damping == 1.0:
                 old.copy_(new)
-                n_exact += 1
+                n_exact += chunk
             else:
                 old.lerp_(new, damping)
             if tolerance > 0 and residual.item() <= tolerance:
@@ -117,16 +125,17 @@ def forward_time_sweeps(
 
 
 @torch.no_grad()
-def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int) -> Tensor:
+def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, chunk: int = 1) -> Tensor:
     """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
 
     Each correction is one product with the transposed Jacobians and a scan:
-    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= N - 1 they are exact.
+    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M c >= N - 1 they are exact.
 
     Args:
         swept: the recurrence after :func:`forward_time_sweeps`.
         errors: [N, B, H], e_n = d loss / d s_n for n = 1 .. N; zero where no readout reads s_n.
-        corrections: M.
+        corrections: M; after m corrections the last mc + 1 messages are exact.
+        chunk: c, products that a correction takes one after the other.
     """
     n_steps, factors = len(errors), swept.factors
     messages = errors.clone()
@@ -135,25 +144,90 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int) 
     if factors is not None and swept.jacobian.gains is None:
         return messages  # the Jacobian is its diagonal: nothing is left to correct
     for correction in range(corrections):
-        high = n_steps - correction  # products of transitions from here on were taken of final messages
+        high = n_steps - correction * chunk  # products of transitions from here on were taken of final messages
         if high < 2:
             break
+        jacobian, at = swept.jacobian.between(1, high), errors[: high - 1]
+        between = None if factors is None else factors[1:high]
+        if chunk > 1:
+            _correct_chunks(jacobian, between, at, messages[:high], chunk)
+            continue
         old = messages[1:high]
-        new = swept.jacobian.between(1, high).vjp(old)
-        if factors is not None:
-            new = new.addcmul_(factors[1:high], old, value=-1.0).add_(errors[: high - 1])
-            messages[: high - 1] = affine_scan(new, factors[1:high], messages[high - 1], reverse=True)
+        new = jacobian.vjp(old)
+        if between is not None:
+            new = new.addcmul_(between, old, value=-1.0).add_(at)
+            messages[: high - 1] = affine_scan(new, between, messages[high - 1], reverse=True)
         else:
-            torch.add(new, errors[: high - 1], out=messages[: high - 1])
+            torch.add(new, at, out=messages[: high - 1])
     return messages
 
 
-def _sweep(cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float) -> Tensor:
+def _sweep(
+    cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
+) -> Tensor:
     """New estimates of all but the first of ``inputs``, which is exact."""
+    if chunk > 1:
+        return _sweep_chunks(cell, inputs, projected, linearization, clip, chunk)
     if linearization == "zero":
         return cell.transition(inputs[:-1], projected[:-1])
     outputs, jacobian = cell.differentiate(inputs[:-1], projected[:-1])
     return _compose(outputs, inputs[:-1], _factors(jacobian, clip))
+
+
+def _sweep_chunks(
+    cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
+) -> Tensor:
+    """As :func:`_sweep`, by walking chunks. With the diagonal, what the first states of the chunks turn out to be off by is
+    carried through them by the products of their diagonals, one scan over all chunks."""
+    n_rows = len(inputs) - 1
+    states = starts = inputs[:n_rows:chunk]
+    new, carried, product = torch.empty_like(inputs[1:]), [], None
+    for p in range(min(chunk, n_rows)):
+        rows = slice(p, n_rows, chunk)
+        states, given = states[: len(projected[rows])], projected[rows]
+        if linearization == "zero":
+            states = cell.transition(states, given)
+        else:
+            states, jacobian = cell.differentiate(states, given)
+            factors = _factors(jacobian, clip)
+            product = factors if product is None else product[: len(factors)] * factors
+            carried.append(product)
+        new[rows] = states
+    if carried and len(starts) > 1:
+        n_next = len(starts) - 1  # chunks that another one follows
+        ends = torch.addcmul(new[chunk - 1 :: chunk][:n_next], carried[-1][:n_next], starts[:n_next], value=-1.0)
+        off = affine_scan(ends, carried[-1][:n_next], starts[0]) - starts[1:]
+        for p, product in enumerate(carried):
+            new[p::chunk][1:].addcmul_(product[1:], off[: len(product) - 1])
+    return new
+
+
+def _correct_chunks(jacobian: Jacobian, factors: Tensor | None, errors: Tensor, messages: Tensor, chunk: int) -> None:
+    """One correction in place in ``messages`` [R + 1, B, H] by walking chunks of the R transitions between them from the end,
+    where the last message is final. With the diagonal, what a chunk's first message is off by is carried as in
+    :func:`_sweep_chunks`."""
+    n_rows = len(errors)
+    n_chunks = -(-n_rows // chunk)
+    walked = ends = messages[n_rows - chunk * (n_chunks - 1) :: chunk].clone()  # what each chunk starts from
+    carried, product = [], None
+    for q in range(min(chunk, n_rows)):
+        low = n_rows - 1 - q - chunk * (n_chunks - 1)
+        n_gone = int(low < 0)  # the chunk at the beginning may be a short one
+        rows = slice(low + chunk * n_gone, n_rows - q, chunk)
+        n_kept = len(errors[rows])
+        walked = jacobian.between(rows.start, rows.stop, chunk).vjp(walked[-n_kept:]).add_(errors[rows])
+        if factors is not None:
+            product = factors[rows] if product is None else product[-n_kept:] * factors[rows]
+            carried.append((rows, product))
+        messages[rows] = walked
+    if carried and n_chunks > 1:
+        n_next = n_chunks - 1  # chunks that another one follows, towards the beginning
+        last = carried[-1][1][-n_next:]
+        b = torch.addcmul(walked[-n_next:], last, ends[1:], value=-1.0)
+        off = affine_scan(b, last, ends[-1], reverse=True) - ends[:-1]
+        for rows, product in carried:
+            n_kept = len(product) - 1
+            messages[rows][:n_kept].addcmul_(product[:n_kept], off[n_next - n_kept :])
 
 
 def _factors(jacobian: Jacobian, clip: float) -> Tensor:

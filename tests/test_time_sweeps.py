@@ -101,6 +101,76 @@ def test_min_gru_is_exact_after_one_sweep_without_corrections():
     assert difference(gradients(none, tokens, state)[1], reference) > 1e-9
 
 
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("n_steps", [1, 2, N, 16, 23])
+@pytest.mark.parametrize("chunk", [2, 3, 8, 40])
+def test_chunks_reach_bptt_in_a_fraction_of_the_sweeps_and_not_before(kind, linearization, n_steps, chunk):
+    model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 3.0)
+    _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    enough = -(-(n_steps - 1) // chunk)
+    options = dict(linearization=linearization, chunk=chunk)
+    objective = RecurrentLocalObjective(model, sweeps=enough, corrections=enough, **options)
+    assert difference(gradients(objective, tokens, state)[1], reference) < 1e-11
+    if enough == 0 or (kind == "mingru" and linearization == "diagonal"):
+        return
+    for sweeps, corrections in ((enough - 1, enough), (enough, enough - 1)):
+        objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
+        assert difference(gradients(objective, tokens, state)[1], reference) > 1e-11, (sweeps, corrections)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("n_steps", [16, 23])
+def test_chunked_sweeps_equal_their_written_out_form(kind, linearization, n_steps):
+    """Every chunk is one long transition whose Jacobian is stood for by the product of its diagonals (or by zero)."""
+    model, tokens, s0 = double_lm(kind, n_steps, gain=1.5)
+    cell, chunk = model.cell, 4
+    projected = cell.project(model.symbols(tokens[:, :-1])).detach()
+    old = [s0, *torch.randn(n_steps - 1, *s0.shape, dtype=torch.float64)]
+    for damping in (1.0, 0.6):
+        new, corrected = list(old), s0
+        for first in range(0, n_steps - 1, chunk):
+            s, product = old[first], torch.ones_like(s0)
+            off = corrected - old[first]  # what this chunk's first state has turned out to be off by
+            for n in range(first, min(first + chunk, n_steps - 1)):
+                product = product * cell.diagonal(s, projected[n]).clamp(-1, 1) if linearization == "diagonal" else 0.0
+                s = cell.transition(s, projected[n])
+                new[n + 1] = s + product * off
+            corrected = new[min(first + chunk, n_steps - 1)]
+        expected = [o + damping * (n - o) for o, n in zip(old, new)]
+        options = dict(linearization=linearization, clip=1.0 if kind != "mingru" else 10.0, damping=damping, chunk=chunk)
+        swept = forward_time_sweeps(cell, projected, s0, sweeps=1, start=torch.stack(old[1:]), **options)
+        torch.testing.assert_close(swept.inputs, torch.stack(expected), rtol=0, atol=1e-12)
+
+    errors = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
+    factors = swept.factors if swept.factors is not None else torch.zeros_like(errors)
+    old = list(errors)  # lambda_1 .. before the correction: the scan
+    for n in reversed(range(n_steps - 1)):
+        old[n] = errors[n] + factors[n + 1] * old[n + 1]
+    new, corrected = list(old), old[-1]
+    for last in range(n_steps - 1, 0, -chunk):
+        message, product, off = old[last], torch.ones_like(s0), corrected - old[last]
+        for n in range(last - 1, max(last - chunk, 0) - 1, -1):
+            message = errors[n] + swept.jacobian.between(n + 1, n + 2).vjp(message[None])[0]
+            product = product * factors[n + 1]
+            new[n] = message + product * off
+        corrected = new[max(last - chunk, 0)]
+    messages = backward_time_sweeps(swept, errors, corrections=1, chunk=chunk)
+    if not (kind == "mingru" and linearization == "diagonal"):  # exact before
+        assert (torch.stack(new) - torch.stack(old)).abs().max() > 1e-6
+    torch.testing.assert_close(messages, torch.stack(new), rtol=0, atol=1e-12)
+
+
+def test_a_chunked_step_spans_the_chunk_and_no_more():
+    """Calls of the cell that follow each other do not grow with the sequence, and their batches add up to one pass each."""
+    for n_steps in (64, 1024):
+        model, tokens, state = double_lm("gru", n_steps, gain=1.0)
+        log = instrument(model.cell)
+        RecurrentLocalObjective(model, sweeps=2, corrections=2, chunk=8, linearization="zero")(tokens, state=state)
+        assert log["calls"] == 2 * 8 + 1
+
+
 class TimeChain(Chain):
     """The same recurrence for the engine of the depth axis, one call per transition."""
 
@@ -322,6 +392,7 @@ def test_early_stop_damping_and_clip():
         (dict(damping=0.0), "damping=0.0"),
         (dict(clip=0.0), "clip=0.0"),
         (dict(tolerance=-1.0), "tolerance=-1.0"),
+        (dict(chunk=0), "chunk=0.*at least 1"),
         (dict(tree_weight=-1.0), "tree_weight=-1.0"),
         (dict(inference="tree"), "without a tree"),
     ],

@@ -35,9 +35,9 @@ class Jacobian(NamedTuple):
     gains: Tensor | None = None
     weight: Tensor | None = None
 
-    def between(self, low: int, high: int | None = None) -> Jacobian:
-        """Those of the transitions low .. high - 1 along the first dimension."""
-        direct, gains = (None if part is None else part[low:high] for part in (self.direct, self.gains))
+    def between(self, low: int, high: int | None = None, step: int = 1) -> Jacobian:
+        """Those of the transitions low .. high - 1, every ``step``-th of them, along the first dimension."""
+        direct, gains = (None if part is None else part[low:high:step] for part in (self.direct, self.gains))
         return Jacobian(direct, gains, self.weight)
 
     def diagonal(self) -> Tensor:

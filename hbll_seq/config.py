@@ -13,7 +13,8 @@ FOREIGN_KEYS = frozenset(
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
-CELLS = ("transformer",)
+#: kinds of blocks: attention, and the recurrent cells (``cells.CELL_KINDS``), which read one state of their own.
+CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
 NORMS = ("rmsnorm", "layernorm")
 
 
@@ -27,8 +28,8 @@ class HBLLConfig:
         n_embd: width C of the stream that the blocks read and write.
         n_head: attention heads; must divide ``n_embd`` into heads of even width (rotary positions turn pairs).
         block_size: training context T in tokens; attention looks at most this many tokens back, at any length.
-        cell: kind of block, one of ``CELLS``.
-        mlp_ratio: hidden width of a block's MLP, in units of ``n_embd``.
+        cell: kind of block, one of ``CELLS``; or a tuple (list) of them, one for each of the ``n_layer`` blocks.
+        mlp_ratio: hidden width of a block's MLP, in units of ``n_embd``; 0 leaves it out, where all blocks are recurrent.
         norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
         rope_base: base of the rotary positions' wavelengths.
         default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
@@ -49,7 +50,7 @@ class HBLLConfig:
     n_embd: int = 128
     n_head: int = 4
     block_size: int = 128
-    cell: str = "transformer"
+    cell: str | tuple[str, ...] = "transformer"
     mlp_ratio: int = 4
     norm: str = "rmsnorm"
     rope_base: float = 10000.0
@@ -65,27 +66,38 @@ class HBLLConfig:
         """Number of blocks on the full path, ``2**n_level - 1``."""
         return 2**self.n_level - 1
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Kind of each block, ``n_layer`` of them."""
+        return (self.cell,) * self.n_layer if isinstance(self.cell, str) else self.cell
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether a block looks back over tokens, at most ``block_size`` of them."""
+        return "transformer" in self.cells
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether a block has a state that can be carried from one stretch of text into the next."""
+        return any(kind != "transformer" for kind in self.cells)
+
     def __post_init__(self):
-        for name in ("vocab_size", "n_level", "n_embd", "n_head", "block_size", "mlp_ratio"):
+        for name in ("vocab_size", "n_level", "n_embd", "n_head", "block_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-        if not isinstance(self.readout_rank, int) or isinstance(self.readout_rank, bool) or self.readout_rank < 0:
-            raise ValueError(f"readout_rank={self.readout_rank!r}: must be a whole number of at least 0; 0 leaves it out")
+        for name in ("readout_rank", "mlp_ratio"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 0; 0 leaves it out")
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
         if self.n_level > 10:
             raise ValueError(f"n_level={self.n_level}: at most 10 (1023 blocks); choose fewer levels or wider blocks")
-        if self.n_embd % self.n_head:
-            divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
-            remedy = f"choose n_head from {divisors}" if divisors else "choose an even n_embd"
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: {remedy}")
-        if (self.n_embd // self.n_head) % 2:
-            raise ValueError(
-                f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
-                "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
-            )
-        choices = {"cell": CELLS, "norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
+        self._check_cells()
+        if self.has_attention:
+            self._check_heads()
+        choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
@@ -98,6 +110,29 @@ class HBLLConfig:
                 raise ValueError(f"{name}={value!r}: must be a number in [{low}, {high})")
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"tie_embeddings={self.tie_embeddings!r}: must be true or false")
+
+    def _check_cells(self) -> None:
+        if isinstance(self.cell, list):  # as JSON and YAML give it
+            object.__setattr__(self, "cell", tuple(self.cell))
+        if not isinstance(self.cell, (str, tuple)) or not all(kind in CELLS for kind in self.cells):
+            raise ValueError(f"cell={self.cell!r}: allowed are {', '.join(CELLS)}, or one of them for each block")
+        if len(self.cells) != self.n_layer:
+            raise ValueError(f"cell={self.cell!r} names {len(self.cells)} blocks: n_level={self.n_level} has {self.n_layer}; "
+                             "name as many, or one kind for all")  # fmt: skip
+        if self.has_attention and self.mlp_ratio == 0:
+            raise ValueError(f"mlp_ratio=0 with cell={self.cell!r}: only recurrent blocks can do without an MLP; give at "
+                             "least 1, or recurrent cells alone")  # fmt: skip
+
+    def _check_heads(self) -> None:
+        if self.n_embd % self.n_head:
+            divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
+            remedy = f"choose n_head from {divisors}" if divisors else "choose an even n_embd"
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: {remedy}")
+        if (self.n_embd // self.n_head) % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
+                "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
+            )
 
     def to_dict(self) -> dict:
         """The fields as plain JSON values."""

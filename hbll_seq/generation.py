@@ -216,12 +216,14 @@ class GenerationMixin:
             prompt: a text, or a list of texts, which are continued together.
             depth: number of blocks to run, 1 to ``config.n_layer``; None for all. See ``DyadicTree.path_for_depth``.
             path: block numbers to run, such as ``[4, 6, 7]``, instead of ``depth``.
-            max_new_tokens: may pass the context: attention then looks ``block_size`` tokens back.
+            max_new_tokens: may pass the context: attention then looks ``block_size`` tokens back, and recurrent blocks
+                remember what their states hold, in the same memory for every token.
             temperature: 0 is greedy (always the most probable token).
             top_k, top_p: see :func:`sample`.
             seed: makes the draw repeatable; None uses torch's global generator.
             stream: also write the text to stdout as it comes (one prompt only).
-            truncate_prompt: keep the last ``block_size`` tokens of a longer prompt instead of refusing it.
+            truncate_prompt: keep the last ``block_size`` tokens of a longer prompt instead of refusing it. A model of
+                recurrent blocks alone reads prompts of any length, and whole.
 
         Returns:
             A text for a text, a list for a list.
@@ -308,6 +310,8 @@ class GenerationMixin:
         if not text:
             raise ValueError("prompt='': nothing to continue; give at least one character, such as a line break")
         ids = self.tokenizer.encode(text)
+        if not self.config.has_attention:  # the states of recurrent blocks hold a prompt of any length
+            return ids
         limit = self.config.block_size
         if len(ids) > limit and not truncate:
             raise ValueError(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll_seq.cells import TransformerBlock
-from hbll_seq.cells.attention import make_norm
+from hbll_seq.cells import make_block
+from hbll_seq.cells.residual import make_norm
 from hbll_seq.config import HBLLConfig
 from hbll_seq.cross_entropy import linear_cross_entropy
 from hbll_seq.depth import DepthHierarchy
@@ -79,7 +79,7 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
                 f"set vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
-        blocks = [TransformerBlock(config) for _ in range(config.n_layer)]
+        blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
         super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths)
         self.readouts: Readouts | None = None
         if config.readout_rank:

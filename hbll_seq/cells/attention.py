@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hbll_seq.cells.base import Cell
+from hbll_seq.cells.residual import ResidualBlock, make_norm
 from hbll_seq.config import HBLLConfig
-
-
-def make_norm(config: HBLLConfig) -> nn.Module:
-    """The normalisation layer that the config names, over the last dimension."""
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd)
-    return nn.RMSNorm(config.n_embd, eps=1e-6)
 
 
 def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -51,29 +44,19 @@ class KVState(NamedTuple):
     start: Tensor | None = None
 
 
-class TransformerBlock(Cell):
-    """``x + attention(norm(x))``, then ``+ mlp(norm(.))``.
-
-    The output projections of both branches start at zero, so that a new block is the identity and a deep stack starts as
-    well-conditioned as a shallow one; the other matrices start at ``1 / sqrt(fan_in)``.
-    """
+class TransformerBlock(ResidualBlock):
+    """``x + attention(norm(x))``, then ``+ mlp(norm(.))``."""
 
     def __init__(self, config: HBLLConfig):
         super().__init__()
         self.n_head, self.window = config.n_head, config.block_size
         self.rope_base = config.rope_base
-        width, hidden = config.n_embd, config.mlp_ratio * config.n_embd
+        width = config.n_embd
         self.norm_attention = make_norm(config)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
-        self.norm_mlp = make_norm(config)
-        self.mlp_in = nn.Linear(width, hidden, bias=False)
-        self.mlp_out = nn.Linear(hidden, width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-        for layer in (self.qkv, self.mlp_in):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        for layer in (self.attention_out, self.mlp_out):
-            nn.init.zeros_(layer.weight)
+        self._add_mlp(config)
+        self._start([self.qkv, self.mlp_in], [self.attention_out, self.mlp_out])
 
     def initial_state(self, start: Tensor | None = None) -> KVState:
         """See :meth:`Cell.initial_state`."""
@@ -82,9 +65,7 @@ class TransformerBlock(Cell):
     def forward(self, x: Tensor, state: KVState | None = None) -> tuple[Tensor, KVState]:
         """See :meth:`Cell.forward`."""
         attended, state = self._attend(self.norm_attention(x), state or KVState())
-        x = x + self.dropout(self.attention_out(attended))
-        hidden = F.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh")
-        return x + self.dropout(self.mlp_out(hidden)), state
+        return self._add_branches(x, self.attention_out(attended)), state
 
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)

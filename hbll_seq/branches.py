@@ -18,11 +18,21 @@ from hbll_seq.mix import Route
 
 
 class Branch(NamedTuple):
-    """``start``: number of blocks shared with the main path; ``path``: the further ones; ``exits``: see :class:`Route`."""
+    """``before``: the blocks shared with the main path; ``path``: the further ones; ``exits``: see :class:`Route`."""
 
-    start: int
+    before: tuple[int, ...]
     path: tuple[int, ...]
     exits: dict[int, float]
+
+    @property
+    def start(self) -> int:
+        """Number of blocks shared with the main path."""
+        return len(self.before)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """All blocks from the chain's input on."""
+        return self.before + self.path
 
 
 def split_off(main: tuple[int, ...], routes: Sequence[Route], longest: int) -> tuple[list[Branch], list[Route]]:
@@ -34,7 +44,7 @@ def split_off(main: tuple[int, ...], routes: Sequence[Route], longest: int) -> t
             start += 1
         rest = route.path[start:]
         if len(rest) <= longest and set(route.exits) <= set(rest):
-            branches.append(Branch(start, rest, route.exits))
+            branches.append(Branch(main[:start], rest, route.exits))
         else:
             others.append(route)
     return branches, others
@@ -54,13 +64,17 @@ class Walked:
 
 
 def walk(chain: Chain, branches: list[Branch], starts: Sequence[Tensor]) -> Walked:
-    """Every branch from its start, [...], which stays as attached as it is given; inner states are leaves."""
+    """Every branch from its start, [...], which stays as attached as it is given; inner states are leaves.
+
+    The chain is asked for transitions by the blocks walked up to them (:class:`hbll_seq.depth.DepthChain`).
+    """
     walked = Walked(branches, [], [])
     states: list[Tensor | None] = list(starts)
     for j in range(max((len(branch.path) for branch in branches), default=0)):
         alive = walked.steps(j)
         outputs: list[Tensor | None] = [None] * len(branches)
-        for i, a in zip(alive, chain.apply([branches[i].path[j] for i in alive], [states[i] for i in alive])):
+        ends = [branches[i].whole[: branches[i].start + j + 1] for i in alive]
+        for i, a in zip(alive, chain.apply(ends, [states[i] for i in alive])):
             outputs[i] = a
         walked.inputs.append(states)
         walked.outputs.append(outputs)

@@ -7,13 +7,14 @@ every parameter. Their sum is safe to differentiate in one call: each loss reach
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hbll_seq.branches import Branch, messages_of, split_off, walk
-from hbll_seq.depth import DepthHierarchy
+from hbll_seq.cells import RecurrentBlock
+from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, prefixes
 from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
 from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
@@ -21,6 +22,8 @@ from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_loc
 from hbll_seq.posterior import Gaussian
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
+from hbll_seq.time_layer import TimeOptions, TimeSweptChain
+from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
 
 INFERENCES = ("sweeps", "multigrid", "tree")
 
@@ -47,6 +50,9 @@ class LocalObjective(Objective):
         linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
+        time_sweeps, time_corrections, time_linearization, time_chunk: how recurrent blocks are evaluated along time (see
+            :class:`hbll_seq.time_layer.TimeOptions`). With sweeps and corrections times the chunk at least the number of
+            tokens minus one, a block is what the plain recurrence makes it.
         path, mix, mix_weight, graphs: see :class:`Objective`; they belong to ``"sweeps"``, ``graphs`` to all.
         sigma: noise scale of ``"tree"``; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11), ``"tree"``.
@@ -72,6 +78,10 @@ class LocalObjective(Objective):
         init: str = "first",
         damping: float = 1.0,
         tolerance: float = 0.0,
+        time_sweeps: int = TimeOptions().sweeps,
+        time_corrections: int = TimeOptions().corrections,
+        time_linearization: str = TimeOptions().linearization,
+        time_chunk: int = TimeOptions().chunk,
         path: Sequence[int] | None = None,
         mix: str = "none",
         mix_weight: float | None = None,
@@ -92,6 +102,7 @@ class LocalObjective(Objective):
         if inference not in INFERENCES:
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
         _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance)
+        _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
@@ -107,15 +118,27 @@ class LocalObjective(Objective):
             raise ValueError(
                 f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
             )
+        if inference == "multigrid" and any(isinstance(block, RecurrentBlock) for block in model.blocks):
+            raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient, "
+                             "of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
         if inference != "tree" and n_samples > 1:
             raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
         self.damping, self.tolerance = damping, tolerance
+        self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
+    def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
+        """See :meth:`Objective.chain`; recurrent blocks are evaluated by messages along time."""
+        return TimeSweptChain(self.time, of=super().chain(step, states))
+
+    def forward(
+        self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, states: Mapping[Prefix, Tensor] | None = None
+    ) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
+
+        ``states``: of the window before, for recurrent blocks; only with ``"sweeps"``. None is zero.
 
         Losses on states count every position, those of the head only the positions with a label.
 
@@ -125,6 +148,9 @@ class LocalObjective(Objective):
         part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
         """
         check_local_losses_can_run(self.model, inputs.device.type)
+        if states and self.inference != "sweeps":
+            raise ValueError(f"states with inference={self.inference!r}: jumps of the tree read no path whose state could be "
+                             "carried; use inference='sweeps', or leave states out")  # fmt: skip
         keep_graph = torch.is_grad_enabled()
         # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
         with torch.enable_grad(), self._dropout_of_step(inputs, step):
@@ -135,17 +161,19 @@ class LocalObjective(Objective):
                 result = self._tree_pass(x, targets, step)
                 output = self._losses(result, targets)
             else:
-                output = self._sweep_routes(x, targets, step, keep_graph)
+                output = self._sweep_routes(x, targets, self.chain(step, states), step, keep_graph)
         if self.free_energy:
             output.metrics.update(self._free_energy(result, targets))
-        return output if keep_graph else ObjectiveOutput(output.loss.detach(), output.node_losses.detach(), output.metrics)
+        return output if keep_graph else output._replace(loss=output.loss.detach(), node_losses=output.node_losses.detach())
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep_routes(self, x: Tensor, targets: Tensor, step: int, keep_graph: bool) -> ObjectiveOutput:
+    def _sweep_routes(
+        self, x: Tensor, targets: Tensor, blocks: DepthChain, step: int, keep_graph: bool
+    ) -> ObjectiveOutput:
         """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
         a value other than zero, and their gradients are the blocks' own."""
-        z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
+        z0, chain, routes = self.model.embed(x), self.kept(blocks), self.routes(step)
         branches, others = split_off(routes[0].path, routes[1:], self.model.tree.n_level)
         node_losses: dict[int, Tensor] = {}
         swept, nats = self._sweep(chain, routes[0], branches, z0, targets, node_losses, keep_graph)
@@ -155,7 +183,7 @@ class LocalObjective(Objective):
             read.append((route, nats[0]))
         measured = {"residual": swept.residual} if self.inference == "sweeps" and self.sweeps > 0 else {}
         losses = torch.stack([node_losses[n] for n in sorted(node_losses)])
-        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(read), **measured})
+        return ObjectiveOutput(losses.sum(), losses, {**self._metrics(read), **measured}, dict(blocks.last))
 
     def _sweep(
         self,
@@ -175,7 +203,7 @@ class LocalObjective(Objective):
         read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
         swept.states.clear()  # only what is read out is needed from here on
         walked = walk(chain, branches, starts)
-        paths = [path, *(path[: b.start] + b.path for b in branches)]
+        paths = [path, *(branch.whole for branch in branches)]
         for i, branch in enumerate(branches):
             ends = {n: walked.outputs[branch.path.index(n)][i] for n in branch.exits}
             read.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
@@ -213,10 +241,10 @@ class LocalObjective(Objective):
         options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance)
         if self.inference == "multigrid" and len(path) == tree.n_nodes:
             start = v_cycle(chain, tree, z0, cycles=self.sweeps)
-            return forward_sweeps(chain, path, z0, sweeps=0, start=start, **options)
+            return forward_sweeps(chain, prefixes(path), z0, sweeps=0, start=start, **options)
         start = tree_states(chain, tree, path, z0) if self.init == "tree" else None
         init = "input" if self.init == "tree" else self.init
-        return forward_sweeps(chain, path, z0, sweeps=self.sweeps, start=start, init=init, **options)
+        return forward_sweeps(chain, prefixes(path), z0, sweeps=self.sweeps, start=start, init=init, **options)
 
     # -------------------------------------------------------------------------------------------------------- tree
 
@@ -227,7 +255,7 @@ class LocalObjective(Objective):
 
         spine = self.model.tree.right_spine
         return tree_pass(
-            self.chain(step),
+            self.kept(self.chain(step)),
             self.model.tree,
             self.model.embed(x),
             lambda n, state: self.model.score(state, targets, spine[: spine.index(n) + 1]),
@@ -252,7 +280,7 @@ class LocalObjective(Objective):
         if state_losses:
             metrics["state"] = 2.0 * torch.stack(state_losses).detach().mean()
         node_losses = torch.stack(losses)
-        return ObjectiveOutput(node_losses.sum(), node_losses, metrics)
+        return ObjectiveOutput(node_losses.sum(), node_losses, metrics, {})
 
     @torch.no_grad()
     def _free_energy(self, result: TreePass, targets: Tensor) -> dict[str, Tensor]:
@@ -283,6 +311,14 @@ def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) 
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_time(sweeps, corrections, linearization, chunk) -> None:
+    for name, value, low in (("time_sweeps", sweeps, 0), ("time_corrections", corrections, 0), ("time_chunk", chunk, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}")
+    if linearization not in TIME_LINEARIZATIONS:
+        raise ValueError(f"time_linearization={linearization!r}: allowed are {', '.join(TIME_LINEARIZATIONS)}")
 
 
 def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:

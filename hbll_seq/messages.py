@@ -28,6 +28,10 @@ class Chain(ABC):
     def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
         """``[f_n(s) for n, s in zip(indices, states)]``: one step of the algorithm's span, however many they are."""
 
+    def bind(self, index: int) -> Callable[[Tensor], Tensor]:
+        """f_n as :meth:`apply` would evaluate it now, however often and however late it is called."""
+        return lambda state: self.apply((index,), (state,))[0]
+
     def diagonal(self, indices: Sequence[int], states: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
         """Diagonals of the Jacobians d f_n(s) / d s, of the states' shape, given the outputs too."""
         raise NotImplementedError(f"{type(self).__name__} says has_diagonal={self.has_diagonal}")
@@ -46,11 +50,8 @@ class Recomputed(Chain):
         """See :meth:`Chain.apply`."""
         if not torch.is_grad_enabled():
             return self.chain.apply(indices, states)
-
-        def one(n: int) -> Callable[[Tensor], Tensor]:
-            return lambda state: self.chain.apply((n,), (state,))[0]
-
-        return [checkpoint(one(n), s, use_reentrant=False, preserve_rng_state=False) for n, s in zip(indices, states)]
+        calls = [self.chain.bind(n) for n in indices]
+        return [checkpoint(call, s, use_reentrant=False, preserve_rng_state=False) for call, s in zip(calls, states)]
 
     def diagonal(self, indices: Sequence[int], states: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`Chain.diagonal`."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.depth import DepthHierarchy
+from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, prefixes
 from hbll_seq.messages import Chain, Recomputed
 from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, routes_of_step
 from hbll_seq.seeds import fork_rng_of, mix_seeds
@@ -27,11 +27,14 @@ class ObjectiveOutput(NamedTuple):
     loss: scalar to differentiate, the sum of ``node_losses``.
     node_losses: [n], attached; ``LocalObjective``: of the trained blocks in this order; ``BackpropObjective``: n = 1.
     metrics: detached scalars by name. Always ``"ce"``: nats per target of the deepest path that was evaluated.
+    states: [B, C], detached, of recurrent blocks after the last token, by the blocks walked up to them: to carry into the
+        window that follows. A path that this step did not read has none, and starts from zero there.
     """
 
     loss: Tensor
     node_losses: Tensor
     metrics: dict[str, Tensor]
+    states: dict[Prefix, Tensor]
 
 
 class Objective(nn.Module):
@@ -79,11 +82,13 @@ class Objective(nn.Module):
         for n, block in enumerate(model.blocks, start=1):  # so that every parameter that is trained is touched at every step
             block.requires_grad_(n in self.path)
 
-    def chain(self, step: int) -> Chain:
-        """The model's blocks in a step, with its dropout, and with what ``graphs`` says kept of them."""
-        chain: Chain = self.model.chain
-        if self._has_dropout:
-            chain = self.model.chain.with_dropout(mix_seeds(self.noise_seed, step, 0))
+    def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
+        """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""
+        seed = mix_seeds(self.noise_seed, step, 0) if self._has_dropout else None
+        return DepthChain(self.model.blocks, seed, states)
+
+    def kept(self, chain: Chain) -> Chain:
+        """The chain, with what ``graphs`` says kept of it."""
         return Recomputed(chain) if self.graphs == "recomputed" else chain
 
     def routes(self, step: int) -> list[Route]:
@@ -129,24 +134,29 @@ class BackpropObjective(Objective):
         ValueError: the path is not one of the model's tree, or an option is out of range.
     """
 
-    def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
-        """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`."""
+    def forward(
+        self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, states: Mapping[Prefix, Tensor] | None = None
+    ) -> ObjectiveOutput:
+        """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
+
+        ``states``: of the window before, for recurrent blocks; their gradient ends there. None is zero.
+        """
         with self._dropout_of_step(inputs, step):
             x, targets = self.model.prepare(inputs, labels)
-            z0, chain, routes = self.model.embed(x), self.chain(step), self.routes(step)
-            states: dict[tuple[int, ...], Tensor] = {(): z0}  # by beginning of a path: routes share theirs
+            blocks = self.chain(step, states)
+            z0, chain, routes = self.model.embed(x), self.kept(blocks), self.routes(step)
+            reached: dict[Prefix, Tensor] = {(): z0}  # by beginning of a path: routes share theirs
             read: list[tuple[Route, dict[int, Tensor]]] = []
             for route in routes:
                 nats = {}
-                for i, n in enumerate(route.path, start=1):
-                    done = route.path[:i]
-                    if done not in states:
-                        (states[done],) = chain.apply((n,), (states[done[:-1]],))
-                    if n in route.exits:
-                        nats[n] = self._nats(states[done], targets, done)
+                for done in prefixes(route.path):
+                    if done not in reached:
+                        (reached[done],) = chain.apply((done,), (reached[done[:-1]],))
+                    if done[-1] in route.exits:
+                        nats[done[-1]] = self._nats(reached[done], targets, done)
                 read.append((route, {n: nats[n] for n in route.exits}))
             loss = sum(route.exits[n] * value for route, values in read for n, value in values.items())
-        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read))
+        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read), dict(blocks.last))
 
 
 def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:

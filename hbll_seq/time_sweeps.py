@@ -125,6 +125,28 @@ def forward_time_sweeps(
 
 
 @torch.no_grad()
+def time_sweep(
+    cell: RecurrentCell,
+    projected: Tensor,
+    s0: Tensor,
+    start: Tensor | None = None,
+    *,
+    linearization: str = "diagonal",
+    clip: float = 1.0,
+    chunk: int = 1,
+) -> Tensor:
+    """s_1 .. s_N [N, B, H] after ONE sweep from an estimate ``start`` of s_1 .. s_{N-1}; None is s_0 everywhere.
+
+    The other arguments are those of :func:`forward_time_sweeps`.
+    """
+    inputs = s0.new_empty((len(projected) + 1, *s0.shape))  # the last row is no input: it says how many are wanted
+    inputs[:-1] = s0
+    if start is not None:
+        inputs[1:-1] = start
+    return _sweep(cell, inputs, projected, linearization, clip, chunk)
+
+
+@torch.no_grad()
 def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, chunk: int = 1) -> Tensor:
     """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
 
@@ -132,7 +154,7 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
     ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M c >= N - 1 they are exact.
 
     Args:
-        swept: the recurrence after :func:`forward_time_sweeps`.
+        swept: the recurrence after :func:`forward_time_sweeps`; its ``jacobian`` and ``factors`` are all that is read.
         errors: [N, B, H], e_n = d loss / d s_n for n = 1 .. N; zero where no readout reads s_n.
         corrections: M; after m corrections the last mc + 1 messages are exact.
         chunk: c, products that a correction takes one after the other.
@@ -168,9 +190,10 @@ def _sweep(
     """New estimates of all but the first of ``inputs``, which is exact."""
     if chunk > 1:
         return _sweep_chunks(cell, inputs, projected, linearization, clip, chunk)
+    projected = projected[: len(inputs) - 1]
     if linearization == "zero":
-        return cell.transition(inputs[:-1], projected[:-1])
-    outputs, jacobian = cell.differentiate(inputs[:-1], projected[:-1])
+        return cell.transition(inputs[:-1], projected)
+    outputs, jacobian = cell.differentiate(inputs[:-1], projected)
     return _compose(outputs, inputs[:-1], _factors(jacobian, clip))
 
 

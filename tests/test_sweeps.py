@@ -212,7 +212,7 @@ def test_a_branch_tells_the_chain_what_it_needs():
     z0 = model.embed(tokens).detach()
     (s1,) = model.chain.apply((1,), (z0,))
     start = s1.detach().requires_grad_(True)
-    walked = walk(model.chain, [Branch(1, (2, 4), {4: 1.0}), Branch(0, (4,), {4: 1.0})], [start, z0])
+    walked = walk(model.chain, [Branch((1,), (2, 4), {4: 1.0}), Branch((), (4,), {4: 1.0})], [start, z0])
     end = walked.outputs[1][0].detach().requires_grad_(True)
     (error,) = torch.autograd.grad(end.square().sum(), end)
     other = torch.ones_like(end)

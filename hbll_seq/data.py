@@ -27,6 +27,7 @@ from .tokenizer import Tokenizer, split_lines
 FORMAT = 1  # raise it when the same text and tokenizer would be stored differently
 BATCH_CHARS = 1 << 21  # text encoded at once: bounds memory
 PROGRESS_AFTER_S = 2.0
+_CONTIGUOUS = 1 << 32  # no epoch has this number: a seed stream of its own
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,25 @@ class TokenWindows:
         first = (step * world_size + rank) * batch_size
         return torch.stack([self._window(*divmod(i, self.n_windows), seed) for i in range(first, first + batch_size)])
 
+    def contiguous_batch(self, step: int, rows: range, n_rows: int, seed: int) -> torch.Tensor:
+        """Training windows for states that are carried, LongTensor [len(rows), T + 1]: a pure function of the arguments.
+
+        Each of ``n_rows`` rows reads the text window after window from a start of its own, row r at step s + 1 what follows
+        its window of step s. The starts are spread evenly behind a seeded one; behind the text's last window comes its
+        first one. After ``n_windows / n_rows`` steps every window was read once.
+
+        Raises ValueError: there are more rows than windows, or a row is not one of them.
+        """
+        if step < 0 or not 0 <= rows.start <= rows.stop <= n_rows or n_rows > self.n_windows:
+            raise ValueError(
+                f"step {step} must be >= 0, rows {rows.start} .. {rows.stop - 1} below n_rows {n_rows}, and that at most "
+                f"the {self.n_windows} windows of the text; give a smaller batch or more text"
+            )
+        rng = np.random.default_rng([seed, _CONTIGUOUS])
+        offset, first = int(rng.integers(self._n_offsets)), int(rng.integers(self.n_windows))
+        windows = ((first + r * self.n_windows // n_rows + step) % self.n_windows for r in rows)
+        return torch.stack([self._slice(offset + window * self.block_size) for window in windows])
+
     def _window(self, epoch: int, position: int, seed: int) -> torch.Tensor:
         offset, order = self.epoch_order(seed, epoch)
         return self._slice(offset + int(order[position]) * self.block_size)
@@ -203,6 +223,26 @@ class TokenWindows:
             rows = range(first, min(first + batch_size, n_full))
             yield torch.stack([self._slice(row * self.block_size) for row in rows])
         if n_full * self.block_size < self.stream.n_tokens - 1:
+            yield self._slice(n_full * self.block_size)[None]
+
+
+    def contiguous_evaluation_batches(self, n_rows: int, max_windows: int | None = None) -> Iterator[torch.Tensor]:
+        """As :meth:`evaluation_batches` for states that are carried: row b of a batch goes on where row b before it ended.
+
+        The windows (all, or the first ``max_windows``) lie in ``n_rows`` stretches side by side. What is left over behind
+        them goes on from the last row, in batches of one row. Every token but the first is predicted exactly once.
+        """
+        if n_rows < 1:
+            raise ValueError(f"n_rows is {n_rows}; it must be at least 1")
+        n_full = (self.stream.n_tokens - 1) // self.block_size
+        limited = max_windows is not None and max_windows <= n_full
+        n_windows = max_windows if limited else n_full
+        length = n_windows // n_rows
+        for step in range(length):
+            yield torch.stack([self._slice((row * length + step) * self.block_size) for row in range(n_rows)])
+        for window in range(n_rows * length, n_windows):
+            yield self._slice(window * self.block_size)[None]
+        if not limited and n_full * self.block_size < self.stream.n_tokens - 1:
             yield self._slice(n_full * self.block_size)[None]
 
 

@@ -28,9 +28,9 @@ def prefixes(path: Sequence[int]) -> list[Prefix]:
 class DepthChain(Chain):
     """The blocks as transitions; f_n is ``blocks[n - 1]``.
 
-    A transition is named by its block's number n, or by the blocks walked up to it, a :data:`Prefix` that ends in n. With the
-    latter, recurrent blocks start from the state carried for it and leave their last one in ``last``; with a number they start
-    from zero.
+    A transition is named by its block's number n, or by the blocks walked up to it, a :data:`Prefix` that ends in n. With
+    the latter, recurrent blocks start from the state carried for it and leave their last one in ``last``; with a number
+    they start from zero.
 
     The blocks of one call do not depend on each other. On one device they are queued one after the other here.
 
@@ -81,7 +81,7 @@ class DepthChain(Chain):
 
     def _keep(self, index: Prefix | int, state: Tensor) -> None:
         if isinstance(index, tuple):
-            self.last[index] = state.detach()
+            self.last[index] = state.detach().clone()  # a row of all states, which a view would keep alive
 
 
 class DepthHierarchy(nn.Module):

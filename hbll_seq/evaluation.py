@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hbll_seq.data import TokenWindows
+from hbll_seq.depth import DepthChain
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.posterior import Categorical
 
@@ -29,6 +30,7 @@ def evaluate_paths(
     batch_size: int = 16,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
+    carry_state: bool = False,
 ) -> list[dict]:
     """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
 
@@ -39,21 +41,35 @@ def evaluate_paths(
         batch_size: windows per batch.
         max_batches: stop after so many batches; None evaluates the whole split.
         device: where the windows go; None takes the model's device.
+        carry_state: recurrent blocks go on from their states after the window before; the text is then read in
+            ``batch_size`` stretches side by side, each from zero. False starts every window from zero.
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
         ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one: with
         ``max_batches`` an extrapolation), ``tokens`` that were scored.
+
+    Raises:
+        ValueError: ``max_batches`` is 0, or states are to be carried and there are none.
     """
+    if carry_state and not model.config.has_recurrence:
+        raise ValueError(f"carry_state=True with cell={model.config.cell!r}: only recurrent blocks have a state to carry")
     paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
     device = device if device is not None else next(model.parameters()).device
     # Paths in lexicographic order share prefixes with their neighbours, as in a trie walked depth first.
     order = sorted(paths.items(), key=lambda item: item[1])
-    nats, n_tokens = dict.fromkeys(paths, 0.0), 0
+    nats, n_tokens, carried = dict.fromkeys(paths, 0.0), 0, {}
+    if carry_state:
+        limit = None if max_batches is None else max_batches * batch_size
+        batches = windows.contiguous_evaluation_batches(batch_size, limit)
+    else:
+        batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
     was_training = model.training
     model.eval()
     try:
-        for batch in itertools.islice(windows.evaluation_batches(batch_size), max_batches):
+        for batch in batches:
+            # what is left over behind the last row is read alone, and goes on from there
+            chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
             x, targets = model.prepare(batch.to(device))
             n_tokens += targets.numel()
             states = [((), model.embed(x))]  # (prefix, state), the current branch of the trie
@@ -62,9 +78,11 @@ def evaluate_paths(
                     states.pop()
                 for n in path[len(states[-1][0]) :]:
                     prefix, state = states[-1]
-                    states.append(((*prefix, n), model.chain.apply((n,), (state,))[0]))
+                    states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
                 logits = model.read_out(states[-1][1], path)
                 nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
+            if carry_state:
+                carried = chain.last
     finally:
         model.train(was_training)
     if not n_tokens:

@@ -119,8 +119,8 @@ class LocalObjective(Objective):
                 f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
             )
         if inference == "multigrid" and any(isinstance(block, RecurrentBlock) for block in model.blocks):
-            raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient, "
-                             "of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
+            raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient,"
+                             " of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
         if inference != "tree" and n_samples > 1:
             raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples

@@ -1,12 +1,12 @@
 """A recurrent block trained over time by messages: the time x depth grid (METHOD 2.2).
 
-The chain over depth asks a block for its output and, as often as it likes, for products with its Jacobian. Here both are made
-of messages along time (``time_sweeps.py``), so that the engine over depth stays as it is: a block's output is that of a few
-sweeps and one differentiated call of the cell over all positions, and its vector-Jacobian product is a backward message
-along time. No autograd graph reaches from one transition in time, or from one block in depth, into another.
+The chain over depth asks a block for its output and, as often as it likes, for products with its Jacobian. Here both are
+made of messages along time (``time_sweeps.py``), so that the engine over depth stays as it is: a block's output is that of
+a few sweeps and one differentiated call of the cell over all positions, and its vector-Jacobian product is a backward
+message along time. No autograd graph reaches from one transition in time, or from one block in depth, into another.
 
-The two numbers of sweeps do not multiply: what a block's recurrence was estimated to be is remembered through a training step,
-and every evaluation without gradient improves on it by ONE sweep.
+The two numbers of sweeps do not multiply: what a block's recurrence was estimated to be is remembered through a training
+step, and every evaluation without gradient improves on it by ONE sweep.
 
 Shapes: N transitions in time (tokens), B batch, C width of the stream and of the cell.
 """
@@ -75,7 +75,7 @@ def time_messages(
 ) -> Tensor:
     """s_1 .. s_N [N, B, C] of a recurrence, differentiable by messages, any number of times.
 
-    With ``sweeps`` and ``corrections`` times ``chunk`` at least N - 1, states and gradients are those of the plain recurrence.
+    With ``sweeps`` and ``corrections`` times ``chunk`` at least N - 1, states and gradients are the plain recurrence's.
 
     Args:
         cell: f.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -267,6 +268,39 @@ def test_evaluation_predicts_every_token_once(n_tokens: int, batch_size: int) ->
         assert batch.dtype == torch.int64 and batch.shape[0] <= batch_size and 2 <= batch.shape[1] <= 9
         assert (batch[:, 1:] - batch[:, :-1] == 1).all()  # every target stands behind its own context
     assert all(batch.shape[1] == 9 for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 7, 24])
+def test_contiguous_rows_go_on_where_they_ended(n_rows: int) -> None:
+    windows = TokenWindows(counting_stream(500), 20)
+    assert windows.n_windows == 24
+    batches = [windows.contiguous_batch(step, range(n_rows), n_rows, seed=3) for step in range(60)]
+    for before, after in zip(batches, batches[1:]):
+        ends, starts = before[:, -1], after[:, 0]
+        wrapped = ends != starts
+        assert wrapped.sum() <= 1 and torch.equal(starts[wrapped], starts.new_full((int(wrapped.sum()),), batches_min(batches)))
+    one_pass = torch.cat(batches[: -(-24 // n_rows)])[:, 0].unique()
+    assert len(one_pass) == 24  # every window in n_windows / n_rows steps
+    assert len(torch.cat(batches[:1])[:, 0].unique()) == n_rows
+    for rows in (range(0, 1), range(n_rows - 1, n_rows)):  # a process or micro batch has rows of the same batch
+        assert torch.equal(windows.contiguous_batch(5, rows, n_rows, 3), batches[5][rows.start : rows.stop])
+    assert not torch.equal(windows.contiguous_batch(0, range(n_rows), n_rows, 4), batches[0])
+
+
+def batches_min(batches: list[torch.Tensor]) -> int:
+    return min(int(batch[:, 0].min()) for batch in batches)
+
+
+@pytest.mark.parametrize("n_tokens, n_rows", [(21, 4), (22, 1), (400, 4), (401, 4), (417, 3), (9, 2), (2000, 16)])
+def test_contiguous_evaluation_predicts_every_token_once(n_tokens: int, n_rows: int) -> None:
+    windows = TokenWindows(counting_stream(n_tokens), min(20, n_tokens - 1))
+    batches = list(windows.contiguous_evaluation_batches(n_rows))
+    assert sorted(torch.cat([batch[:, 1:].flatten() for batch in batches]).tolist()) == list(range(1, n_tokens))
+    for before, after in zip(batches, batches[1:]):
+        assert torch.equal(before[-len(after) :, -1], after[:, 0]) and len(before) in (n_rows, 1)
+    some = torch.cat([batch[:, 1:].flatten() for batch in windows.contiguous_evaluation_batches(n_rows, n_rows)])
+    plain = torch.cat([batch[:, 1:].flatten() for batch in itertools.islice(windows.evaluation_batches(n_rows), 1)])
+    assert sorted(some.tolist()) == sorted(plain.tolist()) or n_tokens < 20 * n_rows  # a limit names the same tokens
 
 
 def test_windows_refuse_bad_input() -> None:

@@ -66,3 +66,35 @@ def test_default_paths_and_table(setting):
     assert list(paths.values()) == [model.tree.path_for_depth(k) for k in range(1, 8)]
     table = format_table(evaluate_paths(model, windows, max_batches=1)).splitlines()
     assert len(table) == 8 and table[1].endswith("0-4-head") and table[3].endswith("0-4-6-7-head")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_carried_states_make_stretches_of_windows(batch_size):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.default()
+    model = HBLLForCausalLM(HBLLConfig(n_level=2, n_embd=16, block_size=8, cell="gru"), tokenizer)
+    with torch.no_grad():
+        for p in model.blocks.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    windows = TokenWindows(TokenStream.from_text(TEXT, tokenizer), 8)
+    tokens = torch.tensor(windows.stream.tokens.astype("int64"))
+    n_full = (len(tokens) - 1) // 8
+    length = n_full // batch_size * 8
+    starts = [row * length for row in range(batch_size)] + [len(tokens) - 1]
+    paths = {"one": (2,), "two": (2, 3), "all": (1, 2, 3)}
+    rows = evaluate_paths(model, windows, paths, batch_size=batch_size, carry_state=True)
+    for row in rows:
+        nats = 0.0
+        for first, after in zip(starts, starts[1:]):  # the last stretch holds what was left over
+            text = tokens[None, first : after + 1]
+            nats += model(text, labels=text, path=row["path"]).loss.item() * (after - first)
+        assert row["tokens"] == len(tokens) - 1 and row["loss"] == pytest.approx(nats / row["tokens"], abs=1e-5)
+    afresh = evaluate_paths(model, windows, paths, batch_size=batch_size)
+    assert all(abs(a["loss"] - b["loss"]) > 1e-4 and a["tokens"] == b["tokens"] for a, b in zip(rows, afresh))
+    few = [evaluate_paths(model, windows, paths, batch_size=2, max_batches=2, carry_state=c)[0] for c in (True, False)]
+    assert few[0]["tokens"] == few[1]["tokens"] == 32
+
+
+def test_only_recurrent_models_carry(setting):
+    with pytest.raises(ValueError, match="carry_state=True with cell='transformer'"):
+        evaluate_paths(*setting, carry_state=True)

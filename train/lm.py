@@ -98,20 +98,21 @@ def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
     """The model's part of the settings. Raises ValueError for a shape that cannot be."""
     names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "default_paths",
              "readout_rank", "readout_by", "sigma")
-    return HBLLConfig(vocab_size=vocab_size, **{name: getattr(settings, name) for name in names})
+    return HBLLConfig(vocab_size=vocab_size, cell=settings.block_cells, **{name: getattr(settings, name) for name in names})
 
 
 def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int) -> tuple[Objective, dict]:
     """The objective that the settings name, and the paths that it trains, by name."""
     seeds = dict(seed=settings.seed, rank=rank, micro_batches=settings.grad_accum)
+    time = {name: getattr(settings, name) for name in ("time_sweeps", "time_corrections", "time_linearization", "time_chunk")}
     if settings.objective == "tree":
         return LocalObjective(model, "tree", n_samples=settings.n_samples, state_weight=settings.state_weight,
-                              free_energy=settings.free_energy, graphs=settings.graphs, **seeds), default_paths(model)
+                              free_energy=settings.free_energy, graphs=settings.graphs, **time, **seeds), default_paths(model)
     routes = dict(path=settings.path_blocks, mix=settings.mix, mix_weight=settings.mix_weight,
                   graphs=settings.graphs, **seeds)
     if settings.objective == "sweeps":
         objective: Objective = LocalObjective(model, "sweeps", sweeps=settings.sweeps, corrections=settings.corrections,
-                                              linearization=settings.linearization, init=settings.init, **routes)
+                                              linearization=settings.linearization, init=settings.init, **time, **routes)
     else:
         objective = BackpropObjective(model, **routes)
     if objective.mix == "none":  # the other paths are not trained
@@ -186,7 +187,8 @@ def evaluation(
     row: dict[str, Any] = {"step": step}
     for split, windows in splits.items():
         row[split] = evaluate_paths(
-            model, windows, paths, batch_size=settings.eval_batch_size, max_batches=max_batches
+            model, windows, paths, batch_size=settings.eval_batch_size, max_batches=max_batches,
+            carry_state=settings.carry_state,
         )
         tqdm.write(f"\n{split}, after {step} steps\n{format_table(row[split])}")
     row["samples"] = []

@@ -19,10 +19,13 @@ from typing import Any
 
 import yaml
 
+from hbll_seq.config import CELLS
 from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objective import GRAPHS
 from hbll_seq.readout import READOUTS
 from hbll_seq.sweeps import INITS
+from hbll_seq.time_layer import TimeOptions
+from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
 from hbll_seq.tree import PATH_FAMILIES
 
 DEFAULT_PRESET = "small"
@@ -57,10 +60,13 @@ class TrainingSettings:
     num_proc: int | None = _option(None, "data", "CPU threads that tokenise (default: all cores)", low=1, resume="free")
 
     n_level: int = _option(3, "model", "levels D of the tree: the full path has 2^D - 1 blocks", low=1)
+    cell: str = _option("transformer", "model", f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
+                        "gru,transformer,gru")
     n_embd: int = _option(128, "model", "width of the stream", low=1)
     n_head: int = _option(4, "model", "attention heads; must divide n_embd", low=1)
     block_size: int = _option(128, "model", "context in tokens", low=1)
-    mlp_ratio: int = _option(4, "model", "hidden width of a block's MLP in units of n_embd", low=1)
+    mlp_ratio: int = _option(4, "model", "hidden width of a block's MLP in units of n_embd; 0: none, for recurrent blocks",
+                             low=0)
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
@@ -86,6 +92,16 @@ class TrainingSettings:
                                  choices=("identity", "zero"))
     init: str = _option("first", "objective", "first estimate of the states: the embedding, the first block's output, or the "
                         "tree's", choices=INITS)
+    time_sweeps: int = _option(TimeOptions().sweeps, "objective", "recurrent blocks: sweeps over time before the "
+                               "differentiated call", low=0)
+    time_corrections: int = _option(TimeOptions().corrections, "objective", "recurrent blocks: corrections of the messages "
+                                    "back in time", low=0)
+    time_linearization: str = _option(TimeOptions().linearization, "objective", "recurrent blocks: stands for the cells' "
+                                      "Jacobians", choices=TIME_LINEARIZATIONS)
+    time_chunk: int = _option(TimeOptions().chunk, "objective", "recurrent blocks: tokens that a sweep or correction takes "
+                              "one after the other", low=1)
+    carry_state: bool = _option(False, "objective", "recurrent blocks start a window from their states after the one before; "
+                                "each row of a batch then reads its own stretch of the text, window after window")
     graphs: str = _option("kept", "objective", "kept, or recomputed: less memory for more work", choices=GRAPHS)
     sigma: float = _option(0.005, "objective", "tree: noise scale of the sampled states", low=0)
     state_weight: float = _option(0.1, "objective", "tree: weight of the losses on hidden states", low=0)
@@ -159,6 +175,12 @@ class TrainingSettings:
             raise ValueError(f"free_energy=True with objective={self.objective!r}: only the tree has a variational "
                              "posterior; leave it out, or use --objective tree")
         _ = self.path_blocks
+        if self.carry_state and set(self.cell.split(",")) == {"transformer"}:
+            raise ValueError(f"carry_state=True with cell={self.cell!r}: only recurrent blocks have a state to carry; leave "
+                             "it out, or choose a recurrent --cell")
+        if self.carry_state and self.objective == "tree":
+            raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
+                             "leave it out, or use --objective sweeps or backprop")
         # What a checkpoint or model card says must not change its meaning with a later version's defaults.
         if self.mix == "auto":
             object.__setattr__(self, "mix", DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none")
@@ -178,6 +200,11 @@ class TrainingSettings:
             return tuple(int(block) for block in self.path.split(","))
         except ValueError:
             raise ValueError(f"path={self.path!r}: must be 'full' or block numbers such as 4,6,7") from None
+
+    @property
+    def block_cells(self) -> str | tuple[str, ...]:
+        """``cell`` as the model's configuration takes it: one kind, or one for each block."""
+        return tuple(self.cell.split(",")) if "," in self.cell else self.cell
 
     def to_yaml(self) -> str:
         """The settings as YAML that ``--preset`` can read back."""
@@ -199,14 +226,14 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     error = ValueError(f"{name}={value!r}: must be {wanted}{' or none' if optional else ''}")
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
-    if kind is str and name == "path" and isinstance(value, (list, tuple, int)) and not isinstance(value, bool):
+    if kind is str and name in ("path", "cell") and isinstance(value, (list, tuple, int)) and not isinstance(value, bool):
         value = ",".join(map(str, value if isinstance(value, (list, tuple)) else [value]))
     if kind is str:
         if not isinstance(value, str):
             raise error
         if not value:
             raise ValueError(f"{name}='': must not be empty{'; none leaves it out' if optional else ''}")
-        if name == "path":
+        if name in ("path", "cell"):
             return value.replace(" ", "").strip("[]()")
         return _precision(value) if name == "precision" else value
     if kind is bool:

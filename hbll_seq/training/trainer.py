@@ -1,7 +1,7 @@
 """The training loop: optimizer steps, metrics, evaluation and checkpoints, such that a resumed run is the same run.
 
-Everything a step depends on is either in the checkpoint (weights, optimizer, random number generators) or a pure
-function of the step: the learning rate, the batch, and the noise of the objective.
+Everything a step depends on is either in the checkpoint (weights, optimizer, carried states, random number generators) or
+a pure function of the step: the learning rate, the batch, and the noise of the objective.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 from hbll_seq.data import TokenWindows
+from hbll_seq.depth import Prefix
 from hbll_seq.tensors import module_tensors
 from hbll_seq.training.checkpoint import (
+    CheckpointError,
     JsonLines,
     load_module,
     load_optimizer,
@@ -32,6 +34,8 @@ from hbll_seq.training.checkpoint import (
 )
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
+
+States = dict[Prefix, torch.Tensor]
 
 
 class RunFailed(RuntimeError):
@@ -87,7 +91,8 @@ class Trainer:
 
     Args:
         accelerator: devices, precision, accumulation (its ``gradient_accumulation_steps`` is ``settings.grad_accum``).
-        objective: a module whose ``forward(windows [B, T+1], step=...)`` returns an ``ObjectiveOutput``; not prepared.
+        objective: a module whose ``forward(windows [B, T+1], step=...)`` returns an ``ObjectiveOutput``; not prepared. With
+            ``settings.carry_state`` it is also given the ``states`` that it returned for the same rows the step before.
         windows: training windows.
         settings: of the run.
         folder: of the run; must exist. Gets ``metrics.jsonl`` and ``checkpoints/``.
@@ -125,6 +130,7 @@ class Trainer:
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.done = 0
+        self.states: list[States] = [{} for _ in range(settings.grad_accum)]  # carried, of the rows of each micro batch
         self.seconds = 0.0  # of training alone, over all sittings
         self._saved: int | None = None  # step of the newest checkpoint that is known to be good
         self._logged = (0, 0.0)  # steps and seconds at the last line of metrics.jsonl
@@ -140,6 +146,7 @@ class Trainer:
         """Take up the run at a loaded checkpoint. Raises CheckpointError when it does not fit this model."""
         load_module(self.plain_objective, groups["model"], "the checkpoint")
         load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
+        self.states = self._own_states(groups.get("carried", {}))
         set_rng_state(state["rng"][self.accelerator.process_index])
         self.done, self.seconds = state["step"], state["seconds"]
         self._logged, self._saved = (self.done, self.seconds), self.done
@@ -148,12 +155,13 @@ class Trainer:
         """Write a checkpoint (main process). Raises RunFailed on every process when it cannot be written."""
         if self._saved == self.done:
             return
-        rng = gather_object([rng_state()])
+        rng, carried = gather_object([rng_state()]), self._all_states()
         problem = [None]
         if self.accelerator.is_main_process:
             groups = {
                 "model": module_tensors(self.plain_objective),
                 "optimizer": optimizer_tensors(self.optimizer.optimizer, self.plain_objective),
+                **({"carried": carried} if carried else {}),
             }
             state = {**self.identity, "seconds": self.seconds, "rng": rng}
             try:
@@ -167,6 +175,29 @@ class Trainer:
         if problem[0]:
             raise RunFailed(problem[0])
         self._saved = self.done
+
+    def _all_states(self) -> dict[str, torch.Tensor]:
+        """Carried states of all processes, [processes * B, C] by micro batch and path, as a checkpoint names them."""
+        return {
+            f"{micro}|{','.join(map(str, prefix))}": self.accelerator.gather(state)
+            for micro, states in enumerate(self.states)
+            for prefix, state in states.items()
+        }
+
+    def _own_states(self, tensors: dict[str, torch.Tensor]) -> list[States]:
+        """Inverse of :meth:`_all_states`: the rows of this process."""
+        states: list[States] = [{} for _ in range(self.settings.grad_accum)]
+        n_rows, width = self.settings.batch_size, self.settings.n_embd
+        expected = (n_rows * self.accelerator.num_processes, width)
+        own = slice(self.accelerator.process_index * n_rows, (self.accelerator.process_index + 1) * n_rows)
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != expected:
+                raise CheckpointError(f"carried state {name!r} of shape {tuple(tensor.shape)} does not fit this run, which "
+                                      f"carries {expected}: it belongs to a run of another batch or model")
+            micro, prefix = name.split("|")
+            key = tuple(int(n) for n in prefix.split(","))
+            states[int(micro)][key] = tensor[own].to(self.accelerator.device, copy=True)
+        return states
 
     # ------------------------------------------------------------------------------------------ loop
 
@@ -213,11 +244,12 @@ class Trainer:
         report = 0.0
         for micro in range(settings.grad_accum):
             index = self.done * settings.grad_accum + micro  # of the batch and of the noise
-            batch = self.windows.batch(index, settings.batch_size, settings.seed, accelerator.process_index,
-                                       accelerator.num_processes)
+            batch, carried = self._batch(index, micro)
             with accelerator.accumulate(self.objective):
-                output = self.objective(batch.to(accelerator.device), step=index)
+                output = self.objective(batch.to(accelerator.device), step=index, **carried)
                 accelerator.backward(output.loss)
+            if settings.carry_state:
+                self.states[micro] = output.states
             names = sorted(output.metrics)
             values = [output.loss.detach(), *(output.metrics[name] for name in names)]
             report = report + torch.cat([torch.stack([v.float() for v in values]), output.node_losses.detach().float()])
@@ -238,6 +270,17 @@ class Trainer:
         row = {"step": self.done + 1, "loss": loss, **dict(zip(names, values)), "grad_norm": norm, "lr": lr,
                "node_losses": values[len(names):]}
         return row, stopping > 0
+
+    def _batch(self, index: int, micro: int) -> tuple[torch.Tensor, dict[str, States]]:
+        """Windows of a micro batch on this process, and the states that they start from, where states are carried."""
+        settings, accelerator = self.settings, self.accelerator
+        rank, n_processes = accelerator.process_index, accelerator.num_processes
+        if not settings.carry_state:
+            return self.windows.batch(index, settings.batch_size, settings.seed, rank, n_processes), {}
+        first = (micro * n_processes + rank) * settings.batch_size  # each micro batch of each process has rows of its own
+        rows = range(first, first + settings.batch_size)
+        windows = self.windows.contiguous_batch(self.done, rows, self.windows_per_step, settings.seed)
+        return windows, {"states": self.states[micro]}
 
     def _log(self, row: dict[str, Any]) -> dict[str, str]:
         """Write the line when it is due; what the progress bar shows."""

@@ -42,7 +42,8 @@ def evaluate_paths(
         max_batches: stop after so many batches; None evaluates the whole split.
         device: where the windows go; None takes the model's device.
         carry_state: recurrent blocks go on from their states after the window before; the text is then read in
-            ``batch_size`` stretches side by side, each from zero. False starts every window from zero.
+            ``batch_size`` stretches side by side, each from zero; attention still looks back within its window only. False
+            starts every window from zero.
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),

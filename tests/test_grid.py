@@ -12,6 +12,7 @@ from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.path_cache import PathCache
+from hbll_seq.time_layer import TimeOptions
 
 T = 8
 MIXED = ("gru", "transformer", "mingru", "elman", "gru", "transformer", "elman-sigmoid")
@@ -222,6 +223,31 @@ def test_random_tokens_cannot_be_predicted(options):
             seen.append([value.item() for name, value in output.metrics.items() if name.startswith("ce")])
     for values in zip(*seen):
         assert math.log(17) - 0.02 < sum(values) / len(values) < math.log(17) + 0.5
+
+
+def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
+    """x_t = x_{t-5}: no loss below ln 8 without memory; the same sweeps without messages back in time learn nothing."""
+    reached = {}
+    for corrections in (TimeOptions().corrections, 0):
+        torch.manual_seed(0)
+        model = HBLLForCausalLM(HBLLConfig(vocab_size=8, n_level=2, n_embd=32, cell="gru", mlp_ratio=1))
+        linearization = "diagonal" if corrections else "zero"  # whose scan is a message as well
+        objective = LocalObjective(
+            model, "sweeps", sweeps=2, corrections=2, time_corrections=corrections, time_linearization=linearization
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(200):
+            tokens = torch.randint(8, (32, 5), generator=generator).repeat(1, 5)[:, :21]
+            output = objective(tokens, step=step)
+            optimizer.zero_grad()
+            output.loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        plain = model(tokens, labels=tokens).loss.item()
+        assert abs(plain - objective(tokens).metrics["ce"].item()) < 0.1
+        reached[corrections] = plain
+    assert reached.pop(0) > 1.9 > 1.4 > reached.popitem()[1]
 
 
 # -------------------------------------------------------------------------------------------------- carried states

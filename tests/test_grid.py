@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from hbll_seq.cells import RecurrentBlock, RecurrentState
+from hbll_seq.cells.recurrent import Jacobian
 from hbll_seq.config import HBLLConfig
 from hbll_seq.depth import DepthChain
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.path_cache import PathCache
+from hbll_seq.span import _Ledger
 from hbll_seq.time_layer import TimeOptions
 
 T = 8
@@ -333,3 +335,53 @@ def test_states_belong_to_paths():
         LocalObjective(model, "tree")(tokens, states=states)
     with pytest.raises(ValueError, match="inference='multigrid' with recurrent blocks.*sweeps"):
         LocalObjective(model, "multigrid")
+
+
+# ------------------------------------------------------------------------------------------------------------ span
+
+
+def span_in_cells(model, objective, tokens, monkeypatch):
+    """The longest chain of calls of cells, and of products with their Jacobians, that depend on each other: until the loss is
+    known, and until every gradient is."""
+    ledger = _Ledger()
+
+    def counted(method):
+        def call(*arguments):
+            result = method(*arguments)
+            output = result[0] if isinstance(result, tuple) else result
+            ledger.set_stamp(output, max(ledger.stamp(a) for a in arguments if isinstance(a, torch.Tensor)) + 1)
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for block in model.blocks:
+            for name in ("transition", "differentiate"):
+                patch.setattr(block.cell, name, counted(getattr(block.cell, name)), raising=False)
+        patch.setattr(Jacobian, "vjp", counted(Jacobian.vjp))
+        with ledger:
+            loss = objective(tokens).loss
+            forward = ledger.stamp(loss)
+            found = torch.autograd.grad(loss, list(model.parameters()))
+            return forward, max(ledger.stamp(gradient) for gradient in found)
+
+
+@pytest.mark.parametrize("mix", ["none", "octaves"])
+def test_span_over_both_axes_does_not_grow_with_the_text_nor_with_the_blocks(mix, monkeypatch):
+    spans = {}
+    for n_level in (2, 3, 4):
+        model, _ = double_lm("gru", gain=1.0, n_level=n_level, default_paths="prefix")
+        ours = LocalObjective(model, "sweeps", sweeps=2, corrections=2, mix=mix, time_chunk=4)
+        for n_steps in (16, 64):
+            tokens = torch.randint(17, (2, n_steps + 1))
+            spans[n_level, n_steps] = span_in_cells(model, ours, tokens, monkeypatch)
+        exact = span_in_cells(model, BackpropObjective(model, mix=mix), tokens, monkeypatch)
+        assert exact[0] >= 64 + 2**n_level - 2  # the wavefront: its forward chain alone
+    assert all(spans[n_level, 16] == spans[n_level, 64] for n_level in (2, 3, 4))
+    # a differentiated call comes after a sweep of four tokens, and there are K + 2 of them; a product is two corrections of four
+    call, product = 4 + 1, 2 * 4
+    alone = 4 * call + 3 * product
+    for n_level in (2, 3, 4):  # the blocks of a branch are walked, there and back
+        walked = 0 if mix == "none" else (n_level - 1) * (call + product)
+        assert spans[n_level, 64][1] <= alone + walked
+    assert mix == "octaves" or spans[4, 64] == spans[3, 64] == (alone - product, alone)

@@ -47,6 +47,8 @@ class LocalObjective(Objective):
         linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
+        chunk: c, blocks that a sweep, and products that a correction takes one after the other: K sweeps then have the span
+            of K c, and about the work of K. Not with ``"multigrid"``.
         path, mix, mix_weight, graphs: see :class:`Objective`; they belong to ``"sweeps"``, ``graphs`` to all.
         sigma: noise scale of ``"tree"``; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11), ``"tree"``.
@@ -72,6 +74,7 @@ class LocalObjective(Objective):
         init: str = "first",
         damping: float = 1.0,
         tolerance: float = 0.0,
+        chunk: int = 1,
         path: Sequence[int] | None = None,
         mix: str = "none",
         mix_weight: float | None = None,
@@ -91,7 +94,7 @@ class LocalObjective(Objective):
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
         if inference not in INFERENCES:
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
-        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance)
+        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
@@ -107,11 +110,13 @@ class LocalObjective(Objective):
             raise ValueError(
                 f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
             )
+        if inference == "multigrid" and chunk != 1:
+            raise ValueError(f"chunk={chunk} with inference='multigrid': V-cycles have no sweeps to cut; leave it out")
         if inference != "tree" and n_samples > 1:
             raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
-        self.damping, self.tolerance = damping, tolerance
+        self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> ObjectiveOutput:
@@ -194,7 +199,7 @@ class LocalObjective(Objective):
             if message is not None:
                 before = at_states[branch.start - 1]
                 at_states[branch.start - 1] = message if before is None else before + message
-        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0)
+        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0, chunk=self.chunk)
         local = list(zip(path, messages, swept.outputs))
         for i, branch in enumerate(branches):
             local += [(n, branch_messages[j][i], walked.outputs[j][i]) for j, n in enumerate(branch.path)]
@@ -210,7 +215,7 @@ class LocalObjective(Objective):
 
     def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
         tree = self.model.tree
-        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance)
+        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance, chunk=self.chunk)
         if self.inference == "multigrid" and len(path) == tree.n_nodes:
             start = v_cycle(chain, tree, z0, cycles=self.sweeps)
             return forward_sweeps(chain, path, z0, sweeps=0, start=start, **options)
@@ -278,8 +283,8 @@ def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
     losses[n] = losses[n] + loss if n in losses else loss
 
 
-def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) -> None:
-    check_dial(sweeps, corrections, damping, tolerance)
+def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk) -> None:
+    check_dial(sweeps, corrections, damping, tolerance, chunk)
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")

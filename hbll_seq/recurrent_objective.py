@@ -136,15 +136,13 @@ class RecurrentLocalObjective(RecurrentObjective):
     ):
         super().__init__(model)
         _check_choices(inference, linearization, init)
-        check_dial(sweeps, corrections, damping, tolerance)
+        check_dial(sweeps, corrections, damping, tolerance, chunk)
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
         for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
         if not is_number(clip) or not clip > 0:
             raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
-        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-            raise ValueError(f"chunk={chunk!r}: must be a whole number of at least 1; 1 sweeps single transitions")
         if inference == "tree" and tree is None:
             raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
         if tree is not None and tree.hidden_size != model.cell.hidden_size:

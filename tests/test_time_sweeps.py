@@ -192,15 +192,15 @@ def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
     model, tokens, s0 = double_lm(kind, gain=1.0)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     errors = torch.randn(N, 2, 6, dtype=torch.float64)
-    for sweeps, corrections, damping in ((0, 0, 1.0), (2, 1, 1.0), (3, 4, 0.7)):
-        options = dict(sweeps=sweeps, linearization=linearization, damping=damping)
+    for sweeps, corrections, damping, chunk in ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2)):
+        options = dict(sweeps=sweeps, linearization=linearization, damping=damping, chunk=chunk)
         ours = forward_time_sweeps(model.cell, projected, s0, **options)
         theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)
         torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
-        messages = backward_time_sweeps(ours, errors, corrections=corrections)
-        expected = backward_sweeps(theirs, list(errors), corrections=corrections)
+        messages = backward_time_sweeps(ours, errors, corrections=corrections, chunk=chunk)
+        expected = backward_sweeps(theirs, list(errors), corrections=corrections, chunk=chunk)
         torch.testing.assert_close(messages, torch.stack(expected), rtol=0, atol=1e-12)
 
 

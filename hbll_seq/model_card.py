@@ -41,13 +41,13 @@ model = {architecture}.from_pretrained({location})
 class CardText(NamedTuple):
     """What a card says of one kind of model.
 
-    pipeline_tag: the Hub's name of the task.
+    pipeline_tag: the Hub's name of the task; None where it has none.
     title: heading, where ``model_name`` gives none.
     about: first paragraph.
     usage: Python lines that use ``model``.
     """
 
-    pipeline_tag: str
+    pipeline_tag: str | None
     title: str
     about: str
     usage: str

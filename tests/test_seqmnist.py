@@ -15,6 +15,7 @@ from hbll_seq.training.classification import Length, RecurrentSide, accuracies, 
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "seqmnist.py"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=2"]
+LABELS = {side: side.replace(":", "-") for side in SIDES} | {"sweeps": "sweeps-corrections=1-sweeps=1"}
 TINY = ["--n", "4", "--hidden", "16", "--steps", "6", "--batch-size", "32", "--warmup-steps", "2", "--sides", *SIDES,
         "--sweeps", "1", "--corrections", "1", "--threads", "1"]  # fmt: skip
 
@@ -70,7 +71,7 @@ def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, dig
 
     pixels, labels = load_mnist(str(digits), "test")
     for (side, _, seed), run in runs.items():
-        folder = models / f"{side.replace(':', '-').replace('=', '-')}-lr0.002-seed{seed}"
+        folder = models / "results" / f"{LABELS[side]}-lr=0.002-seed={seed}"
         loaded = HBLLForSequenceClassification.from_pretrained(folder)
         assert loaded.config == HBLLClassifierConfig(n_steps=4, hidden_size=16, permutation_seed=0)
         assert (loaded.predict(pixels) == labels).double().mean().item() * 100 == pytest.approx(run["test"]["deployed"])
@@ -79,7 +80,7 @@ def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, dig
     with pytest.raises(ValueError, match="other settings \\(n_steps\\).*--output"):
         seqmnist.main([*argv, "--n", "8"])
     monkeypatch.undo()
-    (models / "bptt-lr0.002-seed0" / "config.json").unlink()
+    (models / "results" / "bptt-lr=0.002-seed=0" / "config.json").unlink()
     with pytest.raises(ValueError, match="bptt lr=0.002 seed=0.*was stored without its model.*--output.*--save"):
         seqmnist.main(argv)
 
@@ -184,6 +185,8 @@ def test_a_side_is_stored_under_all_that_it_does():
     assert parse("tree", {"sweeps": 2}).method == parse("tree:sweeps=4").method != parse("tree:sweeps=0").method
     assert "max_symbols" not in parse("sweeps:init=state").method and parse("tree:lr=1e-3").lr == 1e-3
     assert "'max_symbols': 8" in parse("sweeps").method
+    assert parse("sweeps:sweeps=6,lr=1").label == "sweeps" and parse("tree:sweeps=4").label == "tree"
+    assert parse("sweeps:init=state", {"sweeps": 2}).label == "sweeps-init=state-sweeps=2"
 
 
 def test_every_side_starts_from_the_same_weights_and_reads_the_same_batches(digits):

@@ -14,7 +14,7 @@ in "sweeps:sweeps=2,corrections=2,lr=1e-3":
 
 All are trained in one run on the same batches from the same weights. Reported are, in percent of the test digits:
 "deployed", the cell f_0 run as an ordinary recurrent network, and for the paper's form also "tree", the readout along
-0 -> N/2 -> 3N/4 -> .. -> N, and "top", f_D alone, a feed-forward net on the whole digit.
+0 -> N/2 -> 3N/4 -> .. -> N, and f_D alone ("top" in the file), a feed-forward net on the whole digit.
 
 With several rates after --lr every side tries each with the first seed, and beyond the grid as long as the best lies at its
 edge; the highest accuracy on the validation images decides. Results are added to a JSON file run by run, and a run that is
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -81,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-every", type=int, default=500, help="steps between two looks at the validation images")
     add("--probe-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
     add("--output", type=Path, help="JSON file of results (default: train/results/[p]smnist-N-CELL[-quick].json)")
-    add("--save", type=Path, help="folder for the deployed models, one folder each")
+    add("--save", type=Path, help="folder for the deployed models: SAVE/NAME-OF-OUTPUT/SIDE-lr=..-seed=..")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--threads", type=int, help="CPU threads (default: as torch is set up)")
     add("--report-only", action="store_true", help="run nothing: print what the file of results holds")
@@ -131,11 +130,6 @@ def length_of(args: argparse.Namespace, n_train: int) -> Length:
         raise ValueError(f"epochs={args.epochs}: must be a whole number of at least 1")
     steps = args.steps if args.epochs is None else args.epochs * (n_train // args.batch_size)
     return Length(args.batch_size, steps, args.warmup_steps, args.weight_decay, args.clip, args.eval_every, args.probe_every)
-
-
-def folder_of(root: Path, side: RecurrentSide, lr: float, seed: int) -> Path:
-    """Where the model of a run is saved."""
-    return root / f"{re.sub('[^a-zA-Z0-9._-]+', '-', side.name)}-lr{lr:g}-seed{seed}"
 
 
 def report(runs: Mapping[str, Sequence[dict]], setting: Mapping) -> str:
@@ -208,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def ensure(side: RecurrentSide, lr: float, seed: int) -> dict | None:
             found = results.find(side.name, lr, seed, side.method)
-            folder = None if args.save is None else folder_of(args.save, side, lr, seed)
+            folder = None if args.save is None else args.save / args.output.stem / f"{side.label}-lr={lr:g}-seed={seed}"
             if found is None:
                 model, found = train_classifier(side, lr, seed, config, data, length)
                 if folder is not None and found["finite"]:  # before the result, so that a stored run has its model

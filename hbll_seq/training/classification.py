@@ -93,6 +93,12 @@ class RecurrentSide:
         """What the side does, with every default written out: runs of another method are not this side's."""
         return f"{self.kind} {dict(self.options)}"
 
+    @property
+    def label(self) -> str:
+        """The method as the name of a file: the kind, and what differs from its defaults however that was asked for."""
+        usual = {**DEFAULTS[self.kind], **(_OF_TREE_INIT if self.kind == "sweeps" else {})}
+        return "-".join([self.kind, *(f"{key}={value}" for key, value in self.options if usual.get(key) != value)])
+
     def objective(self, model: HBLLForSequenceClassification) -> RecurrentObjective:
         """This side's objective around a model; its tree, if it has one, is drawn here.
 
@@ -205,7 +211,7 @@ def train_classifier(
     tree = objective.tree if side.kind == "tree" else None  # the tree of sweeps is not trained to classify
     figures = {split: accuracies(model, *data[split], tree) for split in ("validation", "test") if split in data}
     return model.cpu().eval(), {
-        "side": side.name, "method": side.method, "lr": lr, "seed": seed, "seconds": round(seconds, 1),
+        "side": side.name, "method": side.method, "lr": lr, "seed": seed, "seconds": round(seconds, 2),
         "finite": first_not_finite(module_tensors(model)) is None, "curve": curve, "probes": probes,
         "evaluations": evaluations, **figures,
     }  # fmt: skip

@@ -12,7 +12,7 @@ truncated backpropagation through time (M + 1 steps with A = 0), evaluated in pa
 
 A sweep of single transitions spends N calls on each step of memory that it wins. With ``chunk`` = c a sweep walks c
 transitions one after the other inside every one of N / c chunks, all chunks side by side (block Jacobi iteration, the fine
-half of parareal: Lions, Maday, Turinici 2001): the work of one pass over the sequence wins c steps of memory, for a span of c.
+half of parareal: Lions, Maday, Turinici 2001): one pass over the sequence wins c steps of memory, for a span of c.
 K sweeps then have span K c and give every state an exact memory of at least (K - 1) c + 1 steps, and of K c at the chunks'
 ends; so do M corrections with products. With K, M fixed and c of order log N the span stays O(log N).
 

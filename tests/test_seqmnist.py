@@ -11,7 +11,8 @@ from test_mnist import synthetic
 
 from hbll_seq import HBLLClassifierConfig, HBLLForSequenceClassification, RecurrentBackpropObjective, RecurrentTree
 from hbll_seq.mnist import load_mnist
-from hbll_seq.training.classification import Length, RecurrentSide, accuracies, batches, train_classifier
+from hbll_seq.training.classification import Length, accuracies, batches, train_classifier
+from hbll_seq.training.recurrent_sides import RecurrentSide
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "seqmnist.py"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=2"]
@@ -160,7 +161,7 @@ def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sweeps:k=3", "sweeps has no option 'k'; it has clip, corrections"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, clip, corrections"),
         ("bptt:sweeps=3", "bptt has no option 'sweeps'; it has lr"),
         ("tree:sweeps=x", "sweeps='x' must be a number"),
         ("tree:lr=-1", "lr=-1.0: must be a number above 0"),
@@ -174,7 +175,7 @@ def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path
 )
 def test_bad_sides(name, message):
     with pytest.raises(ValueError, match=message):
-        RecurrentSide.parse(name).check(HBLLClassifierConfig())
+        RecurrentSide.parse(name).check("gru", 16)
 
 
 def test_a_side_is_stored_under_all_that_it_does():
@@ -228,7 +229,7 @@ def test_the_three_readouts_are_different_networks():
     torch.manual_seed(0)
     model = HBLLForSequenceClassification(HBLLClassifierConfig(n_steps=4, hidden_size=12, n_classes=2))
     side = RecurrentSide.parse("tree")
-    objective = side.objective(model)
+    objective = side.objective(model, "gru", 4)
     assert isinstance(objective.tree, RecurrentTree) and objective.tree.width(2) == 4
     with torch.no_grad():
         for p in model.cell.parameters():
@@ -241,4 +242,4 @@ def test_the_three_readouts_are_different_networks():
     assert found["top"] == 100
     assert found["deployed"] == pytest.approx(100 * (labels == blind).double().mean().item(), abs=1e-3)
     assert 0 < found["deployed"] < 100 and set(found) == {"deployed", "tree", "top"}
-    assert isinstance(RecurrentSide.parse("one-step").objective(model), RecurrentBackpropObjective)
+    assert isinstance(RecurrentSide.parse("one-step").objective(model, "gru", 4), RecurrentBackpropObjective)

@@ -192,7 +192,8 @@ def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
     model, tokens, s0 = double_lm(kind, gain=1.0)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     errors = torch.randn(N, 2, 6, dtype=torch.float64)
-    for sweeps, corrections, damping, chunk in ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2)):
+    dials = ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2))
+    for sweeps, corrections, damping, chunk in dials:
         options = dict(sweeps=sweeps, linearization=linearization, damping=damping, chunk=chunk)
         ours = forward_time_sweeps(model.cell, projected, s0, **options)
         theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)

@@ -1,13 +1,13 @@
 """HBLL-RNN beside backpropagation through time in one run: same data order, initial weights and steps, tuned rates.
 
-    python train/compare_rnn.py                            # the stored runs of train/results/; with --output new.json, all again
-    python train/compare_rnn.py --cell mingru              # the cell whose gates read the input alone
-    python train/compare_rnn.py --task copy-64             # remember three symbols over 64 steps
-    python train/compare_rnn.py --quick                    # a minute: too short to mean much
+    python train/compare_rnn.py                       # the stored runs of train/results/; with --output new.json, all again
+    python train/compare_rnn.py --cell mingru         # the cell whose gates read the input alone
+    python train/compare_rnn.py --task copy-64        # remember three symbols over 64 steps
+    python train/compare_rnn.py --quick               # a minute: too short to mean much
 
-A side is "bptt", "one-step" (exact states, no credit through time), "sweeps" with the options of
-RecurrentLocalObjective as in "sweeps:sweeps=2,corrections=2,chunk=8,linearization=zero" (and tree=capped for a tree as the
-first estimate), or "paper:sweeps=4" (HBLL-RNN as published, K = 4). Every side tries every learning rate with the first
+A side is "bptt", "one-step" (exact states, no credit through time), "sweeps" (local losses from messages along time) with
+options as in "sweeps:sweeps=2,corrections=2,chunk=8,linearization=zero", or "tree:sweeps=4" (HBLL-RNN as published, K = 4,
+0 leaves its consistency stage out). Every side tries every learning rate with the first
 seed, and beyond the grid while its best one lies at the edge; the one with the lowest validation loss is kept for the
 other seeds. What is evaluated is the deployed network. Results are added to a JSON file run by run, and a run that is in
 the file is not done again; two processes may share one.
@@ -32,12 +32,19 @@ from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.comparison import Results, deepest, tune
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.recurrent_comparison import (
-    CopyProblem, RecurrentProblem, RecurrentShape, RecurrentSide, StreamProblem, train_recurrent,
-)  # fmt: skip
+    CopyProblem,
+    RecurrentProblem,
+    RecurrentShape,
+    StreamProblem,
+    train_recurrent,
+)
+from hbll_seq.training.recurrent_sides import RecurrentSide
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("bytes", "text", "copy-64", "copy-256")
-SIDES = ["bptt", "one-step", "sweeps:sweeps=2,corrections=2,chunk=8"]
+SIDES = ["bptt", "one-step", "sweeps"]
+#: what a side "sweeps" does where it does not say otherwise: with chunks it needs no tree for a first estimate
+DIAL = {"sweeps": 2, "corrections": 2, "chunk": 8, "linearization": "diagonal", "init": "state"}
 QUICK = dict(steps=40, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=20, probe_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 
@@ -142,13 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     problem = problem_of(args)
-    sides = [RecurrentSide.parse(name) for name in args.sides]
+    sides = [RecurrentSide.parse(name, DIAL) for name in args.sides]
+    for side in sides:
+        side.check(args.cell, problem.block_size)  # before the first run, not hours later
     shape = RecurrentShape(**{name: getattr(args, name) for name in RecurrentShape.__dataclass_fields__})
     setting = {"task": args.task, "block_size": problem.block_size, **vars(shape), "text": problem.fingerprint}
     results = Results(args.output, setting)
 
     def ensure(side: RecurrentSide, lr: float, seed: int) -> dict:
-        found = results.find(side.name, lr, seed, side.method())
+        found = results.find(side.name, lr, seed, side.method)
         if found is None:
             found = train_recurrent(side, lr, seed, problem, shape)
             results.add(found)
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not tried:
                 continue
             lr = min(tried, key=lambda lr: deepest(tried[lr])["loss"])  # noqa: B023
-            found = [results.find(side.name, lr, seed, side.method()) for seed in args.seeds]
+            found = [results.find(side.name, lr, seed, side.method) for seed in args.seeds]
             runs[side.name] = [run for run in found if run is not None]
         else:
             lr = tune(lambda lr: deepest(ensure(side, lr, args.seeds[0]))["loss"], args.lrs)  # noqa: B023

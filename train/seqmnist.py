@@ -38,8 +38,9 @@ from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.classifier import HBLLClassifierConfig
 from hbll_seq.mnist import load_mnist
 from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
-from hbll_seq.training.classification import DEFAULTS, INITS, Length, RecurrentSide, check_rate, train_classifier
+from hbll_seq.training.classification import Length, train_classifier
 from hbll_seq.training.comparison import Results, tune
+from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=4"]
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = HBLLClassifierConfig(n_steps=args.n_steps, cell=args.cell, hidden_size=args.hidden,
                                       permutation_seed=PERMUTATION_SEED if args.permuted else None)  # fmt: skip
         for side in sides:
-            side.check(config)  # before the first run, not hours later
+            side.check(config.cell, config.n_steps)  # before the first run, not hours later
         data, fingerprint = load(args)
         length = length_of(args, len(data["train"][1]))
         setting = {**config.to_dict(), **asdict(length), "data": fingerprint,

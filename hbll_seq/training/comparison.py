@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hbll_seq.atomic import atomic_write
@@ -317,11 +317,14 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
-    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
+def fidelity(
+    objective: nn.Module, exact: nn.Module, parameters: list[Tensor], tokens, labels, step: int, **carried: Tensor
+) -> list[float]:
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual. ``carried`` is what
+    else both take, such as the state of a recurrent network."""
     gradients, residuals = [], []
     for each in (objective, exact):
-        output = each(tokens, labels, step=step)
+        output = each(tokens, labels, step=step, **carried)
         found = torch.autograd.grad(output.loss, parameters)
         gradients.append(torch.cat([g.flatten() for g in found]).double())  # float32 sums of millions end above one
         residuals.append(output.metrics.get("residual", torch.zeros(())))

@@ -1,4 +1,4 @@
-"""Parts of a comparison of ways to train a recurrent network: what is learned, the sides, and one run.
+"""Parts of a comparison of ways to train a recurrent language model: what is learned, and one run.
 
 As in ``comparison.py`` every run sees the same batches in the same order and starts from the same weights (of its seed).
 All sides train the same deployed network, and that is what is evaluated, one token after the other.
@@ -8,9 +8,7 @@ Shapes: B rows of a batch, T steps of a window.
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +21,11 @@ from tqdm import tqdm
 from hbll_seq.cells.recurrent import make_cell
 from hbll_seq.posterior import IGNORE_INDEX
 from hbll_seq.recurrent_model import RecurrentLM
-from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
-from hbll_seq.recurrent_tree import RecurrentTree
+from hbll_seq.recurrent_objective import RecurrentBackpropObjective
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.tasks import SPLITS
+from hbll_seq.training.comparison import fidelity, now
+from hbll_seq.training.recurrent_sides import RecurrentSide
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 
@@ -143,78 +142,6 @@ class CopyProblem(RecurrentProblem):
         return {"loss": nats / n, "accuracy": 100 * right / n}
 
 
-# --------------------------------------------------------------------------------------------------------------- sides
-
-_LOCAL = inspect.signature(RecurrentLocalObjective).parameters
-#: options of a tree: what it shares, and how many symbols its windows hold
-_TREE = {"tree": str, "max_symbols": int}
-
-
-@dataclass(frozen=True)
-class RecurrentSide:
-    """A way of training a recurrent network: ``name`` as it was asked for, ``kind``, and its objective's options.
-
-    Kinds: ``bptt``, backpropagation through time; ``one-step``, exact states and no credit through time; ``sweeps``,
-    messages along time with the options of :class:`RecurrentLocalObjective`, and ``tree=none`` or ``tree=capped`` for a
-    tree that makes the first estimate; ``paper``, HBLL-RNN as published, ``sweeps`` being its consistency stage's K.
-    """
-
-    name: str
-    kind: str
-    options: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def parse(cls, name: str) -> RecurrentSide:
-        """From "kind:key=value,key=value".
-
-        Raises:
-            ValueError: unknown kind or option, or a value of the wrong type.
-        """
-        kind, _, rest = name.partition(":")
-        types = {key: type(p.default) for key, p in _LOCAL.items() if isinstance(p.default, (int, float, str))} | _TREE
-        allowed = {"bptt": (), "one-step": (), "sweeps": set(types) - {"inference"},
-                   "paper": {"sweeps", "arc_weight", "consistency_weight", *_TREE}}  # fmt: skip
-        if kind not in allowed:
-            raise ValueError(f"side {name!r}: allowed are {', '.join(allowed)}, with options as in sweeps:sweeps=2,chunk=8")
-        options = []
-        for item in filter(None, rest.split(",")):
-            key, _, value = item.partition("=")
-            if key not in allowed[kind]:
-                known = ", ".join(sorted(allowed[kind])) or "none"
-                raise ValueError(f"side {name!r}: {kind} has no option {key!r}; it has {known}")
-            try:
-                options.append((key, types[key](value)))
-            except ValueError:
-                raise ValueError(f"side {name!r}: {key}={value!r} must be a {types[key].__name__}") from None
-        return cls(name, kind, tuple(options))
-
-    def objective(self, model: RecurrentLM, kind: str, block_size: int) -> RecurrentObjective:
-        """This side's objective around a model of cells of ``kind``.
-
-        Raises:
-            ValueError: an option is out of range.
-        """
-        if self.kind in ("bptt", "one-step"):
-            return RecurrentBackpropObjective(model, one_step=self.kind == "one-step")
-        options = dict(self.options)
-        max_symbols, share = options.pop("max_symbols", 8), options.pop("tree", None)
-        tree = None
-        if share is not None or self.kind == "paper":
-            n_level = max(1, (block_size - 1).bit_length())
-            max_symbols = max_symbols if self.kind == "sweeps" else None
-            tree = RecurrentTree(lambda i, h: make_cell(kind, i, h), model.cell.input_size, model.cell.hidden_size, n_level,
-                                 max_symbols=max_symbols, share=share or "none")  # fmt: skip
-        inference = "tree" if self.kind == "paper" else "sweeps"
-        return RecurrentLocalObjective(model, inference, tree=tree, **options)
-
-    def method(self) -> str:
-        """What the side does, with every default written out: runs of another method are not this side's."""
-        defaults = {}
-        if self.kind in ("sweeps", "paper"):
-            defaults = {k: p.default for k, p in _LOCAL.items() if k not in ("model", "inference", "tree")}
-        return f"{self.kind} {sorted({**defaults, **dict(self.options)}.items())}"
-
-
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -256,14 +183,14 @@ def train_recurrent(
                                             floor=settings.min_lr_ratio)  # fmt: skip
             tokens, labels = problem.batch(step, shape.batch_size, seed)
             if side.kind == "sweeps" and (step + 1) % shape.probe_every == 0:
-                probes.append([step + 1, *_fidelity(objective, exact, own, tokens, labels, state)])
-            start = time.perf_counter()
+                probes.append([step + 1, *fidelity(objective, exact, own, tokens, labels, step, state=state)])
+            start = now("cpu")
             output = objective(tokens, labels, step=step, state=state)
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            seconds += time.perf_counter() - start
+            seconds += now("cpu") - start
             state = output.state if problem.is_continuous else None
             if step % 20 == 19 or step == shape.steps - 1:
                 curve.append([step + 1, round(output.metrics["ce"].item(), 5)])
@@ -272,18 +199,5 @@ def train_recurrent(
                 row = problem.evaluate(model, "validation", max(1, shape.eval_batches // 4))
                 evaluations.append([step + 1, round(row[problem.metric], 5)])
     rows = {s: [{"depth": 1, **problem.evaluate(model, s, shape.eval_batches)}] for s in ("validation", "test")}
-    return {"side": side.name, "method": side.method(), "lr": lr, "seed": seed, "seconds": round(seconds, 1),
+    return {"side": side.name, "method": side.method, "lr": lr, "seed": seed, "seconds": round(seconds, 1),
             "curve": curve, "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
-
-
-def _fidelity(objective, exact, parameters: list[Tensor], tokens, labels, state) -> list[float]:
-    """Cosine of the objective's gradient to BPTT's, ratio of their norms, and the sweeps' residual."""
-    gradients, residual = [], 0.0
-    for each in (objective, exact):
-        output = each(tokens, labels, state=state)
-        found = torch.autograd.grad(output.loss, parameters)
-        gradients.append(torch.cat([g.flatten() for g in found]).double())
-        residual = residual or output.metrics.get("residual", torch.zeros(())).item()
-    ours, reference = gradients
-    cosine = torch.dot(ours, reference) / (ours.norm() * reference.norm()).clamp(min=1e-30)
-    return [round(float(v), 5) for v in (cosine, ours.norm() / reference.norm().clamp(min=1e-30), residual)]

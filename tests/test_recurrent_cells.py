@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hbll_seq.cells import recurrent
 from hbll_seq.cells.recurrent import CELL_KINDS, ElmanCell, GRUCell, RecurrentState, make_cell
 
 
@@ -115,3 +116,21 @@ def test_large_sweeps_are_the_same_function(kind, dtype, tolerance):
     with torch.no_grad():
         large, small = cell.transition(s, cell.project(x)), [cell.transition(a, cell.project(b)) for a, b in zip(s, x)]
     torch.testing.assert_close(large, torch.stack(small), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("tile", [1, 100, 300])
+def test_tiles_are_the_same_function(kind, tile, monkeypatch):
+    cell = double_cell(kind)
+    s, message = torch.randn(2, 11, 2, 6, dtype=torch.float64)
+    projected = cell.project(torch.randn(11, 2, 5, dtype=torch.float64)).detach()
+
+    def everything():
+        output, jacobian = cell.differentiate(s, projected)
+        with torch.no_grad():
+            return cell.transition(s, projected), output, jacobian.diagonal(), jacobian.vjp(message)
+
+    whole = everything()
+    monkeypatch.setattr(recurrent, "TILE", tile)
+    for tiled, expected in zip(everything(), whole):
+        torch.testing.assert_close(tiled, expected, rtol=0, atol=1e-14)

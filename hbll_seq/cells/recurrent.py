@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, I input width, H hidden width, G gates, ``...`` any l
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,16 @@ class Jacobian(NamedTuple):
 
     def vjp(self, message: Tensor) -> Tensor:
         """``J^T message``, transposed Jacobian times [..., H]: a product with W for all transitions at once."""
-        direct = None if self.direct is None else self.direct * message
         if self.gains is None:
-            return direct
+            return self.direct * message
+        if _is_large(self.gains):
+            product = torch.empty_like(message)
+            for part in _tiles(self.gains):
+                product[part] = self.between(part.start, part.stop).vjp(message[part])
+            return product
         scaled = (self.gains.unflatten(-1, (-1, message.shape[-1])) * message.unsqueeze(-2)).flatten(-2)
         product = (scaled @ self.weight).to(message.dtype)  # under autocast the product is in its precision
-        return product if direct is None else product.add_(direct)
+        return product if self.direct is None else product.addcmul_(self.direct, message)
 
 
 class RecurrentState(NamedTuple):
@@ -185,7 +190,10 @@ class ElmanCell(RecurrentCell):
 
     def transition(self, state: Tensor, projected: Tensor) -> Tensor:
         """See :meth:`RecurrentCell.transition`."""
-        before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype) + projected
+        if _is_large(projected) and not torch.is_grad_enabled():
+            return _by_tiles(self.transition, state, projected)
+        before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
+        before = before + projected if torch.is_grad_enabled() else before.add_(projected)
         return _tanh_(before) if self.nonlinearity == "tanh" else before.sigmoid_()
 
     def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
@@ -206,6 +214,8 @@ class GRUCell(RecurrentCell):
 
     def transition(self, state: Tensor, projected: Tensor) -> Tensor:
         """See :meth:`RecurrentCell.transition`."""
+        if _is_large(projected) and not torch.is_grad_enabled():
+            return _by_tiles(self.transition, state, projected)
         _, z, n, _ = self._gates(state, projected)
         return torch.lerp(n, state, z)
 
@@ -231,7 +241,9 @@ class GRUCell(RecurrentCell):
         # split, because the backward pass of a slice fills a tensor of the whole width with zeros
         hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
         projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
-        r, z = (hidden_rz + projected_rz).sigmoid_().split(width, dim=-1)
+        # without a graph in place, because making large tensors takes as long as the arithmetic on them
+        before = hidden_rz + projected_rz if torch.is_grad_enabled() else hidden_rz.add_(projected_rz)
+        r, z = before.sigmoid_().split(width, dim=-1)
         n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
         return r, z, n, hidden_n
 
@@ -279,8 +291,29 @@ def _tanh_(x: Tensor) -> Tensor:
     return x.tanh_()
 
 
+def _is_large(gates: Tensor) -> bool:
+    """Whether to evaluate so many gates in tiles: on a CPU, where several of a tile's tensors fit the cache, and the
+    allocator hands out the same memory for every tile, while that of larger tensors comes page by page from the system."""
+    return gates.device.type == "cpu" and gates.numel() > TILE and len(gates) > 1
+
+
+def _tiles(gates: Tensor) -> list[slice]:
+    """Slices of the first dimension, of about ``TILE`` elements for every thread."""
+    size = max(1, TILE * torch.get_num_threads() * len(gates) // gates.numel())
+    return [slice(low, min(low + size, len(gates))) for low in range(0, len(gates), size)]
+
+
+def _by_tiles(transition: Callable[[Tensor, Tensor], Tensor], state: Tensor, projected: Tensor) -> Tensor:
+    output = torch.empty_like(state)
+    for part in _tiles(projected):
+        output[part] = transition(state[part], projected[part])
+    return output
+
+
 #: elements from which on the arithmetic of a tanh outweighs three more calls.
 LARGE = 2**14
+#: elements of the gates from which on a call is evaluated in tiles of this size.
+TILE = 2**19
 #: the kinds by name; see :func:`make_cell`.
 CELL_KINDS = ("gru", "mingru", "elman", "elman-sigmoid")
 

@@ -102,7 +102,10 @@ def forward_time_sweeps(
         for sweep in range(sweeps):
             if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
                 break
-            new = _sweep(cell, inputs[n_exact:], fixed[n_exact:], linearization, clip, chunk)
+            # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
+            is_one = sweep == 0 and start is None and init == "state"
+            read = first.expand_as(inputs) if is_one else inputs[n_exact:]
+            new = _sweep(cell, read, fixed[n_exact:], linearization, clip, chunk)
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)

@@ -159,3 +159,20 @@ def test_gradients_under_autocast_are_those_of_autograd(kind):
     for gradient, expected in zip(ours, reference):
         assert gradient.dtype == expected.dtype
         torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("tile", [100, 2**19])
+def test_one_state_for_all_transitions(kind, tile, monkeypatch):
+    """It is multiplied with the matrix once."""
+    monkeypatch.setattr(recurrent, "TILE", tile)
+    cell = double_cell(kind)
+    s = torch.randn(2, 6, dtype=torch.float64).expand(11, 2, 6)
+    projected = cell.project(torch.randn(11, 2, 5, dtype=torch.float64)).detach()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(cell.transition(s, projected), cell.transition(s.clone(), projected))
+            for ours, expected in zip(cell.differentiate(s, projected), cell.differentiate(s.clone(), projected)):
+                ours, expected = ((ours, expected) if isinstance(ours, torch.Tensor) else
+                                  (ours.diagonal(), expected.diagonal()))  # fmt: skip
+                torch.testing.assert_close(ours, expected)

@@ -59,13 +59,14 @@ FAMILIES = ("sweeps", "tree+sweeps", "paper")
 SIDES = (
     "sweeps:sweeps=4,corrections=4,linearization=zero",
     "sweeps:sweeps=2,corrections=2,linearization=zero",
+    "sweeps:sweeps=2,corrections=2,linearization=zero,chunk=8",
     "sweeps:sweeps=4,corrections=4,linearization=diagonal",
     "tree+sweeps:sweeps=1,corrections=1,linearization=zero",
     "tree+sweeps:sweeps=4,corrections=4,linearization=zero",
     "paper:sweeps=0",
     "paper:sweeps=4",
 )
-QUICK = dict(steps=[2, 16, 128], batch_sizes=[4], repeats=3, sides=list(SIDES[:1] + SIDES[3:4] + SIDES[6:]))
+QUICK = dict(steps=[2, 16, 128], batch_sizes=[4], repeats=3, sides=[SIDES[0], SIDES[4], SIDES[-1]])
 #: with device and torch, what a result holds for.
 DECISIVE = ("cell", "hidden_size", "input_size", "threads", "bf16", "optimizer")
 OTHER_NAMES = ("self", "model", "inference", "tree")  # arguments of the objective that no option names
@@ -297,7 +298,7 @@ def label(side: str, args: argparse.Namespace) -> str:
     """A side's name to read."""
     if side == "fused":
         return "nn.GRU" if args.cell == "gru" else "nn.RNN"
-    for long, short in (("corrections", "M"), ("sweeps=", "K="), ("linearization=", "A=")):
+    for long, short in (("corrections", "M"), ("sweeps=", "K="), ("linearization=", "A="), ("chunk=", "c=")):
         family, colon, rest = side.partition(":")
         side = family + colon + rest.replace(long, short)
     return side.replace(",", ", ").replace(":", ": ")

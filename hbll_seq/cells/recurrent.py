@@ -192,8 +192,7 @@ class ElmanCell(RecurrentCell):
         """See :meth:`RecurrentCell.transition`."""
         if _is_large(projected) and not torch.is_grad_enabled():
             return _by_tiles(self.transition, state, projected)
-        before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
-        before = before + projected if torch.is_grad_enabled() else before.add_(projected)
+        before = _add(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
         return _tanh_(before) if self.nonlinearity == "tanh" else before.sigmoid_()
 
     def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
@@ -225,7 +224,7 @@ class GRUCell(RecurrentCell):
         return output, Jacobian(direct, gains, self.weight_hh.detach())
 
     def _gates(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _gru_gates(F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype), projected)
+        return _gru_gates(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
 
 
 def _gru_gates(hidden: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -234,9 +233,7 @@ def _gru_gates(hidden: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tenso
     # split, because the backward pass of a slice fills a tensor of the whole width with zeros
     hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
     projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
-    # without a graph in place, because making large tensors takes as long as the arithmetic on them
-    before = hidden_rz + projected_rz if torch.is_grad_enabled() else hidden_rz.add_(projected_rz)
-    r, z = before.sigmoid_().split(width, dim=-1)
+    r, z = _add(hidden_rz, projected_rz).sigmoid_().split(width, dim=-1)
     n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
     return r, z, n, hidden_n
 
@@ -257,8 +254,7 @@ class _DifferentiatedGRU(torch.autograd.Function):
         gains = state.new_empty((*state.shape[:-1], 3 * width))
         for part in _tiles(projected) if _is_large(projected) else [slice(None)]:
             s, inner = state[part], by_n[part]
-            hidden = F.linear(s, low_weight, bias).to(s.dtype)
-            r, z, n, hidden_n = _gru_gates(hidden, projected[part])
+            r, z, n, hidden_n = _gru_gates(_recurrent_part(s, low_weight, bias), projected[part])
             torch.lerp(n, s, z, out=output[part])
             direct[part] = z
             # derivatives of s' by what the recurrent matrices add to r, z and n before their nonlinearities
@@ -349,6 +345,18 @@ def _tanh_(x: Tensor) -> Tensor:
     if wide and x.device.type == "cpu" and x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):
         return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0)
     return x.tanh_()
+
+
+def _recurrent_part(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``W s + b``; one row, to be broadcast, where one state was expanded to stand for those of all transitions."""
+    is_one = state.dim() > 2 and len(state) > 1 and state.stride(0) == 0
+    return F.linear(state[:1] if is_one else state, weight, bias).to(state.dtype)
+
+
+def _add(hidden: Tensor, projected: Tensor) -> Tensor:
+    """Their sum, without a graph in place: making large tensors takes as long as the arithmetic on them."""
+    in_place = not torch.is_grad_enabled() and hidden.shape == projected.shape
+    return hidden.add_(projected) if in_place else hidden + projected
 
 
 def _is_large(gates: Tensor) -> bool:

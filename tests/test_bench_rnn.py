@@ -67,11 +67,12 @@ def test_writes_table_json_and_figure_and_resumes(bench, tmp_path, capsys, monke
     assert written["setting"]["hidden_size"] == 6 and written["setting"]["torch"] == torch.__version__
     for point in points:
         assert list(point["sides"]) == ["bptt", "fused", *TINY[-2:]]
-        assert all(0 < row["min"] <= row["median"] and row["rounds"] == 1 for row in point["sides"].values())
+        for row in point["sides"].values():
+            assert row["rounds"] == 1 and 0 < row["wall"]["min"] <= row["wall"]["median"] and row["processor"]["min"] > 0
         exact = [point["sides"][name]["ce"] for name in ("bptt", "fused", EXACT)]
         assert max(exact) - min(exact) < 1e-5
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * 4 + 2 + 1 and lines[-1].startswith("crossover N, best of our sides, against batch 2: bptt ")
+    assert len(lines) == 2 + 2 * 4 + 2 + 1 and lines[-1].startswith("crossover N, best of our sides, against batch 2: bptt ")
     assert output.with_suffix(".png").stat().st_size > 5000
 
     measured, measure = [], bench.measure
@@ -111,6 +112,7 @@ def test_refuses_a_file_of_another_setting(bench, tmp_path):
         (["--cell", "mingru"], "side 'fused': torch has layers for the cells gru and elman alone; leave it out"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--repeats", "0"], "repeats=0: must be at least 1"),
+        (["--device", "meta", "--clock", "processor"], "clock='processor' with device='meta': .*pass --clock wall"),
         (["--device", "nowhere"], "device='nowhere' cannot be used .*: pass --device cpu"),
     ],
 )
@@ -128,12 +130,12 @@ def test_options_are_those_of_the_objective(bench):
 
 def test_crossover_is_where_a_side_stays_faster(bench):
     points = [
-        {"steps": n, "batch_size": 4, "sides": {"bptt": {"min": 1.0}, "ours": {"min": seconds}}}
+        {"steps": n, "batch_size": 4, "sides": {"bptt": {"wall": {"min": 1.0}}, "ours": {"wall": {"min": seconds}}}}
         for n, seconds in ((2, 0.9), (4, 1.1), (8, 0.8), (16, 0.5))
     ]
-    assert bench.crossover(points, "ours", "bptt") == 8
-    assert bench.crossover(points[:2], "ours", "bptt") is None
-    assert bench.crossover(points, "ours", "fused") is None  # not timed
+    assert bench.crossover(points, "ours", "bptt", "wall") == 8
+    assert bench.crossover(points[:2], "ours", "bptt", "wall") is None
+    assert bench.crossover(points, "ours", "fused", "wall") is None  # not timed
 
 
 def test_bf16_one_step_and_optimizer_run(bench, tmp_path):

@@ -19,8 +19,8 @@ is so small that the recurrence is what is measured. All sides have the same wei
 
 Options are those of RecurrentLocalObjective and RecurrentTree by name. The sides of one point (N and batch size) are
 timed by turns, a step of each in a round, so that what else the machine does falls on all of them. Speed-ups are ratios
-of the shortest steps; the JSON file holds medians too, and on a CPU the processor time of the shortest step, which other
-processes do not lengthen.
+of the shortest steps. On a shared machine even the shortest step may hold a pause for another process, therefore steps on
+one CPU thread are compared in processor time, which has no pauses; the JSON file holds both times, and medians.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "where there is one)")  # fmt: skip
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    add("--clock", choices=("wall", "processor"), help="time that is printed and compared, both are stored (default: "
+        "processor on one CPU thread, else wall)")  # fmt: skip
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--output", type=Path, help="JSON file, written after every point and gone on with; a figure goes beside it "
         "(default: train/results/bench_rnn.json, or bench_rnn-quick.json)")  # fmt: skip
@@ -156,6 +158,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={args.device!r} cannot be used ({reason}): pass --device cpu") from error
+    if args.device != "cpu" and args.clock == "processor":
+        raise ValueError(f"clock='processor' with device={args.device!r}: counts the work of a CPU alone; pass --clock wall")
+    args.clock = args.clock or ("processor" if args.device == "cpu" and args.threads == 1 else "wall")
     args.steps, args.batch_sizes = sorted(set(args.steps)), sorted(set(args.batch_sizes))
     args.sides = [parse_side(text) for text in dict.fromkeys(["bptt", *args.baselines, *args.sides])]
     for side in args.sides:  # an option's range is the objective's to check, before hours of timing rather than after
@@ -272,23 +277,23 @@ def measure(n_steps: int, batch_size: int, sides: Iterable[Side], args: argparse
             times[name].append((time.perf_counter() - start, time.process_time() - processor))
     results = {}
     for name, of_side in times.items():
-        wall, processor = zip(*of_side)
-        results[name] = {"min": min(wall), "median": median(wall), "processor": None if x.is_cuda else min(processor),
-                         "rounds": len(wall), "ce": losses[name]}  # fmt: skip
+        results[name] = {"ce": losses[name], "rounds": len(of_side)}
+        for clock, seconds in zip(("wall", "processor"), zip(*of_side)):
+            results[name][clock] = {"min": min(seconds), "median": median(seconds)}
     return {"steps": n_steps, "batch_size": batch_size, "sides": results}
 
 
-def speedup(point: dict, side: str, over: str = "bptt") -> float | None:
+def speedup(point: dict, side: str, over: str, clock: str) -> float | None:
     """How many times faster a side is; None where one of the two was not timed."""
     sides = point["sides"]
-    return sides[over]["min"] / sides[side]["min"] if side in sides and over in sides else None
+    return sides[over][clock]["min"] / sides[side][clock]["min"] if side in sides and over in sides else None
 
 
-def crossover(points: Sequence[dict], side: str, over: str) -> int | None:
+def crossover(points: Sequence[dict], side: str, over: str, clock: str) -> int | None:
     """The smallest N from which on a side is faster at every N that was measured; points of one batch size."""
     first = None
     for point in sorted(points, key=lambda p: -p["steps"]):
-        if (speedup(point, side, over) or 0.0) <= 1.0:
+        if (speedup(point, side, over, clock) or 0.0) <= 1.0:
             break
         first = point["steps"]
     return first
@@ -311,7 +316,7 @@ def report_lines(points: Sequence[dict], args: argparse.Namespace) -> list[str]:
     lines, best = [], []
     for batch_size in args.batch_sizes:
         of_batch = [point for point in points if point["batch_size"] == batch_size]
-        found = {(side, over): crossover(of_batch, side, over) for side in ours for over in against}
+        found = {(side, over): crossover(of_batch, side, over, args.clock) for side in ours for over in against}
         for side in ours:
             reached = ", ".join(f"{label(over, args)} {_number(found[side, over])}" for over in against)
             lines.append(f"batch {batch_size}, {label(side, args)}: faster from N on: {reached}")
@@ -339,8 +344,9 @@ def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
                 continue
             color = f"C{ours.index(side.name)}" if side.name in ours else "black"
             style = "-" if side.name in ours else "--" if side.family == "fused" else ":"
-            axes.plot([p["steps"] for p in of_batch], [speedup(p, side.name) for p in of_batch], style, color=color,
-                      marker="o", markersize=3, label=label(side.name, args))  # fmt: skip
+            ratios = [speedup(p, side.name, "bptt", args.clock) for p in of_batch]
+            axes.plot([p["steps"] for p in of_batch], ratios, style, color=color, marker="o", markersize=3,
+                      label=label(side.name, args))  # fmt: skip
         axes.plot(PUBLISHED.keys(), PUBLISHED.values(), color="0.6", linewidth=3, zorder=1,
                   label="published: the paper's HBLL-RNN (GPU, GRU, H = 2048, batch 128, bf16)")  # fmt: skip
         axes.axhline(1.0, color="0.3", linewidth=0.8)
@@ -354,7 +360,9 @@ def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
         axes.grid(color="0.9")
     for axes in panels[len(args.batch_sizes) :]:
         axes.remove()
-    title = f"{describe_device(args.device)}, {args.cell}, H = {args.hidden_size}, {'bf16' if args.bf16 else 'float32'}"
+    place = describe_device(args.device) + (f", {args.threads} thread(s)" if args.device == "cpu" else "")
+    precision = "bf16" if args.bf16 else "float32"
+    title = f"ours: {place}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
     figure.suptitle(title, fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=n_columns, fontsize="x-small")
     save_figure(figure, args.output.with_suffix(".png"))
@@ -389,8 +397,8 @@ def describe_device(device: str) -> str:
 def print_point(point: dict, args: argparse.Namespace) -> None:
     """A row of the table for every side."""
     for side in (side.name for side in args.sides):
-        row = point["sides"][side]
-        ratios = [speedup(point, side, over) for over in ("bptt", "fused")]
+        row = point["sides"][side][args.clock]
+        ratios = [speedup(point, side, over, args.clock) for over in ("bptt", "fused")]
         cells = "".join(f"{'-' if ratio is None else format(ratio, '.2f'):>9}" for ratio in ratios)
         print(f"{point['steps']:>6} {point['batch_size']:>6} {row['min'] * 1e3:>10.2f} {row['median'] * 1e3:>10.2f}{cells}  "
               f"{label(side, args)}", flush=True)  # fmt: skip
@@ -405,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     known = {(point["steps"], point["batch_size"]): point for point in load(args.output, setting)}
     over_fused = f"/ {label('fused', args)}"
+    print(f"{args.clock} time; the last two numbers are speed-ups")
     print(f"{'N':>6} {'batch':>6} {'ms min':>10} {'ms median':>10}{'/ bptt':>9}{over_fused:>9}  side")
     points = []
     for batch_size in args.batch_sizes:

@@ -1,6 +1,6 @@
 """Seconds of a training step over time: HBLL-RNN beside backpropagation through time (BPTT) and torch's fused layers.
 
-    python train/bench_rnn.py                                # CPU: an hour or two; goes on where it was stopped
+    python train/bench_rnn.py                                # CPU: half an hour; goes on where it was stopped
     python train/bench_rnn.py --quick                        # less than a minute, too few points to mean much
     python train/bench_rnn.py --device cuda --bf16 --hidden-size 2048 --batch-sizes 128     # the paper's setting
 
@@ -54,6 +54,7 @@ RESULTS = Path(__file__).parent / "results"
 N_PIXELS, N_CLASSES = 784, 10
 #: Speed-up of HBLL-RNN over BPTT as published (arXiv 2606.21497): GPU, unfused GRU, H = 2048, bf16.
 PUBLISHED = dict(zip((2, 4, 8, 16, 32, 64, 128, 256), (0.47, 0.28, 0.39, 0.37, 0.86, 1.67, 2.58, 3.6)))
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # of our sides; the grey among them is the published curve's
 BASELINES = ("bptt", "one-step", "fused")
 FAMILIES = ("sweeps", "tree+sweeps", "paper")
 SIDES = (
@@ -342,7 +343,7 @@ def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
         for side in args.sides:
             if side.family == "bptt":
                 continue
-            color = f"C{ours.index(side.name)}" if side.name in ours else "black"
+            color = COLORS[ours.index(side.name) % len(COLORS)] if side.name in ours else "black"
             style = "-" if side.name in ours else "--" if side.family == "fused" else ":"
             ratios = [speedup(p, side.name, "bptt", args.clock) for p in of_batch]
             axes.plot([p["steps"] for p in of_batch], ratios, style, color=color, marker="o", markersize=3,
@@ -360,7 +361,8 @@ def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
         axes.grid(color="0.9")
     for axes in panels[len(args.batch_sizes) :]:
         axes.remove()
-    place = describe_device(args.device) + (f", {args.threads} thread(s)" if args.device == "cpu" else "")
+    threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.device == "cpu" else ""
+    place = describe_device(args.device) + threads
     precision = "bf16" if args.bf16 else "float32"
     title = f"ours: {place}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
     figure.suptitle(title, fontsize="medium")

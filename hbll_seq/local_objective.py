@@ -47,8 +47,8 @@ class LocalObjective(Objective):
         linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
-        chunk: c, blocks that a sweep, and products that a correction takes one after the other: K sweeps then have the span
-            of K c, and about the work of K. Not with ``"multigrid"``.
+        chunk: c, blocks that a sweep (the differentiated one too), and products that a correction takes one after the other:
+            K + 1 sweeps then have a span of (K + 1) c. Not with ``"multigrid"``.
         path, mix, mix_weight, graphs: see :class:`Objective`; they belong to ``"sweeps"``, ``graphs`` to all.
         sigma: noise scale of ``"tree"``; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11), ``"tree"``.

@@ -90,8 +90,8 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
     corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
-    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with K c and M c
-    at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
+    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c
+    at least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
     With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
     chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
@@ -106,8 +106,8 @@ class RecurrentLocalObjective(RecurrentObjective):
         sweeps: K, before the differentiated call; for ``"tree"`` the consistency stage's, differentiated one included.
         corrections: M.
         linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
-        chunk: c, transitions that a sweep, and products that a correction takes one after the other: the span grows by
-            that factor and the work does not. ``"sweeps"``.
+        chunk: c, transitions that a sweep (the differentiated one too), and products that a correction takes one after the
+            other: the span grows by that factor and the work does not. ``"sweeps"``.
         tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
         tree_weight: weight of the losses that train the tree to agree with the chain, ``"sweeps"``.
         arc_weight, consistency_weight: weights of the arc losses and of the consistency stage, ``"tree"``.

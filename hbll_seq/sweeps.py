@@ -77,32 +77,35 @@ def forward_sweeps(
         damping: each sweep moves so far from the old estimate to the new one; 1 is the plain sweep, and the only one that
             ever makes a state exact.
         tolerance: stop early once the residual is at most this (waits for the device).
-        chunk: c, transitions that a sweep takes one after the other; after k sweeps the first kc states are exact.
+        chunk: c, transitions that a sweep takes one after the other, the differentiated one too; after k sweeps the first kc
+            states are exact.
     """
     n_steps, residual = len(indices), s0.new_zeros(())
+    chunk = min(chunk, n_steps)
     inputs: list[Tensor] = [s0] * n_steps
     outputs: list[Tensor] = [s0] * n_steps
     states = [s0.detach(), *(s.detach() for s in start)] if start is not None else [s0.detach()] * n_steps
     n_exact = 0  # transitions whose input was exact when they were differentiated
 
-    def differentiate(low: int, *read: Tensor) -> list[Tensor]:
-        high = low + len(read)
-        for i, state in enumerate(read, start=low):
+    def differentiate(rows: Sequence[int], read: Sequence[Tensor], own: bool) -> list[Tensor]:
+        for i, state in zip(rows, read):
             # A state is a row of a whole sweep, which a row that outlives it would keep alive.
-            own = state.clone() if high < n_steps else state.detach()
-            inputs[i] = s0 if i == 0 else own.requires_grad_(True)
+            state = state.clone() if own else state.detach()
+            inputs[i] = s0 if i == 0 else state.requires_grad_(True)
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.enable_grad():
-            outputs[low:high] = chain.apply(indices[low:high], inputs[low:high])
-        return [a.detach() for a in outputs[low:high]]
+            calls = chain.apply([indices[i] for i in rows], [inputs[i] for i in rows])
+        for i, a in zip(rows, calls):
+            outputs[i] = a
+        return [a.detach() for a in calls]
 
     with torch.no_grad():
         if init == "first" and start is None:
-            states[1:] = differentiate(0, states[0]) * (n_steps - 1)
+            states[1:] = differentiate([0], states[:1], True) * (n_steps - 1)
             n_exact = 1
         for _ in range(sweeps):
-            if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
+            if n_exact >= n_steps - chunk:  # sweep K + 1 reads exact states alone
                 break
             reads, calls, n_done = list(states), [s0] * (n_steps - 1), n_exact
             for p in range(chunk):
@@ -110,7 +113,7 @@ def forward_sweeps(
                 if not rows:
                     break
                 if damping == 1.0:  # the first chunk's input is exact: its calls are the differentiated ones
-                    (calls[rows[0]],) = differentiate(rows[0], reads[rows[0]])
+                    (calls[rows[0]],) = differentiate(rows[:1], [reads[rows[0]]], True)
                     n_done, rows = rows[0] + 1, rows[1:]
                 for r, a in zip(rows, chain.apply([indices[r] for r in rows], [reads[r] for r in rows])):
                     calls[r] = a
@@ -125,12 +128,17 @@ def forward_sweeps(
             n_exact = n_done
             if tolerance > 0 and residual.item() <= tolerance:
                 break
-        if n_exact >= n_steps - 1:
+        if n_exact >= n_steps - chunk:
             residual = torch.zeros_like(residual)
-        calls = differentiate(n_exact, *states[n_exact:])
-        factors = _factors(chain, linearization, indices, states, [a.detach() for a in outputs])
+        for p in range(chunk):
+            rows = range(n_exact + p, n_steps, chunk)
+            calls = differentiate(rows, [states[r] for r in rows], chunk > 1 and p == 0)
+            if p + 1 < chunk:
+                states[n_exact + p + 1 :: chunk] = calls[: len(range(n_exact + p + 1, n_steps, chunk))]
+        calls = [a.detach() for a in outputs]
+        factors = _factors(chain, linearization, indices, states, calls)
         tail = factors[n_exact:] if isinstance(factors, Tensor) else factors
-        final = [a.detach() for a in outputs[:n_exact]] + (_compose(calls, states[n_exact:], tail) if calls else [])
+        final = calls[:n_exact] + (_compose(calls[n_exact:], states[n_exact:], tail) if n_exact < n_steps else [])
     return Swept(inputs, outputs, final, factors, residual)
 
 

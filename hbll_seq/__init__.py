@@ -1,6 +1,7 @@
 """Sequence models trained without backpropagation through depth or time, and run at the depth you choose."""
 
 from hbll_seq.cells import make_cell
+from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenStream, TokenWindows, load_tokens
 from hbll_seq.depth import DepthHierarchy
@@ -21,8 +22,10 @@ __all__ = [
     "BackpropObjective",
     "DepthHierarchy",
     "DyadicTree",
+    "HBLLClassifierConfig",
     "HBLLConfig",
     "HBLLForCausalLM",
+    "HBLLForSequenceClassification",
     "LocalObjective",
     "ObjectiveOutput",
     "RecurrentBackpropObjective",

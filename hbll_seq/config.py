@@ -1,8 +1,9 @@
-"""The one place where a model's shape is written down and checked."""
+"""The one place where a language model's shape is written down and checked, and what all models' configurations share."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
 from hbll_seq.readout import READOUTS
 from hbll_seq.tree import PATH_FAMILIES
@@ -17,9 +18,47 @@ FOREIGN_KEYS = frozenset(
 CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
 NORMS = ("rmsnorm", "layernorm")
 
+T = TypeVar("T", bound="ModelConfig")
+
+
+class ModelConfig:
+    """What the configuration of any model can do: a frozen dataclass whose fields are plain JSON values, read strictly.
+
+    Attributes:
+        model_type: what config.json calls this kind of model.
+    """
+
+    model_type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+        """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped.
+
+        Raises:
+            ValueError: a key is unknown or a value out of range.
+        """
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"model_type={model_type!r}: {cls.__name__} is for {cls.model_type!r} alone; load it with the class that "
+                "wrote it"
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known) - FOREIGN_KEYS)
+        if unknown:
+            raise ValueError(
+                f"unknown config key {', '.join(map(repr, unknown))}: known are {', '.join(known)}; "
+                "remove it, or use the hbll_seq version that wrote the file"
+            )
+        return cls(**{name: values[name] for name in known if name in values})
+
 
 @dataclass(frozen=True)
-class HBLLConfig:
+class HBLLConfig(ModelConfig):
     """Shape and noise scale of a hierarchical language model.
 
     Attributes:
@@ -44,6 +83,8 @@ class HBLLConfig:
     Raises:
         ValueError: a value is out of range; the message says which, what is allowed and what to do.
     """
+
+    model_type: ClassVar[str] = "hbll"
 
     vocab_size: int = 4096
     n_level: int = 3
@@ -133,26 +174,3 @@ class HBLLConfig:
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
                 "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
             )
-
-    def to_dict(self) -> dict:
-        """The fields as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> HBLLConfig:
-        """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped.
-
-        Raises:
-            ValueError: a key is unknown or a value out of range.
-        """
-        model_type = values.get("model_type", "hbll")
-        if model_type != "hbll":
-            raise ValueError(f"model_type={model_type!r}: this is not an hbll_seq model (model_type 'hbll')")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known) - FOREIGN_KEYS)
-        if unknown:
-            raise ValueError(
-                f"unknown config key {', '.join(map(repr, unknown))}: known are {', '.join(known)}; "
-                "remove it, or use the hbll_seq version that wrote the file"
-            )
-        return cls(**{name: values[name] for name in known if name in values})

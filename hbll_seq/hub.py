@@ -12,7 +12,7 @@ import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hbll_seq.atomic import atomic_folder
-from hbll_seq.config import HBLLConfig
-from hbll_seq.model_card import is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.config import ModelConfig
+from hbll_seq.model_card import CardText, is_model_card, may_overwrite, model_card, with_location
 from hbll_seq.tensors import first_not_finite, module_tensors, sha256
 from hbll_seq.tokenizer import Tokenizer
 
@@ -38,12 +38,23 @@ T = TypeVar("T", bound="HubMixin")
 
 
 class HubMixin:
-    """Gives a model with ``config`` and ``tokenizer`` its Hugging Face layout: config.json, model.safetensors,
-    tokenizer.model and README.md (the model card)."""
+    """Gives a model with a ``config`` its Hugging Face layout: config.json, model.safetensors and README.md (the model
+    card), and tokenizer.model where it has a tokenizer.
 
-    config: HBLLConfig
-    tokenizer: Tokenizer | None
+    Attributes:
+        config_class: of ``config``; the model is made by ``cls(config)``.
+        has_tokenizer: whether the model takes ``tokenizer=`` as well.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    has_tokenizer: ClassVar[bool] = False
+    config: ModelConfig
+    tokenizer: Tokenizer | None = None
     _card: tuple[str, str] | None = None  # (text, SHA-256 of the weights it was written for), from from_pretrained
+
+    def card_text(self) -> CardText:
+        """What the model card says of this kind of model."""
+        raise NotImplementedError
 
     def save_pretrained(
         self,
@@ -64,7 +75,7 @@ class HubMixin:
             save_directory: the folder.
             data: what the model was trained on.
             settings: the run's options, name -> value.
-            perplexity: rows as ``evaluation.evaluate_paths`` makes them.
+            perplexity: of a language model, rows as ``evaluation.evaluate_paths`` makes them.
             metadata: anything more to list in the model card; ``license``, ``language``, ``datasets`` (Hub ids) and
                 ``model_name`` go to its header.
 
@@ -78,7 +89,7 @@ class HubMixin:
         weights = {name: tensor.detach().contiguous() for name, tensor in module_tensors(self).items()}
         _check_finite(weights, f"this {type(self).__name__}", "nothing was written; restore weights that are finite")
         config = {
-            "model_type": "hbll",
+            "model_type": self.config.model_type,
             "architectures": [type(self).__name__],
             "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
             **self.config.to_dict(),
@@ -125,13 +136,13 @@ class HubMixin:
         """
         source = os.fspath(pretrained_model_name_or_path)
         folder = _find_folder(source, revision, token, cache_dir, local_files_only)
-        config = _read_config(folder, source, cls.__name__)
-        tokenizer = None
-        if (folder / TOKENIZER_NAME).exists():
-            tokenizer = Tokenizer.from_file(folder / TOKENIZER_NAME)
+        config = _read_config(folder, source, cls.__name__, cls.config_class)
+        parts = {}
+        if cls.has_tokenizer and (folder / TOKENIZER_NAME).exists():
+            parts["tokenizer"] = Tokenizer.from_file(folder / TOKENIZER_NAME)
         weights = _read_weights(folder, source)
         with torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
-            model = cls(config, tokenizer=tokenizer)
+            model = cls(config, **parts)
         _load_weights(model, weights, source)
         if (folder / CARD_NAME).exists() and is_model_card(card := _read_text(folder / CARD_NAME)):
             model._card = (card, sha256(folder / WEIGHTS_NAME))
@@ -251,7 +262,7 @@ def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_config(folder: Path, source: str, architecture: str) -> HBLLConfig:
+def _read_config(folder: Path, source: str, architecture: str, config_class: type[ModelConfig]) -> ModelConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{source!r} has no {CONFIG_NAME}; it holds {_contents(folder)}. {_WHAT_TO_LOAD}")
@@ -265,11 +276,11 @@ def _read_config(folder: Path, source: str, architecture: str) -> HBLLConfig:
     if architectures != [architecture]:
         raise ValueError(f"{source!r}: {CONFIG_NAME} is for {architectures}, not {architecture}; use that class")
     try:
-        config = HBLLConfig.from_dict(values)
+        config = config_class.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{source!r}: {CONFIG_NAME}: {error}") from error
     # A default in place of a lost key (n_head, say) could fit the weights and still be another model.
-    if missing := [field.name for field in fields(HBLLConfig) if field.name not in values]:
+    if missing := [field.name for field in fields(config_class) if field.name not in values]:
         raise ValueError(f"{source!r}: {CONFIG_NAME} lacks {_listing(missing)}; add what the model was trained with")
     return config
 

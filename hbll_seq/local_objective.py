@@ -50,9 +50,10 @@ class LocalObjective(Objective):
         linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
-        time_sweeps, time_corrections, time_linearization, time_chunk: how recurrent blocks are evaluated along time (see
-            :class:`hbll_seq.time_layer.TimeOptions`). With sweeps and corrections times the chunk at least the number of
-            tokens minus one, a block is what the plain recurrence makes it.
+        chunk: c, blocks that a sweep (the differentiated one too), and products that a correction takes one after the other:
+            K + 1 sweeps then have a span of (K + 1) c. Not with ``"multigrid"``.
+        time_sweeps, time_corrections, time_linearization, time_chunk: how recurrent blocks are evaluated along time, see
+            :class:`hbll_seq.time_layer.TimeOptions`.
         path, mix, mix_weight, graphs: see :class:`Objective`; they belong to ``"sweeps"``, ``graphs`` to all.
         sigma: noise scale of ``"tree"``; None takes ``model.config.sigma`` or 0 where the model has no config.
         n_samples: Monte-Carlo samples S of the states per input (Eq. 11), ``"tree"``.
@@ -78,6 +79,7 @@ class LocalObjective(Objective):
         init: str = "first",
         damping: float = 1.0,
         tolerance: float = 0.0,
+        chunk: int = 1,
         time_sweeps: int = TimeOptions().sweeps,
         time_corrections: int = TimeOptions().corrections,
         time_linearization: str = TimeOptions().linearization,
@@ -101,7 +103,7 @@ class LocalObjective(Objective):
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
         if inference not in INFERENCES:
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
-        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance)
+        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
@@ -121,12 +123,14 @@ class LocalObjective(Objective):
         if inference == "multigrid" and any(isinstance(block, RecurrentBlock) for block in model.blocks):
             raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient,"
                              " of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
+        if inference == "multigrid" and chunk != 1:
+            raise ValueError(f"chunk={chunk} with inference='multigrid': V-cycles have no sweeps to cut; leave it out")
         if inference != "tree" and n_samples > 1:
             raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
-        self.damping, self.tolerance = damping, tolerance
         self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
+        self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
@@ -222,7 +226,7 @@ class LocalObjective(Objective):
             if message is not None:
                 before = at_states[branch.start - 1]
                 at_states[branch.start - 1] = message if before is None else before + message
-        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0)
+        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0, chunk=self.chunk)
         local = list(zip(path, messages, swept.outputs))
         for i, branch in enumerate(branches):
             local += [(n, branch_messages[j][i], walked.outputs[j][i]) for j, n in enumerate(branch.path)]
@@ -238,7 +242,7 @@ class LocalObjective(Objective):
 
     def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
         tree = self.model.tree
-        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance)
+        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance, chunk=self.chunk)
         if self.inference == "multigrid" and len(path) == tree.n_nodes:
             start = v_cycle(chain, tree, z0, cycles=self.sweeps)
             return forward_sweeps(chain, prefixes(path), z0, sweeps=0, start=start, **options)
@@ -306,8 +310,8 @@ def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
     losses[n] = losses[n] + loss if n in losses else loss
 
 
-def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance) -> None:
-    check_dial(sweeps, corrections, damping, tolerance)
+def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk) -> None:
+    check_dial(sweeps, corrections, damping, tolerance, chunk)
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")

@@ -16,6 +16,7 @@ from hbll_seq.cross_entropy import linear_cross_entropy
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.generation import GenerationMixin
 from hbll_seq.hub import HubMixin
+from hbll_seq.model_card import CardText
 from hbll_seq.posterior import IGNORE_INDEX
 from hbll_seq.readout import Readouts
 from hbll_seq.tokenizer import Tokenizer
@@ -71,6 +72,9 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
     Raises:
         ValueError: the tokenizer has more pieces than the configuration has tokens.
     """
+
+    config_class = HBLLConfig
+    has_tokenizer = True
 
     def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -154,6 +158,16 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
         shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
         return shared + 2 * self.config.readout_rank * self.config.n_embd
+
+    def card_text(self) -> CardText:
+        """See :meth:`HubMixin.card_text`."""
+        n_layer, n_parameters = self.config.n_layer, sum(p.numel() for p in self.parameters())
+        about = (
+            f"A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any "
+            f"dyadic\npath of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks."
+        )
+        usage = f'print(model.generate("The history of the city", depth={min(3, n_layer)}, max_new_tokens=50))'
+        return CardText("text-generation", "HBLL language model", about, usage)
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""

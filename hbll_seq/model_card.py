@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
@@ -22,28 +22,44 @@ _CARD = """\
 
 # {title}
 
-A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any dyadic
-path of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks. The architecture is that of
+{about} The architecture is that of
 *Breaking chains with trees: Deep learning with O(log N) parallel time complexity*
 ([arXiv 2606.21497](https://arxiv.org/abs/2606.21497)); how this model was trained is listed below.
 
 ## How to load it
 
 ```python
-from hbll_seq import HBLLForCausalLM
+from hbll_seq import {architecture}
 
-model = HBLLForCausalLM.from_pretrained({location})
-print(model.generate("The history of the city", depth={depth}, max_new_tokens=50))
+model = {architecture}.from_pretrained({location})
+{usage}
 ```
 
 {sections}"""
 
 
+class CardText(NamedTuple):
+    """What a card says of one kind of model.
+
+    pipeline_tag: the Hub's name of the task; None where it has none.
+    title: heading, where ``model_name`` gives none.
+    about: first paragraph.
+    usage: Python lines that use ``model``.
+    """
+
+    pipeline_tag: str | None
+    title: str
+    about: str
+    usage: str
+
+
 def model_card(model: Any, metadata: dict[str, Any]) -> str:
-    """The card of ``model``, filled from ``metadata`` (the keywords of ``save_pretrained``); "." is its location."""
+    """The card of ``model``, filled from its ``card_text()`` and from ``metadata`` (the keywords of ``save_pretrained``);
+    "." is its location."""
+    text = model.card_text()
     header = ModelCardData(
         library_name=LIBRARY,
-        pipeline_tag="text-generation",
+        pipeline_tag=text.pipeline_tag,
         tags=["hbll"],
         **{key: metadata[key] for key in HEADER_KEYS if key in metadata},
     )
@@ -65,11 +81,11 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
     return _CARD.format(
         header=header.to_yaml(),
         marker=MARKER,
-        title=metadata.get("model_name", "HBLL language model"),
-        n_layer=model.config.n_layer,
-        n_parameters=sum(p.numel() for p in model.parameters()),
+        title=metadata.get("model_name", text.title),
+        about=text.about,
+        architecture=type(model).__name__,
         location='"."',
-        depth=min(3, model.config.n_layer),
+        usage=text.usage,
         sections="\n\n".join(sections) + "\n",
     )
 

@@ -172,11 +172,11 @@ def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:
         )
 
 
-def check_dial(sweeps: object, corrections: object, damping: object, tolerance: object) -> None:
-    """Raises ValueError for a K, M, damping or tolerance that is out of range."""
-    for name, value in (("sweeps", sweeps), ("corrections", corrections)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 0")
+def check_dial(sweeps: object, corrections: object, damping: object, tolerance: object, chunk: object) -> None:
+    """Raises ValueError for a K, M, damping, tolerance or chunk that is out of range."""
+    for name, value, least in (("sweeps", sweeps, 0), ("corrections", corrections, 0), ("chunk", chunk, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
     if not is_number(damping) or not 0 < damping <= 2:
         raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
     if not is_number(tolerance) or not 0 <= tolerance < math.inf:

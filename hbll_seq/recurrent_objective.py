@@ -90,8 +90,8 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
     corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
-    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with K c and M c
-    at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
+    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c
+    at least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
     With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
     chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
@@ -106,8 +106,8 @@ class RecurrentLocalObjective(RecurrentObjective):
         sweeps: K, before the differentiated call; for ``"tree"`` the consistency stage's, differentiated one included.
         corrections: M.
         linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
-        chunk: c, transitions that a sweep, and products that a correction takes one after the other: the span grows by
-            that factor and the work does not. ``"sweeps"``.
+        chunk: c, transitions that a sweep (the differentiated one too), and products that a correction takes one after the
+            other: the span grows by that factor and the work does not. ``"sweeps"``.
         tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
         tree_weight: weight of the losses that train the tree to agree with the chain, ``"sweeps"``.
         arc_weight, consistency_weight: weights of the arc losses and of the consistency stage, ``"tree"``.
@@ -136,15 +136,13 @@ class RecurrentLocalObjective(RecurrentObjective):
     ):
         super().__init__(model)
         _check_choices(inference, linearization, init)
-        check_dial(sweeps, corrections, damping, tolerance)
+        check_dial(sweeps, corrections, damping, tolerance, chunk)
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
         for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
         if not is_number(clip) or not clip > 0:
             raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
-        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-            raise ValueError(f"chunk={chunk!r}: must be a whole number of at least 1; 1 sweeps single transitions")
         if inference == "tree" and tree is None:
             raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
         if tree is not None and tree.hidden_size != model.cell.hidden_size:

@@ -8,6 +8,9 @@ What is exact is not computed again: after k sweeps the first k states are those
 those transitions out, and their calls are already the differentiated ones. The same holds for messages from the end. With
 K and M at least L - 1 the whole scheme is backpropagation, evaluated in parallel; below, it is an approximation of it that
 truncates: M corrections carry exact products over M transitions.
+
+With ``chunk`` = c a sweep takes c transitions one after the other inside every chunk of the chain, all chunks side by side,
+and a correction so many products: for the span of c sweeps of single transitions, and as many exact states, the work of one.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ def forward_sweeps(
     init: str = "input",
     damping: float = 1.0,
     tolerance: float = 0.0,
+    chunk: int = 1,
 ) -> Swept:
     """K parallel sweeps without gradient, then the differentiated call of every transition (sweep K + 1).
 
@@ -73,52 +77,74 @@ def forward_sweeps(
         damping: each sweep moves so far from the old estimate to the new one; 1 is the plain sweep, and the only one that
             ever makes a state exact.
         tolerance: stop early once the residual is at most this (waits for the device).
+        chunk: c, transitions that a sweep takes one after the other, the differentiated one too; after k sweeps the first kc
+            states are exact.
     """
     n_steps, residual = len(indices), s0.new_zeros(())
+    chunk = min(chunk, n_steps)
     inputs: list[Tensor] = [s0] * n_steps
     outputs: list[Tensor] = [s0] * n_steps
     states = [s0.detach(), *(s.detach() for s in start)] if start is not None else [s0.detach()] * n_steps
     n_exact = 0  # transitions whose input was exact when they were differentiated
 
-    def differentiate(low: int, high: int) -> list[Tensor]:
-        for i in range(low, high):
+    def differentiate(rows: Sequence[int], read: Sequence[Tensor], own: bool) -> list[Tensor]:
+        for i, state in zip(rows, read):
             # A state is a row of a whole sweep, which a row that outlives it would keep alive.
-            own = states[i].clone() if high < n_steps else states[i].detach()
-            inputs[i] = s0 if i == 0 else own.requires_grad_(True)
+            state = state.clone() if own else state.detach()
+            inputs[i] = s0 if i == 0 else state.requires_grad_(True)
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.enable_grad():
-            outputs[low:high] = chain.apply(indices[low:high], inputs[low:high])
-        return [a.detach() for a in outputs[low:high]]
+            calls = chain.apply([indices[i] for i in rows], [inputs[i] for i in rows])
+        for i, a in zip(rows, calls):
+            outputs[i] = a
+        return [a.detach() for a in calls]
 
     with torch.no_grad():
         if init == "first" and start is None:
-            states[1:] = differentiate(0, 1) * (n_steps - 1)
+            states[1:] = differentiate([0], states[:1], True) * (n_steps - 1)
             n_exact = 1
         for _ in range(sweeps):
-            if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
+            if n_exact >= n_steps - chunk:  # sweep K + 1 reads exact states alone
                 break
-            calls = differentiate(n_exact, n_exact + 1) if damping == 1.0 else []
-            n_done = n_exact + len(calls)
-            calls += chain.apply(indices[n_done:], states[n_done:])
-            factors = _factors(chain, linearization, indices[n_exact:], states[n_exact:], calls)
-            new = _compose(calls, states[n_exact:], factors)[:-1]
+            reads, calls, n_done = list(states), [s0] * (n_steps - 1), n_exact
+            for p in range(chunk):
+                rows = range(n_exact + p, n_steps - 1, chunk)  # no state reads what the last transition makes
+                if not rows:
+                    break
+                if damping == 1.0:  # the first chunk's input is exact: its calls are the differentiated ones
+                    (calls[rows[0]],) = differentiate(rows[:1], [reads[rows[0]]], True)
+                    n_done, rows = rows[0] + 1, rows[1:]
+                for r, a in zip(rows, chain.apply([indices[r] for r in rows], [reads[r] for r in rows])):
+                    calls[r] = a
+                if p + 1 < chunk:
+                    reads[n_exact + p + 1 : n_steps : chunk] = calls[n_exact + p :: chunk]
+            reads, calls = reads[n_exact:-1], calls[n_exact:]
+            factors = _factors(chain, linearization, indices[n_exact:-1], reads, calls)
+            new = _compose(calls, reads, factors)
             old = states[n_exact + 1 :]
             residual = _residual(old, new)
             states[n_exact + 1 :] = [o + damping * (n - o) for o, n in zip(old, new)] if damping != 1.0 else new
             n_exact = n_done
             if tolerance > 0 and residual.item() <= tolerance:
                 break
-        if n_exact >= n_steps - 1:
+        if n_exact >= n_steps - chunk:
             residual = torch.zeros_like(residual)
-        calls = differentiate(n_exact, n_steps)
-        factors = _factors(chain, linearization, indices, states, [a.detach() for a in outputs])
+        for p in range(chunk):
+            rows = range(n_exact + p, n_steps, chunk)
+            calls = differentiate(rows, [states[r] for r in rows], chunk > 1 and p == 0)
+            if p + 1 < chunk:
+                states[n_exact + p + 1 :: chunk] = calls[: len(range(n_exact + p + 1, n_steps, chunk))]
+        calls = [a.detach() for a in outputs]
+        factors = _factors(chain, linearization, indices, states, calls)
         tail = factors[n_exact:] if isinstance(factors, Tensor) else factors
-        final = [a.detach() for a in outputs[:n_exact]] + (_compose(calls, states[n_exact:], tail) if calls else [])
+        final = calls[:n_exact] + (_compose(calls[n_exact:], states[n_exact:], tail) if n_exact < n_steps else [])
     return Swept(inputs, outputs, final, factors, residual)
 
 
-def backward_sweeps(swept: Swept, errors: Sequence[Tensor | None], *, corrections: int) -> list[Tensor]:
+def backward_sweeps(
+    swept: Swept, errors: Sequence[Tensor | None], *, corrections: int, chunk: int = 1
+) -> list[Tensor]:
     """Messages lambda_1 .. lambda_L of a loss on some of the states: a scan, then M corrections of it (METHOD 2.2).
 
     Each correction is one batched vector-Jacobian product and a scan:
@@ -128,6 +154,7 @@ def backward_sweeps(swept: Swept, errors: Sequence[Tensor | None], *, correction
         swept: the chain after :func:`forward_sweeps`.
         errors: e_n = d loss / d s_n for n = 1 .. L; None where no readout reads s_n.
         corrections: M.
+        chunk: c, products that a correction takes one after the other.
     """
     n_steps, factors = len(swept.outputs), swept.factors
 
@@ -144,16 +171,28 @@ def backward_sweeps(swept: Swept, errors: Sequence[Tensor | None], *, correction
     if n_steps > 1:
         messages[:-1] = affine_scan(messages[:-1], between(1, n_steps), messages[-1], reverse=True)
     for correction in range(corrections):
-        high = n_steps - correction  # products of transitions from here on were taken of final messages
+        high = n_steps - correction * chunk  # products of transitions from here on were taken of final messages
         if high < 2:
             break
-        old = messages[1:high]
-        products = torch.autograd.grad(swept.outputs[1:high], swept.inputs[1:high], list(old.unbind(0)), retain_graph=True)
-        b = torch.stack(products)
-        del products  # L states each: of long chains these are the largest tensors of a training step
-        b = add_errors(_subtract(b, between(1, high), old))
+        b, read = _products(swept, errors, messages[1:high], chunk)
+        b = add_errors(_subtract(b, between(1, high), read))
         messages[: high - 1] = affine_scan(b, between(1, high), messages[high - 1], reverse=True)
     return list(messages.unbind(0))
+
+
+def _products(swept: Swept, errors: Sequence[Tensor | None], old: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """``J_{n+1}^T lambda_{n+1}`` of all transitions but the first [R, ...], and the messages of which they were taken: the
+    last one of each chunk of transitions is an old one, the others come from the products behind them."""
+    read = old if chunk == 1 else old.clone()
+    n_rows, products = len(old), [old] * len(old)
+    for q in range(min(chunk, n_rows)):
+        rows = range(n_rows - 1 - q, -1, -chunk)
+        outputs, inputs = ([tensors[r + 1] for r in rows] for tensors in (swept.outputs, swept.inputs))
+        for r, product in zip(rows, torch.autograd.grad(outputs, inputs, [read[r] for r in rows], retain_graph=True)):
+            products[r] = product
+            if r > 0 and q + 1 < chunk:
+                read[r - 1] = product if errors[r] is None else product + errors[r]
+    return torch.stack(products), read
 
 
 def _factors(chain: Chain, linearization: str, indices, inputs, outputs) -> Tensor | float:

@@ -28,13 +28,17 @@ from hbll_seq.time_sweeps import backward_time_sweeps, forward_time_sweeps, time
 class TimeOptions(NamedTuple):
     """How a recurrence is evaluated inside a block.
 
-    sweeps: before the differentiated call, from the block's last estimate; evaluations without gradient do one.
+    The defaults are the least that lost nothing in one trial (7 GRU blocks, width 128, 64 tokens, mix of all depths, K = 2
+    and M = 3 over depth): cosine of the cells' gradient to that of backprop through depth and time 0.995; 0.974 without the
+    sweep, 0.979 without the diagonal, 0.996 with one correction more.
+
+    sweeps: before the differentiated one, from the block's last estimate; evaluations without gradient do one.
     corrections: of every backward message.
     linearization, chunk: see :func:`forward_time_sweeps`; of all of these.
     """
 
     sweeps: int = 1
-    corrections: int = 2
+    corrections: int = 1
     linearization: str = "diagonal"
     chunk: int = 8
 
@@ -75,7 +79,8 @@ def time_messages(
 ) -> Tensor:
     """s_1 .. s_N [N, B, C] of a recurrence, differentiable by messages, any number of times.
 
-    With ``sweeps`` and ``corrections`` times ``chunk`` at least N - 1, states and gradients are the plain recurrence's.
+    With (``sweeps`` + 1) ``chunk`` at least N and ``corrections`` times ``chunk`` at least N - 1, states and gradients are
+    those of the plain recurrence.
 
     Args:
         cell: f.

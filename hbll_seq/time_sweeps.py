@@ -12,7 +12,7 @@ truncated backpropagation through time (M + 1 steps with A = 0), evaluated in pa
 
 A sweep of single transitions spends N calls on each step of memory that it wins. With ``chunk`` = c a sweep walks c
 transitions one after the other inside every one of N / c chunks, all chunks side by side (block Jacobi iteration, the fine
-half of parareal: Lions, Maday, Turinici 2001): the work of one pass over the sequence wins c steps of memory, for a span of c.
+half of parareal: Lions, Maday, Turinici 2001): one pass over the sequence wins c steps of memory, for a span of c.
 K sweeps then have span K c and give every state an exact memory of at least (K - 1) c + 1 steps, and of K c at the chunks'
 ends; so do M corrections with products. With K, M fixed and c of order log N the span stays O(log N).
 
@@ -22,9 +22,11 @@ Shapes: N transitions, B batch, H hidden width. ``states[n]`` is s_n on [N + 1, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
@@ -41,8 +43,8 @@ class TimeSwept:
     """A recurrence after its forward sweeps.
 
     Attributes:
-        inputs: [N, B, H], s_0 .. s_{N-1} that the differentiated call read; detached, s_0 attached where it needs a gradient.
-        outputs: [N, B, H], a_1 .. a_N of that one call; attached to the cell's parameters and to ``projected``.
+        inputs: [N, B, H], s_0 .. s_{N-1} that the differentiated calls read; detached, s_0 attached where it needs a gradient.
+        outputs: [N, B, H], a_1 .. a_N of these calls; attached to the cell's parameters and to ``projected``.
         states: [N, B, H], s_1 .. s_N as the forward message makes them of these, detached: what readouts read.
         jacobian: of all transitions at ``inputs``.
         factors: A: None for zero, or [N, B, H].
@@ -71,22 +73,23 @@ def forward_time_sweeps(
     tolerance: float = 0.0,
     chunk: int = 1,
 ) -> TimeSwept:
-    """K parallel sweeps without gradient, then ONE differentiated call of the cell over all positions (sweep K + 1).
+    """K parallel sweeps without gradient, then sweep K + 1, whose calls are differentiated, each on its own.
 
     Args:
         cell: f.
         projected: [N, B, G * H], ``cell.project`` of the inputs, time first; stays attached to what made it.
         s0: [B, H].
-        sweeps: K; after k sweeps s_1 .. s_kc are exact, whatever the linearisation.
+        sweeps: K; after k sweeps s_1 .. s_kc are exact, whatever the linearisation, and with (K + 1) c at least N all.
         linearization: one of ``TIME_LINEARIZATIONS``.
         start: [N - 1, B, H], first estimate of s_1 .. s_{N-1}; goes before ``init``.
         init: one of ``TIME_INITS``.
         damping: each sweep moves so far from the old estimate to the new one; only 1 ever makes a state exact.
         clip: diagonals are held within -clip .. clip, so that a scan of many cannot explode; no limit at ``inf``.
         tolerance: stop early once the residual is at most this (waits for the device).
-        chunk: c, transitions that a sweep takes one after the other; 1 is the plain sweep.
+        chunk: c, transitions that a sweep takes one after the other; with 1, the plain sweep, each is ONE call of the cell.
     """
     n_steps, residual = len(projected), s0.new_zeros(())
+    chunk = min(chunk, n_steps)
     first, fixed = s0.detach(), projected.detach()
     n_exact = 0  # states s_1 .. of the estimate that are exact
     with torch.no_grad():
@@ -100,9 +103,12 @@ def forward_time_sweeps(
             inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)
             n_exact = 1
         for sweep in range(sweeps):
-            if n_exact >= n_steps - 1:  # the input of the last transition is exact as well
+            if n_exact >= n_steps - chunk:  # sweep K + 1 reads exact states alone
                 break
-            new = _sweep(cell, inputs[n_exact:], fixed[n_exact:], linearization, clip, chunk)
+            # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
+            is_one = sweep == 0 and start is None and init == "state"
+            read = first.expand_as(inputs) if is_one else inputs[n_exact:]
+            new = _sweep(cell, read, fixed[n_exact:], linearization, clip, chunk)
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)
@@ -113,13 +119,16 @@ def forward_time_sweeps(
                 old.lerp_(new, damping)
             if tolerance > 0 and residual.item() <= tolerance:
                 break
-        if n_exact >= n_steps - 1:
+        if n_exact >= n_steps - chunk:
             residual = torch.zeros_like(residual)
     # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
     torch.clear_autocast_cache()
     if s0.requires_grad:
         inputs = torch.cat((s0[None], inputs[1:]))
-    outputs, jacobian = cell.differentiate(inputs, projected)
+    if chunk > 1:
+        inputs, outputs, jacobian = _differentiate_chunks(cell, inputs, projected, chunk)
+    else:
+        outputs, jacobian = cell.differentiate(inputs, projected)
     factors = _factors(jacobian, clip) if linearization == "diagonal" else None
     return TimeSwept(inputs, outputs, _compose(outputs.detach(), inputs.detach(), factors), jacobian, factors, residual)
 
@@ -139,9 +148,9 @@ def time_sweep(
 
     The other arguments are those of :func:`forward_time_sweeps`.
     """
-    inputs = s0.new_empty((len(projected) + 1, *s0.shape))  # the last row is no input: it says how many are wanted
-    inputs[:-1] = s0
+    inputs = s0.expand((len(projected) + 1, *s0.shape))  # the last row is no input: it says how many are wanted
     if start is not None:
+        inputs = inputs.clone()
         inputs[1:-1] = start
     return _sweep(cell, inputs, projected, linearization, clip, chunk)
 
@@ -169,15 +178,14 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
         high = n_steps - correction * chunk  # products of transitions from here on were taken of final messages
         if high < 2:
             break
-        jacobian, at = swept.jacobian.between(1, high), errors[: high - 1]
-        between = None if factors is None else factors[1:high]
+        jacobian, at, old = swept.jacobian.between(1, high), errors[: high - 1], messages[1:high]
         if chunk > 1:
-            _correct_chunks(jacobian, between, at, messages[:high], chunk)
-            continue
-        old = messages[1:high]
-        new = jacobian.vjp(old)
-        if between is not None:
-            new = new.addcmul_(between, old, value=-1.0).add_(at)
+            read, new = _walk_back(jacobian, at, old, chunk)
+        else:
+            read, new = old, jacobian.vjp(old)
+        if factors is not None:
+            between = factors[1:high]
+            new = new.addcmul_(between, read, value=-1.0).add_(at)
             messages[: high - 1] = affine_scan(new, between, messages[high - 1], reverse=True)
         else:
             torch.add(new, at, out=messages[: high - 1])
@@ -188,69 +196,71 @@ def _sweep(
     cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
 ) -> Tensor:
     """New estimates of all but the first of ``inputs``, which is exact."""
+    read, given = inputs[:-1], projected[: len(inputs) - 1]
     if chunk > 1:
-        return _sweep_chunks(cell, inputs, projected, linearization, clip, chunk)
-    projected = projected[: len(inputs) - 1]
+        return _sweep_chunks(cell, read, given, linearization, clip, chunk)
     if linearization == "zero":
-        return cell.transition(inputs[:-1], projected)
-    outputs, jacobian = cell.differentiate(inputs[:-1], projected)
-    return _compose(outputs, inputs[:-1], _factors(jacobian, clip))
+        return cell.transition(read, given)
+    outputs, jacobian = cell.differentiate(read, given)
+    return _compose(outputs, read, _factors(jacobian, clip))
 
 
 def _sweep_chunks(
     cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
 ) -> Tensor:
-    """As :func:`_sweep`, by walking chunks. With the diagonal, what the first states of the chunks turn out to be off by is
-    carried through them by the products of their diagonals, one scan over all chunks."""
-    n_rows = len(inputs) - 1
-    states = starts = inputs[:n_rows:chunk]
-    new, carried, product = torch.empty_like(inputs[1:]), [], None
+    """As :func:`_sweep`, by walking chunks: a transition within a chunk reads what the one before it has just made."""
+    n_rows, state = len(inputs), inputs[::chunk]
+    outputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    read, factors = (None, None) if linearization == "zero" else (torch.empty_like(outputs), torch.empty_like(outputs))
     for p in range(min(chunk, n_rows)):
         rows = slice(p, n_rows, chunk)
-        states, given = states[: len(projected[rows])], projected[rows]
+        state = state[: len(projected[rows])]
         if linearization == "zero":
-            states = cell.transition(states, given)
+            state = cell.transition(state, projected[rows])
         else:
-            states, jacobian = cell.differentiate(states, given)
-            factors = _factors(jacobian, clip)
-            product = factors if product is None else product[: len(factors)] * factors
-            carried.append(product)
-        new[rows] = states
-    if carried and len(starts) > 1:
-        n_next = len(starts) - 1  # chunks that another one follows
-        ends = torch.addcmul(new[chunk - 1 :: chunk][:n_next], carried[-1][:n_next], starts[:n_next], value=-1.0)
-        off = affine_scan(ends, carried[-1][:n_next], starts[0]) - starts[1:]
-        for p, product in enumerate(carried):
-            new[p::chunk][1:].addcmul_(product[1:], off[: len(product) - 1])
-    return new
+            read[rows] = state
+            state, jacobian = cell.differentiate(state, projected[rows])
+            factors[rows] = _factors(jacobian, clip)
+        outputs[rows] = state
+    return _compose(outputs, read, factors)
 
 
-def _correct_chunks(jacobian: Jacobian, factors: Tensor | None, errors: Tensor, messages: Tensor, chunk: int) -> None:
-    """One correction in place in ``messages`` [R + 1, B, H] by walking chunks of the R transitions between them from the end,
-    where the last message is final. With the diagonal, what a chunk's first message is off by is carried as in
-    :func:`_sweep_chunks`."""
-    n_rows = len(errors)
-    n_chunks = -(-n_rows // chunk)
-    walked = ends = messages[n_rows - chunk * (n_chunks - 1) :: chunk].clone()  # what each chunk starts from
-    carried, product = [], None
+def _differentiate_chunks(
+    cell: RecurrentCell, inputs: Tensor, projected: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Jacobian]:
+    """Sweep K + 1 by walking chunks: what each transition read, its output, attached to that alone, and the Jacobians."""
+    n_steps = len(inputs)
+    n_chunks = -(-n_steps // chunk)
+    if n_chunks * chunk > n_steps:  # the last chunk is a short one; what follows its end is left out again
+        projected = F.pad(projected, (0, 0) * (projected.dim() - 1) + (0, n_chunks * chunk - n_steps))
+    state, read, outputs, jacobians = inputs[::chunk], [], [], []
+    for given in projected.unflatten(0, (n_chunks, chunk)).unbind(1):
+        read.append(state)
+        output, jacobian = cell.differentiate(state, given)
+        state = output.detach()
+        outputs.append(output)
+        jacobians.append(jacobian)
+
+    def join(parts: Sequence[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.stack(list(parts), dim=1).flatten(0, 1)[:n_steps]
+
+    direct, gains, weights = zip(*jacobians)
+    return join(read), join(outputs), Jacobian(join(direct), join(gains), weights[0])
+
+
+def _walk_back(jacobian: Jacobian, errors: Tensor, old: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Products ``J^T lambda`` of R transitions by walking chunks of them from the end, and the messages [R, B, H] that they
+    were taken of: at the end of a chunk an old one, within it what the product behind it has just made."""
+    n_rows = len(old)
+    read, products = old.clone(), torch.empty_like(old)
     for q in range(min(chunk, n_rows)):
-        low = n_rows - 1 - q - chunk * (n_chunks - 1)
-        n_gone = int(low < 0)  # the chunk at the beginning may be a short one
-        rows = slice(low + chunk * n_gone, n_rows - q, chunk)
-        n_kept = len(errors[rows])
-        walked = jacobian.between(rows.start, rows.stop, chunk).vjp(walked[-n_kept:]).add_(errors[rows])
-        if factors is not None:
-            product = factors[rows] if product is None else product[-n_kept:] * factors[rows]
-            carried.append((rows, product))
-        messages[rows] = walked
-    if carried and n_chunks > 1:
-        n_next = n_chunks - 1  # chunks that another one follows, towards the beginning
-        last = carried[-1][1][-n_next:]
-        b = torch.addcmul(walked[-n_next:], last, ends[1:], value=-1.0)
-        off = affine_scan(b, last, ends[-1], reverse=True) - ends[:-1]
-        for rows, product in carried:
-            n_kept = len(product) - 1
-            messages[rows][:n_kept].addcmul_(product[:n_kept], off[n_next - n_kept :])
+        rows = slice((n_rows - 1 - q) % chunk, n_rows - q, chunk)
+        products[rows] = jacobian.between(rows.start, rows.stop, chunk).vjp(read[rows])
+        if q + 1 < chunk:
+            first = chunk if rows.start == 0 else 0  # a chunk that is a short one ends there
+            at = slice(rows.start + first, rows.stop, chunk)
+            read[at.start - 1 : at.stop - 1 : chunk] = products[at] + errors[at]
+    return read, products
 
 
 def _factors(jacobian: Jacobian, clip: float) -> Tensor:

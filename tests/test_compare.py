@@ -76,7 +76,7 @@ def test_a_synthetic_task(compare, tmp_path, capsys):
     "name, message",
     [
         ("forward", "side 'forward': allowed are backprop-N"),
-        ("sweeps:k=3", "sweeps has no option 'k'; it has corrections"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, corrections"),
         ("sweeps:depth=3", "has no option 'depth'"),
         ("tree:sweeps=2", "tree has no option 'sweeps'; it has graphs, state_weight"),
         ("sweeps:sweeps=x", "sweeps='x' must be a number"),

@@ -1,4 +1,4 @@
-"""train/lm.py with recurrent blocks: states carried across windows, saved, resumed, and the same on any arrangement of rows."""
+"""train/lm.py with recurrent blocks: states carried across windows, saved, resumed, the same on any arrangement of rows."""
 
 import json
 import os
@@ -101,7 +101,8 @@ def test_rows_read_their_own_stretch_and_keep_their_own_state(options, tmp_path,
         for prefix, state in states.items():
             torch.testing.assert_close(torch.cat([call[1][prefix] for call in micro]), state, rtol=1e-4, atol=1e-5)
         if step:
-            assert all(torch.equal(calls[3 * step + m][1][p], s) for m in range(3) for p, s in calls[3 * step - 3 + m][2].items())
+            for m in range(3):
+                assert all(torch.equal(calls[3 * step + m][1][p], s) for p, s in calls[3 * step - 3 + m][2].items())
             ends, starts = seen[step - 1][0][:, -1], inputs[:, 0]
             assert (ends == starts).sum() >= 5  # one row at most passes the end of the text
     for one, other in zip(kr.lines(tmp_path / "a"), kr.lines(tmp_path / "b"), strict=True):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hbll_seq.cells import recurrent
 from hbll_seq.cells.recurrent import CELL_KINDS, ElmanCell, GRUCell, RecurrentState, make_cell
 
 
@@ -115,3 +116,63 @@ def test_large_sweeps_are_the_same_function(kind, dtype, tolerance):
     with torch.no_grad():
         large, small = cell.transition(s, cell.project(x)), [cell.transition(a, cell.project(b)) for a, b in zip(s, x)]
     torch.testing.assert_close(large, torch.stack(small), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("tile", [1, 100, 300])
+def test_tiles_are_the_same_function(kind, tile, monkeypatch):
+    cell = double_cell(kind)
+    s, message = torch.randn(2, 11, 2, 6, dtype=torch.float64)
+    projected = cell.project(torch.randn(11, 2, 5, dtype=torch.float64)).detach()
+
+    def everything():
+        output, jacobian = cell.differentiate(s, projected)
+        with torch.no_grad():
+            return cell.transition(s, projected), output, jacobian.diagonal(), jacobian.vjp(message)
+
+    whole = everything()
+    reference = gradients(cell.transition, cell, s, projected, message)
+    monkeypatch.setattr(recurrent, "TILE", tile)
+    for tiled, expected in zip(everything(), whole):
+        torch.testing.assert_close(tiled, expected, rtol=0, atol=1e-14)
+    ours = gradients(lambda *inputs: cell.differentiate(*inputs)[0], cell, s, projected, message)
+    for gradient, expected in zip(ours, reference):  # a GRU makes its own
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def gradients(f, cell, s, projected, message):
+    """By state, projected input and what multiplies the state."""
+    inputs = [s.clone().requires_grad_(True), projected.clone().requires_grad_(True)]
+    weights = [cell.weight_hh, cell.bias_hh] if cell.has_recurrent_weight else []
+    return torch.autograd.grad(f(*inputs), [*inputs, *weights], message)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+def test_gradients_under_autocast_are_those_of_autograd(kind):
+    torch.manual_seed(0)
+    cell = make_cell(kind, 5, 6)
+    s, message = torch.randn(2, 11, 2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = cell.project(torch.randn(11, 2, 5)).detach()
+        reference = gradients(cell.transition, cell, s, projected, message)
+        ours = gradients(lambda *inputs: cell.differentiate(*inputs)[0], cell, s, projected, message)
+    for gradient, expected in zip(ours, reference):
+        assert gradient.dtype == expected.dtype
+        torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("tile", [100, 2**19])
+def test_one_state_for_all_transitions(kind, tile, monkeypatch):
+    """It is multiplied with the matrix once."""
+    monkeypatch.setattr(recurrent, "TILE", tile)
+    cell = double_cell(kind)
+    s = torch.randn(2, 6, dtype=torch.float64).expand(11, 2, 6)
+    projected = cell.project(torch.randn(11, 2, 5, dtype=torch.float64)).detach()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(cell.transition(s, projected), cell.transition(s.clone(), projected))
+            for ours, expected in zip(cell.differentiate(s, projected), cell.differentiate(s.clone(), projected)):
+                ours, expected = ((ours, expected) if isinstance(ours, torch.Tensor) else
+                                  (ours.diagonal(), expected.diagonal()))  # fmt: skip
+                torch.testing.assert_close(ours, expected)

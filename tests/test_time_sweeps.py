@@ -108,15 +108,16 @@ def test_min_gru_is_exact_after_one_sweep_without_corrections():
 def test_chunks_reach_bptt_in_a_fraction_of_the_sweeps_and_not_before(kind, linearization, n_steps, chunk):
     model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 3.0)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    enough = -(-(n_steps - 1) // chunk)
+    sweeps, corrections = -(-n_steps // chunk) - 1, -(-(n_steps - 1) // chunk)  # the differentiated sweep is one too
     options = dict(linearization=linearization, chunk=chunk)
-    objective = RecurrentLocalObjective(model, sweeps=enough, corrections=enough, **options)
+    objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-11
-    if enough == 0 or (kind == "mingru" and linearization == "diagonal"):
+    if kind == "mingru" and linearization == "diagonal":
         return
-    for sweeps, corrections in ((enough - 1, enough), (enough, enough - 1)):
-        objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
-        assert difference(gradients(objective, tokens, state)[1], reference) > 1e-11, (sweeps, corrections)
+    for fewer in ((sweeps - 1, corrections), (sweeps, corrections - 1)):
+        if min(fewer) >= 0:
+            objective = RecurrentLocalObjective(model, sweeps=fewer[0], corrections=fewer[1], **options)
+            assert difference(gradients(objective, tokens, state)[1], reference) > 1e-11, fewer
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
@@ -141,7 +142,14 @@ def test_chunked_sweeps_equal_their_written_out_form(kind, linearization, n_step
         expected = [o + damping * (n - o) for o, n in zip(old, new)]
         options = dict(linearization=linearization, clip=1.0 if kind != "mingru" else 10.0, damping=damping, chunk=chunk)
         swept = forward_time_sweeps(cell, projected, s0, sweeps=1, start=torch.stack(old[1:]), **options)
+        starts = torch.stack(expected)[::chunk]  # within the chunks the differentiated sweep has gone on from these
+        torch.testing.assert_close(swept.inputs[::chunk], starts, rtol=0, atol=1e-12)
+        for n in range(n_steps - 1):
+            expected[n] = swept.inputs[n]
+            if (n + 1) % chunk:
+                expected[n + 1] = cell.transition(expected[n], projected[n])
         torch.testing.assert_close(swept.inputs, torch.stack(expected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(swept.outputs, cell.transition(swept.inputs, projected), rtol=0, atol=1e-12)
 
     errors = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
     factors = swept.factors if swept.factors is not None else torch.zeros_like(errors)
@@ -168,7 +176,7 @@ def test_a_chunked_step_spans_the_chunk_and_no_more():
         model, tokens, state = double_lm("gru", n_steps, gain=1.0)
         log = instrument(model.cell)
         RecurrentLocalObjective(model, sweeps=2, corrections=2, chunk=8, linearization="zero")(tokens, state=state)
-        assert log["calls"] == 2 * 8 + 1
+        assert log["calls"] == (2 + 1) * 8
 
 
 class TimeChain(Chain):
@@ -192,15 +200,16 @@ def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
     model, tokens, s0 = double_lm(kind, gain=1.0)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     errors = torch.randn(N, 2, 6, dtype=torch.float64)
-    for sweeps, corrections, damping in ((0, 0, 1.0), (2, 1, 1.0), (3, 4, 0.7)):
-        options = dict(sweeps=sweeps, linearization=linearization, damping=damping)
+    dials = ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2))
+    for sweeps, corrections, damping, chunk in dials:
+        options = dict(sweeps=sweeps, linearization=linearization, damping=damping, chunk=chunk)
         ours = forward_time_sweeps(model.cell, projected, s0, **options)
         theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)
         torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
-        messages = backward_time_sweeps(ours, errors, corrections=corrections)
-        expected = backward_sweeps(theirs, list(errors), corrections=corrections)
+        messages = backward_time_sweeps(ours, errors, corrections=corrections, chunk=chunk)
+        expected = backward_sweeps(theirs, list(errors), corrections=corrections, chunk=chunk)
         torch.testing.assert_close(messages, torch.stack(expected), rtol=0, atol=1e-12)
 
 

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, I input width, H hidden width, G gates, ``...`` any l
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,16 @@ class Jacobian(NamedTuple):
 
     def vjp(self, message: Tensor) -> Tensor:
         """``J^T message``, transposed Jacobian times [..., H]: a product with W for all transitions at once."""
-        direct = None if self.direct is None else self.direct * message
         if self.gains is None:
-            return direct
+            return self.direct * message
+        if _is_large(self.gains):
+            product = torch.empty_like(message)
+            for part in _tiles(self.gains):
+                product[part] = self.between(part.start, part.stop).vjp(message[part])
+            return product
         scaled = (self.gains.unflatten(-1, (-1, message.shape[-1])) * message.unsqueeze(-2)).flatten(-2)
         product = (scaled @ self.weight).to(message.dtype)  # under autocast the product is in its precision
-        return product if direct is None else product.add_(direct)
+        return product if self.direct is None else product.addcmul_(self.direct, message)
 
 
 class RecurrentState(NamedTuple):
@@ -185,7 +190,9 @@ class ElmanCell(RecurrentCell):
 
     def transition(self, state: Tensor, projected: Tensor) -> Tensor:
         """See :meth:`RecurrentCell.transition`."""
-        before = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype) + projected
+        if _is_large(projected) and not torch.is_grad_enabled():
+            return _by_tiles(self.transition, state, projected)
+        before = _add(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
         return _tanh_(before) if self.nonlinearity == "tanh" else before.sigmoid_()
 
     def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
@@ -206,34 +213,95 @@ class GRUCell(RecurrentCell):
 
     def transition(self, state: Tensor, projected: Tensor) -> Tensor:
         """See :meth:`RecurrentCell.transition`."""
+        if _is_large(projected) and not torch.is_grad_enabled():
+            return _by_tiles(self.transition, state, projected)
         _, z, n, _ = self._gates(state, projected)
         return torch.lerp(n, state, z)
 
     def differentiate(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Jacobian]:
         """See :meth:`RecurrentCell.differentiate`."""
-        r, z, n, hidden_n = self._gates(state, projected)
-        output = torch.lerp(n, state, z)
-        with torch.no_grad():
-            r, z, n, hidden_n, width = r.detach(), z.detach(), n.detach(), hidden_n.detach(), self.hidden_size
-            # derivatives of s' by what the recurrent matrices add to r, z and n before their nonlinearities
-            gains = torch.empty((*z.shape[:-1], 3 * width), dtype=z.dtype, device=z.device)
-            gain_r, gain_z, gain_n = gains.split(width, dim=-1)
-            by_n = (1 - z) * (1 - n * n)  # by n's pre-activation
-            torch.mul(by_n, r, out=gain_n)
-            torch.mul(gain_n * (1 - r), hidden_n, out=gain_r)
-            torch.mul(z - z * z, state.detach() - n, out=gain_z)
-        return output, Jacobian(z, gains, self.weight_hh.detach())
+        output, gains, direct = _DifferentiatedGRU.apply(state, projected, self.weight_hh, self.bias_hh)
+        return output, Jacobian(direct, gains, self.weight_hh.detach())
 
     def _gates(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """r, z, n and ``W_hn s + b_hn``, each [..., H]."""
-        width = self.hidden_size
-        hidden = F.linear(state, self.weight_hh, self.bias_hh).to(state.dtype)
-        # split, because the backward pass of a slice fills a tensor of the whole width with zeros
-        hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
-        projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
-        r, z = (hidden_rz + projected_rz).sigmoid_().split(width, dim=-1)
-        n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
-        return r, z, n, hidden_n
+        return _gru_gates(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
+
+
+def _gru_gates(hidden: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """r, z, n and ``W_hn s + b_hn``, each [..., H], of the recurrent and the input's part of the gates [..., 3 * H]."""
+    width = hidden.shape[-1] // 3
+    # split, because the backward pass of a slice fills a tensor of the whole width with zeros
+    hidden_rz, hidden_n = hidden.split((2 * width, width), dim=-1)
+    projected_rz, projected_n = projected.split((2 * width, width), dim=-1)
+    r, z = _add(hidden_rz, projected_rz).sigmoid_().split(width, dim=-1)
+    n = _tanh_(torch.addcmul(projected_n, r, hidden_n))
+    return r, z, n, hidden_n
+
+
+class _DifferentiatedGRU(torch.autograd.Function):
+    """A GRU's transition with its Jacobian, from which its backward pass is made too: autograd would keep every gate beside
+    it and put the gradients of the gates together again from parts.
+
+    ``(state, projected, weight_hh, bias_hh)`` -> next state, gains, direct; the latter two as in :class:`Jacobian`.
+    """
+
+    @staticmethod
+    def forward(ctx, state: Tensor, projected: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        device, width = state.device.type, state.shape[-1]
+        ctx.precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        low_weight = weight if ctx.precision is None else weight.to(ctx.precision)  # once, and not in autocast's cache
+        output, direct, by_n = (torch.empty_like(state) for _ in range(3))
+        gains = state.new_empty((*state.shape[:-1], 3 * width))
+        for part in _tiles(projected) if _is_large(projected) else [slice(None)]:
+            s, inner = state[part], by_n[part]
+            r, z, n, hidden_n = _gru_gates(_recurrent_part(s, low_weight, bias), projected[part])
+            torch.lerp(n, s, z, out=output[part])
+            direct[part] = z
+            # derivatives of s' by what the recurrent matrices add to r, z and n before their nonlinearities
+            gain_r, gain_z, gain_n = gains[part].split(width, dim=-1)
+            torch.mul(n, n, out=inner).sub_(1).mul_(z - 1)  # (1 - z) (1 - n^2), by n's pre-activation
+            torch.mul(inner, r, out=gain_n)
+            by_r, by_z = gain_n * hidden_n, (s - n).mul_(z)
+            torch.addcmul(by_r, by_r, r, value=-1.0, out=gain_r)
+            torch.addcmul(by_z, by_z, z, value=-1.0, out=gain_z)
+        ctx.save_for_backward(state, weight, gains, direct, by_n)
+        ctx.projected_dtype = projected.dtype
+        ctx.mark_non_differentiable(gains, direct)
+        ctx.set_materialize_grads(False)
+        return output, gains, direct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_output: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        if by_output is None:
+            return None, None, None, None
+        state, weight, gains, direct, by_n = ctx.saved_tensors
+        by_state, by_projected, by_weight, by_bias = (None,) * 4
+        low = (lambda t: t) if ctx.precision is None else (lambda t: t.to(ctx.precision))
+        width, low_weight = state.shape[-1], low(weight)
+        by_gates = torch.empty_like(gains)
+        if ctx.needs_input_grad[0]:
+            by_state = torch.empty_like(state)
+        if ctx.needs_input_grad[2]:
+            by_weight = torch.zeros_like(weight)
+        if ctx.needs_input_grad[3]:
+            by_bias = weight.new_zeros(len(weight))
+        for part in _tiles(gains) if _is_large(gains) else [slice(None)]:
+            message, tile = by_output[part], by_gates[part]  # by the gates' recurrent part
+            for gate, gain in zip(tile.split(width, dim=-1), gains[part].split(width, dim=-1)):
+                torch.mul(gain, message, out=gate)
+            flat = low(tile.reshape(-1, 3 * width))
+            if by_weight is not None:
+                by_weight += flat.t() @ low(state[part].reshape(-1, width))
+            if by_bias is not None:
+                by_bias += tile.reshape(-1, 3 * width).sum(0)
+            if by_state is not None:
+                through_gates = (flat @ low_weight).view(message.shape).to(state.dtype)
+                torch.addcmul(through_gates, direct[part], message, out=by_state[part])
+            torch.mul(by_n[part], message, out=tile[..., 2 * width :])  # by the input's part, which r does not scale
+        if ctx.needs_input_grad[1]:
+            by_projected = by_gates.to(ctx.projected_dtype)
+        return by_state, by_projected, by_weight, by_bias
 
 
 class MinGRUCell(RecurrentCell):
@@ -279,8 +347,41 @@ def _tanh_(x: Tensor) -> Tensor:
     return x.tanh_()
 
 
+def _recurrent_part(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``W s + b``; one row, to be broadcast, where one state was expanded to stand for those of all transitions."""
+    is_one = state.dim() > 2 and len(state) > 1 and state.stride(0) == 0
+    return F.linear(state[:1] if is_one else state, weight, bias).to(state.dtype)
+
+
+def _add(hidden: Tensor, projected: Tensor) -> Tensor:
+    """Their sum, without a graph in place: making large tensors takes as long as the arithmetic on them."""
+    in_place = not torch.is_grad_enabled() and hidden.shape == projected.shape
+    return hidden.add_(projected) if in_place else hidden + projected
+
+
+def _is_large(gates: Tensor) -> bool:
+    """Whether to evaluate so many gates in tiles: on a CPU, where several of a tile's tensors fit the cache, and the
+    allocator hands out the same memory for every tile, while that of larger tensors comes page by page from the system."""
+    return gates.device.type == "cpu" and gates.numel() > TILE and len(gates) > 1
+
+
+def _tiles(gates: Tensor) -> list[slice]:
+    """Slices of the first dimension, of about ``TILE`` elements for every thread."""
+    size = max(1, TILE * torch.get_num_threads() * len(gates) // gates.numel())
+    return [slice(low, min(low + size, len(gates))) for low in range(0, len(gates), size)]
+
+
+def _by_tiles(transition: Callable[[Tensor, Tensor], Tensor], state: Tensor, projected: Tensor) -> Tensor:
+    output = torch.empty_like(state)
+    for part in _tiles(projected):
+        output[part] = transition(state[part], projected[part])
+    return output
+
+
 #: elements from which on the arithmetic of a tanh outweighs three more calls.
 LARGE = 2**14
+#: elements of the gates from which on a call is evaluated in tiles of this size.
+TILE = 2**19
 #: the kinds by name; see :func:`make_cell`.
 CELL_KINDS = ("gru", "mingru", "elman", "elman-sigmoid")
 

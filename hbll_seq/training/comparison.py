@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hbll_seq.atomic import atomic_write
@@ -111,7 +111,7 @@ class TaskProblem(Problem):
 
 # --------------------------------------------------------------------------------------------------------------- sides
 
-_TYPES = {"sweeps": int, "corrections": int, "depth": int, "state_weight": float, "mix_weight": float,
+_TYPES = {"sweeps": int, "corrections": int, "chunk": int, "depth": int, "state_weight": float, "mix_weight": float,
           "readout_rank": int}  # fmt: skip
 _MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank", "readouts"}
 #: options that belong to the model's configuration, by its name there
@@ -120,9 +120,34 @@ _OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readout
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
     "tree": {"state_weight", "graphs"},
-    "sweeps": {"sweeps", "corrections", "init", "linearization", *_MIXED},
+    "sweeps": {"sweeps", "corrections", "chunk", "init", "linearization", *_MIXED},
     "multigrid": {"sweeps", "corrections", *_MIXED},
 }
+
+
+def parse_options(name: str, kind: str, text: str, types: Mapping[str, type]) -> list[tuple[str, Any]]:
+    """The options of a side, from "key=value,key=value".
+
+    Args:
+        name: of the side, for messages.
+        kind: what the options belong to.
+        text: what stands after the colon.
+        types: of every option that there is, by key.
+
+    Raises:
+        ValueError: an option is unknown, or its value no number where it must be one.
+    """
+    options = []
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key not in types:
+            known = ", ".join(sorted(types))
+            raise ValueError(f"side {name!r}: {kind} has no option {key!r}; it has {known}")
+        try:
+            options.append((key, types[key](value)))
+        except ValueError:
+            raise ValueError(f"side {name!r}: {key}={value!r} must be a number") from None
+    return options
 
 
 @dataclass(frozen=True)
@@ -153,16 +178,7 @@ class Side:
         inference, _, rest = short.partition(":")
         if inference not in _OPTIONS:
             raise ValueError(f"side {name!r}: allowed are backprop-N, mix, backprop-mix, {', '.join(_OPTIONS)}")
-        options = []
-        for item in filter(None, rest.split(",")):
-            key, _, value = item.partition("=")
-            if key not in _OPTIONS[inference]:
-                known = ", ".join(sorted(_OPTIONS[inference]))
-                raise ValueError(f"side {name!r}: {inference} has no option {key!r}; it has {known}")
-            try:
-                options.append((key, _TYPES.get(key, str)(value)))
-            except ValueError:
-                raise ValueError(f"side {name!r}: {key}={value!r} must be a number") from None
+        options = parse_options(name, inference, rest, {key: _TYPES.get(key, str) for key in _OPTIONS[inference]})
         config = tuple((_OF_CONFIG[key], value) for key, value in options if key in _OF_CONFIG)
         HBLLConfig(**dict(config))  # refuses a value that is out of range
         return cls(name, inference, tuple((k, v) for k, v in options if k not in _OF_CONFIG), config)
@@ -204,6 +220,8 @@ class Side:
         if self.inference == "tree":
             names += ["state_weight"]
         described = {name: getattr(objective, name) for name in names}
+        if self.inference == "sweeps" and objective.chunk > 1:  # the first stored runs were described without it
+            described["chunk"] = objective.chunk
         config = HBLLConfig(**dict(self.config))
         described |= {name: getattr(config, name) for name in sorted(_OF_CONFIG.values())}
         if config.readout_by == "jump":  # the only one there was when the first stored runs were described
@@ -273,13 +291,13 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
                 probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step)])
                 if objective.mix != "none":  # the mix may be exact where its main path is not
                     probes[-1].append(fidelity(*alone, parameters, tokens, labels, step)[0])
-            start = _now(device)
+            start = now(device)
             output = objective(tokens, labels, step=step)
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            seconds += _now(device) - start
+            seconds += now(device) - start
             if step % 20 == 19 or step == shape.steps - 1:
                 curve.append([step + 1, round(output.metrics["ce"].item(), 5)])
                 bar.set_postfix(ce=f"{curve[-1][1]:.3f}")
@@ -292,17 +310,21 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
             "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
+    """Seconds, once the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()  # or only the queueing would be timed
     return time.perf_counter()
 
 
-def fidelity(objective: Objective, exact: Objective, parameters: list[Tensor], tokens, labels, step: int) -> list[float]:
-    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual."""
+def fidelity(
+    objective: nn.Module, exact: nn.Module, parameters: list[Tensor], tokens, labels, step: int, **carried: Tensor
+) -> list[float]:
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual. ``carried`` is what
+    else both take, such as the state of a recurrent network."""
     gradients, residuals = [], []
     for each in (objective, exact):
-        output = each(tokens, labels, step=step)
+        output = each(tokens, labels, step=step, **carried)
         found = torch.autograd.grad(output.loss, parameters)
         gradients.append(torch.cat([g.flatten() for g in found]).double())  # float32 sums of millions end above one
         residuals.append(output.metrics.get("residual", torch.zeros(())))

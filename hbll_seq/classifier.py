@@ -1,0 +1,179 @@
+"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (METHOD 1.5).
+
+Shapes: B batch, L values of a sequence, T steps (N where all values are read), I values a step, H hidden width,
+V classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll_seq.cells.recurrent import CELL_KINDS, make_cell
+from hbll_seq.config import ModelConfig
+from hbll_seq.hub import HubMixin
+from hbll_seq.model_card import CardText
+from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.recurrent_model import RecurrentModel
+from hbll_seq.seeds import mix_seeds
+
+
+@dataclass(frozen=True)
+class HBLLClassifierConfig(ModelConfig):
+    """Shape of a recurrent classifier, and how it reads a sequence.
+
+    Attributes:
+        n_inputs: values L of a sequence, such as the pixels of an image.
+        n_steps: N, steps in which they are read, ``ceil(L / N)`` values each.
+        n_classes: V.
+        cell: kind of cell, one of ``CELL_KINDS``.
+        hidden_size: H.
+        permutation_seed: the values are read in the order :func:`fixed_order` makes of this number; None: as they come.
+
+    Raises:
+        ValueError: a value is out of range; the message says which, what is allowed and what to do.
+    """
+
+    model_type: ClassVar[str] = "hbll-classifier"
+
+    n_inputs: int = 784
+    n_steps: int = 16
+    n_classes: int = 10
+    cell: str = "gru"
+    hidden_size: int = 128
+    permutation_seed: int | None = None
+
+    @property
+    def step_size(self) -> int:
+        """Values I of a step, ``ceil(n_inputs / n_steps)``."""
+        return -(-self.n_inputs // self.n_steps)
+
+    def __post_init__(self):
+        for name in ("n_inputs", "n_steps", "n_classes", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        if self.n_steps > self.n_inputs:
+            raise ValueError(
+                f"n_steps={self.n_steps} of n_inputs={self.n_inputs}: a step reads one value or more, so choose at most "
+                f"{self.n_inputs} steps"
+            )
+        if self.n_classes < 2:
+            raise ValueError(f"n_classes={self.n_classes}: must be at least 2, or there is nothing to tell apart")
+        if self.cell not in CELL_KINDS:
+            raise ValueError(f"cell={self.cell!r}: allowed are {', '.join(CELL_KINDS)}")
+        seed = self.permutation_seed
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise ValueError(
+                f"permutation_seed={seed!r}: must be a whole number of at least 0, or None to read the values as they come"
+            )
+
+
+def fixed_order(n: int, seed: int | None) -> list[int]:
+    """A permutation of 0 .. n - 1 that is a function of the seed alone, on any machine and with any version of torch, so
+    that a saved seed is a saved permutation; None: the identity."""
+    return list(range(n)) if seed is None else sorted(range(n), key=lambda i: mix_seeds(seed, i))
+
+
+class HBLLForSequenceClassification(HubMixin, RecurrentModel):
+    """One recurrent cell over the steps of a sequence, and a linear head on its last state.
+
+    An objective of ``recurrent_objective.py`` around it trains it: half the loss is that of the last state and half the
+    mean over all states (METHOD 2.4). A tree that training needs is not part of it.
+
+    Args:
+        config: shape of the model.
+    """
+
+    config_class = HBLLClassifierConfig
+
+    def __init__(self, config: HBLLClassifierConfig):
+        cell = make_cell(config.cell, config.step_size, config.hidden_size)
+        super().__init__(cell, nn.Linear(config.hidden_size, config.n_classes), readout="last")
+        self.config = config
+        # not in the file of weights: config.json determines it
+        self.register_buffer("order", torch.tensor(fixed_order(config.n_inputs, config.permutation_seed)), persistent=False)
+
+    def chunks(self, inputs: Tensor) -> Tensor:
+        """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
+        first one where ``N * I`` is more than L (METHOD 1.5). Chunks [B, T, I] are returned as they are.
+
+        Raises:
+            ValueError: inputs of another shape, or not of floating point.
+        """
+        config, shape = self.config, tuple(inputs.shape)
+        is_flat = inputs.dim() == 2 and shape[1] == config.n_inputs
+        if not is_flat and (inputs.dim() != 3 or shape[1] < 1 or shape[2] != config.step_size):
+            raise ValueError(
+                f"inputs of shape {shape}: must be [batch, {config.n_inputs}] values, or [batch, steps, {config.step_size}] "
+                "chunks of them; flatten or cut them, or make a model of another n_inputs or n_steps"
+            )
+        if not inputs.is_floating_point():
+            raise ValueError(f"inputs of {inputs.dtype}: must be of floating point, as pixels of 0 to 1: x.float() / 255")
+        inputs = inputs.to(self.head.weight.dtype)
+        if not is_flat:
+            return inputs
+        padding = config.n_steps * config.step_size - config.n_inputs
+        return F.pad(inputs[:, self.order], (padding, 0)).unflatten(1, (config.n_steps, config.step_size))
+
+    def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What an objective reads: chunks [B, T, I] and the class of every sequence [B].
+
+        Args:
+            inputs: see :meth:`chunks`.
+            labels: [B] of int64, in 0 .. V - 1, or -100 where a sequence is not to be scored.
+
+        Raises:
+            ValueError: there are no labels, or they or the inputs do not fit.
+        """
+        chunks = self.chunks(inputs)
+        if labels is None:
+            raise ValueError("labels=None: this model needs the class of every sequence to be scored on; pass them")
+        if labels.shape != chunks.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} and {labels.dtype} with inputs of shape {tuple(inputs.shape)}: must "
+                f"be class numbers [{len(chunks)}] of torch.int64"
+            )
+        if labels.device.type == "cpu" and (scored := labels[labels != IGNORE_INDEX]).numel():  # a GPU would be waited for
+            low, high = scored.aminmax()
+            if low < 0 or high >= self.config.n_classes:
+                raise ValueError(
+                    f"labels from {int(low)} to {int(high)}: must be in 0 .. {self.config.n_classes - 1}, or {IGNORE_INDEX} "
+                    "where there is none; make a model of more n_classes, or number the classes from 0"
+                )
+        return chunks, labels
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The deployed network, one transition after the other: see :meth:`chunks` -> logits of the last state [B, V]."""
+        states, _ = self.cell(self.chunks(inputs))
+        return self.head(states[:, -1])
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, batch_size: int = 1000) -> Tensor:
+        """The most likely class of every sequence, [B] of int64, evaluated in batches.
+
+        Raises:
+            ValueError: the inputs cannot be read, or the batch size is below 1.
+        """
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1")
+        return torch.cat([self(batch).argmax(-1) for batch in inputs.split(batch_size)])
+
+    def card_text(self) -> CardText:
+        """See :meth:`HubMixin.card_text`."""
+        config, n_parameters = self.config, sum(p.numel() for p in self.parameters())
+        about = (
+            f"A classifier of sequences of {config.n_inputs} values with {n_parameters:,} parameters: one recurrent cell "
+            f"({config.cell}) that\nreads them in {config.n_steps} steps of {config.step_size}, and a linear head on its "
+            "last state. It is the deployed cell of a hierarchy over time."
+        )
+        usage = f"import torch\n\nprint(model.predict(torch.rand(2, {config.n_inputs})))  # your own values, [batch, values]"
+        return CardText(None, "HBLL sequence classifier", about, usage)
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(model)``."""
+        return f"{self.config}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from hbll_seq.cells import RecurrentBlock
 from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
 from hbll_seq.depth import DepthChain, Prefix
-from hbll_seq.time_sweeps import backward_time_sweeps, forward_time_sweeps, time_sweep
+from hbll_seq.time_sweeps import backward_time_sweeps, forward_time_sweeps
 
 
 class TimeOptions(NamedTuple):
@@ -116,13 +116,10 @@ class TimeSweptChain(DepthChain):
 
     def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor, start: Tensor | None = None) -> Tensor:
         projected, zero = block.enter(x)
-        s0, options = self.carried.get(index, zero), self.options
-        if torch.is_grad_enabled():
-            states = time_messages(block.cell, projected, s0, options, start)
-        else:
-            states = time_sweep(
-                block.cell, projected, s0, start, linearization=options.linearization, chunk=options.chunk
-            )
+        differentiated = torch.is_grad_enabled()
+        options = self.options if differentiated else self.options._replace(sweeps=0)  # the call itself is one sweep
+        states = time_messages(block.cell, projected, self.carried.get(index, zero), options, start)
+        if not differentiated:
             self._estimates[index] = self._estimates[self.number(index)] = states[:-1]
         self._keep(index, states[-1])
         return block.leave(x, states)

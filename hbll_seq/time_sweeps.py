@@ -13,8 +13,9 @@ truncated backpropagation through time (M + 1 steps with A = 0), evaluated in pa
 A sweep of single transitions spends N calls on each step of memory that it wins. With ``chunk`` = c a sweep walks c
 transitions one after the other inside every one of N / c chunks, all chunks side by side (block Jacobi iteration, the fine
 half of parareal: Lions, Maday, Turinici 2001): one pass over the sequence wins c steps of memory, for a span of c.
-K sweeps then have span K c and give every state an exact memory of at least (K - 1) c + 1 steps, and of K c at the chunks'
-ends; so do M corrections with products. With K, M fixed and c of order log N the span stays O(log N).
+K + 1 sweeps, the differentiated one included, then have span (K + 1) c and give every state an exact memory of at least
+K c + 1 steps and at most (K + 1) c; so do M corrections with products. With K and M fixed and c of order log N the span stays
+O(log N).
 
 Shapes: N transitions, B batch, H hidden width. ``states[n]`` is s_n on [N + 1, B, H]; of the N that transitions read,
 ``inputs[i]`` is s_i, ``outputs[i]`` is a_{i+1} and ``messages[i]`` is lambda_{i+1}.
@@ -43,12 +44,13 @@ class TimeSwept:
     """A recurrence after its forward sweeps.
 
     Attributes:
-        inputs: [N, B, H], s_0 .. s_{N-1} that the differentiated calls read; detached, s_0 attached where it needs a gradient.
+        inputs: [N, B, H], s_0 .. s_{N-1} that the differentiated calls read; detached, s_0 attached if it needs a gradient.
         outputs: [N, B, H], a_1 .. a_N of these calls; attached to the cell's parameters and to ``projected``.
         states: [N, B, H], s_1 .. s_N as the forward message makes them of these, detached: what readouts read.
         jacobian: of all transitions at ``inputs``.
         factors: A: None for zero, or [N, B, H].
-        residual: root mean square of the last sweep's change relative to the states'; 0 where all states are exact.
+        residual: root mean square of the last sweep's change relative to the states', at the chunks' beginnings; 0 where all
+            states are exact.
     """
 
     inputs: Tensor
@@ -102,24 +104,26 @@ def forward_time_sweeps(
         if start is None and init == "diagonal" and n_steps > 1:
             inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)
             n_exact = 1
+        inputs = inputs[::chunk]  # within a chunk nothing is read but what the walk makes
+        n_exact //= chunk
         for sweep in range(sweeps):
-            if n_exact >= n_steps - chunk:  # sweep K + 1 reads exact states alone
+            if n_exact >= len(inputs) - 1:  # sweep K + 1 reads exact states alone
                 break
             # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
             is_one = sweep == 0 and start is None and init == "state"
             read = first.expand_as(inputs) if is_one else inputs[n_exact:]
-            new = _sweep(cell, read, fixed[n_exact:], linearization, clip, chunk)
+            new = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk)
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)
             if damping == 1.0:
                 old.copy_(new)
-                n_exact += chunk
+                n_exact += 1
             else:
                 old.lerp_(new, damping)
             if tolerance > 0 and residual.item() <= tolerance:
                 break
-        if n_exact >= n_steps - chunk:
+        if n_exact >= len(inputs) - 1:
             residual = torch.zeros_like(residual)
     # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
     torch.clear_autocast_cache()
@@ -131,28 +135,6 @@ def forward_time_sweeps(
         outputs, jacobian = cell.differentiate(inputs, projected)
     factors = _factors(jacobian, clip) if linearization == "diagonal" else None
     return TimeSwept(inputs, outputs, _compose(outputs.detach(), inputs.detach(), factors), jacobian, factors, residual)
-
-
-@torch.no_grad()
-def time_sweep(
-    cell: RecurrentCell,
-    projected: Tensor,
-    s0: Tensor,
-    start: Tensor | None = None,
-    *,
-    linearization: str = "diagonal",
-    clip: float = 1.0,
-    chunk: int = 1,
-) -> Tensor:
-    """s_1 .. s_N [N, B, H] after ONE sweep from an estimate ``start`` of s_1 .. s_{N-1}; None is s_0 everywhere.
-
-    The other arguments are those of :func:`forward_time_sweeps`.
-    """
-    inputs = s0.expand((len(projected) + 1, *s0.shape))  # the last row is no input: it says how many are wanted
-    if start is not None:
-        inputs = inputs.clone()
-        inputs[1:-1] = start
-    return _sweep(cell, inputs, projected, linearization, clip, chunk)
 
 
 @torch.no_grad()
@@ -174,66 +156,92 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
         messages[:-1] = affine_scan(errors[:-1], factors[1:], errors[-1], reverse=True)
     if factors is not None and swept.jacobian.gains is None:
         return messages  # the Jacobian is its diagonal: nothing is left to correct
+    if chunk > 1:
+        return _correct_chunks(swept, errors, messages, corrections, chunk)
     for correction in range(corrections):
-        high = n_steps - correction * chunk  # products of transitions from here on were taken of final messages
+        high = n_steps - correction  # products of transitions from here on were taken of final messages
         if high < 2:
             break
-        jacobian, at, old = swept.jacobian.between(1, high), errors[: high - 1], messages[1:high]
-        if chunk > 1:
-            read, new = _walk_back(jacobian, at, old, chunk)
-        else:
-            read, new = old, jacobian.vjp(old)
+        old = messages[1:high]
+        new = swept.jacobian.between(1, high).vjp(old)
         if factors is not None:
-            between = factors[1:high]
-            new = new.addcmul_(between, read, value=-1.0).add_(at)
-            messages[: high - 1] = affine_scan(new, between, messages[high - 1], reverse=True)
+            new = new.addcmul_(factors[1:high], old, value=-1.0).add_(errors[: high - 1])
+            messages[: high - 1] = affine_scan(new, factors[1:high], messages[high - 1], reverse=True)
         else:
-            torch.add(new, at, out=messages[: high - 1])
+            torch.add(new, errors[: high - 1], out=messages[: high - 1])
+    return messages
+
+
+def _correct_chunks(swept: TimeSwept, errors: Tensor, messages: Tensor, corrections: int, chunk: int) -> Tensor:
+    """Corrections by walking chunks of the N - 1 transitions between the messages from the end. Of all but the last walk
+    nothing is read but the messages at the chunks' beginnings, where the chunks before them begin their next walk."""
+    n_rows = len(errors) - 1
+    n_chunks = -(-n_rows // chunk)
+    ends = messages[n_rows - chunk * (n_chunks - 1) :: chunk].clone() if n_chunks else messages[:0]
+    between, at = swept.jacobian.between(1), errors[:-1]
+    factors = None if swept.factors is None else swept.factors[1:]
+    for correction in range(corrections):
+        n_left = n_chunks - correction  # the others' messages are final
+        if n_left < 1:
+            break
+        is_last = correction == corrections - 1 or n_left == 1
+        n_high = n_rows - chunk * correction
+        # the chunk at the beginning may be a short one, and no chunk begins its walk where it ends its own
+        n_low = 0 if is_last else n_high - chunk * (n_left - 1)
+        message, product = ends[0 if is_last else 1 : n_left], None
+        walked: list[tuple[slice, Tensor]] = []
+        for q in range(min(chunk, n_high - n_low)):
+            rows = slice(n_low + (n_high - n_low - 1 - q) % chunk, n_high - q, chunk)
+            n_walked = len(at[rows])
+            message = between.between(rows.start, rows.stop, chunk).vjp(message[-n_walked:]).add_(at[rows])
+            if factors is not None:
+                product = factors[rows] if product is None else product[-n_walked:] * factors[rows]
+                walked.append((rows, product))
+            if is_last:
+                messages[rows] = message
+            else:  # the chunk at the end began with a final message, so its own are final too
+                messages[n_high - 1 - q] = message[-1]
+        n_next = n_left - 1  # chunks whose end is another one's beginning
+        new = message[len(message) - n_next :]
+        if factors is not None and n_next:
+            product = product[-n_next:]
+            b = torch.addcmul(new, product, ends[1:n_left], value=-1.0)
+            new = affine_scan(b, product, ends[n_next], reverse=True)
+        if is_last:
+            off = new - ends[:n_next]
+            for rows, product in walked:  # what a chunk's end turned out to be off by is carried through it
+                n_walked = len(product) - 1
+                messages[rows][:n_walked].addcmul_(product[:n_walked], off[n_next - n_walked :])
+            break
+        ends[:n_next] = new
     return messages
 
 
 def _sweep(
-    cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
+    cell: RecurrentCell, starts: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
 ) -> Tensor:
-    """New estimates of all but the first of ``inputs``, which is exact."""
-    read, given = inputs[:-1], projected[: len(inputs) - 1]
-    if chunk > 1:
-        return _sweep_chunks(cell, read, given, linearization, clip, chunk)
-    if linearization == "zero":
-        return cell.transition(read, given)
-    outputs, jacobian = cell.differentiate(read, given)
-    return _compose(outputs, read, _factors(jacobian, clip))
-
-
-def _sweep_chunks(
-    cell: RecurrentCell, inputs: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
-) -> Tensor:
-    """As :func:`_sweep`, by walking chunks: a transition within a chunk reads what the one before it has just made."""
-    n_rows, state = len(inputs), inputs[::chunk]
-    outputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    read, factors = (None, None) if linearization == "zero" else (torch.empty_like(outputs), torch.empty_like(outputs))
-    for p in range(min(chunk, n_rows)):
-        rows = slice(p, n_rows, chunk)
-        state = state[: len(projected[rows])]
+    """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings; the first one is exact."""
+    read = state = starts[:-1]
+    product = None
+    for p in range(chunk):
+        given = projected[p::chunk][: len(read)]
         if linearization == "zero":
-            state = cell.transition(state, projected[rows])
+            state = cell.transition(state, given)
         else:
-            read[rows] = state
-            state, jacobian = cell.differentiate(state, projected[rows])
-            factors[rows] = _factors(jacobian, clip)
-        outputs[rows] = state
-    return _compose(outputs, read, factors)
+            state, jacobian = cell.differentiate(state, given)
+            factors = _factors(jacobian, clip)
+            product = factors if product is None else product * factors
+    return _compose(state, read, product)
 
 
 def _differentiate_chunks(
-    cell: RecurrentCell, inputs: Tensor, projected: Tensor, chunk: int
+    cell: RecurrentCell, starts: Tensor, projected: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Jacobian]:
     """Sweep K + 1 by walking chunks: what each transition read, its output, attached to that alone, and the Jacobians."""
-    n_steps = len(inputs)
-    n_chunks = -(-n_steps // chunk)
+    n_steps, n_chunks = len(projected), len(starts)
     if n_chunks * chunk > n_steps:  # the last chunk is a short one; what follows its end is left out again
         projected = F.pad(projected, (0, 0) * (projected.dim() - 1) + (0, n_chunks * chunk - n_steps))
-    state, read, outputs, jacobians = inputs[::chunk], [], [], []
+    state, read, outputs, jacobians = starts, [], [], []
     for given in projected.unflatten(0, (n_chunks, chunk)).unbind(1):
         read.append(state)
         output, jacobian = cell.differentiate(state, given)
@@ -246,21 +254,6 @@ def _differentiate_chunks(
 
     direct, gains, weights = zip(*jacobians)
     return join(read), join(outputs), Jacobian(join(direct), join(gains), weights[0])
-
-
-def _walk_back(jacobian: Jacobian, errors: Tensor, old: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Products ``J^T lambda`` of R transitions by walking chunks of them from the end, and the messages [R, B, H] that they
-    were taken of: at the end of a chunk an old one, within it what the product behind it has just made."""
-    n_rows = len(old)
-    read, products = old.clone(), torch.empty_like(old)
-    for q in range(min(chunk, n_rows)):
-        rows = slice((n_rows - 1 - q) % chunk, n_rows - q, chunk)
-        products[rows] = jacobian.between(rows.start, rows.stop, chunk).vjp(read[rows])
-        if q + 1 < chunk:
-            first = chunk if rows.start == 0 else 0  # a chunk that is a short one ends there
-            at = slice(rows.start + first, rows.stop, chunk)
-            read[at.start - 1 : at.stop - 1 : chunk] = products[at] + errors[at]
-    return read, products
 
 
 def _factors(jacobian: Jacobian, clip: float) -> Tensor:

@@ -207,7 +207,8 @@ def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
         theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)
         torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
-        torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
+        if chunk == 1:  # else it is that of the states at the chunks' beginnings alone
+            torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
         messages = backward_time_sweeps(ours, errors, corrections=corrections, chunk=chunk)
         expected = backward_sweeps(theirs, list(errors), corrections=corrections, chunk=chunk)
         torch.testing.assert_close(messages, torch.stack(expected), rtol=0, atol=1e-12)

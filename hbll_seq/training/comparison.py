@@ -320,8 +320,8 @@ def now(device: str) -> float:
 def fidelity(
     objective: nn.Module, exact: nn.Module, parameters: list[Tensor], tokens, labels, step: int, **carried: Tensor
 ) -> list[float]:
-    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual. ``carried`` is what
-    else both take, such as the state of a recurrent network."""
+    """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual. ``carried`` is
+    what else both take, such as the state of a recurrent network."""
     gradients, residuals = [], []
     for each in (objective, exact):
         output = each(tokens, labels, step=step, **carried)

@@ -76,8 +76,8 @@ class RecurrentSide:
             elif ignored := sorted(_OF_TREE_INIT.keys() & given):
                 raise ValueError(f"side {name!r}: {', '.join(ignored)} needs init=tree; leave it out, or take that")
         if options.get("share") == "all":
-            raise ValueError(f"side {name!r}: share='all' needs a deployed cell that reads several steps at once, which these "
-                             "have not; allowed are none, capped")  # fmt: skip
+            raise ValueError(f"side {name!r}: share='all' needs a deployed cell that reads several steps at once, and "
+                             "these do not; allowed are none, capped")  # fmt: skip
         return cls(name, kind, tuple(sorted(options.items())), lr)
 
     @property

@@ -28,7 +28,8 @@ class ObjectiveOutput(NamedTuple):
     node_losses: [n], attached; ``LocalObjective``: of the trained blocks in this order; ``BackpropObjective``: n = 1.
     metrics: detached scalars by name. Always ``"ce"``: nats per target of the deepest path that was evaluated.
     states: [B, C], detached, of recurrent blocks after the last token, by the blocks walked up to them: to carry into the
-        window that follows. A path that this step did not read has none, and starts from zero there.
+        window that follows. Each path has its own, as where it is deployed: what block 4 makes of z_0 says nothing of what it
+        remembers of z_3. A path that this step did not read has none, and starts from zero there, as a new text does.
     """
 
     loss: Tensor

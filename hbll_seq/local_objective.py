@@ -45,8 +45,8 @@ class LocalObjective(Objective):
             sweeps (METHOD 2.2b); only with the full path.
         sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
             both at least the path's length minus one, the gradient of every parameter is backprop's.
-        linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians between
-            sweeps. The last is the identity and a map of rank ``secant_rank`` that is learned along the way; see
+        linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians
+            between sweeps. The last is the identity and a map of rank ``secant_rank`` that is learned along the way; see
             :class:`hbll_seq.secants.Secants`. Only ``"sweeps"``.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
@@ -100,7 +100,7 @@ class LocalObjective(Objective):
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
         _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         if linearization == "secant" and inference != "sweeps":
-            raise ValueError(f"linearization='secant' with inference={inference!r}: it is learned from sweeps; use 'identity'")
+            raise ValueError(f"linearization='secant' with inference={inference!r}: sweeps teach it; use 'identity'")
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
@@ -126,8 +126,8 @@ class LocalObjective(Objective):
         self.secants: Secants | None = None
         if linearization == "secant":
             if model.width is None:
-                raise ValueError("linearization='secant' with a hierarchy of unknown width: give DepthHierarchy the width of its "
-                                 "states, or use 'identity'")  # fmt: skip
+                raise ValueError("linearization='secant' with a hierarchy of unknown width: give DepthHierarchy the width of "
+                                 "its states, or use 'identity'")  # fmt: skip
             self.secants = Secants(model.tree.n_nodes, model.width, secant_rank)
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-
 #: of the positions of a step every so manyth is looked at; odd, so that it drifts through windows of even length.
 STRIDE = 5
 #: steps of subspace iteration a fit; it goes on from the last fit's directions.
@@ -43,8 +42,8 @@ class LowRank(NamedTuple):
 def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = False) -> Tensor:
     """All s_n of ``s_n = A_n s_{n-1} + b_n`` with s_0 = ``initial``, and A_n the n-th map.
 
-    With c_n the sums of b alone, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear system of
-    N r unknowns whose matrix is the same at all positions and triangular.
+    With c_n the sums of b alone, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear system
+    of N r unknowns whose matrix is the same at all positions and triangular.
 
     Args:
         b: [N, ..., C].
@@ -75,8 +74,8 @@ def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = 
 class Secants(nn.Module):
     """Running regressions of every block's branch on the change of its input, and of its transpose on messages.
 
-    Buffers hold the second moments, exponential averages over steps, and the maps that were last fitted to them; they are part
-    of the objective's state, so that a resumed run repeats the unbroken one.
+    Buffers hold the second moments, exponential averages over steps, and the maps that were last fitted to them; they are
+    part of the objective's state, so that a resumed run repeats the unbroken one.
 
     Args:
         n_blocks: blocks, numbered from 1.

@@ -23,7 +23,8 @@ def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
     for n in reversed(range(n_steps)) if reverse else range(n_steps):
         state = state + maps.branch(n, state) + b[n]
         expected[n] = state
-    torch.testing.assert_close(low_rank_scan(b, maps, initial, reverse=reverse), torch.stack(expected), rtol=1e-10, atol=1e-10)
+    found = low_rank_scan(b, maps, initial, reverse=reverse)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
     assert torch.equal(b, given)
 
 
@@ -31,7 +32,8 @@ def test_the_fit_is_the_reduced_rank_regression():
     """Of responses that a map of low rank makes, that map is found; of others, no map of that rank explains more."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 12, generator=generator) * torch.linspace(0.3, 2.0, 12)
-    low, full = torch.randn(12, 3, generator=generator) @ torch.randn(3, 12, generator=generator), torch.randn(12, 12, generator=generator)
+    down, up, full = (torch.randn(shape, generator=generator) for shape in ((12, 3), (3, 12), (12, 12)))
+    low = down @ up
     secants = Secants(2, 12, rank=3, every=5)
     for _ in range(200):
         secants.observe(1, "forward", x, x @ low)
@@ -92,7 +94,8 @@ def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
         if few.secants is not None:
             few.secants.load_state_dict(objective.secants.state_dict())
         ours, theirs = (
-            torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, list(model.parameters()))]) for each in (few, exact)
+            torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, list(model.parameters()))])
+            for each in (few, exact)
         )
         cosines[linearization] = nn.functional.cosine_similarity(ours, theirs, dim=0).item()
     assert cosines["secant"] > 0.999 > cosines["identity"]
@@ -162,5 +165,5 @@ def test_it_needs_to_know_the_width_and_sweeps():
     blocks = [nn.Linear(4, 4) for _ in range(3)]
     with pytest.raises(ValueError, match="secant.*unknown width.*give DepthHierarchy the width"):
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
-    with pytest.raises(ValueError, match="secant.*inference='tree'.*learned from sweeps"):
+    with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")

@@ -111,8 +111,8 @@ class TaskProblem(Problem):
 
 # --------------------------------------------------------------------------------------------------------------- sides
 
-_TYPES = {"sweeps": int, "corrections": int, "chunk": int, "secant_rank": int, "depth": int, "state_weight": float, "mix_weight": float,
-          "readout_rank": int}  # fmt: skip
+_TYPES = {"sweeps": int, "corrections": int, "chunk": int, "secant_rank": int, "depth": int, "readout_rank": int,
+          "state_weight": float, "mix_weight": float}  # fmt: skip
 _MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank", "readouts"}
 #: options that belong to the model's configuration, by its name there
 _OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readouts": "readout_by"}

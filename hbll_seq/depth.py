@@ -50,11 +50,6 @@ class DepthChain(Chain):
         self.blocks, self.dropout_seed, self.carried = blocks, dropout_seed, dict(carried or {})
         self.last: dict[Prefix, Tensor] = {}
 
-    @staticmethod
-    def number(index: Prefix | int) -> int:
-        """The block's number."""
-        return index[-1] if isinstance(index, tuple) else index
-
     def apply(self, indices: Sequence[Prefix | int], states: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`Chain.apply`; states are [batch, ..., width]."""
         calls = [self.bind(index) for index in indices]
@@ -93,6 +88,7 @@ class DepthHierarchy(nn.Module):
         embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
         state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
         default_paths: which path a depth names, ``"spine"`` or ``"prefix"``; see :meth:`DyadicTree.path_for_depth`.
+        width: of the states; only ``linearization="secant"`` asks for it.
         target_family: what y is and the head predicts: ``"categorical"`` (class numbers, logits), ``"gaussian"`` (vectors,
             their means) or ``"bernoulli"`` (vectors of bits, logits).
 
@@ -109,6 +105,7 @@ class DepthHierarchy(nn.Module):
         state_family: str = "gaussian",
         target_family: str = "categorical",
         default_paths: str = "spine",
+        width: int | None = None,
     ):
         super().__init__()
         blocks = nn.ModuleList(blocks)
@@ -124,7 +121,7 @@ class DepthHierarchy(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-        self.tree = DyadicTree(n_level, default_paths)
+        self.tree, self.width = DyadicTree(n_level, default_paths), width
         self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()
         self.blocks = blocks

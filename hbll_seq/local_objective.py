@@ -20,6 +20,7 @@ from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_local_losses_can_run, is_number
 from hbll_seq.posterior import Gaussian
+from hbll_seq.secants import Secants
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
 from hbll_seq.time_layer import TimeOptions, TimeSweptChain
@@ -47,7 +48,9 @@ class LocalObjective(Objective):
             sweeps (METHOD 2.2b); only with the full path.
         sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
             both at least the path's length minus one, the gradient of every parameter is backprop's.
-        linearization: ``"identity"``, ``"zero"`` or ``"diagonal"``: what stands for the blocks' Jacobians between sweeps.
+        linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians
+            between sweeps. The last is the identity and a map of rank ``secant_rank`` that is learned along the way; see
+            :class:`hbll_seq.secants.Secants`. Only ``"sweeps"``.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
         chunk: c, blocks that a sweep (the differentiated one too), and products that a correction takes one after the other:
@@ -80,6 +83,7 @@ class LocalObjective(Objective):
         damping: float = 1.0,
         tolerance: float = 0.0,
         chunk: int = 1,
+        secant_rank: int = 8,
         time_sweeps: int = TimeOptions().sweeps,
         time_corrections: int = TimeOptions().corrections,
         time_linearization: str = TimeOptions().linearization,
@@ -105,6 +109,8 @@ class LocalObjective(Objective):
             raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
         _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
+        if linearization == "secant" and inference != "sweeps":
+            raise ValueError(f"linearization='secant' with inference={inference!r}: sweeps teach it; use 'identity'")
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
@@ -131,6 +137,12 @@ class LocalObjective(Objective):
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
         self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
         self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
+        self.secants: Secants | None = None
+        if linearization == "secant":
+            if model.width is None:
+                raise ValueError("linearization='secant' with a hierarchy of unknown width: give DepthHierarchy the width of "
+                                 "its states, or use 'identity'")  # fmt: skip
+            self.secants = Secants(model.tree.n_nodes, model.width, secant_rank)
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
@@ -182,6 +194,8 @@ class LocalObjective(Objective):
         node_losses: dict[int, Tensor] = {}
         swept, nats = self._sweep(chain, routes[0], branches, z0, targets, node_losses, keep_graph)
         read = list(zip([routes[0], *branches], nats))
+        if self.secants is not None and keep_graph:
+            self.secants.end_step()
         for route in others:
             _, nats = self._sweep(chain, route, [], z0, targets, node_losses, keep_graph)
             read.append((route, nats[0]))
@@ -201,7 +215,9 @@ class LocalObjective(Objective):
     ) -> tuple[Swept, list[dict[int, Tensor]]]:
         """One route and its branches; adds their losses by block to ``node_losses`` and returns the nats of the readouts
         by block: the route's, then each branch's."""
-        path = route.path
+        path, secants = route.path, self.secants
+        if secants is not None:
+            secants.is_learning = keep_graph and path == self.path
         swept = self._forward_messages(chain, path, z0)
         starts = [swept.states[b.start - 1].clone().requires_grad_(True) if b.start else z0 for b in branches]
         read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
@@ -226,7 +242,12 @@ class LocalObjective(Objective):
             if message is not None:
                 before = at_states[branch.start - 1]
                 at_states[branch.start - 1] = message if before is None else before + message
-        messages = backward_sweeps(swept, at_states, corrections=self.corrections if keep_graph else 0, chunk=self.chunk)
+        observe = None
+        if secants is not None and secants.is_learning:
+            observe = lambda i, message, product: secants.observe(path[i], "backward", message, product - message)
+        messages = backward_sweeps(
+            swept, at_states, corrections=self.corrections if keep_graph else 0, chunk=self.chunk, observe=observe
+        )
         local = list(zip(path, messages, swept.outputs))
         for i, branch in enumerate(branches):
             local += [(n, branch_messages[j][i], walked.outputs[j][i]) for j, n in enumerate(branch.path)]
@@ -242,7 +263,8 @@ class LocalObjective(Objective):
 
     def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
         tree = self.model.tree
-        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance, chunk=self.chunk)
+        options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance, chunk=self.chunk,
+                       secants=self.secants)  # fmt: skip
         if self.inference == "multigrid" and len(path) == tree.n_nodes:
             start = v_cycle(chain, tree, z0, cycles=self.sweeps)
             return forward_sweeps(chain, prefixes(path), z0, sweeps=0, start=start, **options)

@@ -28,6 +28,11 @@ class Chain(ABC):
     def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
         """``[f_n(s) for n, s in zip(indices, states)]``: one step of the algorithm's span, however many they are."""
 
+    @staticmethod
+    def number(index: int | tuple[int, ...]) -> int:
+        """The transition's own number, where it is named by all that lead up to it (:class:`hbll_seq.depth.DepthChain`)."""
+        return index[-1] if isinstance(index, tuple) else index
+
     def bind(self, index: int) -> Callable[[Tensor], Tensor]:
         """f_n as :meth:`apply` would evaluate it now, however often and however late it is called."""
         return lambda state: self.apply((index,), (state,))[0]

@@ -84,7 +84,9 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
-        super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths)
+        super().__init__(
+            blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
+        )
         self.readouts: Readouts | None = None
         if config.readout_rank:
             self.readouts = Readouts(self.tree, config.n_embd, config.readout_rank, config.readout_by)

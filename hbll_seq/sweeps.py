@@ -15,7 +15,7 @@ and a correction so many products: for the span of c sweeps of single transition
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,13 @@ from torch import Tensor
 
 from hbll_seq.messages import Chain
 from hbll_seq.scan import affine_scan
+from hbll_seq.secants import LowRank, Secants, low_rank_scan
 
 #: stand-ins A for the Jacobians: identity (residual blocks: Picard), zero (Jacobi), and the chain's own diagonals
-#: (gated cells: quasi-Newton).
-LINEARIZATIONS = ("identity", "zero", "diagonal")
+#: (gated cells: quasi-Newton), or the identity and a learned map of low rank (see ``secants.py``).
+LINEARIZATIONS = ("identity", "zero", "diagonal", "secant")
+#: what stands for the Jacobians of a chain: a number for all, diagonals [L, ...], or maps.
+Factors = float | Tensor | LowRank
 #: first estimates: the chain's input everywhere, the first transition's output everywhere, or the tree's jump arcs.
 INITS = ("input", "first", "tree")
 
@@ -39,14 +42,14 @@ class Swept:
         inputs: s_0 .. s_{L-1}, what the differentiated calls read; s_0 stays attached, the others are leaves.
         outputs: a_1 .. a_L, the differentiated calls.
         states: s_1 .. s_L as the forward message makes them of these calls, detached: what readouts read.
-        factors: A per transition: 0.0, 1.0 or a tensor [L, ...].
+        factors: A per transition; those of the transposed Jacobians where they are learned apart.
         residual: root mean square of the last sweep's change relative to the states'; 0 where all states are exact.
     """
 
     inputs: list[Tensor]
     outputs: list[Tensor]
     states: list[Tensor]
-    factors: Tensor | float
+    factors: Factors
     residual: Tensor
 
 
@@ -62,6 +65,7 @@ def forward_sweeps(
     damping: float = 1.0,
     tolerance: float = 0.0,
     chunk: int = 1,
+    secants: Secants | None = None,
 ) -> Swept:
     """K parallel sweeps without gradient, then the differentiated call of every transition (sweep K + 1).
 
@@ -79,6 +83,7 @@ def forward_sweeps(
         tolerance: stop early once the residual is at most this (waits for the device).
         chunk: c, transitions that a sweep takes one after the other, the differentiated one too; after k sweeps the first kc
             states are exact.
+        secants: the maps of ``linearization="secant"``; they also learn from these sweeps.
     """
     n_steps, residual = len(indices), s0.new_zeros(())
     chunk = min(chunk, n_steps)
@@ -86,6 +91,8 @@ def forward_sweeps(
     outputs: list[Tensor] = [s0] * n_steps
     states = [s0.detach(), *(s.detach() for s in start)] if start is not None else [s0.detach()] * n_steps
     n_exact = 0  # transitions whose input was exact when they were differentiated
+    learn, last = secants is not None and secants.is_learning, None
+    seen: dict[int, tuple[Tensor, Tensor]] = {}  # some positions of each transition's last input and output without gradient
 
     def differentiate(rows: Sequence[int], read: Sequence[Tensor], own: bool) -> list[Tensor]:
         for i, state in zip(rows, read):
@@ -120,8 +127,14 @@ def forward_sweeps(
                 if p + 1 < chunk:
                     reads[n_exact + p + 1 : n_steps : chunk] = calls[n_exact + p :: chunk]
             reads, calls = reads[n_exact:-1], calls[n_exact:]
-            factors = _factors(chain, linearization, indices[n_exact:-1], reads, calls)
+            factors = _factors(chain, linearization, indices[n_exact:-1], reads, calls, secants)
             new = _compose(calls, reads, factors)
+            if learn:
+                n_new = n_done - n_exact  # these have been differentiated, at states that no later sweep changes
+                seen |= {i: (Secants.sample(s), Secants.sample(a))
+                         for i, s, a in zip(range(n_done, n_steps), reads[n_new:], calls[n_new:])}  # fmt: skip
+                if secants.looks_at_last:
+                    last = states[-1]
             old = states[n_exact + 1 :]
             residual = _residual(old, new)
             states[n_exact + 1 :] = [o + damping * (n - o) for o, n in zip(old, new)] if damping != 1.0 else new
@@ -130,20 +143,32 @@ def forward_sweeps(
                 break
         if n_exact >= n_steps - chunk:
             residual = torch.zeros_like(residual)
+        if last is not None:
+            seen[n_steps - 1] = tuple(Secants.sample(t) for t in (last, *chain.apply(indices[-1:], [last])))
         for p in range(chunk):
             rows = range(n_exact + p, n_steps, chunk)
             calls = differentiate(rows, [states[r] for r in rows], chunk > 1 and p == 0)
             if p + 1 < chunk:
                 states[n_exact + p + 1 :: chunk] = calls[: len(range(n_exact + p + 1, n_steps, chunk))]
         calls = [a.detach() for a in outputs]
-        factors = _factors(chain, linearization, indices, states, calls)
-        tail = factors[n_exact:] if isinstance(factors, Tensor) else factors
+        factors = _factors(chain, linearization, indices, states, calls, secants)
+        tail = _between(factors, n_exact, None)
         final = calls[:n_exact] + (_compose(calls[n_exact:], states[n_exact:], tail) if n_exact < n_steps else [])
+        for i, (s, a) in seen.items():
+            change = Secants.sample(inputs[i]) - s
+            secants.observe(chain.number(indices[i]), "forward", change, Secants.sample(calls[i]) - a - change)
+        if secants is not None:
+            factors = secants.maps([chain.number(index) for index in indices], "backward")
     return Swept(inputs, outputs, final, factors, residual)
 
 
 def backward_sweeps(
-    swept: Swept, errors: Sequence[Tensor | None], *, corrections: int, chunk: int = 1
+    swept: Swept,
+    errors: Sequence[Tensor | None],
+    *,
+    corrections: int,
+    chunk: int = 1,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Messages lambda_1 .. lambda_L of a loss on some of the states: a scan, then M corrections of it (METHOD 2.2).
 
@@ -155,11 +180,10 @@ def backward_sweeps(
         errors: e_n = d loss / d s_n for n = 1 .. L; None where no readout reads s_n.
         corrections: M.
         chunk: c, products that a correction takes one after the other.
+        observe: called with every i but 0, some positions of a message at s_{i+1} and of its product, once for the last
+            product that is taken there.
     """
     n_steps, factors = len(swept.outputs), swept.factors
-
-    def between(low: int, high: int) -> Tensor | float:
-        return factors[low:high] if isinstance(factors, Tensor) else factors
 
     def add_errors(b: Tensor) -> Tensor:
         for row, error in zip(b, errors):
@@ -169,14 +193,19 @@ def backward_sweeps(
 
     messages = add_errors(swept.inputs[0].new_zeros((n_steps, *swept.inputs[0].shape)))
     if n_steps > 1:
-        messages[:-1] = affine_scan(messages[:-1], between(1, n_steps), messages[-1], reverse=True)
+        messages[:-1] = _scan(messages[:-1], _between(factors, 1, n_steps), messages[-1], reverse=True)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     for correction in range(corrections):
         high = n_steps - correction * chunk  # products of transitions from here on were taken of final messages
         if high < 2:
             break
         b, read = _products(swept, errors, messages[1:high], chunk)
-        b = add_errors(_subtract(b, between(1, high), read))
-        messages[: high - 1] = affine_scan(b, between(1, high), messages[high - 1], reverse=True)
+        if observe is not None:
+            seen |= {i: (Secants.sample(m), Secants.sample(p)) for i, m, p in zip(range(1, high), read, b)}
+        b = add_errors(_subtract(b, _between(factors, 1, high), read))
+        messages[: high - 1] = _scan(b, _between(factors, 1, high), messages[high - 1], reverse=True)
+    for i, (message, product) in seen.items():
+        observe(i, message, product)
     return list(messages.unbind(0))
 
 
@@ -195,27 +224,44 @@ def _products(swept: Swept, errors: Sequence[Tensor | None], old: Tensor, chunk:
     return torch.stack(products), read
 
 
-def _factors(chain: Chain, linearization: str, indices, inputs, outputs) -> Tensor | float:
+def _factors(chain: Chain, linearization: str, indices, inputs, outputs, secants: Secants | None) -> Factors:
     if linearization == "diagonal":
         return torch.stack(chain.diagonal(indices, inputs, outputs))
+    if linearization == "secant":
+        return secants.maps([chain.number(index) for index in indices], "forward")
     return 1.0 if linearization == "identity" else 0.0
 
 
-def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Tensor | float) -> list[Tensor]:
+def _between(factors: Factors, low: int, high: int | None) -> Factors:
+    """Those of the transitions low .. high - 1."""
+    if isinstance(factors, LowRank):
+        return factors.between(low, high)
+    return factors[low:high] if isinstance(factors, Tensor) else factors
+
+
+def _scan(b: Tensor, factors: Factors, initial: Tensor, *, reverse: bool = False) -> Tensor:
+    """``s_n = A_n s_{n-1} + b_n`` for all n."""
+    scan = low_rank_scan if isinstance(factors, LowRank) else affine_scan
+    return scan(b, factors, initial, reverse=reverse)
+
+
+def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Factors) -> list[Tensor]:
     """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
     if isinstance(factors, float) and factors == 0.0:
         return list(outputs)
-    return list(affine_scan(_subtract(torch.stack(list(outputs)), factors, inputs), factors, inputs[0]).unbind(0))
+    return list(_scan(_subtract(torch.stack(list(outputs)), factors, inputs), factors, inputs[0]).unbind(0))
 
 
-def _subtract(b: Tensor, factors: Tensor | float, states: Sequence[Tensor] | Tensor) -> Tensor:
+def _subtract(b: Tensor, factors: Factors, states: Sequence[Tensor] | Tensor) -> Tensor:
     """``b - A s``, row by row in place."""
     if isinstance(factors, Tensor):
         for row, factor, s in zip(b, factors, states):
             row.addcmul_(factor, s, value=-1.0)
     elif factors != 0.0:
-        for row, s in zip(b, states):
+        for n, (row, s) in enumerate(zip(b, states)):
             row.sub_(s)
+            if isinstance(factors, LowRank):
+                row.sub_(factors.branch(n, s))
     return b
 
 

@@ -76,6 +76,20 @@ def test_signal_saves_and_resume_is_exact(whole_run, lm_options, tmp_path, monke
     assert kr.differences(whole_run, folder) == []
 
 
+def test_what_secants_have_learned_is_part_of_a_checkpoint(lm_options, tmp_path, monkeypatch):
+    options = [*lm_options, "--linearization", "secant", "--max-steps", "30", "--eval-every", "0"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert lm.main([*options, "--output-dir", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        kr.at_step(patch, 23, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert lm.main([*options, "--output-dir", str(broken)]) == 143
+    stored = load_file(broken / "checkpoints" / "step-00000023" / "model.safetensors")
+    assert stored["secants.n_steps"] == 23 and stored["secants.forward_left"].any() and stored["secants.backward_left"].any()
+    assert lm.main(["--resume", "--output-dir", str(broken)]) == 0
+    assert kr.differences(whole, broken) == []
+    assert not any("secants" in name for name in load_file(whole / "model.safetensors"))  # training alone needs them
+
+
 def test_signal_during_an_evaluation_does_not_wait_for_its_end(whole_run, lm_options, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 

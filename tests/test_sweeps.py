@@ -12,7 +12,7 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.span import measure_span, small_hierarchy
-from hbll_seq.sweeps import LINEARIZATIONS, backward_sweeps, forward_sweeps
+from hbll_seq.sweeps import backward_sweeps, forward_sweeps
 from hbll_seq.tree import DyadicTree
 
 
@@ -168,7 +168,7 @@ def test_diagonal_linearisation_is_newton_where_the_jacobian_is_diagonal():
         return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
 
     assert error("diagonal", 4) < 1e-9 < 1e-3 < min(error("zero", 4), error("identity", 4))
-    assert max(error(name, 39) for name in LINEARIZATIONS) < 1e-12
+    assert max(error(name, 39) for name in ("identity", "zero", "diagonal")) < 1e-12
 
     # with the true Jacobian even the start of the messages is exact, without a correction
     leaf = s0.clone().requires_grad_(True)

@@ -111,8 +111,8 @@ class TaskProblem(Problem):
 
 # --------------------------------------------------------------------------------------------------------------- sides
 
-_TYPES = {"sweeps": int, "corrections": int, "chunk": int, "depth": int, "state_weight": float, "mix_weight": float,
-          "readout_rank": int}  # fmt: skip
+_TYPES = {"sweeps": int, "corrections": int, "chunk": int, "secant_rank": int, "depth": int, "readout_rank": int,
+          "state_weight": float, "mix_weight": float}  # fmt: skip
 _MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank", "readouts"}
 #: options that belong to the model's configuration, by its name there
 _OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readouts": "readout_by"}
@@ -120,7 +120,7 @@ _OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readout
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
     "tree": {"state_weight", "graphs"},
-    "sweeps": {"sweeps", "corrections", "chunk", "init", "linearization", *_MIXED},
+    "sweeps": {"sweeps", "corrections", "chunk", "init", "linearization", "secant_rank", *_MIXED},
     "multigrid": {"sweeps", "corrections", *_MIXED},
 }
 
@@ -184,7 +184,8 @@ class Side:
         return cls(name, inference, tuple((k, v) for k, v in options if k not in _OF_CONFIG), config)
 
     def _to_count_on(self, n_level: int) -> DepthHierarchy:
-        return small_hierarchy(n_level, default_paths=dict(self.config).get("default_paths", "spine"))
+        return small_hierarchy(n_level, width=64,
+                               default_paths=dict(self.config).get("default_paths", "spine"))  # fmt: skip
 
     @property
     def one_depth(self) -> int | None:
@@ -222,6 +223,8 @@ class Side:
         described = {name: getattr(objective, name) for name in names}
         if self.inference == "sweeps" and objective.chunk > 1:  # the first stored runs were described without it
             described["chunk"] = objective.chunk
+        if self.inference == "sweeps" and objective.secants is not None:
+            described["secant_rank"] = objective.secants.rank
         config = HBLLConfig(**dict(self.config))
         described |= {name: getattr(config, name) for name in sorted(_OF_CONFIG.values())}
         if config.readout_by == "jump":  # the only one there was when the first stored runs were described

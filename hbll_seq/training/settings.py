@@ -89,7 +89,7 @@ class TrainingSettings:
     sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0)
     corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0)
     linearization: str = _option("identity", "objective", "stands for the blocks' Jacobians between sweeps",
-                                 choices=("identity", "zero"))
+                                 choices=("identity", "zero", "secant"))
     init: str = _option("first", "objective", "first estimate of the states: the embedding, the first block's output, or the "
                         "tree's", choices=INITS)
     time_sweeps: int = _option(TimeOptions().sweeps, "objective", "recurrent blocks: sweeps over time before the "

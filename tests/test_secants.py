@@ -1,0 +1,169 @@
+"""Learned low-rank stand-ins: composed as the written-out chain, fitted as the regression, and exact in the limit."""
+
+import pytest
+import torch
+from torch import nn
+
+from hbll_seq.config import HBLLConfig
+from hbll_seq.depth import DepthHierarchy
+from hbll_seq.local_objective import LocalObjective
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.objective import BackpropObjective
+from hbll_seq.secants import LowRank, Secants, low_rank_scan
+from hbll_seq.sweeps import forward_sweeps
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 7])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
+    torch.manual_seed(0)
+    b, initial = torch.randn(n_steps, 2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    maps = LowRank(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
+    given, state, expected = b.clone(), initial, [None] * n_steps
+    for n in reversed(range(n_steps)) if reverse else range(n_steps):
+        state = state + maps.branch(n, state) + b[n]
+        expected[n] = state
+    found = low_rank_scan(b, maps, initial, reverse=reverse)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    assert torch.equal(b, given)
+
+
+def test_the_fit_is_the_reduced_rank_regression():
+    """Of responses that a map of low rank makes, that map is found; of others, no map of that rank explains more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 12, generator=generator) * torch.linspace(0.3, 2.0, 12)
+    down, up, full = (torch.randn(shape, generator=generator) for shape in ((12, 3), (3, 12), (12, 12)))
+    low = down @ up
+    secants = Secants(2, 12, rank=3, every=5)
+    for _ in range(200):
+        secants.observe(1, "forward", x, x @ low)
+        secants.observe(2, "backward", x, x @ full)
+        secants.end_step()
+    found = secants.maps([1], "forward")
+    torch.testing.assert_close(found.left[0] @ found.right[0], low, rtol=0, atol=0.05)  # of entries of size 2: the ridge
+    found = secants.maps([2], "backward")
+    error = (x @ full - (x @ found.left[0]) @ found.right[0]).square().sum()
+    singular = torch.linalg.svdvals(x @ full)  # Eckart and Young: the least error of any map of rank 3
+    assert 1.0 <= error / singular[3:].square().sum() < 1.01
+    assert not secants.maps([2], "forward").left.any()  # what was not seen is the identity
+
+
+@pytest.mark.parametrize("rank", [0, 13, True, 2.0])
+def test_bad_ranks(rank):
+    with pytest.raises(ValueError, match="rank=.*from 1 to the width of the states, 12"):
+        Secants(3, 12, rank=rank)
+
+
+class Branch(nn.Module):
+    """A residual block whose branch is linear and of rank 2."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, 2), nn.Linear(2, width)
+
+    def forward(self, x):
+        return x + self.up(self.down(x))
+
+
+def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
+    """And a message needs no correction: it is Newton's method where the Jacobians are of the rank that is learned."""
+    torch.manual_seed(0)
+    model = DepthHierarchy([Branch(16) for _ in range(7)], nn.Linear(16, 5), nn.Linear(3, 16), width=16).double()
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=1, linearization="secant", secant_rank=2, init="input")
+    objective.secants.decay = 0.5  # float64, and every batch says the same
+    objective.double()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        x, y = torch.randn(64, 3, generator=generator, dtype=torch.float64), torch.randint(5, (64,), generator=generator)
+        objective(x, y)
+    z0, path = model.embed(x).detach(), model.resolve_path()
+    states = [z0]
+    for n in path:
+        states += model.chain.apply((n,), (states[-1],))
+
+    def error(linearization):
+        swept = forward_sweeps(model.chain, path, z0, sweeps=1, linearization=linearization, secants=objective.secants)
+        return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
+
+    objective.secants.is_learning = False
+    assert error("secant") < 0.02 * error("identity")
+    exact = BackpropObjective(model)
+    cosines = {}
+    for linearization in ("identity", "secant"):
+        few = LocalObjective(model, "sweeps", sweeps=6, corrections=0, linearization=linearization, secant_rank=2).double()
+        if few.secants is not None:
+            few.secants.load_state_dict(objective.secants.state_dict())
+        ours, theirs = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, list(model.parameters()))])
+            for each in (few, exact)
+        )
+        cosines[linearization] = nn.functional.cosine_similarity(ours, theirs, dim=0).item()
+    assert cosines["secant"] > 0.999 > cosines["identity"]
+
+
+def double_lm(seed=0):
+    torch.manual_seed(seed)
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=16, n_head=2, block_size=12)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+    return model, torch.randint(17, (2, 13))
+
+
+def gradients(objective, tokens):
+    objective.model.zero_grad()
+    objective(tokens).loss.backward()
+    return torch.cat([p.grad.flatten().clone() for p in objective.model.parameters()])
+
+
+@pytest.mark.parametrize("mix", ["none", "octaves", "sandwich"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
+    model, tokens = double_lm()
+    exact = gradients(BackpropObjective(model, mix=mix), tokens)
+    options = dict(linearization="secant", mix=mix, chunk=chunk)
+
+    def error(sweeps, corrections):
+        objective = LocalObjective(model, "sweeps", sweeps=sweeps, corrections=corrections, **options).double()
+        with torch.no_grad():
+            for name, buffer in objective.secants.named_buffers():
+                if name.endswith(("left", "right")):
+                    buffer.normal_(std=0.3)
+        return (gradients(objective, tokens) - exact).abs().max()
+
+    assert error(6, 6) < 1e-9
+    if chunk == 1 and mix == "none":
+        assert error(4, 6) > 1e-7 and error(6, 5) > 1e-7
+
+
+def test_only_training_steps_on_the_main_path_are_learned_from():
+    model, tokens = double_lm()
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant", mix="sandwich").double()
+
+    def moments():
+        return {name: b.clone() for name, b in objective.secants.named_buffers()}
+
+    before = moments()
+    with torch.no_grad():
+        objective(tokens)
+    assert all(torch.equal(b, before[name]) for name, b in moments().items())
+    objective(tokens)
+    after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()
+    alone(tokens)
+    assert after["n_steps"] == 1
+    for name, buffer in alone.secants.named_buffers():
+        if name.startswith("forward"):  # the mix adds errors to the messages, but no states
+            torch.testing.assert_close(after[name], buffer)
+    for n in range(2, 8):
+        assert after["backward_change"][n - 1].any(), n
+    assert not after["backward_change"][0].any()  # no message is carried through the first block
+    seen = [n for n in range(1, 8) if after["forward_change"][n - 1].any()]
+    assert seen == [3, 4, 5, 6, 7]  # the second is exact before it is evaluated twice
+
+
+def test_it_needs_to_know_the_width_and_sweeps():
+    blocks = [nn.Linear(4, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match="secant.*unknown width.*give DepthHierarchy the width"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
+    with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")

@@ -14,7 +14,6 @@ from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
 
-
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
 #: path and z_3 on another (METHOD 1.4).
 Prefix = tuple[int, ...]

@@ -20,7 +20,7 @@ from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_local_losses_can_run, is_number
 from hbll_seq.posterior import Gaussian
-from hbll_seq.secants import Secants
+from hbll_seq.secants import SECANT_RANK, Secants
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
 from hbll_seq.time_layer import TimeOptions, TimeSweptChain
@@ -83,7 +83,7 @@ class LocalObjective(Objective):
         damping: float = 1.0,
         tolerance: float = 0.0,
         chunk: int = 1,
-        secant_rank: int = 8,
+        secant_rank: int = SECANT_RANK,
         time_sweeps: int = TimeOptions().sweeps,
         time_corrections: int = TimeOptions().corrections,
         time_linearization: str = TimeOptions().linearization,

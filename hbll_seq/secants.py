@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+#: rank of the learned maps; more explains hardly more (README, "What we tried").
+SECANT_RANK = 8
 #: of the positions of a step every so manyth is looked at; odd, so that it drifts through windows of even length.
 STRIDE = 5
 #: steps of subspace iteration a fit; it goes on from the last fit's directions.
@@ -88,7 +90,7 @@ class Secants(nn.Module):
         ValueError: the rank does not lie in 1 .. width.
     """
 
-    def __init__(self, n_blocks: int, width: int, rank: int = 8, *, decay: float = 0.98, every: int = 10):
+    def __init__(self, n_blocks: int, width: int, rank: int = SECANT_RANK, *, decay: float = 0.98, every: int = 10):
         super().__init__()
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to the width of the states, {width}")

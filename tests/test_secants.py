@@ -11,6 +11,7 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.secants import LowRank, Secants, low_rank_scan
 from hbll_seq.sweeps import forward_sweeps
+from hbll_seq.training.settings import TrainingSettings
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7])
@@ -167,3 +168,14 @@ def test_it_needs_to_know_the_width_and_sweeps():
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
     with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")
+
+
+def test_a_run_takes_them_where_they_were_measured_to_help():
+    """On the full path alone; what it came to is stored, so that a later default changes nothing."""
+
+    def of(**options):
+        return TrainingSettings(max_steps=1, **options).linearization
+
+    assert of(mix="none") == of(path="4,6,7") == "secant"
+    assert of() == of(mix="sandwich") == of(objective="backprop") == of(mix="none", cell="gru") == "identity"
+    assert of(mix="none", linearization="identity") == "identity" and of(linearization="secant") == "secant"

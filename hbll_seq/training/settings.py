@@ -23,6 +23,7 @@ from hbll_seq.config import CELLS
 from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objective import GRAPHS
 from hbll_seq.readout import READOUTS
+from hbll_seq.secants import SECANT_RANK
 from hbll_seq.sweeps import INITS
 from hbll_seq.time_layer import TimeOptions
 from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
@@ -88,8 +89,9 @@ class TrainingSettings:
                                        f"{MIX_WEIGHTS} by mix, else 1)", low=0)
     sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0)
     corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0)
-    linearization: str = _option("identity", "objective", "stands for the blocks' Jacobians between sweeps",
-                                 choices=("identity", "zero", "secant"))
+    linearization: str = _option("auto", "objective", "stands for the blocks' Jacobians between sweeps; secant is learned "
+                                 "on the way; auto: secant for Transformer blocks without a mix, else identity",
+                                 choices=("auto", "identity", "zero", "secant"))
     init: str = _option("first", "objective", "first estimate of the states: the embedding, the first block's output, or the "
                         "tree's", choices=INITS)
     time_sweeps: int = _option(TimeOptions().sweeps, "objective", "recurrent blocks: sweeps over time before the "
@@ -188,6 +190,9 @@ class TrainingSettings:
             object.__setattr__(self, "mix_weight", MIX_WEIGHTS.get(self.mix, 1.0))
         if self.readout_rank is None:
             object.__setattr__(self, "readout_rank", 16 if self.mix in OF_PREFIXES else 0)
+        if self.linearization == "auto":
+            alone = self.objective == "sweeps" and self.mix == "none" and set(self.cell.split(",")) == {"transformer"}
+            object.__setattr__(self, "linearization", "secant" if alone and self.n_embd >= SECANT_RANK else "identity")
         if self.default_paths == "auto":
             object.__setattr__(self, "default_paths", "prefix" if self.mix in OF_PREFIXES else "spine")
 
@@ -326,7 +331,7 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
     return TrainingSettings(**merged)
 
 
-_OF_MIX = ("mix_weight", "readout_rank", "readout_by", "default_paths")
+_OF_MIX = ("mix_weight", "readout_rank", "readout_by", "default_paths", "linearization")
 _DEPENDENT = {"objective": ("mix", *_OF_MIX), "path": ("mix", *_OF_MIX), "mix": _OF_MIX}
 
 

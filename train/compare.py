@@ -31,7 +31,7 @@ from hbll_seq.training.comparison import Problem, Results, Shape, Side, TaskProb
 from hbll_seq.training.plots import plot_comparison
 
 RESULTS = Path(__file__).parent / "results"
-SIDES = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "mix"]
+SIDES = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=secant", "mix"]
 TASKS = {
     "text": {},
     "induction": {},

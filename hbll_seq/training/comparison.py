@@ -247,8 +247,8 @@ class Side:
         """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""
         objective = self.objective(self._to_count_on(n_level), seed=0)
         x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-        is_random = dict(self.options).get("mix", "none") != "none"
-        counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if is_random else 1)]
+        varies = dict(self.options).get("mix", "none") != "none" or getattr(objective, "secants", None) is not None
+        counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if varies else 1)]
         return sum(counts) / len(counts)
 
 

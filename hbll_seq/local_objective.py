@@ -20,7 +20,7 @@ from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_local_losses_can_run, is_number
 from hbll_seq.posterior import Gaussian
-from hbll_seq.secants import SECANT_RANK, Secants
+from hbll_seq.secants import Secants
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
 from hbll_seq.time_layer import TimeOptions, TimeSweptChain
@@ -49,7 +49,7 @@ class LocalObjective(Objective):
         sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
             both at least the path's length minus one, the gradient of every parameter is backprop's.
         linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians
-            between sweeps. The last is the identity and a map of rank ``secant_rank`` that is learned along the way; see
+            between sweeps. The last is the identity and a map of rank ``secant_rank``, learned from training steps; see
             :class:`hbll_seq.secants.Secants`. Only ``"sweeps"``.
         init: first estimate of the states: ``"input"``, ``"first"`` (f_1(z_0), one call more) or ``"tree"`` (D calls more).
         damping, tolerance: see :func:`forward_sweeps`.
@@ -83,7 +83,7 @@ class LocalObjective(Objective):
         damping: float = 1.0,
         tolerance: float = 0.0,
         chunk: int = 1,
-        secant_rank: int = SECANT_RANK,
+        secant_rank: int | None = None,
         time_sweeps: int = TimeOptions().sweeps,
         time_corrections: int = TimeOptions().corrections,
         time_linearization: str = TimeOptions().linearization,
@@ -138,6 +138,9 @@ class LocalObjective(Objective):
         self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
         self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
         self.secants: Secants | None = None
+        if secant_rank is not None and linearization != "secant":
+            raise ValueError(f"secant_rank={secant_rank!r} with linearization={linearization!r}: only 'secant' has a rank; "
+                             "leave one out")  # fmt: skip
         if linearization == "secant":
             if model.width is None:
                 raise ValueError("linearization='secant' with a hierarchy of unknown width: give DepthHierarchy the width of "
@@ -194,7 +197,7 @@ class LocalObjective(Objective):
         node_losses: dict[int, Tensor] = {}
         swept, nats = self._sweep(chain, routes[0], branches, z0, targets, node_losses, keep_graph)
         read = list(zip([routes[0], *branches], nats))
-        if self.secants is not None and keep_graph:
+        if self.secants is not None and keep_graph and self.training:
             self.secants.end_step()
         for route in others:
             _, nats = self._sweep(chain, route, [], z0, targets, node_losses, keep_graph)
@@ -216,9 +219,9 @@ class LocalObjective(Objective):
         """One route and its branches; adds their losses by block to ``node_losses`` and returns the nats of the readouts
         by block: the route's, then each branch's."""
         path, secants = route.path, self.secants
-        if secants is not None:
-            secants.is_learning = keep_graph and path == self.path
-        swept = self._forward_messages(chain, path, z0)
+        # Blocks of other paths read other states; a measurement must not change what it measures.
+        learn = secants is not None and keep_graph and self.training and path == self.path
+        swept = self._forward_messages(chain, path, z0, learn)
         starts = [swept.states[b.start - 1].clone().requires_grad_(True) if b.start else z0 for b in branches]
         read = [{n: swept.states[path.index(n)].clone().requires_grad_(True) for n in route.exits}]
         swept.states.clear()  # only what is read out is needed from here on
@@ -243,7 +246,7 @@ class LocalObjective(Objective):
                 before = at_states[branch.start - 1]
                 at_states[branch.start - 1] = message if before is None else before + message
         observe = None
-        if secants is not None and secants.is_learning:
+        if learn:
             observe = lambda i, message, product: secants.observe(path[i], "backward", message, product - message)
         messages = backward_sweeps(
             swept, at_states, corrections=self.corrections if keep_graph else 0, chunk=self.chunk, observe=observe
@@ -261,10 +264,10 @@ class LocalObjective(Objective):
                 _add(node_losses, n, weight * values[n])
         return swept, nats
 
-    def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor) -> Swept:
+    def _forward_messages(self, chain: Chain, path: tuple[int, ...], z0: Tensor, learn: bool) -> Swept:
         tree = self.model.tree
         options = dict(linearization=self.linearization, damping=self.damping, tolerance=self.tolerance, chunk=self.chunk,
-                       secants=self.secants)  # fmt: skip
+                       secants=self.secants, learn=learn)  # fmt: skip
         if self.inference == "multigrid" and len(path) == tree.n_nodes:
             start = v_cycle(chain, tree, z0, cycles=self.sweeps)
             return forward_sweeps(chain, prefixes(path), z0, sweeps=0, start=start, **options)

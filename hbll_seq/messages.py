@@ -33,6 +33,11 @@ class Chain(ABC):
         """The transition's own number, where it is named by all that lead up to it (:class:`hbll_seq.depth.DepthChain`)."""
         return index[-1] if isinstance(index, tuple) else index
 
+    def remembers(self, index: int) -> bool:
+        """Whether evaluations of f_n without gradient improve later ones: sweeps then make them of the last transition too,
+        whose output they do not need."""
+        return False
+
     def bind(self, index: int) -> Callable[[Tensor], Tensor]:
         """f_n as :meth:`apply` would evaluate it now, however often and however late it is called."""
         return lambda state: self.apply((index,), (state,))[0]
@@ -61,6 +66,10 @@ class Recomputed(Chain):
     def diagonal(self, indices: Sequence[int], states: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`Chain.diagonal`."""
         return self.chain.diagonal(indices, states, outputs)
+
+    def remembers(self, index: int) -> bool:
+        """See :meth:`Chain.remembers`."""
+        return self.chain.remembers(index)
 
 
 def tree_states(chain: Chain, tree: DyadicTree, path: Sequence[int], z0: Tensor) -> list[Tensor]:

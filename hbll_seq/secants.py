@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 #: rank of the learned maps; more explains hardly more (README, "What we tried").
 SECANT_RANK = 8
-#: of the positions of a step every so manyth is looked at; odd, so that it drifts through windows of even length.
+#: of the positions of a step every so manyth is looked at; prime to most window lengths, so that rows differ.
 STRIDE = 5
 #: steps of subspace iteration a fit; it goes on from the last fit's directions.
 ITERATIONS = 2
@@ -38,7 +38,14 @@ class LowRank(NamedTuple):
 
     def branch(self, n: int, x: Tensor) -> Tensor:
         """``(x @ left_n) @ right_n``, what the n-th map adds to ``x`` [..., C]."""
-        return ((x @ self.left[n].to(x.dtype)) @ self.right[n].to(x.dtype)).to(x.dtype)
+        work = torch.promote_types(x.dtype, torch.float32)
+        with _full_precision(x):
+            return ((x.to(work) @ self.left[n].to(work)) @ self.right[n].to(work)).to(x.dtype)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """No autocast inside: its products would round what sums and solves have to keep."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = False) -> Tensor:
@@ -58,6 +65,11 @@ def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = 
     """
     if reverse:
         return low_rank_scan(b.flip(0), LowRank(maps.left.flip(0), maps.right.flip(0)), initial).flip(0)
+    with _full_precision(b):
+        return _scan_maps(b, maps, initial)
+
+
+def _scan_maps(b: Tensor, maps: LowRank, initial: Tensor) -> Tensor:
     left, right = (t.to(torch.promote_types(b.dtype, torch.float32)) for t in maps)
     n_steps, width, rank = left.shape
     sums = torch.cat((initial[None].to(left.dtype), b.to(left.dtype))).cumsum_(0)  # c_0 .. c_N
@@ -76,27 +88,29 @@ def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = 
 class Secants(nn.Module):
     """Running regressions of every block's branch on the change of its input, and of its transpose on messages.
 
-    Buffers hold the second moments, exponential averages over steps, and the maps that were last fitted to them; they are
-    part of the objective's state, so that a resumed run repeats the unbroken one.
+    Buffers hold the second moments, exponential averages over steps, and the maps that were last fitted to them: 4 C^2
+    numbers a block. They are part of the objective's state, so that a resumed run repeats the unbroken one. Where several
+    processes train, DistributedDataParallel gives all of them the first one's, which learns from its own text alone.
 
     Args:
         n_blocks: blocks, numbered from 1.
         width: C.
-        rank: r.
-        decay: of the averages, per step.
-        every: steps between two fits.
+        rank: r; None is ``SECANT_RANK``, or C where that is less.
+        decay: of the averages, per micro batch.
+        every: micro batches between two fits.
 
     Raises:
-        ValueError: the rank does not lie in 1 .. width.
+        ValueError: the rank does not lie in 1 .. width, or another argument is out of range.
     """
 
-    def __init__(self, n_blocks: int, width: int, rank: int = SECANT_RANK, *, decay: float = 0.98, every: int = 10):
+    def __init__(self, n_blocks: int, width: int, rank: int | None = None, *, decay: float = 0.98, every: int = 10):
         super().__init__()
+        rank = min(SECANT_RANK, width) if rank is None else rank
+        if not isinstance(every, int) or every < 1 or not 0 < decay < 1:
+            raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to the width of the states, {width}")
         self.rank, self.decay, self.every = rank, decay, every
-        #: whether sweeps are looked at; off for paths whose blocks read other states, and in evaluation
-        self.is_learning = False
         for way in ("forward", "backward"):
             self.register_buffer(f"{way}_change", torch.zeros(n_blocks, width, width))
             self.register_buffer(f"{way}_response", torch.zeros(n_blocks, width, width))
@@ -114,12 +128,21 @@ class Secants(nn.Module):
         """Some positions of a state [..., C], [n, C] in float32: a copy, since sweeps go on to work in place."""
         return state.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
 
+    def _apply(self, fn, *args, **kwargs):
+        """Moves as modules do, but never to half precision, in which moments cannot be solved."""
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.float())
+        return self
+
     @torch.no_grad()
     def observe(self, number: int, way: str, change: Tensor, response: Tensor) -> None:
         """A block's branch responds to ``change`` [n, C] with ``response`` [n, C]."""
-        for name, value in (("change", change.T @ change), ("response", change.T @ response)):
-            moments = getattr(self, f"{way}_{name}")[number - 1]
-            moments.lerp_((value / len(change)).to(moments.dtype), 1.0 - self.decay)
+        with _full_precision(change):
+            for name, value in (("change", change.T @ change), ("response", change.T @ response)):
+                moments = getattr(self, f"{way}_{name}")[number - 1]
+                moments.lerp_((value / len(change)).to(moments.dtype), 1.0 - self.decay)
 
     @property
     def looks_at_last(self) -> bool:
@@ -132,15 +155,20 @@ class Secants(nn.Module):
         self.n_steps += 1
         if int(self.n_steps) % self.every:
             return
-        for way in ("forward", "backward"):
-            change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))
-            left, right = (getattr(self, f"{way}_{name}") for name in ("left", "right"))
-            ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
-            factor = torch.linalg.cholesky(change + ridge[:, None, None] * torch.eye(change.shape[-1]).to(change))
-            # Reduced-rank regression: of the whole map W = (X^T X)^-1 X^T Y the part within the r directions of the response
-            # that it explains most of, the leading eigenvectors of W^T X^T X W; found by iteration from the last fit's.
-            kept = right.double().mT
-            for _ in range(ITERATIONS):
-                kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]
-            left.copy_(torch.cholesky_solve(response @ kept, factor))
-            right.copy_(kept.mT)
+        with _full_precision(self.n_steps):
+            for way in ("forward", "backward"):
+                self._fit(way)
+
+    def _fit(self, way: str) -> None:
+        change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))
+        left, right = (getattr(self, f"{way}_{name}") for name in ("left", "right"))
+        ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
+        factor, failed = torch.linalg.cholesky_ex(change + ridge[:, None, None] * torch.eye(change.shape[-1]).to(change))
+        # Reduced-rank regression: of the whole map W = (X^T X)^-1 X^T Y the part within the r directions of the response
+        # that it explains most of, the leading eigenvectors of W^T X^T X W; found by iteration from the last fit's.
+        kept = right.double().mT
+        for _ in range(ITERATIONS):
+            kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]
+        sound = (failed == 0)[:, None, None]  # moments that hold NaN fail; the trainer says what to do of a step that does
+        left.copy_(torch.where(sound, torch.cholesky_solve(response @ kept, factor), left))
+        right.copy_(torch.where(sound, kept.mT, right))

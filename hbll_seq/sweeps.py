@@ -66,6 +66,7 @@ def forward_sweeps(
     tolerance: float = 0.0,
     chunk: int = 1,
     secants: Secants | None = None,
+    learn: bool = False,
 ) -> Swept:
     """K parallel sweeps without gradient, then the differentiated call of every transition (sweep K + 1).
 
@@ -73,7 +74,7 @@ def forward_sweeps(
         chain: the transitions.
         indices: the L transitions in order.
         s0: [...], what the first one reads; stays attached to what made it.
-        sweeps: K; after k sweeps the first k states are exact, whatever the linearisation.
+        sweeps: K; after k sweeps the first k states (of chunks: kc) are exact, whatever the linearisation.
         linearization: one of ``LINEARIZATIONS``.
         start: first estimate of s_1 .. s_{L-1}; goes before ``init``.
         init: ``"input"`` or ``"first"``. The latter is one call more, and makes one more state exact: for chains whose
@@ -83,15 +84,21 @@ def forward_sweeps(
         tolerance: stop early once the residual is at most this (waits for the device).
         chunk: c, transitions that a sweep takes one after the other, the differentiated one too; after k sweeps the first kc
             states are exact.
-        secants: the maps of ``linearization="secant"``; they also learn from these sweeps.
+        secants: the maps of ``linearization="secant"``.
+        learn: they also learn from these sweeps.
+
+    Raises:
+        ValueError: ``"secant"`` without maps.
     """
+    if (linearization == "secant") != (secants is not None):
+        raise ValueError(f"linearization={linearization!r} with secants={secants!r}: 'secant' needs its maps, and it alone")
     n_steps, residual = len(indices), s0.new_zeros(())
     chunk = min(chunk, n_steps)
     inputs: list[Tensor] = [s0] * n_steps
     outputs: list[Tensor] = [s0] * n_steps
     states = [s0.detach(), *(s.detach() for s in start)] if start is not None else [s0.detach()] * n_steps
     n_exact = 0  # transitions whose input was exact when they were differentiated
-    learn, last = secants is not None and secants.is_learning, None
+    last: Tensor | None = None  # an older estimate of what the last transition reads
     seen: dict[int, tuple[Tensor, Tensor]] = {}  # some positions of each transition's last input and output without gradient
 
     def differentiate(rows: Sequence[int], read: Sequence[Tensor], own: bool) -> list[Tensor]:
@@ -126,10 +133,12 @@ def forward_sweeps(
                     calls[r] = a
                 if p + 1 < chunk:
                     reads[n_exact + p + 1 : n_steps : chunk] = calls[n_exact + p :: chunk]
+            if chain.remembers(indices[-1]):
+                chain.apply(indices[-1:], reads[-1:])
             reads, calls = reads[n_exact:-1], calls[n_exact:]
             factors = _factors(chain, linearization, indices[n_exact:-1], reads, calls, secants)
             new = _compose(calls, reads, factors)
-            if learn:
+            if learn and secants is not None:
                 n_new = n_done - n_exact  # these have been differentiated, at states that no later sweep changes
                 seen |= {i: (Secants.sample(s), Secants.sample(a))
                          for i, s, a in zip(range(n_done, n_steps), reads[n_new:], calls[n_new:])}  # fmt: skip

@@ -109,6 +109,10 @@ class TimeSweptChain(DepthChain):
         #: s_1 .. s_{N-1} of the last evaluation without gradient: on this path, or else of the block on any other.
         self._estimates: dict[Prefix | int, Tensor] = {}
 
+    def remembers(self, index: Prefix | int) -> bool:
+        """See :meth:`Chain.remembers`: recurrent blocks go on from their last estimate."""
+        return isinstance(self.blocks[self.number(index) - 1], RecurrentBlock)
+
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
         """See :meth:`DepthChain.bind`: later evaluations change nothing for the one that is bound."""
         start = self._estimates.get(index, self._estimates.get(self.number(index)))

@@ -104,7 +104,7 @@ def forward_time_sweeps(
         if start is None and init == "diagonal" and n_steps > 1:
             inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)
             n_exact = 1
-        inputs = inputs[::chunk]  # within a chunk nothing is read but what the walk makes
+        inputs = inputs[::chunk].clone() if chunk > 1 else inputs  # within a chunk nothing is read but what the walk makes
         n_exact //= chunk
         for sweep in range(sweeps):
             if n_exact >= len(inputs) - 1:  # sweep K + 1 reads exact states alone

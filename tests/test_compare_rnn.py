@@ -16,7 +16,7 @@ from hbll_seq.training.recurrent_comparison import CopyProblem, RecurrentShape, 
 from hbll_seq.training.recurrent_sides import RecurrentSide
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "compare_rnn.py"
-TINY = ["--n-embd", "4", "--hidden", "8", "--block-size", "12", "--batch-size", "2", "--steps", "4", "--lrs", "1e-2",
+TINY = ["--n-embd", "4", "--hidden", "8", "--batch-size", "2", "--steps", "4", "--lrs", "1e-2",
         "--seeds", "0", "1", "--eval-batches", "1", "--eval-every", "2", "--probe-every", "2", "--threads", "1"]  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_full_sweeps_train_as_bptt_with_the_state_carried():
 def test_the_script_resumes_and_ends_with_the_difference(script, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The town lies on the river , and the river runs to the sea .\n" * 1000)
-    argv = [*TINY, "--data", str(text), "--output", str(tmp_path / "results.json")]
+    argv = [*TINY, "--block-size", "12", "--data", str(text), "--output", str(tmp_path / "results.json")]
     with pytest.raises(ValueError, match="holds no run"):
         script.main([*argv, "--report-only"])
     script.main(argv)
@@ -115,6 +115,8 @@ def test_the_copy_task_by_script(script, tmp_path, capsys):
     script.main([*TINY, "--task", "copy-64", "--seeds", "0", *sides, "--output", str(tmp_path / "copy.json")])
     assert "accuracy less BPTT's at equal steps: sweeps " in capsys.readouterr().out
     setting = json.loads((tmp_path / "copy.json").read_text())["setting"]
+    with pytest.raises(ValueError, match="block-size=12 with task='copy-64'.*leave it out"):
+        script.main([*TINY, "--task", "copy-64", "--block-size", "12"])
     assert setting["block_size"] == 70 and setting["cell"] == "gru"
 
 

@@ -1,5 +1,7 @@
 """Learned low-rank stand-ins: composed as the written-out chain, fitted as the regression, and exact in the limit."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,8 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.secants import LowRank, Secants, low_rank_scan
 from hbll_seq.sweeps import forward_sweeps
-from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.comparison import fidelity
+from hbll_seq.training.settings import TrainingSettings, resolve
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7])
@@ -83,15 +86,16 @@ def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
         states += model.chain.apply((n,), (states[-1],))
 
     def error(linearization):
-        swept = forward_sweeps(model.chain, path, z0, sweeps=1, linearization=linearization, secants=objective.secants)
+        secants = objective.secants if linearization == "secant" else None
+        swept = forward_sweeps(model.chain, path, z0, sweeps=1, linearization=linearization, secants=secants)
         return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
 
-    objective.secants.is_learning = False
     assert error("secant") < 0.02 * error("identity")
     exact = BackpropObjective(model)
     cosines = {}
     for linearization in ("identity", "secant"):
-        few = LocalObjective(model, "sweeps", sweeps=6, corrections=0, linearization=linearization, secant_rank=2).double()
+        rank = 2 if linearization == "secant" else None
+        few = LocalObjective(model, "sweeps", sweeps=6, corrections=0, linearization=linearization, secant_rank=rank).double()
         if few.secants is not None:
             few.secants.load_state_dict(objective.secants.state_dict())
         ours, theirs = (
@@ -147,6 +151,10 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
     before = moments()
     with torch.no_grad():
         objective(tokens)
+    objective.eval()  # with gradients, as where a gradient is looked at
+    objective(tokens)
+    fidelity(objective.train(), BackpropObjective(model, mix="sandwich"), list(model.parameters()), tokens, None, 0)
+    assert objective.training
     assert all(torch.equal(b, before[name]) for name, b in moments().items())
     objective(tokens)
     after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()
@@ -162,12 +170,46 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
     assert seen == [3, 4, 5, 6, 7]  # the second is exact before it is evaluated twice
 
 
+def test_under_autocast_sums_and_fits_keep_their_precision():
+    torch.manual_seed(0)
+    b, initial = torch.randn(5, 2, 3, 8), torch.randn(2, 3, 8)
+    maps = LowRank(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
+    expected = low_rank_scan(b, maps, initial), maps.branch(1, initial)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = low_rank_scan(b, maps, initial), maps.branch(1, initial)
+    assert all(map(torch.equal, found, expected))
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, block_size=12))
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+    for step in range(21):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(torch.randint(17, (2, 13)), step=step).loss
+        loss.backward()
+    left = objective.secants.forward_left
+    assert left.dtype == torch.float32 and left.isfinite().all() and left[4].any()
+    assert all(b.dtype != torch.bfloat16 for b in objective.to(torch.bfloat16).secants.buffers())
+    objective.secants.forward_change[3] = float("nan")  # a broken step leaves the maps as they were
+    before = objective.secants.forward_left.clone()
+    objective.secants.n_steps.fill_(9)
+    objective.secants.end_step()
+    assert torch.equal(objective.secants.forward_left[3], before[3])
+
+
 def test_it_needs_to_know_the_width_and_sweeps():
     blocks = [nn.Linear(4, 4) for _ in range(3)]
     with pytest.raises(ValueError, match="secant.*unknown width.*give DepthHierarchy the width"):
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
     with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
         LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")
+    with pytest.raises(ValueError, match="secant_rank=2 with linearization='identity'"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "sweeps", secant_rank=2)
+    with pytest.raises(ValueError, match="'secant' needs its maps"):
+        chain = DepthHierarchy(blocks, nn.Linear(4, 2)).chain
+        forward_sweeps(chain, [1, 2], torch.zeros(1, 4), sweeps=1, linearization="secant")
+    with pytest.raises(ValueError, match="every=0"):
+        Secants(3, 12, every=0)
 
 
 def test_a_run_takes_them_where_they_were_measured_to_help():
@@ -178,4 +220,6 @@ def test_a_run_takes_them_where_they_were_measured_to_help():
 
     assert of(mix="none") == of(path="4,6,7") == "secant"
     assert of() == of(mix="sandwich") == of(objective="backprop") == of(mix="none", cell="gru") == "identity"
+    stored = dataclasses.asdict(TrainingSettings(max_steps=1, mix="none"))
+    assert resolve(stored, {"cell": "gru"}).linearization == "identity"  # a run's settings as a preset of another
     assert of(mix="none", linearization="identity") == "identity" and of(linearization="secant") == "secant"

@@ -41,6 +41,7 @@ from hbll_seq.training.recurrent_comparison import (
 from hbll_seq.training.recurrent_sides import RecurrentSide
 
 RESULTS = Path(__file__).parent / "results"
+BLOCK_SIZE = 128
 TASKS = ("bytes", "text", "copy-64", "copy-256")
 SIDES = ["bptt", "one-step", "sweeps"]
 #: what a side "sweeps" does where it does not say otherwise: with chunks it needs no tree for a first estimate
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-embd", type=int, default=64, help="width of the embedding (default: 64)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128)")
-    add("--block-size", type=int, default=128, help="steps N of a training window of text (default: 128)")
+    add("--block-size", type=int, help=f"steps N of a training window of text (default: {BLOCK_SIZE})")
     add("--batch-size", type=int, default=16)
     add("--steps", type=int, default=3000)
     add("--warmup-steps", type=int, default=50)
@@ -89,6 +90,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def problem_of(args: argparse.Namespace) -> RecurrentProblem:
     """What is learned. Raises ValueError when the text cannot be used."""
     if args.task.startswith("copy"):
+        if args.block_size is not None:
+            raise ValueError(f"block-size={args.block_size} with task={args.task!r}: its delay decides; leave it out")
         return CopyProblem(delay=int(args.task.removeprefix("copy-")))
     streams, digest = {}, hashlib.sha256()
     tokenizer = Tokenizer.default()
@@ -102,7 +105,7 @@ def problem_of(args: argparse.Namespace) -> RecurrentProblem:
             streams[split] = stream.tokens
             digest.update(stream.fingerprint.encode())
     vocab_size = 256 if args.task == "bytes" else tokenizer.vocab_size
-    return StreamProblem(streams, vocab_size, args.block_size, digest.hexdigest())
+    return StreamProblem(streams, vocab_size, args.block_size or BLOCK_SIZE, digest.hexdigest())
 
 
 def report(runs: dict[str, list[dict]], metric: str) -> str:
@@ -166,14 +169,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs: dict[str, list[dict]] = {}
     for side in sides:
         if args.report_only:
-            tried = {run["lr"]: run for run in results.runs if (run["side"], run["seed"]) == (side.name, args.seeds[0])}
+            wanted = (side.name, args.seeds[0], side.method)
+            tried = {run["lr"]: run for run in results.runs if (run["side"], run["seed"], run["method"]) == wanted}
             if not tried:
                 continue
             lr = min(tried, key=lambda lr: deepest(tried[lr])["loss"])  # noqa: B023
             found = [results.find(side.name, lr, seed, side.method) for seed in args.seeds]
             runs[side.name] = [run for run in found if run is not None]
         else:
-            lr = tune(lambda lr: deepest(ensure(side, lr, args.seeds[0]))["loss"], args.lrs)  # noqa: B023
+            grid = args.lrs if side.lr is None else [side.lr]
+            lr = tune(lambda lr: deepest(ensure(side, lr, args.seeds[0]))["loss"], grid)  # noqa: B023
             runs[side.name] = [ensure(side, lr, seed) for seed in args.seeds]
     if not any(runs.values()):
         raise ValueError(f"{args.output} holds no run of {', '.join(args.sides)}: leave --report-only out to make them")

@@ -280,6 +280,7 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
     objective, paths = side.objective(model, seed), side.paths(model)
     exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)
     alone = side.main_path(model, seed), BackpropObjective(model, objective.path, seed=seed)
+    alone[0].secants = getattr(objective, "secants", None)  # looked at with what the side has learned
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)
     optimizer = make_optimizer(objective, settings)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -325,12 +326,14 @@ def fidelity(
 ) -> list[float]:
     """Cosine of the objective's gradient to the exact one, ratio of their norms, and the sweeps' residual. ``carried`` is
     what else both take, such as the state of a recurrent network."""
-    gradients, residuals = [], []
+    gradients, residuals, was_training = [], [], objective.training
+    objective.eval()  # a look at a gradient is not a step: what an objective learns along the way stays as it is
     for each in (objective, exact):
         output = each(tokens, labels, step=step, **carried)
         found = torch.autograd.grad(output.loss, parameters)
         gradients.append(torch.cat([g.flatten() for g in found]).double())  # float32 sums of millions end above one
         residuals.append(output.metrics.get("residual", torch.zeros(())))
+    objective.train(was_training)
     (ours, reference), residual = gradients, residuals[0]
     cosine = torch.dot(ours, reference) / (ours.norm() * reference.norm()).clamp(min=1e-30)
     return [round(float(v), 5) for v in (cosine, ours.norm() / reference.norm().clamp(min=1e-30), residual)]

@@ -109,9 +109,9 @@ class CopyProblem(RecurrentProblem):
     metric, is_continuous = "accuracy", False
 
     def __init__(self, delay: int, length: int = 3, n_symbols: int = 8):
-        for name, value in (("delay", delay), ("length", length), ("n_symbols", n_symbols - 1)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1 (n_symbols: 2)")
+        for name, value, least in (("delay", delay, 1), ("length", length, 1), ("n_symbols", n_symbols, 2)):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         self.delay, self.length, self.n_symbols = delay, length, n_symbols
         self.vocab_size, self.block_size = n_symbols + 2, delay + 2 * length
         self.fingerprint = f"copy {n_symbols} {length} {delay}"

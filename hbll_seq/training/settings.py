@@ -332,7 +332,8 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
 
 
 _OF_MIX = ("mix_weight", "readout_rank", "readout_by", "default_paths", "linearization")
-_DEPENDENT = {"objective": ("mix", *_OF_MIX), "path": ("mix", *_OF_MIX), "mix": _OF_MIX}
+_DEPENDENT = {"objective": ("mix", *_OF_MIX), "path": ("mix", *_OF_MIX), "mix": _OF_MIX,
+              "cell": ("linearization",)}
 
 
 def as_meant(stored: dict[str, Any]) -> dict[str, Any]:

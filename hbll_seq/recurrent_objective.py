@@ -103,7 +103,8 @@ class RecurrentLocalObjective(RecurrentObjective):
     Args:
         model: see :class:`RecurrentObjective`.
         inference: ``"sweeps"`` or ``"tree"``.
-        sweeps: K, before the differentiated call; for ``"tree"`` the consistency stage's, differentiated one included.
+        sweeps: K, before the differentiated sweep (the defaults did best of few on text, see README; longer memory needs more
+            of it, or ``"diagonal"``); for ``"tree"`` the consistency stage's, differentiated one included.
         corrections: M.
         linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
         chunk: c, transitions that a sweep (the differentiated one too), and products that a correction takes one after the
@@ -121,14 +122,14 @@ class RecurrentLocalObjective(RecurrentObjective):
         model: RecurrentModel,
         inference: str = "sweeps",
         *,
-        sweeps: int = 4,
-        corrections: int = 4,
-        linearization: str = "diagonal",
+        sweeps: int = 1,
+        corrections: int = 1,
+        linearization: str = "zero",
         init: str = "state",
         damping: float = 1.0,
         clip: float = 1.0,
         tolerance: float = 0.0,
-        chunk: int = 1,
+        chunk: int = 8,
         tree: RecurrentTree | None = None,
         tree_weight: float = 0.1,
         arc_weight: float = 0.1,

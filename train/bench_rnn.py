@@ -58,12 +58,12 @@ COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # of our sides;
 BASELINES = ("bptt", "one-step", "fused")
 FAMILIES = ("sweeps", "tree+sweeps", "paper")
 SIDES = (
-    "sweeps:sweeps=4,corrections=4,linearization=zero",
-    "sweeps:sweeps=2,corrections=2,linearization=zero",
-    "sweeps:sweeps=2,corrections=2,linearization=zero,chunk=8",
-    "sweeps:sweeps=4,corrections=4,linearization=diagonal",
-    "tree+sweeps:sweeps=1,corrections=1,linearization=zero",
-    "tree+sweeps:sweeps=4,corrections=4,linearization=zero",
+    "sweeps:sweeps=1,corrections=1,linearization=zero,chunk=8",  # the objective's defaults
+    "sweeps:sweeps=2,corrections=2,linearization=zero,chunk=1",
+    "sweeps:sweeps=4,corrections=4,linearization=zero,chunk=1",
+    "sweeps:sweeps=4,corrections=4,linearization=diagonal,chunk=1",
+    "tree+sweeps:sweeps=1,corrections=1,linearization=zero,chunk=1",
+    "tree+sweeps:sweeps=4,corrections=4,linearization=zero,chunk=1",
     "paper:sweeps=0",
     "paper:sweeps=4",
 )

@@ -45,7 +45,7 @@ BLOCK_SIZE = 128
 TASKS = ("bytes", "text", "copy-64", "copy-256")
 SIDES = ["bptt", "one-step", "sweeps"]
 #: what a side "sweeps" does where it does not say otherwise: with chunks it needs no tree for a first estimate
-DIAL = {"sweeps": 2, "corrections": 2, "chunk": 8, "linearization": "diagonal", "init": "state"}
+DIAL = {"sweeps": 1, "corrections": 1, "chunk": 8, "linearization": "zero", "init": "state"}
 QUICK = dict(steps=40, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=20, probe_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 

@@ -75,6 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=5.0, help="limit of the gradient's norm (default: 5)")
     add("--sweeps", type=int, default=dial["sweeps"], help=f"K of the side sweeps (default: {dial['sweeps']})")
     add("--corrections", type=int, default=dial["corrections"], help=f"M of it (default: {dial['corrections']})")
+    add("--chunk", type=int, default=dial["chunk"], help=f"its c, steps that a sweep takes one after the other (default: "
+        f"{dial['chunk']})")  # fmt: skip
     add("--linearization", choices=TIME_LINEARIZATIONS, default=dial["linearization"],
         help=f"its stand-in for Jacobians (default: {dial['linearization']})")  # fmt: skip
     add("--init", choices=INITS, default=dial["init"], help=f"its first estimate of the states (default: {dial['init']})")

@@ -134,7 +134,9 @@ def plot(path: Path, runs: dict[str, list[dict]], metric: str) -> None:
     by_step, by_second = figure.subplots(1, 2)
     for side, of_side in runs.items():
         run = of_side[0]
-        curve = [*run["evaluations"], [run["curve"][-1][0], run["validation"][0][metric]]]
+        curve = run["evaluations"]
+        if not curve:  # a run shorter than one evaluation
+            continue
         steps, values = zip(*curve)
         per_step = run["seconds"] / run["curve"][-1][0]
         by_step.plot(steps, values, label=side)
@@ -143,7 +145,7 @@ def plot(path: Path, runs: dict[str, list[dict]], metric: str) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {metric}")
         axes.grid(axis="y", color="0.9")
-    by_step.legend(fontsize="small")
+    by_second.legend(fontsize="x-small", loc="upper right")  # there the curves leave room
     save_figure(figure, path)
 
 

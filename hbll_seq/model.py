@@ -166,7 +166,8 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         n_layer, n_parameters = self.config.n_layer, sum(p.numel() for p in self.parameters())
         about = (
             f"A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any "
-            f"dyadic\npath of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks."
+            f"dyadic\npath of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks; "
+            "those that\nit was trained and measured as are listed below."
         )
         usage = f'print(model.generate("The history of the city", depth={min(3, n_layer)}, max_new_tokens=50))'
         return CardText("text-generation", "HBLL language model", about, usage)

@@ -145,7 +145,8 @@ def plot(path: Path, runs: dict[str, list[dict]], metric: str) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {metric}")
         axes.grid(axis="y", color="0.9")
-    by_second.legend(fontsize="x-small", loc="upper right")  # there the curves leave room
+    if by_second.has_data():
+        by_second.legend(fontsize="x-small", loc="upper right")  # there the curves leave room
     save_figure(figure, path)
 
 

@@ -114,7 +114,8 @@ def test_the_copy_task_by_script(script, tmp_path, capsys):
     sides = ["--sides", "bptt", "sweeps"]
     script.main([*TINY, "--task", "copy-64", "--seeds", "0", *sides, "--output", str(tmp_path / "copy.json")])
     assert "accuracy less BPTT's at equal steps: sweeps " in capsys.readouterr().out
-    script.main([*TINY, "--task", "copy-64", "--steps", "1", "--seeds", "0", *sides, "--output", str(tmp_path / "short.json")])
+    short = ["--task", "copy-64", "--steps", "1", "--seeds", "0"]
+    script.main([*TINY, *short, *sides, "--output", str(tmp_path / "short.json")])
     assert (tmp_path / "short.png").exists()  # too short for a curve
     setting = json.loads((tmp_path / "copy.json").read_text())["setting"]
     with pytest.raises(ValueError, match="block-size=12 with task='copy-64'.*leave it out"):

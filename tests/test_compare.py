@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hbll_seq.tasks import make_task
+from hbll_seq.training import comparison
 from hbll_seq.training.comparison import Results, Shape, Side, TaskProblem, train, tune
 from hbll_seq.training.settings import read_preset
 
@@ -131,6 +132,21 @@ def test_stored_runs_are_still_those_of_the_sides_that_they_name(path):
     stored = json.loads(path.read_text())
     for run in stored["runs"]:
         assert Side.parse(run["side"], stored["setting"]["mix"]).method(stored["setting"]["n_level"]) == run["method"]
+
+
+def test_the_main_path_of_a_mix_is_looked_at_with_what_the_side_has_learned(monkeypatch):
+    seen = []
+
+    def look(objective, *_):
+        seen.append((objective.mix, objective.secants, int(objective.secants.n_steps)))
+        return [1.0, 1.0, 0.0]
+
+    monkeypatch.setattr(comparison, "fidelity", look)
+    shape = Shape(2, 16, 2, batch_size=2, steps=4, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=4)
+    side = Side.parse("sweeps:linearization=secant,mix=octaves,paths=prefix", "octaves")
+    train(side, 1e-3, 0, TaskProblem(make_task("induction", n_symbols=8, block_size=12)), shape)
+    (mix, learned, n_steps), (alone, same, _) = seen
+    assert (mix, alone, n_steps) == ("octaves", "none", 3) and same is learned
 
 
 def test_induction_is_learned_by_three_blocks_and_not_by_one():

@@ -110,6 +110,13 @@ def test_the_script_resumes_and_ends_with_the_difference(script, tmp_path, capsy
         script.main([*argv, "--hidden", "9"])
 
 
+def test_a_side_may_have_a_rate_of_its_own(script, tmp_path):
+    output = tmp_path / "own.json"
+    script.main([*TINY, "--task", "copy-64", "--seeds", "0", "--sides", "bptt", "sweeps:lr=3e-3", "--output", str(output)])
+    runs = json.loads(output.read_text())["runs"]
+    assert [(run["side"], run["lr"]) for run in runs] == [("bptt", 1e-2), ("sweeps:lr=3e-3", 3e-3)]
+
+
 def test_the_copy_task_by_script(script, tmp_path, capsys):
     sides = ["--sides", "bptt", "sweeps"]
     script.main([*TINY, "--task", "copy-64", "--seeds", "0", *sides, "--output", str(tmp_path / "copy.json")])

@@ -141,6 +141,33 @@ def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
         assert error(4, 6) > 1e-7 and error(6, 5) > 1e-7
 
 
+def test_other_paths_of_a_mix_teach_nothing():
+    """Their blocks read other states."""
+    model, tokens = double_lm()
+    options = dict(sweeps=1, corrections=1, linearization="secant", init="input")
+    mixed, alone = (LocalObjective(model, "sweeps", mix=mix, **options).double() for mix in ("random", "none"))
+    paths = {route.path for step in range(8) for route in mixed.routes(step)[1:]}
+    assert max(len(path) for path in paths - {mixed.path}) > 3  # long enough to be swept and looked at
+    for step in range(8):
+        mixed(tokens, step=step), alone(tokens, step=step)
+    for name, buffer in alone.secants.named_buffers():
+        if name in ("forward_change", "forward_response"):
+            torch.testing.assert_close(dict(mixed.secants.named_buffers())[name], buffer)
+
+
+def test_what_is_looked_at_is_a_copy_in_full_precision():
+    state = torch.randn(2, 20, 8)
+    kept = Secants.sample(state)
+    before = kept.clone()
+    state.zero_()  # sweeps go on to work in place
+    assert torch.equal(kept, before) and kept.abs().min() > 0
+    secants, reference = Secants(1, 8), Secants(1, 8)
+    reference.observe(1, "forward", kept, 2 * kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        secants.observe(1, "forward", kept, 2 * kept)
+    assert torch.equal(secants.forward_change, reference.forward_change) and secants.forward_change.any()
+
+
 def test_only_training_steps_on_the_main_path_are_learned_from():
     model, tokens = double_lm()
     objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant", mix="sandwich").double()

@@ -7,6 +7,7 @@ A recurrent model also returns the state to carry into the next window.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class RecurrentOutput(NamedTuple):
     state: Tensor
 
 
-class RecurrentObjective(nn.Module):
+class RecurrentObjective(nn.Module, ABC):
     """What the objectives share: the model, and what they refuse.
 
     Args:
@@ -59,8 +60,9 @@ class RecurrentObjective(nn.Module):
         x, targets = self.model.prepare(inputs, labels)
         return self._losses(x, targets, self.model.initial_state(len(x)) if state is None else state)
 
+    @abstractmethod
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
-        raise NotImplementedError
+        """What is read [B, T, ...], its targets and h_0 [B, H] -> the losses of a step."""
 
 
 class RecurrentBackpropObjective(RecurrentObjective):

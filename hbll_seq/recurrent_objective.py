@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from hbll_seq.objective import check_dial, check_local_losses_can_run, is_number
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
+from hbll_seq.time_secants import TimeSecants
 from hbll_seq.time_sweeps import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
 
 RECURRENT_INFERENCES = ("sweeps", "tree")
+RECURRENT_LINEARIZATIONS = (*TIME_LINEARIZATIONS, "secant")
 
 
 class RecurrentOutput(NamedTuple):
@@ -108,7 +110,9 @@ class RecurrentLocalObjective(RecurrentObjective):
         sweeps: K, before the differentiated sweep (the defaults did best of few on text, see README; longer memory needs more
             of it, or ``"diagonal"``); for ``"tree"`` the consistency stage's, differentiated one included.
         corrections: M.
-        linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`.
+        linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`. The maps of ``"secant"`` are
+            learned in training mode and are part of the objective's state; it takes corrections of at least 2 for those of
+            messages to be learned, and used.
         chunk: c, transitions that a sweep (the differentiated one too), and products that a correction takes one after the
             other: the span grows by that factor and the work does not. ``"sweeps"``.
         tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
@@ -146,6 +150,11 @@ class RecurrentLocalObjective(RecurrentObjective):
                 raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
         if not is_number(clip) or not clip > 0:
             raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
+        if linearization == "secant" and (inference != "sweeps" or sweeps < 1):
+            raise ValueError(
+                f"linearization='secant' with inference={inference!r}, sweeps={sweeps}: it learns from what two sweeps "
+                "differ by, so it needs inference='sweeps' and sweeps of at least 1; choose them, or 'diagonal'"
+            )
         if inference == "tree" and tree is None:
             raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
         if tree is not None and tree.hidden_size != model.cell.hidden_size:
@@ -157,6 +166,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         self.inference, self.sweeps, self.corrections, self.init, self.tree = inference, sweeps, corrections, init, tree
         self.chunk = chunk
         self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance, chunk=chunk)
+        self.secants = TimeSecants(model.cell.hidden_size) if linearization == "secant" else None
         self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
@@ -167,10 +177,11 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     def _sweep(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
         cell, keep_graph = self.model.cell, torch.is_grad_enabled()
+        learn = self.secants is not None and keep_graph and self.training
         estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True) if self.tree is not None else None
         swept = forward_time_sweeps(
             cell, cell.project(symbols), s0, sweeps=self.sweeps, init=self.init,
-            start=None if estimate is None else estimate.detach()[:-1], **self.options,
+            start=None if estimate is None else estimate.detach()[:-1], secants=self.secants, learn=learn, **self.options,
         )  # fmt: skip
         metrics = {"residual": swept.residual} if self.sweeps > 0 else {}
         if not keep_graph:
@@ -178,7 +189,11 @@ class RecurrentLocalObjective(RecurrentObjective):
             return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, swept.states[-1])
         read = swept.states.detach().requires_grad_(True)
         ce, errors = _emission(self.model, read, targets)
-        messages = backward_time_sweeps(swept, errors, corrections=self.corrections, chunk=self.chunk)
+        messages = backward_time_sweeps(
+            swept, errors, corrections=self.corrections, chunk=self.chunk, secants=self.secants, learn=learn
+        )
+        if learn:
+            self.secants.end_step()
         # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
         # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
         losses = [ce + _WithGradients.apply(messages, swept.outputs)]
@@ -246,7 +261,7 @@ class _WithGradients(torch.autograd.Function):
 def _check_choices(inference: str, linearization: str, init: str) -> None:
     choices: Sequence[tuple[str, str, Sequence[str]]] = (
         ("inference", inference, RECURRENT_INFERENCES),
-        ("linearization", linearization, TIME_LINEARIZATIONS),
+        ("linearization", linearization, RECURRENT_LINEARIZATIONS),
         ("init", init, TIME_INITS),
     )
     for name, value, allowed in choices:

@@ -91,3 +91,25 @@ def sequential_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None,
         state = (a[n] if isinstance(a, Tensor) else a) * state + b[n]
         states[n] = state
     return torch.stack(states)
+
+
+def shared_scan(b: Tensor, matrix: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
+    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n, by doubling: log2 N products.
+
+    Args:
+        b: [N, ..., H].
+        matrix: A, [H, H]; states are rows.
+        initial: [..., H].
+        reverse: from the end, ``s_n = s_{n+1} A + b_n``.
+    """
+    if reverse:
+        return shared_scan(b.flip(0), matrix, initial).flip(0)
+    states = b.clone()
+    states[0] += initial @ matrix
+    step, power = 1, matrix
+    while step < len(b):
+        states[step:] += states[:-step] @ power  # the product is made before the sum changes what it reads
+        step *= 2
+        if step < len(b):
+            power = power @ power
+    return states

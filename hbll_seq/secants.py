@@ -39,11 +39,11 @@ class LowRank(NamedTuple):
     def branch(self, n: int, x: Tensor) -> Tensor:
         """``(x @ left_n) @ right_n``, what the n-th map adds to ``x`` [..., C]."""
         work = torch.promote_types(x.dtype, torch.float32)
-        with _full_precision(x):
+        with full_precision(x):
             return ((x.to(work) @ self.left[n].to(work)) @ self.right[n].to(work)).to(x.dtype)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
     """No autocast inside: its products would round what sums and solves have to keep."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -65,7 +65,7 @@ def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = 
     """
     if reverse:
         return low_rank_scan(b.flip(0), LowRank(maps.left.flip(0), maps.right.flip(0)), initial).flip(0)
-    with _full_precision(b):
+    with full_precision(b):
         return _scan_maps(b, maps, initial)
 
 
@@ -85,38 +85,90 @@ def _scan_maps(b: Tensor, maps: LowRank, initial: Tensor) -> Tensor:
     return added.add_(sums[1:]).to(b.dtype)
 
 
-class Secants(nn.Module):
+class RunningFits(nn.Module):
+    """What learned stand-ins share: second moments averaged over steps, in buffers, and maps fitted to them now and then.
+
+    The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
+    train, DistributedDataParallel gives all of them the first one's, which learns from its own text alone.
+
+    Args:
+        decay: of the averages, per look.
+        every: steps (micro batches) between two fits.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, decay: float, every: int):
+        super().__init__()
+        if not isinstance(every, int) or every < 1 or not 0 < decay < 1:
+            raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
+        self.decay, self.every = decay, every
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, *args, **kwargs):
+        """Moves as modules do, but never to half precision, in which moments cannot be solved."""
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, buffer.float())
+        return self
+
+    @torch.no_grad()
+    def _average(self, change: Tensor, response: Tensor, *moments: Tensor) -> None:
+        """Takes the second moments of ``change`` [n, C] and of it with ``response`` [n, C] into the averages."""
+        with full_precision(change):
+            for average, value in zip(moments, (change.T @ change, change.T @ response)):
+                average.lerp_((value / len(change)).to(average.dtype), 1.0 - self.decay)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Fits the maps anew when it is time."""
+        self.n_steps += 1
+        if int(self.n_steps) % self.every:
+            return
+        with full_precision(self.n_steps):
+            for way in ("forward", "backward"):
+                self._fit(way)
+
+    def _fit(self, way: str) -> None:
+        raise NotImplementedError
+
+
+def ridge_factor(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of second moments [..., C, C] with a little added to their diagonals, and whether they are sound:
+    moments that hold NaN are not; the trainer says what to do of a step that does."""
+    ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
+    factor, failed = torch.linalg.cholesky_ex(change + ridge[..., None, None] * torch.eye(change.shape[-1]).to(change))
+    return factor, (failed == 0)[..., None, None]
+
+
+class Secants(RunningFits):
     """Running regressions of every block's branch on the change of its input, and of its transpose on messages.
 
-    Buffers hold the second moments, exponential averages over steps, and the maps that were last fitted to them: 4 C^2
-    numbers a block. They are part of the objective's state, so that a resumed run repeats the unbroken one. Where several
-    processes train, DistributedDataParallel gives all of them the first one's, which learns from its own text alone.
+    Buffers hold 4 C^2 numbers a block.
 
     Args:
         n_blocks: blocks, numbered from 1.
         width: C.
         rank: r; None is ``SECANT_RANK``, or C where that is less.
-        decay: of the averages, per micro batch.
-        every: micro batches between two fits.
+        decay, every: see :class:`RunningFits`.
 
     Raises:
         ValueError: the rank does not lie in 1 .. width, or another argument is out of range.
     """
 
     def __init__(self, n_blocks: int, width: int, rank: int | None = None, *, decay: float = 0.98, every: int = 10):
-        super().__init__()
+        super().__init__(decay, every)
         rank = min(SECANT_RANK, width) if rank is None else rank
-        if not isinstance(every, int) or every < 1 or not 0 < decay < 1:
-            raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to the width of the states, {width}")
-        self.rank, self.decay, self.every = rank, decay, every
+        self.rank = rank
         for way in ("forward", "backward"):
             self.register_buffer(f"{way}_change", torch.zeros(n_blocks, width, width))
             self.register_buffer(f"{way}_response", torch.zeros(n_blocks, width, width))
             self.register_buffer(f"{way}_left", torch.zeros(n_blocks, width, rank))
             self.register_buffer(f"{way}_right", torch.eye(width)[:rank].repeat(n_blocks, 1, 1))
-        self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
 
     def maps(self, numbers: Sequence[int], way: str) -> LowRank:
         """Of the blocks of these numbers, ``way`` being ``"forward"`` or ``"backward"`` (of the transposed Jacobians)."""
@@ -128,47 +180,25 @@ class Secants(nn.Module):
         """Some positions of a state [..., C], [n, C] in float32: a copy, since sweeps go on to work in place."""
         return state.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
 
-    def _apply(self, fn, *args, **kwargs):
-        """Moves as modules do, but never to half precision, in which moments cannot be solved."""
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, buffer.float())
-        return self
-
     @torch.no_grad()
     def observe(self, number: int, way: str, change: Tensor, response: Tensor) -> None:
         """A block's branch responds to ``change`` [n, C] with ``response`` [n, C]."""
-        with _full_precision(change):
-            for name, value in (("change", change.T @ change), ("response", change.T @ response)):
-                moments = getattr(self, f"{way}_{name}")[number - 1]
-                moments.lerp_((value / len(change)).to(moments.dtype), 1.0 - self.decay)
+        moments = (getattr(self, f"{way}_{name}")[number - 1] for name in ("change", "response"))
+        self._average(change, response, *moments)
 
     @property
     def looks_at_last(self) -> bool:
         """Whether this step is to evaluate the last block once more, whose output no sweep needs: one in ``every``."""
         return int(self.n_steps) % self.every == 0
 
-    @torch.no_grad()
-    def end_step(self) -> None:
-        """Fits the maps anew when it is time."""
-        self.n_steps += 1
-        if int(self.n_steps) % self.every:
-            return
-        with _full_precision(self.n_steps):
-            for way in ("forward", "backward"):
-                self._fit(way)
-
     def _fit(self, way: str) -> None:
         change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))
         left, right = (getattr(self, f"{way}_{name}") for name in ("left", "right"))
-        ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
-        factor, failed = torch.linalg.cholesky_ex(change + ridge[:, None, None] * torch.eye(change.shape[-1]).to(change))
+        factor, sound = ridge_factor(change)
         # Reduced-rank regression: of the whole map W = (X^T X)^-1 X^T Y the part within the r directions of the response
         # that it explains most of, the leading eigenvectors of W^T X^T X W; found by iteration from the last fit's.
         kept = right.double().mT
         for _ in range(ITERATIONS):
             kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]
-        sound = (failed == 0)[:, None, None]  # moments that hold NaN fail; the trainer says what to do of a step that does
         left.copy_(torch.where(sound, torch.cholesky_solve(response @ kept, factor), left))
         right.copy_(torch.where(sound, kept.mT, right))

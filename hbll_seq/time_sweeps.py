@@ -32,8 +32,10 @@ from torch import Tensor
 
 from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
 from hbll_seq.scan import affine_scan
+from hbll_seq.time_secants import TimeSecants
 
-#: stand-ins for the Jacobians of a cell: zero (Jacobi) and the diagonal (quasi-Newton).
+#: stand-ins for the Jacobians of a cell: zero (Jacobi) and the diagonal (quasi-Newton). An objective that keeps what it
+#: learns from step to step has "secant" too: one learned map for those of a whole chunk (see ``time_secants.py``).
 TIME_LINEARIZATIONS = ("zero", "diagonal")
 #: first estimates: zero, the first state everywhere, or one quasi-Newton sweep from there (one call; makes a state exact).
 TIME_INITS = ("zeros", "state", "diagonal")
@@ -74,6 +76,8 @@ def forward_time_sweeps(
     clip: float = 1.0,
     tolerance: float = 0.0,
     chunk: int = 1,
+    secants: TimeSecants | None = None,
+    learn: bool = False,
 ) -> TimeSwept:
     """K parallel sweeps without gradient, then sweep K + 1, whose calls are differentiated, each on its own.
 
@@ -82,14 +86,21 @@ def forward_time_sweeps(
         projected: [N, B, G * H], ``cell.project`` of the inputs, time first; stays attached to what made it.
         s0: [B, H].
         sweeps: K; after k sweeps s_1 .. s_kc are exact, whatever the linearisation, and with (K + 1) c at least N all.
-        linearization: one of ``TIME_LINEARIZATIONS``.
+        linearization: one of ``TIME_LINEARIZATIONS``, or ``"secant"``.
         start: [N - 1, B, H], first estimate of s_1 .. s_{N-1}; goes before ``init``.
         init: one of ``TIME_INITS``.
         damping: each sweep moves so far from the old estimate to the new one; only 1 ever makes a state exact.
         clip: diagonals are held within -clip .. clip, so that a scan of many cannot explode; no limit at ``inf``.
         tolerance: stop early once the residual is at most this (waits for the device).
         chunk: c, transitions that a sweep takes one after the other; with 1, the plain sweep, each is ONE call of the cell.
+        secants: the maps of ``linearization="secant"``.
+        learn: let them learn from what these sweeps see.
+
+    Raises:
+        ValueError: ``"secant"`` without maps, or maps with another linearisation.
     """
+    if (linearization == "secant") != (secants is not None):
+        raise ValueError(f"linearization={linearization!r} with secants={secants!r}: 'secant' needs its maps, and it alone")
     n_steps, residual = len(projected), s0.new_zeros(())
     chunk = min(chunk, n_steps)
     first, fixed = s0.detach(), projected.detach()
@@ -102,17 +113,20 @@ def forward_time_sweeps(
         elif init != "zeros":
             inputs[1:] = first
         if start is None and init == "diagonal" and n_steps > 1:
-            inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)
+            inputs[1:] = _sweep(cell, inputs, fixed, "diagonal", clip, 1)[0]
             n_exact = 1
         inputs = inputs[::chunk].clone() if chunk > 1 else inputs  # within a chunk nothing is read but what the walk makes
         n_exact //= chunk
+        looked: tuple[Tensor, Tensor] | None = None  # where the last sweep's walks began, and what they came to
         for sweep in range(sweeps):
             if n_exact >= len(inputs) - 1:  # sweep K + 1 reads exact states alone
                 break
             # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
             is_one = sweep == 0 and start is None and init == "state"
             read = first.expand_as(inputs) if is_one else inputs[n_exact:]
-            new = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk)
+            new, walked = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk, secants)
+            if learn and secants is not None:
+                looked = _look(secants, looked, read[:-1], walked)
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)
@@ -133,12 +147,17 @@ def forward_time_sweeps(
         inputs, outputs, jacobian = _differentiate_chunks(cell, inputs, projected, chunk)
     else:
         outputs, jacobian = cell.differentiate(inputs, projected)
+    if looked is not None:
+        _look(secants, looked, inputs[::chunk][:-1].detach(), outputs[chunk - 1 :: chunk].detach())
     factors = _factors(jacobian, clip) if linearization == "diagonal" else None
     return TimeSwept(inputs, outputs, _compose(outputs.detach(), inputs.detach(), factors), jacobian, factors, residual)
 
 
 @torch.no_grad()
-def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, chunk: int = 1) -> Tensor:
+def backward_time_sweeps(
+    swept: TimeSwept, errors: Tensor, *, corrections: int, chunk: int = 1, secants: TimeSecants | None = None,
+    learn: bool = False,
+) -> Tensor:  # fmt: skip
     """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
 
     Each correction is one product with the transposed Jacobians and a scan:
@@ -149,6 +168,8 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
         errors: [N, B, H], e_n = d loss / d s_n for n = 1 .. N; zero where no readout reads s_n.
         corrections: M; after m corrections the last mc + 1 messages are exact.
         chunk: c, products that a correction takes one after the other.
+        secants: maps that carry what a correction changed at the end of a chunk through it, in place of ``factors``.
+        learn: let them learn from these products.
     """
     n_steps, factors = len(errors), swept.factors
     messages = errors.clone()
@@ -156,8 +177,8 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
         messages[:-1] = affine_scan(errors[:-1], factors[1:], errors[-1], reverse=True)
     if factors is not None and swept.jacobian.gains is None:
         return messages  # the Jacobian is its diagonal: nothing is left to correct
-    if chunk > 1:
-        return _correct_chunks(swept, errors, messages, corrections, chunk)
+    if chunk > 1 or secants is not None:
+        return _correct_chunks(swept, errors, messages, corrections, chunk, secants, learn)
     for correction in range(corrections):
         high = n_steps - correction  # products of transitions from here on were taken of final messages
         if high < 2:
@@ -172,7 +193,10 @@ def backward_time_sweeps(swept: TimeSwept, errors: Tensor, *, corrections: int, 
     return messages
 
 
-def _correct_chunks(swept: TimeSwept, errors: Tensor, messages: Tensor, corrections: int, chunk: int) -> Tensor:
+def _correct_chunks(
+    swept: TimeSwept, errors: Tensor, messages: Tensor, corrections: int, chunk: int, secants: TimeSecants | None,
+    learn: bool,
+) -> Tensor:  # fmt: skip
     """Corrections by walking chunks of the N - 1 transitions between the messages from the end. Of all but the last walk
     nothing is read but the messages at the chunks' beginnings, where the chunks before them begin their next walk."""
     n_rows = len(errors) - 1
@@ -180,6 +204,7 @@ def _correct_chunks(swept: TimeSwept, errors: Tensor, messages: Tensor, correcti
     ends = messages[n_rows - chunk * (n_chunks - 1) :: chunk].clone() if n_chunks else messages[:0]
     between, at = swept.jacobian.between(1), errors[:-1]
     factors = None if swept.factors is None else swept.factors[1:]
+    looked: tuple[Tensor, Tensor] | None = None  # the ends that the last correction's walks began at, what they came to
     for correction in range(corrections):
         n_left = n_chunks - correction  # the others' messages are final
         if n_left < 1:
@@ -203,6 +228,13 @@ def _correct_chunks(swept: TimeSwept, errors: Tensor, messages: Tensor, correcti
                 messages[n_high - 1 - q] = message[-1]
         n_next = n_left - 1  # chunks whose end is another one's beginning
         new = message[len(message) - n_next :]
+        if secants is not None and n_next:
+            begun = ends[1:n_left].clone()
+            if learn and looked is not None:
+                secants.observe("backward", begun - looked[0][:n_next], new - looked[1][:n_next])
+            looked = begun, new
+            if not is_last:
+                new = secants.compose(new, begun, "backward", ends[n_next])
         if factors is not None and n_next:
             product = product[-n_next:]
             b = torch.addcmul(new, product, ends[1:n_left], value=-1.0)
@@ -218,20 +250,36 @@ def _correct_chunks(swept: TimeSwept, errors: Tensor, messages: Tensor, correcti
 
 
 def _sweep(
-    cell: RecurrentCell, starts: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int
-) -> Tensor:
-    """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings; the first one is exact."""
+    cell: RecurrentCell, starts: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int,
+    secants: TimeSecants | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings, where the first one is exact;
+    and what the walks themselves came to."""
     read = state = starts[:-1]
     product = None
     for p in range(chunk):
         given = projected[p::chunk][: len(read)]
-        if linearization == "zero":
-            state = cell.transition(state, given)
-        else:
+        if linearization == "diagonal":
             state, jacobian = cell.differentiate(state, given)
             factors = _factors(jacobian, clip)
             product = factors if product is None else product * factors
-    return _compose(state, read, product)
+        else:
+            state = cell.transition(state, given)
+    if secants is not None:
+        return secants.compose(state, read, "forward"), state
+    return _compose(state, read, product), state
+
+
+def _look(
+    secants: TimeSecants, before: tuple[Tensor, Tensor] | None, starts: Tensor, walked: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shows the maps by how much walks moved, [n, B, H], that began elsewhere than before; the first chunks may be fewer."""
+    n = min(len(starts), len(walked))
+    starts, walked = starts[len(starts) - n :], walked[:n]
+    if before is not None:
+        n = min(n, len(before[0]))
+        secants.observe("forward", starts[-n:] - before[0][-n:], walked[-n:] - before[1][-n:])
+    return starts.clone(), walked
 
 
 def _differentiate_chunks(

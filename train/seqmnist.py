@@ -37,7 +37,7 @@ from torch import Tensor
 from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.classifier import HBLLClassifierConfig
 from hbll_seq.mnist import load_mnist
-from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
+from hbll_seq.recurrent_objective import RECURRENT_LINEARIZATIONS
 from hbll_seq.training.classification import Length, train_classifier
 from hbll_seq.training.comparison import Results, tune
 from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--corrections", type=int, default=dial["corrections"], help=f"M of it (default: {dial['corrections']})")
     add("--chunk", type=int, default=dial["chunk"], help=f"its c, steps that a sweep takes one after the other (default: "
         f"{dial['chunk']})")  # fmt: skip
-    add("--linearization", choices=TIME_LINEARIZATIONS, default=dial["linearization"],
+    add("--linearization", choices=RECURRENT_LINEARIZATIONS, default=dial["linearization"],
         help=f"its stand-in for Jacobians (default: {dial['linearization']})")  # fmt: skip
     add("--init", choices=INITS, default=dial["init"], help=f"its first estimate of the states (default: {dial['init']})")
     add("--eval-every", type=int, default=500, help="steps between two looks at the validation images")

@@ -1,0 +1,85 @@
+"""A learned stand-in for the Jacobian of a chunk of time: one matrix for all chunks and sequences, from secants.
+
+Two sweeps walk a chunk from two estimates of its first state. What the state that a walk comes to changed by, against the
+change of the one that it began with, is a secant of the c transitions between, which costs nothing to look at. One H x H
+matrix, fitted to many of them over chunks, sequences and training steps, then carries what a sweep has changed at the end of
+a chunk through all later ones: the coarse half of parareal (Lions, Maday, Turinici 2001), learned and linear. A recurrent
+network keeps what it has read in much the same directions whatever it reads, so that for a GRU one matrix explains most of
+what c transitions do to a change, where the product of the diagonals explains little (README, "What we tried").
+
+The same for messages, of the transposed Jacobians, from two walks of their products.
+
+Shapes: n chunks, B batch, H hidden width; states are rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hbll_seq.scan import shared_scan
+from hbll_seq.secants import RunningFits, full_precision, ridge_factor
+
+#: squarings of a map from whose size its spectral radius is taken.
+SQUARINGS = 8
+
+
+class TimeSecants(RunningFits):
+    """Running regressions of what walks come to on where they begin, and of the same for messages: 6 H^2 numbers in buffers.
+
+    Their averages forget sooner than those over depth: early in training a cell changes fast, and sweeps that carry changes
+    through what it did fifty steps ago diverge.
+
+    Args:
+        width: H.
+        decay, every: see :class:`RunningFits`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, width: int, *, decay: float = 0.9, every: int = 2):
+        super().__init__(decay, every)
+        for way in ("forward", "backward"):
+            for name in ("change", "response", "map"):
+                self.register_buffer(f"{way}_{name}", torch.zeros(width, width))
+
+    def compose(self, walked: Tensor, begun: Tensor, way: str, initial: Tensor | None = None) -> Tensor:
+        """What walks come to, [n, B, H], once each begins where the one before it comes to.
+
+        Args:
+            walked: [n, B, H], what they came to from ``begun``.
+            begun: [n, B, H].
+            way: ``"forward"``, or ``"backward"`` for messages, where the last of them is walked first.
+            initial: [B, H], where the first walk is to begin; by default where it did.
+        """
+        is_backward = way == "backward"
+        matrix = getattr(self, f"{way}_map")
+        work = torch.promote_types(walked.dtype, matrix.dtype)
+        with full_precision(walked):
+            matrix, begun = matrix.to(work), begun.to(work)
+            initial = begun[-1 if is_backward else 0] if initial is None else initial.to(work)
+            return shared_scan(walked.to(work) - begun @ matrix, matrix, initial, reverse=is_backward).to(walked.dtype)
+
+    @torch.no_grad()
+    def observe(self, way: str, change: Tensor, response: Tensor) -> None:
+        """Walks respond to ``change`` [n, B, H] of where they begin with ``response`` [n, B, H]."""
+        if len(change):
+            moments = (getattr(self, f"{way}_{name}") for name in ("change", "response"))
+            self._average(change.float().flatten(0, 1), response.float().flatten(0, 1), *moments)
+
+    def _fit(self, way: str) -> None:
+        change, response, matrix = (getattr(self, f"{way}_{name}") for name in ("change", "response", "map"))
+        factor, sound = ridge_factor(change.double())
+        fitted = bounded(torch.cholesky_solve(response.double(), factor))
+        matrix.copy_(torch.where(sound, fitted, matrix))
+
+
+def bounded(matrix: Tensor) -> Tensor:
+    """The matrix, scaled to a spectral radius of 1 where it has a larger one, so that a scan of many cannot explode."""
+    power, log_norm = matrix, matrix.new_zeros(())
+    for _ in range(SQUARINGS):  # ||A^k||^(1/k) tends to the radius from above (Gelfand)
+        norm = power.norm().clamp(min=1e-30)
+        power, log_norm = torch.matrix_power(power / norm, 2), 2 * (log_norm + norm.log())
+    radius = ((log_norm + power.norm().clamp(min=1e-30).log()) / 2**SQUARINGS).exp()
+    return matrix / radius.clamp(min=1.0)

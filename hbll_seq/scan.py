@@ -94,7 +94,9 @@ def sequential_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None,
 
 
 def shared_scan(b: Tensor, matrix: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
-    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n, by doubling: log2 N products.
+    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n.
+
+    Two steps are one step of A^2, so that every second state is a scan of half the length: span 2 log2 N products, work 2 N.
 
     Args:
         b: [N, ..., H].
@@ -104,12 +106,11 @@ def shared_scan(b: Tensor, matrix: Tensor, initial: Tensor, *, reverse: bool = F
     """
     if reverse:
         return shared_scan(b.flip(0), matrix, initial).flip(0)
-    states = b.clone()
-    states[0] += initial @ matrix
-    step, power = 1, matrix
-    while step < len(b):
-        states[step:] += states[:-step] @ power  # the product is made before the sum changes what it reads
-        step *= 2
-        if step < len(b):
-            power = power @ power
+    if len(b) < 2:
+        return b + initial @ matrix
+    first, second = b[::2], b[1::2]
+    states = torch.empty_like(b)
+    states[1::2] = shared_scan(second + first[: len(second)] @ matrix, matrix @ matrix, initial)
+    before = torch.cat((initial[None], states[1:-1:2] if len(b) % 2 == 0 else states[1::2]))
+    states[::2] = first + before @ matrix
     return states

@@ -16,7 +16,7 @@ from hbll_seq.training.recurrent_sides import RecurrentSide
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "seqmnist.py"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=2"]
-LABELS = {side: side.replace(":", "-") for side in SIDES} | {"sweeps": "sweeps-corrections=1-sweeps=1"}
+LABELS = {side: side.replace(":", "-") for side in SIDES} | {"sweeps": "sweeps-chunk=1-corrections=1-sweeps=1"}
 TINY = ["--n", "4", "--hidden", "16", "--steps", "6", "--batch-size", "32", "--warmup-steps", "2", "--sides", *SIDES,
         "--sweeps", "1", "--corrections", "1", "--threads", "1"]  # fmt: skip
 
@@ -168,7 +168,7 @@ def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path
         ("sweeps:init=full", "init='full': allowed are tree, zeros, state, diagonal"),
         ("sweeps:init=state,share=none", "share needs init=tree"),
         ("tree:share=all", "share='all' needs a deployed cell.*allowed are none, capped"),
-        ("sweeps:linearization=identity", "linearization='identity': allowed are zero, diagonal"),
+        ("sweeps:linearization=identity", "linearization='identity': allowed are zero, diagonal, secant"),
         ("tree:max_symbols=0", "max_symbols=0"),
         ("tree:share=half", "share='half'"),
     ],
@@ -180,14 +180,14 @@ def test_bad_sides(name, message):
 
 def test_a_side_is_stored_under_all_that_it_does():
     parse = RecurrentSide.parse
-    assert parse("sweeps").method == parse("sweeps:sweeps=6,lr=1").method != parse("sweeps:sweeps=2").method
+    assert parse("sweeps").method == parse("sweeps:sweeps=4,lr=1").method != parse("sweeps:sweeps=2").method
     assert parse("sweeps", {"sweeps": 2}).method == parse("sweeps:sweeps=2").method
     assert parse("sweeps:sweeps=3", {"sweeps": 2}).method == parse("sweeps:sweeps=3").method
     assert parse("tree", {"sweeps": 2}).method == parse("tree:sweeps=4").method != parse("tree:sweeps=0").method
-    assert "max_symbols" not in parse("sweeps:init=state").method and parse("tree:lr=1e-3").lr == 1e-3
-    assert "'max_symbols': 8" in parse("sweeps").method
-    assert parse("sweeps:sweeps=6,lr=1").label == "sweeps" and parse("tree:sweeps=4").label == "tree"
-    assert parse("sweeps:init=state", {"sweeps": 2}).label == "sweeps-init=state-sweeps=2"
+    assert "max_symbols" not in parse("sweeps").method and parse("tree:lr=1e-3").lr == 1e-3
+    assert "'max_symbols': 8" in parse("sweeps:init=tree").method
+    assert parse("sweeps:sweeps=4,lr=1").label == "sweeps" and parse("tree:sweeps=4").label == "tree"
+    assert parse("sweeps:init=tree", {"sweeps": 2}).label == "sweeps-init=tree-sweeps=2"
 
 
 def test_every_side_starts_from_the_same_weights_and_reads_the_same_batches(digits):

@@ -9,7 +9,7 @@ in "sweeps:sweeps=2,corrections=2,lr=1e-3":
 
     bptt      backpropagation through time over the same cell
     one-step  the same, truncated to one step
-    sweeps    our form: local losses from K sweeps and M corrections, started from the states of a tree (METHOD 2.4)
+    sweeps    our form: local losses from K sweeps and M corrections of chunks of c steps, joined by a map that is learned
     tree      the paper's form; sweeps=K of its consistency stage, 0 leaves that out
 
 All are trained in one run on the same batches from the same weights. Reported are, in percent of the test digits:
@@ -75,8 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=5.0, help="limit of the gradient's norm (default: 5)")
     add("--sweeps", type=int, default=dial["sweeps"], help=f"K of the side sweeps (default: {dial['sweeps']})")
     add("--corrections", type=int, default=dial["corrections"], help=f"M of it (default: {dial['corrections']})")
-    add("--chunk", type=int, default=dial["chunk"], help=f"its c, steps that a sweep takes one after the other (default: "
-        f"{dial['chunk']})")  # fmt: skip
+    add("--chunk", type=int, help="its c, steps that a sweep takes one after the other (default: an eighth of N)")
     add("--linearization", choices=RECURRENT_LINEARIZATIONS, default=dial["linearization"],
         help=f"its stand-in for Jacobians (default: {dial['linearization']})")  # fmt: skip
     add("--init", choices=INITS, default=dial["init"], help=f"its first estimate of the states (default: {dial['init']})")
@@ -176,14 +175,18 @@ def report(runs: Mapping[str, Sequence[dict]], setting: Mapping) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
     args = parse(argv)
-    dial = {name: getattr(args, name) for name in DEFAULTS["sweeps"]}
-    sides = [RecurrentSide.parse(name, dial) for name in dict.fromkeys(args.sides)]
     for lr in args.lr:
         check_rate("--lr", lr)
     if args.report_only:
         if not args.output.is_file():
             raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
         setting = json.loads(args.output.read_text(encoding="utf-8"))["setting"]
+        args.n_steps = setting["n_steps"]
+    dial = {name: getattr(args, name) for name in DEFAULTS["sweeps"]}
+    if args.chunk is None:
+        dial["chunk"] = max(1, args.n_steps // 8)
+    sides = [RecurrentSide.parse(name, dial) for name in dict.fromkeys(args.sides)]
+    if args.report_only:
         results = Results(args.output, setting)
 
         def ensure(side: RecurrentSide, lr: float, seed: int) -> dict | None:

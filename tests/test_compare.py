@@ -1,12 +1,20 @@
 """The comparison script: resumable, its table and ratio, and that both sides start from the same weights."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from hbll_seq.config import HBLLConfig
+from hbll_seq.evaluation import evaluate_paths
+from hbll_seq.local_objective import LocalObjective
+from hbll_seq.model import HBLLForCausalLM
+from hbll_seq.objective import BackpropObjective
 from hbll_seq.tasks import make_task
 from hbll_seq.training import comparison
 from hbll_seq.training.comparison import Results, Shape, Side, TaskProblem, train, tune
@@ -131,7 +139,20 @@ def test_stored_runs_are_still_those_of_the_sides_that_they_name(path):
     """Otherwise the README's report would be empty, and a comparison would make all runs anew."""
     stored = json.loads(path.read_text())
     for run in stored["runs"]:
-        assert Side.parse(run["side"], stored["setting"]["mix"]).method(stored["setting"]["n_level"]) == run["method"]
+        shape = [stored["setting"][name] for name in ("n_level", "cell") if name in stored["setting"]]
+        assert Side.parse(run["side"], stored["setting"]["mix"]).method(*shape) == run["method"]
+
+
+@pytest.mark.parametrize("path", [p for p in STORED if "-tree-" not in p.stem], ids=lambda path: path.stem)
+def test_stored_settings_are_still_those_of_the_same_command(compare, path):
+    """A setting that came later is written only where it is not what every run before it had."""
+    stored = json.loads(path.read_text())["setting"]
+    options = {k: v for k, v in stored.items() if k != "text"}
+    argv = [text for k, v in options.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+    argv = ["--carry-state" if text == "True" else text for text in argv if text != "--carry-state"]
+    Results(path, {**compare.setting_of(compare.parse(argv)), "text": stored["text"]})
+    with pytest.raises(ValueError, match="other settings \\(cell\\)"):
+        Results(path, {**stored, "cell": "elman"})
 
 
 def test_the_main_path_of_a_mix_is_looked_at_with_what_the_side_has_learned(monkeypatch):
@@ -147,6 +168,158 @@ def test_the_main_path_of_a_mix_is_looked_at_with_what_the_side_has_learned(monk
     train(side, 1e-3, 0, TaskProblem(make_task("induction", n_symbols=8, block_size=12)), shape)
     (mix, learned, n_steps), (alone, same, _) = seen
     assert (mix, alone, n_steps) == ("octaves", "none", 3) and same is learned
+
+
+# ---------------------------------------------------------------------------------------------- recurrent stacks
+
+#: every sweep and correction that there can be, over 3 blocks and 8 tokens; taken one by one along time
+EXACT = "sweeps:sweeps=2,corrections=2,time_sweeps=7,time_corrections=7,time_chunk=1,time_linearization=zero"
+GRU = Shape(2, 16, 2, batch_size=2, steps=5, warmup_steps=1, eval_batches=3, eval_every=1, probe_every=3, cell="gru")
+
+
+@pytest.fixture()
+def stretches(tmp_path, compare, monkeypatch):
+    """The problem of a recurrent stack, given further options: a text in windows of 8 tokens."""
+    text = tmp_path / "text.txt"
+    text.write_text("The town lies on the river , and the river runs to the sea , past nine more towns .\n" * 300)
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    options = ["--data", str(text), "--block-size", "8", "--cell", "gru", "--n-level", "2"]
+    return lambda *more: compare.problem_of(compare.parse([*options, *more]))
+
+
+def test_sides_of_a_recurrent_stack_start_from_the_same_weights(stretches):
+    shape = dataclasses.replace(GRU, steps=2)
+    names = ("backprop-3", "sweeps", "sweeps:time_sweeps=0,time_chunk=2", "mix")
+    losses = [train(Side.parse(name, "random"), 1e-12, 3, stretches(), shape)["test"][-1]["loss"] for name in names]
+    assert losses == pytest.approx([losses[0]] * len(names), rel=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["gru", "elman", "gru,transformer,mingru"])
+def test_sweeps_without_end_learn_what_backprop_learns(stretches, cell):
+    shape = dataclasses.replace(GRU, steps=9, eval_every=2, cell=cell)
+    names = ("backprop-3", EXACT, EXACT.replace("=7", "=0"))
+    backprop, exact, less = (train(Side.parse(name, "random"), 2e-2, 0, stretches(), shape) for name in names)
+    curves = [[row["depth 3"] for _, row in run["evaluations"]] for run in (backprop, exact, less)]
+    assert len(curves[0]) == 4 and curves[0][-1] < 0.3 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert exact["test"][0]["loss"] == pytest.approx(backprop["test"][0]["loss"], rel=1e-5)
+    assert [probe[1] for probe in exact["probes"]] == pytest.approx([1] * 3, abs=1e-5)  # at carried states, by both
+    assert curves[2] != pytest.approx(curves[0], rel=2e-4)  # or the comparison above would say nothing
+    assert all(probe[1] < 1 - 5e-5 for probe in less["probes"])
+
+
+@pytest.mark.parametrize("name, objective", [("sweeps", LocalObjective), ("mix", LocalObjective),
+                                             ("backprop-3", BackpropObjective)])  # fmt: skip
+def test_a_window_starts_from_the_state_of_the_one_before(stretches, monkeypatch, name, objective):
+    seen, looks, forward, fidelity = [], [], objective.forward, comparison.fidelity
+
+    def spy(self, inputs, labels=None, step=0, states=None):
+        given = {p: s.clone() for p, s in (states or {}).items()}
+        output = forward(self, inputs, labels, step, states)
+        if isinstance(self.model, HBLLForCausalLM) and not looking:  # neither a probe nor what counts the work
+            seen.append((inputs, given, output.states))
+        return output
+
+    looking = []
+
+    def look(*args, **carried):
+        looking.append(True)
+        before = {p: s.clone() for p, s in carried["states"].items()}
+        found = fidelity(*args, **carried)
+        looking.pop()
+        looks.append((before, carried["states"]))
+        return found
+
+    monkeypatch.setattr(objective, "forward", spy)
+    monkeypatch.setattr(comparison, "fidelity", look)
+    train(Side.parse(name, "random"), 1e-3, 0, stretches(), GRU)
+    assert len(seen) == GRU.steps and seen[0][1] == {} and (1, 2, 3) in seen[1][1]
+    for (inputs, _, ends), (following, starts, _) in itertools.pairwise(seen):
+        assert torch.equal(inputs[:, -1], following[:, 0])  # each row reads on
+        assert starts.keys() == ends.keys() and all(torch.equal(starts[p], ends[p]) for p in ends)
+    assert len(looks) == {"sweeps": 1, "mix": 2, "backprop-3": 0}[name]
+    for before, after in looks:
+        assert before.keys() == after.keys() == seen[2][1].keys()
+        assert all(torch.equal(before[p], after[p]) and torch.equal(before[p], seen[2][1][p]) for p in before)
+
+
+def test_looks_at_the_gradient_change_nothing_with_states(stretches):
+    often, never = (train(Side.parse("mix", "random"), 1e-3, 0, stretches(), dataclasses.replace(GRU, probe_every=n))
+                    for n in (1, 99))  # fmt: skip
+    assert len(often["probes"]) == GRU.steps and often["test"] == never["test"]
+
+
+def test_evaluation_reads_on_where_training_does(stretches):
+    """Trained alike (not at all), evaluated as deployed: with what was read before, or without."""
+    shape = dataclasses.replace(GRU, steps=1)
+    rows = {}
+    for options in ((), ("--no-carry-state",)):
+        problem = stretches(*options)
+        torch.manual_seed(0)
+        model = HBLLForCausalLM(HBLLConfig(vocab_size=problem.vocab_size, n_level=2, n_embd=16, cell="gru", block_size=8))
+        carry = problem.carry_state
+        expected = evaluate_paths(model, problem.windows["test"], {"full": (1, 2, 3)}, max_batches=3, carry_state=carry)
+        rows[carry] = problem.evaluate(model, "test", {"full": (1, 2, 3)}, 3)
+        assert rows[carry] == expected
+        run = train(Side.parse("sweeps", "random"), 1e-3, 0, problem, shape)
+        assert run["test"][0]["tokens"] == expected[0]["tokens"]
+    assert rows[True][0]["loss"] != rows[False][0]["loss"]
+
+
+def test_a_comparison_of_recurrent_stacks(compare, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "results.json"
+    argv = [*TINY, "--data", str(text), "--output", str(output), "--cell", "gru", "--lrs", "1e-2", "--seeds", "0"]
+    compare.main(argv)
+    stored = json.loads(output.read_text())
+    assert stored["setting"]["cell"] == "gru" and stored["setting"]["carry_state"] is True
+    runs = {run["side"]: run for run in stored["runs"]}
+    assert list(runs) == ["backprop-3", "sweeps", "mix"]  # what a recurrent stack compares of itself
+    assert "'time_chunk': 8" in runs["sweeps"]["method"] and "time" not in runs["backprop-3"]["method"]
+    assert runs["sweeps"]["work"] > Side.parse("sweeps", "random").work(2)  # estimates of the last block too
+    shown = capsys.readouterr().out
+    assert "states carried from window to window" in shown
+    bits = {side: math.log2(run["test"][-1]["perplexity"]) for side, run in runs.items()}
+    for side in ("sweeps", "mix"):
+        assert f"{side} {bits[side]:.4f}" in shown and f"{side} {bits[side] - bits['backprop-3']:+.4f}" in shown
+    for more in (["--no-carry-state"], ["--cell", "transformer"]):  # left out is not the same as equal
+        with pytest.raises(ValueError, match="other settings \\(.*carry_state"):
+            compare.main([*argv, *more, "--sides", "sweeps"])
+
+
+def test_names_and_defaults_of_recurrent_stacks(compare):
+    def name(*argv):
+        return compare.parse(argv).output.name
+
+    assert name() == "compare.json" and name("--n-level", "2") == "compare-2.json" and name("--quick") == "compare-quick.json"
+    assert name("--cell", "gru") == "compare-gru-3.json"
+    assert name("--cell", "gru, transformer,gru", "--n-level", "2", "--quick") == "compare-gru+transformer+gru-2-quick.json"
+    carried = {cell: compare.parse(["--cell", cell, "--n-level", "2"]).carry_state
+               for cell in ("transformer", "gru", "gru,gru,elman", "gru,transformer,gru")}  # fmt: skip
+    assert list(carried.values()) == [False, True, True, False]
+    assert compare.parse(["--cell", "gru,transformer,gru", "--n-level", "2", "--carry-state"]).carry_state
+    assert not compare.parse(["--cell", "gru", "--task", "induction"]).carry_state
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--carry-state"], "carry_state=True with cell='transformer'"),
+        (["--cell", "gru", "--task", "induction", "--carry-state"], "carry_state=True with task='induction'"),
+        (["--cell", "lstm"], "cell='lstm'"),
+        (["--cell", "gru,gru", "--n-level", "2"], "names 2 blocks"),
+        (["--sides", "sweeps:time_chunk=4"], "time_chunk.*cell='transformer'"),
+        (["--cell", "gru", "--sides", "tree"], "tree.*carry_state"),
+        (["--cell", "gru", "--sides", "multigrid"], "multigrid"),
+        (["--cell", "gru", "--sides", "sweeps:time_linearization=identity"], "time_linearization='identity'"),
+    ],
+)
+def test_recurrent_stacks_that_cannot_be_compared(compare, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("told only after the first run"))
+    with pytest.raises(ValueError, match=message):
+        compare.main([*argv, "--output", str(tmp_path / "r.json"), "--threads", "1"])
 
 
 def test_induction_is_learned_by_three_blocks_and_not_by_one():

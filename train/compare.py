@@ -3,6 +3,7 @@
     python train/compare.py                        # the stored runs of train/results/; with --output new.json, all again
     python train/compare.py --quick                # a few minutes: the same comparison, too short to mean much
     python train/compare.py --task induction       # a task that one block cannot do
+    python train/compare.py --cell gru --n-level 2 # 3 GRU layers: messages along depth and time beside backprop through both
 
 A side is an inference with options, such as "sweeps:sweeps=2,corrections=1", "tree", "backprop:mix=sandwich", or a
 short name: "backprop-3" (a model of its own that runs the default path of 3 blocks), "mix" (sweeps on the full path and
@@ -10,12 +11,16 @@ the mix of paths), "backprop-mix" (the same mix by backprop). Every side tries e
 and beyond the grid, in factors of two, as long as its best one lies at the edge (three steps at most). The one with the
 lowest validation loss (of the side's deepest path) is kept for the other seeds. The test split is only reported.
 
+Recurrent stacks read the text window after window and carry their states on, unless --no-carry-state is given: all sides
+alike, in training and where they are evaluated.
+
 Results are added to a JSON file run by run, and a run that is in the file is not done again; two processes may share one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,12 +28,14 @@ from pathlib import Path
 
 import torch
 
+from hbll_seq.config import CELLS, HBLLConfig
 from hbll_seq.data import TokenWindows, load_tokens
 from hbll_seq.mix import DEFAULT_MIX, MIXES
 from hbll_seq.tasks import make_task
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.comparison import Problem, Results, Shape, Side, TaskProblem, TextProblem, deepest, train, tune
 from hbll_seq.training.plots import plot_comparison
+from hbll_seq.training.settings import block_cells
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=secant", "mix"]
@@ -39,6 +46,9 @@ TASKS = {
     "recall": {},
     "listops": {},
 }
+TRANSFORMER = "transformer"
+#: beside backprop; the tree carries no states
+OF_RECURRENT = ["sweeps", "mix"]
 #: what a short run and a synthetic task change of the defaults below
 QUICK = dict(steps=60, lrs=[3e-3], seeds=[0], eval_batches=4, eval_every=20, probe_every=20,
              sides=["backprop-1", "backprop-7", "tree", "sweeps", "mix"])  # fmt: skip
@@ -52,12 +62,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--task", choices=TASKS, default="text", help="text, or a synthetic task: induction of one or two hops, associative "
         f"recall, nested list operations; tasks have their own defaults: {ON_TASKS}")
-    add("--output", type=Path, help="JSON file of results (default: train/results/compare[-TASK][-quick].json)")
+    add("--output", type=Path, help="JSON file of results (default: "
+        "train/results/compare[-TASK][-CELL-LEVEL][-quick].json)")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
-    add("--sides", nargs="+", default=SIDES, help=f"what is compared (default: {' '.join(SIDES)})")
+    add("--sides", nargs="+", default=SIDES, help=f"what is compared (default: {' '.join(SIDES)}; of a recurrent stack "
+        f"backprop-N with all its blocks, {' '.join(OF_RECURRENT)})")
     add("--mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
+    add("--cell", default=TRANSFORMER, help=f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
+        "gru,transformer,gru")
+    add("--carry-state", action=argparse.BooleanOptionalAction, help="recurrent blocks start a window from their states "
+        "after the one before; each row of a batch then reads its own stretch of the text (default: where all blocks are "
+        "recurrent)")
     add("--n-embd", type=int, default=128)
     add("--n-head", type=int, default=4)
     add("--block-size", type=int, default=128, help="context of text in tokens (default: 128)")
@@ -72,16 +89,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     argv = sys.argv[1:] if argv is None else argv
-    task = parser.parse_known_args(argv)[0].task
+    first = parser.parse_known_args(argv)[0]
+    task, cell = first.task, first.cell.replace(" ", "").strip("[]()")
+    config = HBLLConfig(n_level=first.n_level, cell=block_cells(cell))
     if task != "text":
         parser.set_defaults(**ON_TASKS)
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
+    if config.has_recurrence:
+        parser.set_defaults(sides=[f"backprop-{config.n_layer}", *OF_RECURRENT])
     args = parser.parse_args(argv)
+    args.cell = cell
+    if args.carry_state is None:
+        args.carry_state = task == "text" and not config.has_attention
+    if args.carry_state and not config.has_recurrence:
+        raise ValueError(f"carry_state=True with cell={cell!r}: only recurrent blocks have a state to carry; leave it out, "
+                         "or choose a recurrent --cell")  # fmt: skip
+    if args.carry_state and task != "text":
+        raise ValueError(f"carry_state=True with task={task!r}: its windows do not follow one another; leave it out")
     if args.output is None:
-        name = "-".join(["compare", *([task] if task != "text" else []), *(["quick"] if args.quick else [])])
+        told = [cell.replace(",", "+")] if cell != TRANSFORMER else []
+        told += [str(args.n_level)] if told or args.n_level != parser.get_default("n_level") else []
+        name = "-".join(["compare", *([task] if task != "text" else []), *told, *(["quick"] if args.quick else [])])
         args.output = RESULTS / f"{name}.json"
     return args
+
+
+def setting_of(args: argparse.Namespace) -> dict[str, object]:
+    """What all runs of a file of results have in common, but for the text's fingerprint. What came later than the first
+    stored files is left out where it is as it was in them."""
+    names = ("task", "mix", "data", "block_size", *Shape.__dataclass_fields__, "carry_state")
+    setting = {name: getattr(args, name) for name in names}
+    return {k: v for k, v in setting.items() if (k, v) not in (("cell", TRANSFORMER), ("carry_state", False))}
 
 
 def problem_of(args: argparse.Namespace) -> Problem:
@@ -91,7 +130,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
     tokenizer = Tokenizer.default()
     splits = ("train", "validation", "test")
     windows = {s: TokenWindows(load_tokens(args.data, s, tokenizer), args.block_size) for s in splits}
-    return TextProblem(windows, tokenizer.vocab_size)
+    return TextProblem(windows, tokenizer.vocab_size, args.carry_state)
 
 
 def at_depth(run: dict, depth: int, metric: str) -> float | None:
@@ -99,12 +138,13 @@ def at_depth(run: dict, depth: int, metric: str) -> float | None:
     return next((row[metric] for row in run["test"] if row["depth"] == depth), None)
 
 
-def report(runs: dict[str, list[dict]], metric: str) -> str:
-    """The figures by depth, what they cost, and one last line with the ratio.
+def report(runs: dict[str, list[dict]], metric: str, how: str = "") -> str:
+    """The figures by depth, what they cost, the bits per token of text, and one last line with the ratio.
 
     Args:
         runs: side -> its runs at its learning rate, one per seed.
         metric: the figure's name in a row.
+        how: the networks were evaluated, where that is to be told.
     """
 
     def cell(values: list[float]) -> str:
@@ -116,7 +156,7 @@ def report(runs: dict[str, list[dict]], metric: str) -> str:
     depths = sorted({row["depth"] for of_side in runs.values() for run in of_side for row in run["test"]})
     single = {depth: f"backprop-{depth}" for depth in depths}
     others = [side for side in runs if side not in single.values()]
-    lines = [f"test {metric}, mean and half range over {max(map(len, runs.values()))} seed(s)",
+    lines = [f"test {metric}, mean and half range over {max(map(len, runs.values()))} seed(s)" + how,
              f"{'blocks':>6}  {'backprop, own model':>19}" + "".join(f"  {side:>16}" for side in others)]  # fmt: skip
     for depth in depths:
         lines.append(f"{depth:>6}  {cell(figures(single[depth], depth)):>19}"
@@ -144,6 +184,8 @@ def report(runs: dict[str, list[dict]], metric: str) -> str:
             by_depth = ", ".join(f"{depth}: {ratio:.3f}" for depth, ratio in ratios.items())
             lines.append(f"{side}, ratio to the model of each depth: {by_depth}")
     last = f"backprop-{depths[-1]}"
+    if metric == "perplexity":
+        lines += [""] * bool(lines[-1]) + bits_per_token(runs, last)
     parts = []
     for side in others if last in runs else ():
         pairs = [(run, ref) for run in runs[side] for ref in runs[last] if run["seed"] == ref["seed"]]
@@ -154,6 +196,25 @@ def report(runs: dict[str, list[dict]], metric: str) -> str:
     return "\n".join(lines)
 
 
+def bits_per_token(runs: dict[str, list[dict]], last: str) -> list[str]:
+    """Two lines: log2 of the perplexity on each side's deepest path by seed, and how much more that is than the side
+    ``last`` has."""
+
+    def bits(run: dict) -> float:
+        return deepest(run, "test")["loss"] / math.log(2)
+
+    all_bits = {side: {run["seed"]: bits(run) for run in of_side} for side, of_side in runs.items()}
+    own = (f"{side} " + ", ".join(f"{value:.4f}" for value in of_side.values()) for side, of_side in all_bits.items())
+    lines = ["bits per token on each side's deepest path, by seed: " + "; ".join(own)]
+    parts = []
+    for side, of_side in all_bits.items():
+        less = [value - all_bits[last][seed] for seed, value in of_side.items() if seed in all_bits.get(last, ())]
+        if less and not side.removeprefix("backprop-").isdigit():
+            mean = f" (mean {sum(less) / len(less):+.4f})" if len(less) > 1 else ""
+            parts.append(f"{side} " + ", ".join(f"{value:+.4f}" for value in less) + mean)
+    return [*lines, f"bits less {last}'s at equal steps: " + ("; ".join(parts) or "no run of both")]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, then prints the table and writes the plot beside the JSON file."""
     args = parse(argv)
@@ -161,15 +222,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = problem_of(args)
     sides = [Side.parse(name, args.mix) for name in args.sides]
     for side in sides:
-        side.check(args.n_level)  # before the first run, not hours later
+        side.check(args.n_level, args.cell, args.carry_state)  # before the first run, not hours later
     shape = Shape(**{name: getattr(args, name) for name in Shape.__dataclass_fields__})
-    fixed = ("task", "mix", "data", "block_size")
-    setting = {**{k: getattr(args, k) for k in fixed}, **{k: getattr(shape, k) for k in Shape.__dataclass_fields__}}
-    setting["text"] = problem.fingerprint  # of text and tokenizer: a changed file is another comparison
+    # text and tokenizer too: a changed file is another comparison
+    setting = {**setting_of(args), "text": problem.fingerprint}
     results = Results(args.output, setting)
 
     def ensure(side: Side, lr: float, seed: int) -> dict:
-        found = results.find(side.name, lr, seed, side.method(args.n_level))
+        found = results.find(side.name, lr, seed, side.method(args.n_level, args.cell))
         if found is None:
             found = train(side, lr, seed, problem, shape)
             results.add(found)
@@ -179,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for side in sides:
         if args.report_only:
             rates = {run["lr"] for run in results.runs if run["side"] == side.name}
-            found = {lr: results.find(side.name, lr, args.seeds[0], side.method(args.n_level)) for lr in rates}
+            found = {lr: results.find(side.name, lr, args.seeds[0], side.method(args.n_level, args.cell)) for lr in rates}
             tried = {lr: run for lr, run in found.items() if run is not None}
             if tried:
                 chosen[side.name] = min(tried, key=lambda lr: deepest(tried[lr])["loss"])  # noqa: B023
@@ -191,13 +251,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for side in sides:
             if side.name in chosen:
                 lr = chosen[side.name]
-                method = side.method(args.n_level)
+                method = side.method(args.n_level, args.cell)
                 run = results.find(side.name, lr, seed, method) if args.report_only else ensure(side, lr, seed)
                 if run is not None:
                     runs.setdefault(side.name, []).append(run)
     if not runs:
         raise ValueError(f"{args.output} holds no run of {', '.join(args.sides)}: leave --report-only out to make them")
-    print(report(runs, problem.metric))
+    carried = "; states carried from window to window" if args.carry_state else "; every window from the zero state"
+    print(report(runs, problem.metric, "" if args.cell == TRANSFORMER else carried))
     plot_comparison(args.output.with_suffix(".png"), runs, problem.metric)
 
 

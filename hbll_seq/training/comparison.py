@@ -24,7 +24,7 @@ from tqdm import tqdm
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows
-from hbll_seq.depth import DepthHierarchy
+from hbll_seq.depth import DepthChain, DepthHierarchy
 from hbll_seq.evaluation import default_paths, evaluate_paths
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.mix import OF_PREFIXES
@@ -32,7 +32,7 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.span import measure_span, small_hierarchy
 from hbll_seq.tasks import Task, count_correct
-from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.settings import TrainingSettings, block_cells
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 
 # ------------------------------------------------------------------------------------------------------------ problems
@@ -47,6 +47,8 @@ class Problem(ABC):
     metric: str
     #: identifies the data
     fingerprint: str
+    #: whether each row of a batch goes on where it ended the step before: recurrent blocks then start from their last states
+    carry_state: bool = False
 
     @abstractmethod
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -58,21 +60,31 @@ class Problem(ABC):
 
 
 class TextProblem(Problem):
-    """Next-token prediction; the figure is perplexity per token."""
+    """Next-token prediction; the figure is perplexity per token.
+
+    Args:
+        windows: by split.
+        vocab_size: of the tokenizer.
+        carry_state: rows read their own stretch of the text, window after window, in training as in the evaluation of what
+            is deployed, with recurrent states carried on. False shuffles the windows and starts each from zero.
+    """
 
     metric = "perplexity"
 
-    def __init__(self, windows: dict[str, TokenWindows], vocab_size: int):
+    def __init__(self, windows: dict[str, TokenWindows], vocab_size: int, carry_state: bool = False):
         self.windows, self.vocab_size, self.block_size = windows, vocab_size, windows["train"].block_size
+        self.carry_state = carry_state
         self.fingerprint = windows["train"].stream.fingerprint
 
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, None]:
         """See :meth:`Problem.batch`."""
+        if self.carry_state:
+            return self.windows["train"].contiguous_batch(step, range(batch_size), batch_size, seed), None
         return self.windows["train"].batch(step, batch_size, seed), None
 
     def evaluate(self, model: HBLLForCausalLM, split: str, paths: Mapping[str, Sequence[int]], n_batches: int) -> list[dict]:
-        """See :meth:`Problem.evaluate`; the first batches of 16 windows."""
-        return evaluate_paths(model, self.windows[split], paths, max_batches=n_batches)
+        """See :meth:`Problem.evaluate`; the first batches of 16 windows, which lie in 16 stretches with states carried."""
+        return evaluate_paths(model, self.windows[split], paths, max_batches=n_batches, carry_state=self.carry_state)
 
 
 class TaskProblem(Problem):
@@ -112,15 +124,18 @@ class TaskProblem(Problem):
 # --------------------------------------------------------------------------------------------------------------- sides
 
 _TYPES = {"sweeps": int, "corrections": int, "chunk": int, "secant_rank": int, "depth": int, "readout_rank": int,
-          "state_weight": float, "mix_weight": float}  # fmt: skip
+          "time_sweeps": int, "time_corrections": int, "time_chunk": int, "state_weight": float,
+          "mix_weight": float}  # fmt: skip
+#: how recurrent blocks are evaluated along time
+_TIME = {"time_sweeps", "time_corrections", "time_linearization", "time_chunk"}
 _MIXED = {"mix", "mix_weight", "graphs", "paths", "readout_rank", "readouts"}
 #: options that belong to the model's configuration, by its name there
 _OF_CONFIG = {"paths": "default_paths", "readout_rank": "readout_rank", "readouts": "readout_by"}
 #: what can be said of each kind of side; another option would be ignored, and two names mean one method
 _OPTIONS = {
     "backprop": {"depth", *_MIXED},
-    "tree": {"state_weight", "graphs"},
-    "sweeps": {"sweeps", "corrections", "chunk", "init", "linearization", "secant_rank", *_MIXED},
+    "tree": {"state_weight", "graphs", *_TIME},
+    "sweeps": {"sweeps", "corrections", "chunk", "init", "linearization", "secant_rank", *_TIME, *_MIXED},
     "multigrid": {"sweeps", "corrections", *_MIXED},
 }
 
@@ -210,8 +225,13 @@ class Side:
         options = tuple((key, value) for key, value in self.options if not key.startswith("mix"))
         return Side(self.name, self.inference, options).objective(model, seed)
 
-    def method(self, n_level: int) -> str:
-        """What the side does, with every default written out: runs of another method are not this side's."""
+    def method(self, n_level: int, cell: str = "transformer") -> str:
+        """What the side does, with every default written out: runs of another method are not this side's.
+
+        Args:
+            n_level: of the model.
+            cell: its kinds of blocks, see :class:`Shape`.
+        """
         objective = self.objective(self._to_count_on(n_level), seed=0)
         names = ["mix"]
         if objective.mix != "none":
@@ -225,15 +245,29 @@ class Side:
             described["chunk"] = objective.chunk
         if self.inference == "sweeps" and objective.secants is not None:
             described["secant_rank"] = objective.secants.rank
+        if self.inference in ("sweeps", "tree") and any(_recurrent(n_level, cell)):
+            described |= {f"time_{name}": value for name, value in objective.time._asdict().items()}
         config = HBLLConfig(**dict(self.config))
         described |= {name: getattr(config, name) for name in sorted(_OF_CONFIG.values())}
         if config.readout_by == "jump":  # the only one there was when the first stored runs were described
             del described["readout_by"]
         return f"{self.inference} {described}"
 
-    def check(self, n_level: int) -> None:
-        """Raises ValueError where an option does not fit a model of so many levels."""
-        self.objective(self._to_count_on(n_level), seed=0)
+    def check(self, n_level: int, cell: str = "transformer", carry_state: bool = False) -> None:
+        """Raises ValueError where an option does not fit a model of so many levels and these blocks, or the states carried
+        from window to window."""
+        if not any(_recurrent(n_level, cell)):
+            unused = [key for key, _ in self.options if key in _TIME]
+            if unused:
+                raise ValueError(f"side {self.name!r}: {', '.join(unused)} with cell={cell!r}: only recurrent blocks are "
+                                 "evaluated along time; leave it out")  # fmt: skip
+            self.objective(self._to_count_on(n_level), seed=0)
+            return
+        if carry_state and self.inference == "tree":
+            raise ValueError(f"side {self.name!r} with carry_state=True: its jumps read no path whose state could be "
+                             "carried; leave the side out, or carry no state")  # fmt: skip
+        config = HBLLConfig(vocab_size=2, n_level=n_level, n_embd=64, cell=block_cells(cell), **dict(self.config))
+        self.objective(HBLLForCausalLM(config), seed=0)
 
     def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
         """The paths that this side trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
@@ -243,13 +277,27 @@ class Side:
             return {f"depth {model.tree.n_nodes}": model.resolve_path()}
         return default_paths(model)
 
-    def work(self, n_level: int, n_steps: int = 16) -> float:
-        """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps."""
+    def work(self, n_level: int, n_steps: int = 16, cell: str = "transformer") -> float:
+        """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps.
+        How many sweeps over time a recurrent block makes of one is not counted."""
         objective = self.objective(self._to_count_on(n_level), seed=0)
+        recurrent, chain_of_step = _recurrent(n_level, cell), objective.chain
+
+        def chain(*args: Any) -> DepthChain:
+            made = chain_of_step(*args)
+            made.remembers = lambda index: recurrent[made.number(index) - 1]
+            return made
+
+        objective.chain = chain  # the small hierarchy stands in for recurrent blocks, which sweeps ask more of
         x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
         varies = dict(self.options).get("mix", "none") != "none" or getattr(objective, "secants", None) is not None
         counts = [measure_span(objective, x, y, step=step).block_work for step in range(n_steps if varies else 1)]
         return sum(counts) / len(counts)
+
+
+def _recurrent(n_level: int, cell: str) -> list[bool]:
+    """Of each block, whether it is recurrent. Raises ValueError for cells that such a model cannot have."""
+    return [kind != "transformer" for kind in HBLLConfig(n_level=n_level, cell=block_cells(cell)).cells]
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -257,7 +305,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the length of every run of a comparison."""
+    """The model and the length of every run of a comparison. ``cell`` is the kind of its blocks, or one for each, as in
+    "gru,transformer,gru"."""
 
     n_level: int
     n_embd: int
@@ -268,14 +317,19 @@ class Shape:
     eval_batches: int
     eval_every: int
     probe_every: int
+    cell: str = "transformer"
 
 
 def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> dict[str, Any]:
-    """Trains one side once and evaluates it; a run of the results file."""
+    """Trains one side once and evaluates it; a run of the results file.
+
+    Where the problem carries states, every side starts a window from those that it made itself of the window before, and
+    so do both gradients of a probe.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     config = HBLLConfig(vocab_size=problem.vocab_size, n_level=shape.n_level, n_embd=shape.n_embd, n_head=shape.n_head,
-                        block_size=problem.block_size, **dict(side.config))  # fmt: skip
+                        block_size=problem.block_size, cell=block_cells(shape.cell), **dict(side.config))  # fmt: skip
     model = HBLLForCausalLM(config).to(device)
     objective, paths = side.objective(model, seed), side.paths(model)
     exact = BackpropObjective(model, objective.path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)
@@ -285,6 +339,7 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
     optimizer = make_optimizer(objective, settings)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     curve, probes, evaluations, seconds = [], [], [], 0.0
+    carried: dict[str, Any] = {"states": {}} if problem.carry_state else {}
     with tqdm(range(shape.steps), desc=f"{side.name} lr={lr:g} seed={seed}", mininterval=5) as bar:
         for step in bar:
             for group in optimizer.param_groups:
@@ -292,11 +347,13 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
                                             floor=settings.min_lr_ratio)  # fmt: skip
             tokens, labels = (t if t is None else t.to(device) for t in problem.batch(step, shape.batch_size, seed))
             if side.inference in ("sweeps", "multigrid") and (step + 1) % shape.probe_every == 0:
-                probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step)])
+                probes.append([step + 1, *fidelity(objective, exact, parameters, tokens, labels, step, **carried)])
                 if objective.mix != "none":  # the mix may be exact where its main path is not
-                    probes[-1].append(fidelity(*alone, parameters, tokens, labels, step)[0])
+                    probes[-1].append(fidelity(*alone, parameters, tokens, labels, step, **carried)[0])
             start = now(device)
-            output = objective(tokens, labels, step=step)
+            output = objective(tokens, labels, step=step, **carried)
+            if problem.carry_state:
+                carried = {"states": output.states}
             optimizer.zero_grad()
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -309,8 +366,8 @@ def train(side: Side, lr: float, seed: int, problem: Problem, shape: Shape) -> d
                 rows = problem.evaluate(model, "validation", paths, max(1, shape.eval_batches // 4))
                 evaluations.append([step + 1, {row["name"]: round(row[problem.metric], 4) for row in rows}])
     rows = {s: problem.evaluate(model, s, paths, shape.eval_batches) for s in ("validation", "test")}
-    return {"side": side.name, "method": side.method(shape.n_level), "lr": lr, "seed": seed,
-            "seconds": round(seconds, 1), "work": side.work(shape.n_level), "curve": curve,
+    return {"side": side.name, "method": side.method(shape.n_level, shape.cell), "lr": lr, "seed": seed,
+            "seconds": round(seconds, 1), "work": side.work(shape.n_level, cell=shape.cell), "curve": curve,
             "probes": probes, "evaluations": evaluations, **rows}  # fmt: skip
 
 
@@ -354,7 +411,8 @@ class Results:
         if not self.path.exists():
             return
         data = json.loads(self.path.read_text(encoding="utf-8"))
-        changed = [k for k in self.setting if data["setting"].get(k) != self.setting[k]]
+        names = dict.fromkeys([*self.setting, *data["setting"]])  # what either leaves out has the value it always had
+        changed = [k for k in names if data["setting"].get(k) != self.setting.get(k)]
         if changed:
             raise ValueError(
                 f"{self.path} holds a comparison with other settings ({', '.join(changed)}): its runs cannot be compared "

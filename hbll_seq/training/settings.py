@@ -209,7 +209,7 @@ class TrainingSettings:
     @property
     def block_cells(self) -> str | tuple[str, ...]:
         """``cell`` as the model's configuration takes it: one kind, or one for each block."""
-        return tuple(self.cell.split(",")) if "," in self.cell else self.cell
+        return block_cells(self.cell)
 
     def to_yaml(self) -> str:
         """The settings as YAML that ``--preset`` can read back."""
@@ -217,6 +217,11 @@ class TrainingSettings:
 
 
 FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainingSettings) if f.metadata["resume"] == "free")
+
+
+def block_cells(cell: str) -> str | tuple[str, ...]:
+    """``"gru"`` or ``"gru,transformer,gru"`` as the model's configuration takes it."""
+    return tuple(cell.split(",")) if "," in cell else cell
 
 
 def _hints() -> dict[str, Any]:

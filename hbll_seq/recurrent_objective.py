@@ -166,7 +166,9 @@ class RecurrentLocalObjective(RecurrentObjective):
         self.inference, self.sweeps, self.corrections, self.init, self.tree = inference, sweeps, corrections, init, tree
         self.chunk = chunk
         self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance, chunk=chunk)
-        self.secants = TimeSecants(model.cell.hidden_size) if linearization == "secant" else None
+        self.secants = None
+        if linearization == "secant":
+            self.secants = TimeSecants(model.cell.hidden_size, sweeps, corrections)
         self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:

@@ -25,36 +25,46 @@ SQUARINGS = 8
 
 
 class TimeSecants(RunningFits):
-    """Running regressions of what walks come to on where they begin, and of the same for messages: 6 H^2 numbers in buffers.
+    """Running regressions of what walks come to on where they begin, and of the same for messages: 3 H^2 numbers a map.
+
+    Every sweep has a map of its own: the first one carries changes from no state at all to a rough one, over which a cell that
+    saturates has another slope than over those that later sweeps make. So has every correction but the last, which carries
+    nothing. A sweep's map learns from how far its walks began from those of the last one, the best estimate that there is.
 
     Their averages forget sooner than those over depth: early in training a cell changes fast, and sweeps that carry changes
     through what it did fifty steps ago diverge.
 
     Args:
         width: H.
+        sweeps, corrections: K and M; further ones would share the last map.
         decay, every: see :class:`RunningFits`.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, width: int, *, decay: float = 0.9, every: int = 2):
+    def __init__(self, width: int, sweeps: int = 1, corrections: int = 2, *, decay: float = 0.9, every: int = 2):
         super().__init__(decay, every)
-        for way in ("forward", "backward"):
+        for way, n_maps in (("forward", max(1, sweeps)), ("backward", max(1, corrections - 1))):
             for name in ("change", "response", "map"):
-                self.register_buffer(f"{way}_{name}", torch.zeros(width, width))
+                self.register_buffer(f"{way}_{name}", torch.zeros(n_maps, width, width))
 
-    def compose(self, walked: Tensor, begun: Tensor, way: str, initial: Tensor | None = None) -> Tensor:
+    def _of(self, name: str, way: str, number: int) -> Tensor:
+        buffer = getattr(self, f"{way}_{name}")
+        return buffer[min(number, len(buffer) - 1)]
+
+    def compose(self, walked: Tensor, begun: Tensor, way: str, number: int, initial: Tensor | None = None) -> Tensor:
         """What walks come to, [n, B, H], once each begins where the one before it comes to.
 
         Args:
             walked: [n, B, H], what they came to from ``begun``.
             begun: [n, B, H].
             way: ``"forward"``, or ``"backward"`` for messages, where the last of them is walked first.
+            number: of the sweep or correction, from 0.
             initial: [B, H], where the first walk is to begin; by default where it did.
         """
         is_backward = way == "backward"
-        matrix = getattr(self, f"{way}_map")
+        matrix = self._of("map", way, number)
         work = torch.promote_types(walked.dtype, matrix.dtype)
         with full_precision(walked):
             matrix, begun = matrix.to(work), begun.to(work)
@@ -62,24 +72,26 @@ class TimeSecants(RunningFits):
             return shared_scan(walked.to(work) - begun @ matrix, matrix, initial, reverse=is_backward).to(walked.dtype)
 
     @torch.no_grad()
-    def observe(self, way: str, change: Tensor, response: Tensor) -> None:
-        """Walks respond to ``change`` [n, B, H] of where they begin with ``response`` [n, B, H]."""
+    def observe(self, way: str, number: int, change: Tensor, response: Tensor) -> None:
+        """Walks respond to ``change`` [n, B, H] of where they begin, which that sweep or correction has made, with
+        ``response`` [n, B, H]."""
         if len(change):
-            moments = (getattr(self, f"{way}_{name}") for name in ("change", "response"))
+            moments = (self._of(name, way, number) for name in ("change", "response"))
             self._average(change.float().flatten(0, 1), response.float().flatten(0, 1), *moments)
 
     def _fit(self, way: str) -> None:
         change, response, matrix = (getattr(self, f"{way}_{name}") for name in ("change", "response", "map"))
         factor, sound = ridge_factor(change.double())
-        fitted = bounded(torch.cholesky_solve(response.double(), factor))
-        matrix.copy_(torch.where(sound, fitted, matrix))
+        fitted = torch.cholesky_solve(response.double(), factor)
+        matrix.copy_(torch.where(sound, bounded(fitted), matrix))
 
 
 def bounded(matrix: Tensor) -> Tensor:
-    """The matrix, scaled to a spectral radius of 1 where it has a larger one, so that a scan of many cannot explode."""
-    power, log_norm = matrix, matrix.new_zeros(())
+    """The matrices [..., H, H], scaled to a spectral radius of 1 where it is larger, so that no scan of many can explode."""
+    power, log_norm = matrix, 0.0
     for _ in range(SQUARINGS):  # ||A^k||^(1/k) tends to the radius from above (Gelfand)
-        norm = power.norm().clamp(min=1e-30)
-        power, log_norm = torch.matrix_power(power / norm, 2), 2 * (log_norm + norm.log())
-    radius = ((log_norm + power.norm().clamp(min=1e-30).log()) / 2**SQUARINGS).exp()
-    return matrix / radius.clamp(min=1.0)
+        norm = torch.linalg.matrix_norm(power, keepdim=True).clamp(min=1e-30)
+        power, log_norm = power / norm, 2 * (log_norm + norm.log())
+        power = power @ power
+    log_norm = log_norm + torch.linalg.matrix_norm(power, keepdim=True).clamp(min=1e-30).log()
+    return matrix / (log_norm / 2**SQUARINGS).exp().clamp(min=1.0)

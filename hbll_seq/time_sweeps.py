@@ -117,16 +117,16 @@ def forward_time_sweeps(
             n_exact = 1
         inputs = inputs[::chunk].clone() if chunk > 1 else inputs  # within a chunk nothing is read but what the walk makes
         n_exact //= chunk
-        looked: tuple[Tensor, Tensor] | None = None  # where the last sweep's walks began, and what they came to
+        looked: list[tuple[Tensor, Tensor]] = []  # where each sweep's walks began, and what they came to
         for sweep in range(sweeps):
             if n_exact >= len(inputs) - 1:  # sweep K + 1 reads exact states alone
                 break
             # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
             is_one = sweep == 0 and start is None and init == "state"
             read = first.expand_as(inputs) if is_one else inputs[n_exact:]
-            new, walked = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk, secants)
+            new, walked = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk, secants, sweep)
             if learn and secants is not None:
-                looked = _look(secants, looked, read[:-1], walked)
+                looked.append((read[:-1].clone(), walked))
             old = inputs[n_exact + 1 :]
             if tolerance > 0 or sweep == sweeps - 1:
                 residual = _residual(old, new)
@@ -147,8 +147,11 @@ def forward_time_sweeps(
         inputs, outputs, jacobian = _differentiate_chunks(cell, inputs, projected, chunk)
     else:
         outputs, jacobian = cell.differentiate(inputs, projected)
-    if looked is not None:
-        _look(secants, looked, inputs[::chunk][:-1].detach(), outputs[chunk - 1 :: chunk].detach())
+    if looked:
+        last = inputs.detach()[::chunk][:-1], outputs.detach()[chunk - 1 :: chunk]
+        for sweep, (begun, walked) in enumerate(looked):  # the first chunks may be missing, which are exact
+            rows = slice(len(last[0]) - len(begun), len(last[0]))
+            secants.observe("forward", sweep, last[0][rows] - begun, last[1][rows] - walked)
     factors = _factors(jacobian, clip) if linearization == "diagonal" else None
     return TimeSwept(inputs, outputs, _compose(outputs.detach(), inputs.detach(), factors), jacobian, factors, residual)
 
@@ -231,10 +234,10 @@ def _correct_chunks(
         if secants is not None and n_next:
             begun = ends[1:n_left].clone()
             if learn and looked is not None:
-                secants.observe("backward", begun - looked[0][:n_next], new - looked[1][:n_next])
+                secants.observe("backward", correction - 1, begun - looked[0][:n_next], new - looked[1][:n_next])
             looked = begun, new
             if not is_last:
-                new = secants.compose(new, begun, "backward", ends[n_next])
+                new = secants.compose(new, begun, "backward", correction, ends[n_next])
         if factors is not None and n_next:
             product = product[-n_next:]
             b = torch.addcmul(new, product, ends[1:n_left], value=-1.0)
@@ -251,7 +254,7 @@ def _correct_chunks(
 
 def _sweep(
     cell: RecurrentCell, starts: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int,
-    secants: TimeSecants | None = None,
+    secants: TimeSecants | None = None, sweep: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings, where the first one is exact;
     and what the walks themselves came to."""
@@ -266,20 +269,8 @@ def _sweep(
         else:
             state = cell.transition(state, given)
     if secants is not None:
-        return secants.compose(state, read, "forward"), state
+        return secants.compose(state, read, "forward", sweep), state
     return _compose(state, read, product), state
-
-
-def _look(
-    secants: TimeSecants, before: tuple[Tensor, Tensor] | None, starts: Tensor, walked: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shows the maps by how much walks moved, [n, B, H], that began elsewhere than before; the first chunks may be fewer."""
-    n = min(len(starts), len(walked))
-    starts, walked = starts[len(starts) - n :], walked[:n]
-    if before is not None:
-        n = min(n, len(before[0]))
-        secants.observe("forward", starts[-n:] - before[0][-n:], walked[-n:] - before[1][-n:])
-    return starts.clone(), walked
 
 
 def _differentiate_chunks(

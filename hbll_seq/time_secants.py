@@ -27,9 +27,9 @@ SQUARINGS = 8
 class TimeSecants(RunningFits):
     """Running regressions of what walks come to on where they begin, and of the same for messages: 3 H^2 numbers a map.
 
-    Every sweep has a map of its own: the first one carries changes from no state at all to a rough one, over which a cell that
-    saturates has another slope than over those that later sweeps make. So has every correction but the last, which carries
-    nothing. A sweep's map learns from how far its walks began from those of the last one, the best estimate that there is.
+    Every sweep has a map of its own: the first one carries changes from no state at all to a rough one, over which a cell
+    that saturates has another slope than over those that later sweeps make. So has every correction but the last, which
+    carries nothing. A sweep's map learns from how far its walks began from those of the last sweep, the best estimate.
 
     Their averages forget sooner than those over depth: early in training a cell changes fast, and sweeps that carry changes
     through what it did fifty steps ago diverge.

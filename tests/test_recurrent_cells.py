@@ -176,3 +176,25 @@ def test_one_state_for_all_transitions(kind, tile, monkeypatch):
                 ours, expected = ((ours, expected) if isinstance(ours, torch.Tensor) else
                                   (ours.diagonal(), expected.diagonal()))  # fmt: skip
                 torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["gru", "mingru"])
+def test_memory_sets_how_long_units_keep_their_state(kind):
+    torch.manual_seed(0)
+    cell = make_cell(kind, 3, 2000, memory=100)
+    with torch.no_grad():
+        for name in ("weight_ih", "weight_hh"):
+            getattr(cell, name, torch.zeros(())).zero_()
+        kept = cell.diagonal(torch.zeros(1, 2000), cell.project(torch.zeros(1, 3)))[0]
+    odds = kept / (1 - kept)  # of keeping a state for one more step
+    assert odds.min() > 0.99 and odds.max() < 99.1
+    torch.testing.assert_close(odds.mean().item(), 50.0, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kind, memory, message", [
+    ("gru", 1, "memory=1.*at least 2"), ("gru", "long", "memory='long'"), ("gru", float("inf"), "memory=inf"),
+    ("elman", 10, "ElmanCell.*no gate.*gru or mingru"),
+])  # fmt: skip
+def test_memory_that_cannot_be_had(kind, memory, message):
+    with pytest.raises(ValueError, match=message):
+        make_cell(kind, 3, 4, memory=memory)

@@ -65,6 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-embd", type=int, default=64, help="width of the embedding (default: 64)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128)")
+    add("--memory", type=float, help="longest memory in steps that the gates are set to at first (default: none; of a task, "
+        "its delay)")
     add("--block-size", type=int, help=f"steps N of a training window of text (default: {BLOCK_SIZE})")
     add("--batch-size", type=int, default=16)
     add("--steps", type=int, default=3000)
@@ -84,6 +86,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
+    if args.memory is None and args.task.startswith("copy") and not args.cell.startswith("elman"):
+        args.memory = float(args.task.removeprefix("copy-"))
     if args.output is None:
         args.output = RESULTS / f"compare-rnn-{args.task}-{args.cell}{'-quick' * args.quick}.json"
     return args

@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, I input width, H hidden width, G gates, ``...`` any l
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
@@ -114,6 +115,22 @@ class RecurrentCell(Cell):
         bound = self.hidden_size**-0.5
         for p in self.parameters():
             nn.init.uniform_(p, -bound, bound)
+
+    @torch.no_grad()
+    def set_memory(self, longest: float) -> None:
+        """Draws the biases of the gates anew so that at first units forget in some 1 to ``longest`` steps, evenly spread in
+        the logarithm of the gate's odds (chrono initialisation: Tallec and Ollivier 2018, arXiv 1804.11188).
+
+        Raises:
+            ValueError: the number is less than 2, or the cell has no gate that keeps its state.
+        """
+        if not isinstance(longest, (int, float)) or isinstance(longest, bool) or not 2 <= longest < math.inf:
+            raise ValueError(f"memory={longest!r}: must be a number of steps, at least 2, such as the span that matters")
+        self._keep_for(torch.empty_like(self.bias_ih[: self.hidden_size]).uniform_(1.0, max(longest - 1.0, 1.0)))
+
+    def _keep_for(self, n_steps: Tensor) -> None:
+        raise ValueError(f"memory with a {type(self).__name__}: it has no gate that keeps its state; leave memory out, or "
+                         "choose the cell gru or mingru")  # fmt: skip
 
     def project(self, x: Tensor) -> Tensor:
         """The input's part of the gates, ``x`` [..., I] -> [..., G * H], of all tokens at once.
@@ -223,6 +240,10 @@ class GRUCell(RecurrentCell):
         output, gains, direct = _DifferentiatedGRU.apply(state, projected, self.weight_hh, self.bias_hh)
         return output, Jacobian(direct, gains, self.weight_hh.detach())
 
+    def _keep_for(self, n_steps: Tensor) -> None:
+        update = slice(self.hidden_size, 2 * self.hidden_size)  # z, of r, z, n; it keeps the state where it is 1
+        self.bias_ih[update], self.bias_hh[update] = n_steps.log(), 0.0
+
     def _gates(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _gru_gates(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
 
@@ -325,6 +346,9 @@ class MinGRUCell(RecurrentCell):
         z = z.sigmoid()
         return torch.lerp(state, candidate, z), Jacobian(1 - z.detach())
 
+    def _keep_for(self, n_steps: Tensor) -> None:
+        self.bias_ih[: self.hidden_size] = -n_steps.log()  # z, which replaces the state where it is 1
+
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """See :meth:`RecurrentCell.forward`; without gradients all states come from one scan."""
         if torch.is_grad_enabled():
@@ -386,14 +410,18 @@ TILE = 2**19
 CELL_KINDS = ("gru", "mingru", "elman", "elman-sigmoid")
 
 
-def make_cell(kind: str, input_size: int, hidden_size: int) -> RecurrentCell:
-    """A recurrent cell by name: one of ``CELL_KINDS``.
+def make_cell(kind: str, input_size: int, hidden_size: int, memory: float | None = None) -> RecurrentCell:
+    """A recurrent cell by name: one of ``CELL_KINDS``; with a memory, see :meth:`RecurrentCell.set_memory`.
 
     Raises:
-        ValueError: the kind is unknown, or a size out of range.
+        ValueError: the kind is unknown, a size out of range, or the memory not to be had.
     """
     if kind not in CELL_KINDS:
         raise ValueError(f"cell kind {kind!r}: allowed are {', '.join(CELL_KINDS)}")
     if kind.startswith("elman"):
-        return ElmanCell(input_size, hidden_size, "sigmoid" if kind == "elman-sigmoid" else "tanh")
-    return {"gru": GRUCell, "mingru": MinGRUCell}[kind](input_size, hidden_size)
+        cell = ElmanCell(input_size, hidden_size, "sigmoid" if kind == "elman-sigmoid" else "tanh")
+    else:
+        cell = {"gru": GRUCell, "mingru": MinGRUCell}[kind](input_size, hidden_size)
+    if memory is not None:
+        cell.set_memory(memory)
+    return cell

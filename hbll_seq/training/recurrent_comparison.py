@@ -147,7 +147,7 @@ class CopyProblem(RecurrentProblem):
 
 @dataclass(frozen=True)
 class RecurrentShape:
-    """The network and the length of every run of a comparison."""
+    """The network and the length of every run of a comparison; ``memory``: see :meth:`RecurrentCell.set_memory`."""
 
     cell: str
     n_embd: int
@@ -160,6 +160,7 @@ class RecurrentShape:
     eval_batches: int
     eval_every: int
     probe_every: int
+    memory: float | None = None
 
 
 def train_recurrent(
@@ -167,7 +168,7 @@ def train_recurrent(
 ) -> dict[str, Any]:
     """Trains one side once and evaluates the deployed network; a run of the results file."""
     torch.manual_seed(seed)
-    model = RecurrentLM(problem.vocab_size, make_cell(shape.cell, shape.n_embd, shape.hidden))
+    model = RecurrentLM(problem.vocab_size, make_cell(shape.cell, shape.n_embd, shape.hidden, shape.memory))
     objective = side.objective(model, shape.cell, problem.block_size)
     exact = RecurrentBackpropObjective(model)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps, clip=shape.clip,

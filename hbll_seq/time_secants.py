@@ -43,7 +43,7 @@ class TimeSecants(RunningFits):
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, width: int, sweeps: int = 1, corrections: int = 2, *, decay: float = 0.9, every: int = 2):
+    def __init__(self, width: int, sweeps: int = 1, corrections: int = 2, *, decay: float = 0.95, every: int = 2):
         super().__init__(decay, every)
         for way, n_maps in (("forward", max(1, sweeps)), ("backward", max(1, corrections - 1))):
             for name in ("change", "response", "map"):

@@ -33,7 +33,7 @@ _TYPES: dict[str, dict[str, type]] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bptt": {},
     "one-step": {},
-    "sweeps": {"sweeps": 4, "corrections": 2, "chunk": 8, "linearization": "secant", "init": "state"},
+    "sweeps": {"sweeps": 4, "corrections": 3, "chunk": 8, "linearization": "secant", "init": "state"},
     "tree": {"sweeps": 4, "arc_weight": 0.1, "consistency_weight": 1.0, "share": "none"},
 }
 _OF_TREE_INIT = {"tree_weight": 0.1, "max_symbols": 8, "share": "capped"}

@@ -155,6 +155,11 @@ class RecurrentLocalObjective(RecurrentObjective):
                 f"linearization='secant' with inference={inference!r}, sweeps={sweeps}: it learns from what two sweeps "
                 "differ by, so it needs inference='sweeps' and sweeps of at least 1; choose them, or 'diagonal'"
             )
+        if linearization == "secant" and not model.cell.has_recurrent_weight:
+            raise ValueError(
+                f"linearization='secant' with a {type(model.cell).__name__}: its Jacobian is diagonal, and nothing is left "
+                "to learn; choose 'diagonal', which is exact"
+            )
         if inference == "tree" and tree is None:
             raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
         if tree is not None and tree.hidden_size != model.cell.hidden_size:

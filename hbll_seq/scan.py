@@ -96,7 +96,8 @@ def sequential_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None,
 def shared_scan(b: Tensor, matrix: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
     """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n.
 
-    Two steps are one step of A^2, so that every second state is a scan of half the length: span 2 log2 N products, work 2 N.
+    Two steps are one step of A^2, so that every second state is a scan of half the length: span 2 log2 N products, work 2 N
+    and log2 N squarings of A.
 
     Args:
         b: [N, ..., H].

@@ -34,8 +34,8 @@ from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
 from hbll_seq.scan import affine_scan
 from hbll_seq.time_secants import TimeSecants
 
-#: stand-ins for the Jacobians of a cell: zero (Jacobi) and the diagonal (quasi-Newton). An objective that keeps what it
-#: learns from step to step has "secant" too: one learned map for those of a whole chunk (see ``time_secants.py``).
+#: stand-ins for the Jacobians of a cell: zero (Jacobi) and the diagonal (quasi-Newton). A
+#: ``RecurrentLocalObjective`` has "secant" too: a learned map for those of a whole chunk (see ``time_secants.py``).
 TIME_LINEARIZATIONS = ("zero", "diagonal")
 #: first estimates: zero, the first state everywhere, or one quasi-Newton sweep from there (one call; makes a state exact).
 TIME_INITS = ("zeros", "state", "diagonal")
@@ -50,7 +50,7 @@ class TimeSwept:
         outputs: [N, B, H], a_1 .. a_N of these calls; attached to the cell's parameters and to ``projected``.
         states: [N, B, H], s_1 .. s_N as the forward message makes them of these, detached: what readouts read.
         jacobian: of all transitions at ``inputs``.
-        factors: A: None for zero, or [N, B, H].
+        factors: A: [N, B, H], or None for zero and for learned maps, which stand for whole chunks.
         residual: root mean square of the last sweep's change relative to the states', at the chunks' beginnings; 0 where all
             states are exact.
     """
@@ -163,6 +163,9 @@ def backward_time_sweeps(
 ) -> Tensor:  # fmt: skip
     """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
 
+    Learned maps take no part in the first scan, so that messages begin as the errors, and none in the last correction: it
+    takes two for them to be used.
+
     Each correction is one product with the transposed Jacobians and a scan:
     ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M c >= N - 1 they are exact.
 
@@ -173,7 +176,12 @@ def backward_time_sweeps(
         chunk: c, products that a correction takes one after the other.
         secants: maps that carry what a correction changed at the end of a chunk through it, in place of ``factors``.
         learn: let them learn from these products.
+
+    Raises:
+        ValueError: maps beside factors, which would carry the same change twice.
     """
+    if secants is not None and swept.factors is not None:
+        raise ValueError("secants beside the factors of another linearisation: sweep forward with 'secant' too")
     n_steps, factors = len(errors), swept.factors
     messages = errors.clone()
     if factors is not None and n_steps > 1:
@@ -237,7 +245,7 @@ def _correct_chunks(
                 secants.observe("backward", correction - 1, begun - looked[0][:n_next], new - looked[1][:n_next])
             looked = begun, new
             if not is_last:
-                new = secants.compose(new, begun, "backward", correction, ends[n_next])
+                new = secants.compose(new, begun, "backward", correction)
         if factors is not None and n_next:
             product = product[-n_next:]
             b = torch.addcmul(new, product, ends[1:n_left], value=-1.0)

@@ -151,3 +151,27 @@ def test_bad_sides_are_refused_before_any_run(script, tmp_path, side, message):
     with pytest.raises(ValueError, match=message):
         script.main([*TINY, "--task", "copy-64", "--sides", "bptt", side, "--output", str(tmp_path / "none.json")])
     assert not (tmp_path / "none.json").exists()
+
+
+@pytest.mark.parametrize("cell, linearization, memory", [("gru", "secant", 64.0), ("mingru", "diagonal", 64.0),
+                                                         ("elman", "secant", None)])  # fmt: skip
+def test_copying_has_a_dial_and_a_memory_of_its_own(script, tmp_path, cell, linearization, memory):
+    output = tmp_path / "copy.json"
+    script.main([*TINY, "--task", "copy-64", "--cell", cell, "--seeds", "0", "--sides", "sweeps", "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert found["setting"]["memory"] == memory
+    assert f"'linearization': '{linearization}'" in found["runs"][0]["method"]
+
+
+def test_memory_reaches_the_cells_of_all_sides(script, tmp_path, monkeypatch):
+    from hbll_seq.training import recurrent_comparison, recurrent_sides
+
+    seen = []
+    for module in (recurrent_comparison, recurrent_sides):
+        make = module.make_cell
+        monkeypatch.setattr(module, "make_cell", lambda *a, make=make: seen.append(a[3:]) or make(*a))
+    for memory, expected in (("9", (9.0,)), ("0", (None,))):
+        seen.clear()
+        output = tmp_path / f"{memory}.json"
+        script.main([*TINY, "--memory", memory, "--seeds", "0", "--sides", "tree", "--output", str(output)])
+        assert seen.count(expected) > 2 and seen[-1] == expected  # the deployed cell and the tree's own

@@ -243,3 +243,12 @@ def test_the_three_readouts_are_different_networks():
     assert found["deployed"] == pytest.approx(100 * (labels == blind).double().mean().item(), abs=1e-3)
     assert 0 < found["deployed"] < 100 and set(found) == {"deployed", "tree", "top"}
     assert isinstance(RecurrentSide.parse("one-step").objective(model, "gru", 4), RecurrentBackpropObjective)
+
+
+@pytest.mark.parametrize("cell, linearization", [("gru", "secant"), ("mingru", "diagonal")])
+def test_the_default_dial_follows_length_and_cell(seqmnist, digits, tmp_path, cell, linearization):
+    output = tmp_path / "results.json"
+    seqmnist.main(["--n", "16", "--hidden", "8", "--steps", "1", "--batch-size", "16", "--cell", cell, "--sides", "sweeps",
+                   "--seeds", "0", "--data", str(digits), "--output", str(output)])  # fmt: skip
+    method = json.loads(output.read_text())["runs"][0]["method"]
+    assert "'chunk': 2," in method and f"'linearization': '{linearization}'" in method

@@ -59,8 +59,8 @@ BASELINES = ("bptt", "one-step", "fused")
 FAMILIES = ("sweeps", "tree+sweeps", "paper")
 SIDES = (
     "sweeps:sweeps=1,corrections=1,linearization=zero,chunk=8",  # the objective's defaults
-    "sweeps:sweeps=2,corrections=2,linearization=zero,chunk=1",
-    "sweeps:sweeps=4,corrections=4,linearization=zero,chunk=1",
+    "sweeps:sweeps=2,corrections=2,linearization=secant,chunk=8",  # what copying over 64 steps takes
+    "sweeps:sweeps=4,corrections=3,linearization=secant,chunk=8",  # what permuted MNIST in 64 steps takes
     "sweeps:sweeps=4,corrections=4,linearization=diagonal,chunk=1",
     "tree+sweeps:sweeps=1,corrections=1,linearization=zero,chunk=1",
     "tree+sweeps:sweeps=4,corrections=4,linearization=zero,chunk=1",

@@ -185,7 +185,9 @@ def report(runs: dict[str, list[dict]], metric: str, how: str = "") -> str:
             lines.append(f"{side}, ratio to the model of each depth: {by_depth}")
     last = f"backprop-{depths[-1]}"
     if metric == "perplexity":
-        lines += [""] * bool(lines[-1]) + bits_per_token(runs, last)
+        if lines[-1]:
+            lines.append("")
+        lines += bits_per_token(runs, last)
     parts = []
     for side in others if last in runs else ():
         pairs = [(run, ref) for run in runs[side] for ref in runs[last] if run["seed"] == ref["seed"]]

@@ -38,7 +38,7 @@ from hbll_seq.training.recurrent_comparison import (
     StreamProblem,
     train_recurrent,
 )
-from hbll_seq.training.recurrent_sides import RecurrentSide
+from hbll_seq.training.recurrent_sides import RecurrentSide, dial_of
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK_SIZE = 128
@@ -65,8 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-embd", type=int, default=64, help="width of the embedding (default: 64)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128)")
-    add("--memory", type=float, help="longest memory in steps that the gates are set to at first (default: none; of a task, "
-        "its delay)")
+    add("--memory", type=float, help="longest memory in steps that the gates are set to at first, 0 for none (default: on "
+        "text and with Elman cells none, where copying its delay)")
     add("--block-size", type=int, help=f"steps N of a training window of text (default: {BLOCK_SIZE})")
     add("--batch-size", type=int, default=16)
     add("--steps", type=int, default=3000)
@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.memory is None and args.task.startswith("copy") and not args.cell.startswith("elman"):
         args.memory = float(args.task.removeprefix("copy-"))
+    args.memory = args.memory or None
     if args.output is None:
         args.output = RESULTS / f"compare-rnn-{args.task}-{args.cell}{'-quick' * args.quick}.json"
     return args
@@ -161,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     problem = problem_of(args)
-    sides = [RecurrentSide.parse(name, DIAL_ON_COPY if args.task.startswith("copy") else DIAL) for name in args.sides]
+    dial = dial_of(args.cell, DIAL_ON_COPY if args.task.startswith("copy") else DIAL)
+    sides = [RecurrentSide.parse(name, dial) for name in args.sides]
     for side in sides:
         side.check(args.cell, problem.block_size)  # before the first run, not hours later
     shape = RecurrentShape(**{name: getattr(args, name) for name in RecurrentShape.__dataclass_fields__})

@@ -40,7 +40,7 @@ from hbll_seq.mnist import load_mnist
 from hbll_seq.recurrent_objective import RECURRENT_LINEARIZATIONS
 from hbll_seq.training.classification import Length, train_classifier
 from hbll_seq.training.comparison import Results, tune
-from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate
+from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate, dial_of
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=4"]
@@ -76,8 +76,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sweeps", type=int, default=dial["sweeps"], help=f"K of the side sweeps (default: {dial['sweeps']})")
     add("--corrections", type=int, default=dial["corrections"], help=f"M of it (default: {dial['corrections']})")
     add("--chunk", type=int, help="its c, steps that a sweep takes one after the other (default: an eighth of N)")
-    add("--linearization", choices=RECURRENT_LINEARIZATIONS, default=dial["linearization"],
-        help=f"its stand-in for Jacobians (default: {dial['linearization']})")  # fmt: skip
+    add("--linearization", choices=RECURRENT_LINEARIZATIONS, help="its stand-in for Jacobians (default: "
+        f"{dial['linearization']}; of mingru diagonal, which is exact)")  # fmt: skip
     add("--init", choices=INITS, default=dial["init"], help=f"its first estimate of the states (default: {dial['init']})")
     add("--eval-every", type=int, default=500, help="steps between two looks at the validation images")
     add("--probe-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
@@ -181,10 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.output.is_file():
             raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
         setting = json.loads(args.output.read_text(encoding="utf-8"))["setting"]
-        args.n_steps = setting["n_steps"]
+        args.n_steps, args.cell = setting["n_steps"], setting["cell"]
     dial = {name: getattr(args, name) for name in DEFAULTS["sweeps"]}
     if args.chunk is None:
         dial["chunk"] = max(1, args.n_steps // 8)
+    if args.linearization is None:  # the default, which depends on the cell
+        dial["linearization"] = dial_of(args.cell, DEFAULTS["sweeps"])["linearization"]
     sides = [RecurrentSide.parse(name, dial) for name in dict.fromkeys(args.sides)]
     if args.report_only:
         results = Results(args.output, setting)

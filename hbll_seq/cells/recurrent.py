@@ -118,17 +118,18 @@ class RecurrentCell(Cell):
 
     @torch.no_grad()
     def set_memory(self, longest: float) -> None:
-        """Draws the biases of the gates anew so that at first units forget in some 1 to ``longest`` steps, evenly spread in
-        the logarithm of the gate's odds (chrono initialisation: Tallec and Ollivier 2018, arXiv 1804.11188).
+        """Draws the biases of the gates anew so that at first units forget in some 2 to ``longest`` steps, evenly spread: the
+        odds that a gate keeps its state are uniform in 1 .. longest - 1 (chrono initialisation: Tallec and Ollivier 2018,
+        arXiv 1804.11188).
 
         Raises:
             ValueError: the number is less than 2, or the cell has no gate that keeps its state.
         """
         if not isinstance(longest, (int, float)) or isinstance(longest, bool) or not 2 <= longest < math.inf:
             raise ValueError(f"memory={longest!r}: must be a number of steps, at least 2, such as the span that matters")
-        self._keep_for(torch.empty_like(self.bias_ih[: self.hidden_size]).uniform_(1.0, max(longest - 1.0, 1.0)))
+        self._set_keeping_odds(torch.empty_like(self.bias_ih[: self.hidden_size]).uniform_(1.0, longest - 1.0))
 
-    def _keep_for(self, n_steps: Tensor) -> None:
+    def _set_keeping_odds(self, odds: Tensor) -> None:
         raise ValueError(f"memory with a {type(self).__name__}: it has no gate that keeps its state; leave memory out, or "
                          "choose the cell gru or mingru")  # fmt: skip
 
@@ -240,9 +241,9 @@ class GRUCell(RecurrentCell):
         output, gains, direct = _DifferentiatedGRU.apply(state, projected, self.weight_hh, self.bias_hh)
         return output, Jacobian(direct, gains, self.weight_hh.detach())
 
-    def _keep_for(self, n_steps: Tensor) -> None:
+    def _set_keeping_odds(self, odds: Tensor) -> None:
         update = slice(self.hidden_size, 2 * self.hidden_size)  # z, of r, z, n; it keeps the state where it is 1
-        self.bias_ih[update], self.bias_hh[update] = n_steps.log(), 0.0
+        self.bias_ih[update], self.bias_hh[update] = odds.log(), 0.0
 
     def _gates(self, state: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _gru_gates(_recurrent_part(state, self.weight_hh, self.bias_hh), projected)
@@ -346,8 +347,8 @@ class MinGRUCell(RecurrentCell):
         z = z.sigmoid()
         return torch.lerp(state, candidate, z), Jacobian(1 - z.detach())
 
-    def _keep_for(self, n_steps: Tensor) -> None:
-        self.bias_ih[: self.hidden_size] = -n_steps.log()  # z, which replaces the state where it is 1
+    def _set_keeping_odds(self, odds: Tensor) -> None:
+        self.bias_ih[: self.hidden_size] = -odds.log()  # z, which replaces the state where it is 1
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """See :meth:`RecurrentCell.forward`; without gradients all states come from one scan."""

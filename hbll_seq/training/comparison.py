@@ -411,7 +411,7 @@ class Results:
         if not self.path.exists():
             return
         data = json.loads(self.path.read_text(encoding="utf-8"))
-        names = dict.fromkeys([*self.setting, *data["setting"]])  # what either leaves out has the value it always had
+        names = dict.fromkeys([*self.setting, *data["setting"]])  # what came later is None, or left out where it is as before
         changed = [k for k in names if data["setting"].get(k) != self.setting.get(k)]
         if changed:
             raise ValueError(

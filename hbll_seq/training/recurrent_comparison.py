@@ -169,7 +169,7 @@ def train_recurrent(
     """Trains one side once and evaluates the deployed network; a run of the results file."""
     torch.manual_seed(seed)
     model = RecurrentLM(problem.vocab_size, make_cell(shape.cell, shape.n_embd, shape.hidden, shape.memory))
-    objective = side.objective(model, shape.cell, problem.block_size)
+    objective = side.objective(model, shape.cell, problem.block_size, shape.memory)
     exact = RecurrentBackpropObjective(model)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps, clip=shape.clip,
                                 weight_decay=shape.weight_decay)  # fmt: skip

@@ -91,12 +91,14 @@ class RecurrentSide:
         usual = {**DEFAULTS[self.kind], **(_OF_TREE_INIT if self.kind == "sweeps" else {})}
         return "-".join([self.kind, *(f"{key}={value}" for key, value in self.options if usual.get(key) != value)])
 
-    def objective(self, model: RecurrentModel, cell: str, n_steps: int) -> RecurrentObjective:
+    def objective(
+        self, model: RecurrentModel, cell: str, n_steps: int, memory: float | None = None
+    ) -> RecurrentObjective:
         """This side's objective around a model; its tree, if it has one, is drawn here.
 
         Args:
             model: embedding, cell and head.
-            cell: kind of the cells that a tree has.
+            cell, memory: kind of the cells that a tree has, and what their gates are set to, see :func:`make_cell`.
             n_steps: steps of the longest sequence.
 
         Raises:
@@ -109,7 +111,7 @@ class RecurrentSide:
             options.pop("init", None)
             shape = {key: options.pop(key) for key in _OF_TREE if key in options}
             n_level = max(1, (n_steps - 1).bit_length())
-            make = lambda width, hidden: make_cell(cell, width, hidden)
+            make = lambda width, hidden: make_cell(cell, width, hidden, memory)
             tree = RecurrentTree(make, model.cell.input_size, model.cell.hidden_size, n_level, **shape)
         return RecurrentLocalObjective(model, self.kind, tree=tree, **options)
 
@@ -117,6 +119,11 @@ class RecurrentSide:
         """Raises ValueError where a value is out of range, at the cost of a model of width 1."""
         with torch.random.fork_rng(devices=[]):
             self.objective(RecurrentModel(make_cell(cell, 1, 1), nn.Linear(1, 2)), cell, n_steps)
+
+
+def dial_of(cell: str, dial: Mapping[str, Any]) -> dict[str, Any]:
+    """A default dial of sweeps for a kind of cell: with a diagonal Jacobian the diagonal is exact, and no map is learned."""
+    return {**dial, "linearization": "diagonal"} if cell == "mingru" and dial["linearization"] == "secant" else dict(dial)
 
 
 def check_rate(name: str, value: float) -> None:

@@ -133,10 +133,11 @@ def test_the_copy_task_by_script(script, tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted(SCRIPT.parent.glob("results/compare-rnn*.json")), ids=lambda path: path.stem)
 def test_stored_runs_are_still_those_of_the_sides_that_they_name(script, path):
     """A changed default would let another method stand under the name of a stored run."""
-    runs = json.loads(path.read_text())["runs"]
-    assert runs
-    for run in runs:
-        assert RecurrentSide.parse(run["side"], script.DIAL).method == run["method"], run["side"]
+    stored = json.loads(path.read_text())
+    dial = script.default_dial(stored["setting"]["task"], stored["setting"]["cell"])
+    assert stored["runs"]
+    for run in stored["runs"]:
+        assert RecurrentSide.parse(run["side"], dial).method == run["method"], run["side"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def default_dial(task: str, cell: str) -> dict[str, object]:
+    """What a side "sweeps" does on a task and with a cell where it does not say otherwise."""
+    return dial_of(cell, DIAL_ON_COPY if task.startswith("copy") else DIAL)
+
+
 def problem_of(args: argparse.Namespace) -> RecurrentProblem:
     """What is learned. Raises ValueError when the text cannot be used."""
     if args.task.startswith("copy"):
@@ -162,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     problem = problem_of(args)
-    dial = dial_of(args.cell, DIAL_ON_COPY if args.task.startswith("copy") else DIAL)
-    sides = [RecurrentSide.parse(name, dial) for name in args.sides]
+    sides = [RecurrentSide.parse(name, default_dial(args.task, args.cell)) for name in args.sides]
     for side in sides:
         side.check(args.cell, problem.block_size)  # before the first run, not hours later
     shape = RecurrentShape(**{name: getattr(args, name) for name in RecurrentShape.__dataclass_fields__})

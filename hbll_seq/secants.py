@@ -12,6 +12,7 @@ Shapes: N transitions, C width, r rank; states are rows, ``[..., C]``, so a map 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def _scan_maps(b: Tensor, maps: LowRank, initial: Tensor) -> Tensor:
     return added.add_(sums[1:]).to(b.dtype)
 
 
-class RunningFits(nn.Module):
+class RunningFits(nn.Module, ABC):
     """What learned stand-ins share: second moments averaged over steps, in buffers, and maps fitted to them now and then.
 
     The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
@@ -136,8 +137,9 @@ class RunningFits(nn.Module):
             for way in ("forward", "backward"):
                 self._fit(way)
 
+    @abstractmethod
     def _fit(self, way: str) -> None:
-        raise NotImplementedError
+        """Fits the maps of ``"forward"`` or ``"backward"`` to their moments."""
 
 
 def ridge_factor(change: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,10 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.tasks import make_task
 from hbll_seq.training import comparison
-from hbll_seq.training.comparison import Results, Shape, Side, TaskProblem, train, tune
+from hbll_seq.training.comparison import Shape, TaskProblem, train
+from hbll_seq.training.results import Results, tune
 from hbll_seq.training.settings import read_preset
+from hbll_seq.training.sides import Side
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train" / "compare.py"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "2", "--steps", "3",

@@ -33,9 +33,11 @@ from hbll_seq.data import TokenWindows, load_tokens
 from hbll_seq.mix import DEFAULT_MIX, MIXES
 from hbll_seq.tasks import make_task
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.comparison import Problem, Results, Shape, Side, TaskProblem, TextProblem, deepest, train, tune
+from hbll_seq.training.comparison import Problem, Shape, TaskProblem, TextProblem, train
 from hbll_seq.training.plots import plot_comparison
+from hbll_seq.training.results import Results, deepest, tune
 from hbll_seq.training.settings import block_cells
+from hbll_seq.training.sides import Side
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=secant", "mix"]

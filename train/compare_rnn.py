@@ -29,7 +29,6 @@ from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.data import load_tokens
 from hbll_seq.sources import open_corpus
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.comparison import Results, deepest, tune
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.recurrent_comparison import (
     CopyProblem,
@@ -39,6 +38,7 @@ from hbll_seq.training.recurrent_comparison import (
     train_recurrent,
 )
 from hbll_seq.training.recurrent_sides import RecurrentSide, dial_of
+from hbll_seq.training.results import Results, deepest, tune
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK_SIZE = 128

@@ -39,8 +39,8 @@ from hbll_seq.classifier import HBLLClassifierConfig
 from hbll_seq.mnist import load_mnist
 from hbll_seq.recurrent_objective import RECURRENT_LINEARIZATIONS
 from hbll_seq.training.classification import Length, train_classifier
-from hbll_seq.training.comparison import Results, tune
 from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate, dial_of
+from hbll_seq.training.results import Results, tune
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=4"]

@@ -15,7 +15,7 @@ from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
 from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.time_sweeps import TIME_INITS
-from hbll_seq.training.comparison import parse_options
+from hbll_seq.training.sides import parse_options
 
 #: shape of a tree, which RecurrentTree takes; all other options are the objective's own.
 _OF_TREE = ("max_symbols", "share")

@@ -56,6 +56,30 @@ def test_messages_and_states_are_those_of_autograd(script):
     torch.testing.assert_close(product[0], jacobian.diagonal()[:4].prod(0), rtol=0, atol=1e-12)
 
 
+def test_chunks_are_looked_at_where_they_begin_and_end(script, monkeypatch):
+    torch.manual_seed(0)
+    config = HBLLClassifierConfig(n_inputs=24, n_steps=12, hidden_size=5, permutation_seed=0)
+    model = HBLLForSequenceClassification(config).double()
+    x, y = torch.rand(10, 24, dtype=torch.float64), torch.randint(10, (10,))
+    looks = []
+    monkeypatch.setattr(script, "explained", lambda *tensors: looks.append(tensors) or {})
+    script.explained_by_chunk(model, x, y, 4)
+    (change, response, _), (messages, products, diagonals) = looks
+    projected = model.cell.project(model.symbols(model.chunks(x))).detach()
+    with torch.no_grad():
+        states = script.exact_states(model.cell, projected, model.initial_state(10))
+        exact, jacobian = script.exact_messages(model, states, projected, y)
+    for q in (1, 2):  # the chunks from s_4 to s_8 and from s_8 to s_12
+        start = states[4 * q].clone().requires_grad_(True)
+        from_zero = script.exact_states(model.cell, projected[4 * q : 4 * q + 4], torch.zeros_like(start))[-1]
+        torch.testing.assert_close(change[q - 1], states[4 * q])
+        torch.testing.assert_close(response[q - 1], (states[4 * q + 4] - from_zero).detach())
+        end = script.exact_states(model.cell, projected[4 * q : 4 * q + 4], start)[-1]
+        torch.testing.assert_close(messages[q - 1], exact[4 * q + 3])
+        torch.testing.assert_close(products[q - 1], torch.autograd.grad(end, start, exact[4 * q + 3])[0])
+        torch.testing.assert_close(diagonals[q - 1], jacobian.diagonal()[4 * q : 4 * q + 4].prod(0))
+
+
 def test_the_script_runs_and_writes_what_it_prints(script, tmp_path, capsys):
     synthetic(tmp_path)
     output = tmp_path / "out" / "maps.json"

@@ -12,6 +12,7 @@ import torch
 from hbll_seq.cells.recurrent import make_cell
 from hbll_seq.posterior import IGNORE_INDEX
 from hbll_seq.recurrent_model import RecurrentLM
+from hbll_seq.training import recurrent_comparison, recurrent_sides
 from hbll_seq.training.recurrent_comparison import CopyProblem, RecurrentShape, StreamProblem, train_recurrent
 from hbll_seq.training.recurrent_sides import RecurrentSide
 
@@ -165,14 +166,24 @@ def test_copying_has_a_dial_and_a_memory_of_its_own(script, tmp_path, cell, line
 
 
 def test_memory_reaches_the_cells_of_all_sides(script, tmp_path, monkeypatch):
-    from hbll_seq.training import recurrent_comparison, recurrent_sides
-
     seen = []
     for module in (recurrent_comparison, recurrent_sides):
         make = module.make_cell
-        monkeypatch.setattr(module, "make_cell", lambda *a, make=make: seen.append(a[3:]) or make(*a))
-    for memory, expected in (("9", (9.0,)), ("0", (None,))):
+        record = lambda *a, make=make, name=module.__name__: seen.append((name, *a[2:])) or make(*a)
+        monkeypatch.setattr(module, "make_cell", record)
+    for memory, expected in (("9", 9.0), ("0", None)):
         seen.clear()
         output = tmp_path / f"{memory}.json"
         script.main([*TINY, "--memory", memory, "--seeds", "0", "--sides", "tree", "--output", str(output)])
-        assert seen.count(expected) > 2 and seen[-1] == expected  # the deployed cell and the tree's own
+        trained = [(name, given) for name, hidden, *given in seen if hidden == 8]  # others only check the options
+        assert {name for name, _ in trained} == {recurrent_comparison.__name__, recurrent_sides.__name__}
+        assert all(given == [expected] for _, given in trained)
+
+
+def test_looks_at_the_gradient_teach_a_side_nothing():
+    shape = dict(cell="gru", n_embd=4, hidden=8, batch_size=4, steps=12, warmup_steps=1, clip=1.0, weight_decay=0.0,
+                 eval_batches=1, eval_every=99)  # fmt: skip
+    side = RecurrentSide.parse("sweeps:sweeps=2,corrections=2,chunk=4,linearization=secant,init=state")
+    runs = [train_recurrent(side, 1e-2, 0, CopyProblem(6), RecurrentShape(**shape, probe_every=n)) for n in (1, 99)]
+    assert len(runs[0]["probes"]) == 12 and not runs[1]["probes"]
+    assert runs[0]["curve"] == runs[1]["curve"] and runs[0]["test"] == runs[1]["test"]

@@ -281,6 +281,14 @@ def test_a_fitted_map_is_bounded():
     assert torch.linalg.eigvals(secants.forward_map[0]).abs().max() <= 1.0 + 1e-6
 
 
+def test_averages_are_over_some_twenty_looks():
+    """Over ten and twenty runs that were measured stayed on course, over fifty one did not (README, "What we tried")."""
+    secants, x = TimeSecants(5), torch.randn(3, 20, 5)
+    secants.observe("forward", 0, x, x)
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(secants.forward_change[0], 0.05 * flat.T @ flat / 60)
+
+
 def test_wider_cells_fit_less_often():
     assert [TimeSecants(width).every for width in (8, 128, 512, 2048)] == [2, 2, 8, 32]
 

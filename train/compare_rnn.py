@@ -158,7 +158,7 @@ def plot(path: Path, runs: dict[str, list[dict]], metric: str) -> None:
         axes.set_ylabel(f"validation {metric}")
         axes.grid(axis="y", color="0.9")
     if by_second.has_data():
-        by_second.legend(fontsize="x-small", loc="upper right")  # there the curves leave room
+        by_second.legend(fontsize="x-small", loc="best")
     save_figure(figure, path)
 
 

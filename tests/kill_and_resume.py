@@ -32,11 +32,12 @@ def load_script():
     return module
 
 
-def start(options: list[str], launcher: tuple[str, ...] = (sys.executable,), **keywords) -> subprocess.Popen:
-    """train/lm.py in a process of its own."""
+def start(options: list[str], launcher: tuple[str, ...] = (sys.executable,), script: Path = SCRIPT,
+          **keywords) -> subprocess.Popen:
+    """train/lm.py, or another script, in a process of its own."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([*launcher, str(SCRIPT), *options], env=environment, **keywords)
+    return subprocess.Popen([*launcher, str(script), *options], env=environment, **keywords)
 
 
 def lines(folder: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import kill_and_resume as kr
 import pytest
@@ -11,10 +12,26 @@ from hbll_seq.training import checkpoint as ck
 STEPS = 6
 
 
-def _two_processes(monkeypatch, options):
+#: train/lm.py, then exit code 70 while a thread of the process group is left: it may abort an interpreter that ends.
+THREADS_END = """
+import contextlib
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import kill_and_resume as kr
+code, left = kr.load_script().main(sys.argv[1:]), []
+for path in Path("/proc/self/task").glob("*/comm"):
+    with contextlib.suppress(OSError):  # it has just ended
+        left += [name for name in [path.read_text().strip()] if "gloo" in name]
+print("threads left:", left, file=sys.stderr)
+sys.exit(70 if left else code)
+"""
+
+
+def _two_processes(monkeypatch, options, script=kr.SCRIPT):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    process = kr.start(options, launcher, stdout=-3, stderr=-1, text=True)
+    process = kr.start(options, launcher, script, stdout=-3, stderr=-1, text=True)
     try:
         _, errors = process.communicate(timeout=120)
     finally:
@@ -30,8 +47,10 @@ def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch, o
     options = [*lm_options, "--objective", objective, "--sigma", "0", "--max-steps", str(STEPS), "--save-every",
                "2", "--keep-checkpoints", "9", "--eval-every", "4"]
     assert kr.load_script().main([*options, "--batch-size", "4", "--output-dir", str(one)]) == 0
-    errors = _two_processes(monkeypatch, [*options, "--batch-size", "2", "--output-dir", str(two)])
-    assert "on 2 x cpu" in errors
+    script = tmp_path / "threads_end.py"
+    script.write_text(THREADS_END.format(tests=str(Path(__file__).parent)))
+    errors = _two_processes(monkeypatch, [*options, "--batch-size", "2", "--output-dir", str(two)], script)
+    assert "on 2 x cpu" in errors and errors.count("threads left: []") == 2
     rows = kr.lines(two)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, expected in zip(rows, kr.lines(one), strict=True):

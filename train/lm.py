@@ -6,6 +6,7 @@ command line. The parts are in the library: settings, trainer, checkpoint, objec
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -235,6 +236,16 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, run, and return the exit code."""
+    try:
+        return run(argv)
+    finally:
+        # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
+        # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
+        gc.collect()
+
+
+def run(argv: list[str] | None) -> int:
+    """What `main` does, before the process group's threads are waited for."""
     shown = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     try:
         arguments = vars(build_parser(__doc__.splitlines()[0], PRESETS, EPILOG).parse_args(argv))

@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 
 import torch
+import torch.distributed.nn  # noqa: F401  its default arguments keep the process group that exists when it is imported
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType

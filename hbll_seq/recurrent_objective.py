@@ -72,18 +72,26 @@ class RecurrentBackpropObjective(RecurrentObjective):
 
     Args:
         model: see :class:`RecurrentObjective`.
-        one_step: the state is detached before every transition: exact states, no credit through time. It is
-            ``RecurrentLocalObjective`` with ``linearization="zero"``, K = N - 1 and M = 0.
+        window: truncated BPTT: the state is detached after every ``window`` transitions, so the states stay exact and credit
+            goes back 0 to ``window`` - 1 transitions; None goes back to h_0. With 1 it is :class:`RecurrentLocalObjective`
+            with ``linearization="zero"``, K = N - 1 and M = 0.
+
+    Raises:
+        ValueError: ``window`` is not a whole number of at least 1.
     """
 
-    def __init__(self, model: RecurrentModel, *, one_step: bool = False):
+    def __init__(self, model: RecurrentModel, *, window: int | None = None):
         super().__init__(model)
-        self.one_step = one_step
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise ValueError(f"window={window!r}: must be a whole number of at least 1, or None for no truncation")
+        self.window = window
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
         cell, state, states = self.model.cell, s0, []
         for projected in cell.project(self.model.symbols(x)).unbind(0):
-            state = cell.transition(state.detach() if self.one_step and states else state, projected)
+            if self.window is not None and states and len(states) % self.window == 0:
+                state = state.detach()
+            state = cell.transition(state, projected)
             states.append(state)
         loss = self.model.nats(torch.stack(states), targets)
         return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, state.detach())

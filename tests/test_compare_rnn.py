@@ -144,8 +144,9 @@ def test_stored_runs_are_still_those_of_the_sides_that_they_name(script, path):
 @pytest.mark.parametrize(
     "side, message",
     [
-        ("adjoint", "side 'adjoint': allowed are bptt, one-step, sweeps, tree"),
+        ("adjoint", "side 'adjoint': allowed are bptt, one-step, truncated, sweeps, tree"),
         ("sweeps:chunk=0", "chunk=0.*at least 1"),
+        ("truncated:window=0", "window=0.*at least 1"),
         ("bptt:chunk=2", "bptt has no option 'chunk'"),
     ],
 )

@@ -143,7 +143,7 @@ def test_steps_come_from_epochs_and_quick_is_short(seqmnist, digits, tmp_path, m
         (["--warmup-steps", "-1"], "warmup_steps=-1"),
         (["--corrections", "-1"], "corrections=-1"),
         (["--threads", "0"], "threads=0: must be a whole number of at least 1"),
-        (["--sides", "bppt"], "side 'bppt': allowed are bptt, one-step, sweeps, tree"),
+        (["--sides", "bppt"], "side 'bppt': allowed are bptt, one-step, truncated, sweeps, tree"),
         (["--report-only"], "there is no results file .*leave --report-only out"),
     ],
 )
@@ -242,7 +242,9 @@ def test_the_three_readouts_are_different_networks():
     assert found["top"] == 100
     assert found["deployed"] == pytest.approx(100 * (labels == blind).double().mean().item(), abs=1e-3)
     assert 0 < found["deployed"] < 100 and set(found) == {"deployed", "tree", "top"}
-    assert isinstance(RecurrentSide.parse("one-step").objective(model, "gru", 4), RecurrentBackpropObjective)
+    for name, window in (("bptt", None), ("one-step", 1), ("truncated", 16), ("truncated:window=3", 3)):
+        baseline = RecurrentSide.parse(name).objective(model, "gru", 4)
+        assert isinstance(baseline, RecurrentBackpropObjective) and baseline.window == window
 
 
 @pytest.mark.parametrize("cell, linearization", [("gru", "secant"), ("mingru", "diagonal")])

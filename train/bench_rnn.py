@@ -225,7 +225,7 @@ def make_batch(n_steps: int, batch_size: int, args: argparse.Namespace) -> tuple
 def make_objective(side: Side, model: RecurrentModel, n_steps: int, args: argparse.Namespace) -> RecurrentObjective:
     """A side around a model."""
     if side.family in ("bptt", "one-step"):
-        return RecurrentBackpropObjective(model, one_step=side.family == "one-step")
+        return RecurrentBackpropObjective(model, window=1 if side.family == "one-step" else None)
     if side.family == "fused":
         return FusedObjective(model).to(args.device)
     tree, cell = None, model.cell

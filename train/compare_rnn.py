@@ -5,10 +5,11 @@
     python train/compare_rnn.py --task copy-64        # remember three symbols over 64 steps
     python train/compare_rnn.py --quick               # a minute: too short to mean much
 
-A side is "bptt", "one-step" (exact states, no credit through time), "sweeps" (local losses from messages along time) with
-options as in "sweeps:sweeps=2,corrections=2,chunk=8,linearization=zero", or "tree:sweeps=4" (HBLL-RNN as published, K = 4,
-0 leaves its consistency stage out). Every side tries every learning rate with the first
-seed, and beyond the grid while its best one lies at the edge; the one with the lowest validation loss is kept for the
+A side is "bptt", "truncated:window=16" (credit goes back to the last multiple of 16 steps), "one-step" (exact states, no
+credit through time), "sweeps" (local losses from messages along time) with options as in
+"sweeps:sweeps=2,corrections=2,chunk=8,linearization=zero", or "tree:sweeps=4" (HBLL-RNN as published, K = 4, 0 leaves its
+consistency stage out). Every side tries every learning rate with the first seed, and beyond the grid while its best one
+lies at the edge; the one with the lowest validation loss is kept for the
 other seeds. What is evaluated is the deployed network. Results are added to a JSON file run by run, and a run that is in
 the file is not done again; two processes may share one.
 """

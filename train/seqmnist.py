@@ -8,7 +8,7 @@ and 3; --n 784 reads one pixel a step); --permuted, in one fixed order that is n
 in "sweeps:sweeps=2,corrections=2,lr=1e-3":
 
     bptt      backpropagation through time over the same cell
-    one-step  the same, truncated to one step
+    truncated the same within windows of steps ("truncated:window=16"), and one-step: of one step
     sweeps    our form: local losses from K sweeps and M corrections of chunks of c steps, joined by a map that is learned
     tree      the paper's form; sweeps=K of its consistency stage, 0 leaves that out
 

@@ -24,6 +24,7 @@ _TREE_TYPES = {"max_symbols": int, "share": str}
 _TYPES: dict[str, dict[str, type]] = {
     "bptt": {},
     "one-step": {},
+    "truncated": {"window": int},
     "sweeps": {"sweeps": int, "corrections": int, "chunk": int, "linearization": str, "init": str,
                "damping": float, "clip": float, "tree_weight": float, **_TREE_TYPES},
     "tree": {"sweeps": int, "arc_weight": float, "consistency_weight": float, **_TREE_TYPES},
@@ -33,6 +34,7 @@ _TYPES: dict[str, dict[str, type]] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bptt": {},
     "one-step": {},
+    "truncated": {"window": 16},
     "sweeps": {"sweeps": 4, "corrections": 3, "chunk": 8, "linearization": "secant", "init": "state"},
     "tree": {"sweeps": 4, "arc_weight": 0.1, "consistency_weight": 1.0, "share": "none"},
 }
@@ -51,7 +53,8 @@ class RecurrentSide:
 
     @classmethod
     def parse(cls, name: str, sweeps: Mapping[str, Any] | None = None) -> RecurrentSide:
-        """From "kind:key=value,key=value" with the kinds "bptt", "one-step" (its truncation), "sweeps" and "tree".
+        """From "kind:key=value,key=value" with the kinds "bptt", "truncated" (to windows of BPTT), "one-step" (to
+        single steps), "sweeps" and "tree".
 
         Args:
             name: such as ``"sweeps:sweeps=2,corrections=2"``; every kind takes ``lr``.
@@ -105,7 +108,9 @@ class RecurrentSide:
             ValueError: a value is out of range.
         """
         if self.kind in ("bptt", "one-step"):
-            return RecurrentBackpropObjective(model, one_step=self.kind == "one-step")
+            return RecurrentBackpropObjective(model, window=1 if self.kind == "one-step" else None)
+        if self.kind == "truncated":
+            return RecurrentBackpropObjective(model, **dict(self.options))
         options, tree = dict(self.options), None
         if self.kind == "tree" or options["init"] == "tree":
             options.pop("init", None)

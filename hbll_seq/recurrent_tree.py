@@ -13,12 +13,13 @@ Shapes: T steps, B batch, I symbol width, H hidden width, w symbols in a window;
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll_seq.cells.recurrent import RecurrentCell
+from hbll_seq.cells.recurrent import RecurrentCell, make_cell
 from hbll_seq.time_sweeps import forward_time_sweeps
 
 SHARES = ("none", "capped", "all")
@@ -30,7 +31,8 @@ class RecurrentTree(nn.Module):
     Training alone needs it: the deployed model is f_0. All states between nodes are detached.
 
     Args:
-        make_cell: ``(input_size, hidden_size) -> cell``, such as :class:`hbll_seq.cells.recurrent.GRUCell`.
+        cell: of what kind its cells are: a name that :func:`make_cell` knows, such as ``"gru"``, or
+            ``(input_size, hidden_size) -> cell``, such as :class:`hbll_seq.cells.recurrent.GRUCell`.
         symbol_size: I.
         hidden_size: H, the same for all levels.
         n_level: D; sequences have at most ``2**D`` steps.
@@ -46,7 +48,7 @@ class RecurrentTree(nn.Module):
 
     def __init__(
         self,
-        make_cell: Callable[[int, int], RecurrentCell],
+        cell: str | Callable[[int, int], RecurrentCell],
         symbol_size: int,
         hidden_size: int,
         n_level: int,
@@ -62,11 +64,12 @@ class RecurrentTree(nn.Module):
             raise ValueError(f"share={share!r}: allowed are {', '.join(SHARES)}")
         self.symbol_size, self.hidden_size, self.n_level, self.share = symbol_size, hidden_size, n_level, share
         self.max_symbols = 2**n_level if max_symbols is None else max_symbols
+        new_cell = partial(make_cell, cell) if isinstance(cell, str) else cell
         self.cells = nn.ModuleList()
         widths = [self.width(level) for level in range(n_level + 1)]
         for level in range(1, n_level + 1) if share != "all" else ():
             if share == "none" or widths[level] != widths[level - 1] or level == 1:
-                self.cells.append(make_cell(widths[level] * symbol_size, hidden_size))
+                self.cells.append(new_cell(widths[level] * symbol_size, hidden_size))
         self._index = [sum(w != v for v, w in zip(widths[1:level], widths[2 : level + 1])) for level in range(n_level + 1)]
 
     @property

@@ -4,12 +4,17 @@ import os
 import random
 import signal
 
-import kill_and_resume as kr
-import pytest
-import torch
-from accelerate.state import AcceleratorState
+# before torch loads OpenMP: beside a program that keeps a core busy, spinning threads made these small tensors crawl
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from hbll_seq.training import checkpoint as ck
+import kill_and_resume as kr  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from hbll_seq.training import checkpoint as ck  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,9 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, caps
     assert capsys.readouterr().out == first
     compare.main([*argv, "--report-only"])
     assert capsys.readouterr().out == first
+    compare.main([*argv, "--report-only", "--sides", "sweeps", "mix"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "the file also holds, for --sides: tree backprop-1 backprop-3 backprop-mix"
     with pytest.raises(ValueError, match="other settings \\(steps\\).*--output"):
         compare.main([*argv, "--steps", "4"])
 

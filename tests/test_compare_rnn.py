@@ -100,12 +100,15 @@ def test_the_script_resumes_and_ends_with_the_difference(script, tmp_path, capsy
     first = capsys.readouterr().out
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [(run["side"], run["seed"]) for run in runs] == [(side, seed) for side in script.SIDES for seed in (0, 1)]
-    assert first.splitlines()[-1].startswith("bits less BPTT's at equal steps: one-step ")
+    assert first.splitlines()[-1].startswith("bits minus BPTT's at equal steps: one-step ")
     assert (tmp_path / "results.png").stat().st_size > 5000
     monkeypatch.setattr(script, "train_recurrent", lambda *a: pytest.fail("a finished run was done again"))
     script.main(argv)
     assert capsys.readouterr().out == first
     script.main([*argv, "--report-only"])
+    assert capsys.readouterr().out == first
+    monkeypatch.setattr(script, "SIDES", [])
+    script.main([*argv, "--report-only"])  # all that is stored
     assert capsys.readouterr().out == first
     with pytest.raises(ValueError, match="other settings"):
         script.main([*argv, "--hidden", "9"])
@@ -121,7 +124,7 @@ def test_a_side_may_have_a_rate_of_its_own(script, tmp_path):
 def test_the_copy_task_by_script(script, tmp_path, capsys):
     sides = ["--sides", "bptt", "sweeps"]
     script.main([*TINY, "--task", "copy-64", "--seeds", "0", *sides, "--output", str(tmp_path / "copy.json")])
-    assert "accuracy less BPTT's at equal steps: sweeps " in capsys.readouterr().out
+    assert "accuracy minus BPTT's at equal steps: sweeps " in capsys.readouterr().out
     short = ["--task", "copy-64", "--steps", "1", "--seeds", "0"]
     script.main([*TINY, *short, *sides, "--output", str(tmp_path / "short.json")])
     assert (tmp_path / "short.png").exists()  # too short for a curve

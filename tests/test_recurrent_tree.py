@@ -241,6 +241,9 @@ def test_bad_values_are_named():
         RecurrentTree(GRUCell, 5, 6, 4, share="some")
     with pytest.raises(ValueError, match="n_level=0"):
         RecurrentTree(GRUCell, 5, 6, 0)
+    with pytest.raises(ValueError, match="cell kind 'grru': allowed are"):
+        RecurrentTree("grru", 5, 6, 4)
+    assert [type(cell) for cell in RecurrentTree("gru", 5, 6, 2).cells] == [GRUCell, GRUCell]
     with pytest.raises(ValueError, match="hidden_size=7.*cell of 6"):
         RecurrentLocalObjective(model, tree=RecurrentTree(GRUCell, 5, 7, 4))
     with pytest.raises(ValueError, match="share='all'"):

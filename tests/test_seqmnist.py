@@ -69,6 +69,8 @@ def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, dig
     seqmnist.main(["--report-only", "--output", str(output), "--sides", *SIDES, "--seeds", "0", "1", "--sweeps", "1",
                    "--corrections", "1", "--data", "nowhere"])  # fmt: skip
     assert capsys.readouterr().out == first
+    seqmnist.main(["--report-only", "--output", str(output), "--sweeps", "1", "--corrections", "1"])  # all that is stored
+    assert capsys.readouterr().out == first
 
     pixels, labels = load_mnist(str(digits), "test")
     for (side, _, seed), run in runs.items():

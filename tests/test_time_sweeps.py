@@ -51,7 +51,7 @@ def exact_states(cell, projected, s0):
 def test_bptt_in_the_limit_and_not_before(kind, linearization, init, n_steps):
     model, tokens, state = double_lm(kind, n_steps)
     exact, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    tree = RecurrentTree(lambda i, h: make_cell(kind, i, h), 5, 6, 4).double() if init == "tree" else None
+    tree = RecurrentTree(kind, 5, 6, 4).double() if init == "tree" else None
     options = dict(linearization=linearization, init="state" if init == "tree" else init, tree=tree, chunk=1)
     output, ours = gradients(
         RecurrentLocalObjective(model, sweeps=n_steps - 1, corrections=n_steps - 1, **options), tokens, state
@@ -243,7 +243,7 @@ def instrument(cell):
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_no_graph_spans_two_transitions(kind, linearization, with_tree, chunk):
     model, tokens, state = double_lm(kind)
-    tree = RecurrentTree(lambda i, h: make_cell(kind, i, h), 5, 6, 4).double() if with_tree else None
+    tree = RecurrentTree(kind, 5, 6, 4).double() if with_tree else None
     objective = RecurrentLocalObjective(
         model, sweeps=3, corrections=3, linearization=linearization, tree=tree, chunk=chunk
     )
@@ -348,7 +348,7 @@ def test_bfloat16_gradients_are_whole_and_near(kind, linearization):
     model, tokens, state = double_lm(kind, 33, gain=1.0)
     model.float()
     state = state.float()
-    tree = RecurrentTree(lambda i, h: make_cell(kind, i, h), 5, 6, 6)
+    tree = RecurrentTree(kind, 5, 6, 6)
     objective = RecurrentLocalObjective(model, sweeps=8, corrections=12, linearization=linearization, tree=tree)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
     objective.zero_grad()

@@ -232,7 +232,7 @@ def make_objective(side: Side, model: RecurrentModel, n_steps: int, args: argpar
     if side.tree:
         options = {**side.tree, "max_symbols": None if side.tree["max_symbols"] == "none" else side.tree["max_symbols"]}
         n_level = max(1, (n_steps - 1).bit_length())
-        tree = RecurrentTree(lambda i, h: make_cell(args.cell, i, h), cell.input_size, cell.hidden_size, n_level, **options)
+        tree = RecurrentTree(args.cell, cell.input_size, cell.hidden_size, n_level, **options)
     inference = "tree" if side.family == "paper" else "sweeps"
     return RecurrentLocalObjective(model, inference, tree=tree, **side.options).to(args.device)
 

@@ -26,6 +26,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from hbll_seq.config import CELLS, HBLLConfig
@@ -216,7 +219,7 @@ def bits_per_token(runs: dict[str, list[dict]], last: str) -> list[str]:
         if less and not side.removeprefix("backprop-").isdigit():
             mean = f" (mean {sum(less) / len(less):+.4f})" if len(less) > 1 else ""
             parts.append(f"{side} " + ", ".join(f"{value:+.4f}" for value in less) + mean)
-    return [*lines, f"bits less {last}'s at equal steps: " + ("; ".join(parts) or "no run of both")]
+    return [*lines, f"bits minus {last}'s at equal steps: " + ("; ".join(parts) or "no run of both")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -259,10 +262,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run = results.find(side.name, lr, seed, method) if args.report_only else ensure(side, lr, seed)
                 if run is not None:
                     runs.setdefault(side.name, []).append(run)
+    others = [name for name in results.sides() if name not in {side.name for side in sides}]
     if not runs:
         raise ValueError(f"{args.output} holds no run of {', '.join(args.sides)}: leave --report-only out to make them")
     carried = "; states carried from window to window" if args.carry_state else "; every window from the zero state"
     print(report(runs, problem.metric, "" if args.cell == TRANSFORMER else carried))
+    if args.report_only and others:
+        print(f"the file also holds, for --sides: {' '.join(others)}")
     plot_comparison(args.output.with_suffix(".png"), runs, problem.metric)
 
 

@@ -23,6 +23,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 
@@ -49,7 +52,7 @@ SIDES = ["bptt", "one-step", "sweeps"]
 DIAL = {"sweeps": 1, "corrections": 1, "chunk": 8, "linearization": "zero", "init": "state"}
 #: the same where what was read long ago decides: text forgets soon enough to need no stand-in for Jacobians
 DIAL_ON_COPY = {**DIAL, "sweeps": 2, "corrections": 2, "linearization": "secant"}
-QUICK = dict(steps=40, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=20, probe_every=20)
+QUICK = dict(steps=40, warmup_steps=10, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=10, probe_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 
 
@@ -62,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cell", choices=CELL_KINDS, default="gru")
     add("--output", type=Path, help="JSON file of results (default: train/results/compare-rnn-TASK-CELL[-quick].json)")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
-    add("--sides", nargs="+", default=SIDES, help=f"what is compared (default: {' '.join(SIDES)})")
+    add("--sides", nargs="+", help=f"what is compared (default: {' '.join(SIDES)}; with --report-only all that is stored)")
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-embd", type=int, default=64, help="width of the embedding (default: 64)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128)")
@@ -121,9 +124,8 @@ def problem_of(args: argparse.Namespace) -> RecurrentProblem:
     return StreamProblem(streams, vocab_size, args.block_size or BLOCK_SIZE, digest.hexdigest())
 
 
-def report(runs: dict[str, list[dict]], metric: str) -> str:
+def report(runs: dict[str, list[dict]], metric: str, unit: str) -> str:
     """Figures by side, what they cost, and one last line with the difference to BPTT."""
-    unit = "bits per token" if metric == "bits" else "%"
     lines = [f"test {metric} of the deployed network ({unit}), by seed",
              f"{'side':>58}  {'lr':>6}  {metric:>17}  {'s/step':>7}  cosine to BPTT's gradient: lowest, last"]  # fmt: skip
     for side, of_side in runs.items():
@@ -137,7 +139,7 @@ def report(runs: dict[str, list[dict]], metric: str) -> str:
         pairs = [(run, ref) for run in of_side for ref in runs.get("bptt", ()) if run["seed"] == ref["seed"]]
         if side != "bptt" and pairs:
             parts.append(f"{side} " + ", ".join(f"{a['test'][0][metric] - b['test'][0][metric]:+.4f}" for a, b in pairs))
-    lines.append(f"\n{metric} less BPTT's at equal steps: " + ("; ".join(parts) or "no run of both"))
+    lines.append(f"\n{metric} minus BPTT's at equal steps: " + ("; ".join(parts) or "no run of both"))
     return "\n".join(lines)
 
 
@@ -152,13 +154,16 @@ def plot(path: Path, runs: dict[str, list[dict]], metric: str) -> None:
             continue
         steps, values = zip(*curve)
         per_step = run["seconds"] / run["curve"][-1][0]
-        by_step.plot(steps, values, label=side)
-        by_second.plot([step * per_step for step in steps], values, label=side)
+        marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+        by_step.plot(steps, values, marker=marker, label=side)
+        by_second.plot([step * per_step for step in steps], values, marker=marker, label=side)
     for axes, label in ((by_step, "steps"), (by_second, "seconds of training")):
         axes.set_xlabel(label)
         axes.set_ylabel(f"validation {metric}")
         axes.grid(axis="y", color="0.9")
-    if by_second.has_data():
+    if not by_second.has_data():
+        by_second.set_title("no evaluation before the end", fontsize="small")
+    else:
         by_second.legend(fontsize="x-small", loc="best")
     save_figure(figure, path)
 
@@ -168,12 +173,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     problem = problem_of(args)
-    sides = [RecurrentSide.parse(name, default_dial(args.task, args.cell)) for name in args.sides]
-    for side in sides:
-        side.check(args.cell, problem.block_size)  # before the first run, not hours later
     shape = RecurrentShape(**{name: getattr(args, name) for name in RecurrentShape.__dataclass_fields__})
     setting = {"task": args.task, "block_size": problem.block_size, **vars(shape), "text": problem.fingerprint}
     results = Results(args.output, setting)
+    names = args.sides or (results.sides() if args.report_only else SIDES)
+    sides = [RecurrentSide.parse(name, default_dial(args.task, args.cell)) for name in dict.fromkeys(names)]
+    for side in sides:
+        side.check(args.cell, problem.block_size)  # before the first run, not hours later
 
     def ensure(side: RecurrentSide, lr: float, seed: int) -> dict:
         found = results.find(side.name, lr, seed, side.method)
@@ -197,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             lr = tune(lambda lr: deepest(ensure(side, lr, args.seeds[0]))["loss"], grid)  # noqa: B023
             runs[side.name] = [ensure(side, lr, seed) for seed in args.seeds]
     if not any(runs.values()):
-        raise ValueError(f"{args.output} holds no run of {', '.join(args.sides)}: leave --report-only out to make them")
-    print(report(runs, problem.metric))
+        wanted = f"no run of {', '.join(names)}" if names else "no run"
+        raise ValueError(f"{args.output} holds {wanted}: leave --report-only out to make them")
+    print(report(runs, problem.metric, {"bytes": "bits per byte", "text": "bits per token"}.get(args.task, "%")))
     plot(args.output.with_suffix(".png"), runs, problem.metric)
 
 

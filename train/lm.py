@@ -209,7 +209,7 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     rows = trainer.metrics.rows()
     summary = {
         "step": trainer.done, "tokens": rows[-1]["tokens"], "seconds": trainer.seconds, "loss": rows[-1]["loss"],
-        "n_parameters": model.n_parameters(), "validation": last["validation"], "test": last["test"],
+        "n_parameters": sum(p.numel() for p in model.parameters()), "validation": last["validation"], "test": last["test"],
         "samples": last["samples"], "settings": asdict(settings),
     }
     try:
@@ -226,8 +226,9 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
 def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
     """One line on what is about to run."""
     accelerator = trainer.accelerator
+    n_parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"{model.n_parameters():,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
+        f"{n_parameters:,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
         f"{data.train.block_size} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
         f"({precision_name(accelerator)}, {torch.get_num_threads()} threads)"

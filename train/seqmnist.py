@@ -26,10 +26,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
@@ -60,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n", "--steps-per-image", dest="n_steps", type=int, default=16, help="N, steps of an image (default: 16)")
     add("--cell", choices=CELL_KINDS, default="gru")
     add("--hidden", type=int, default=128, help="width of the state (default: 128; the paper: 2048)")
-    add("--sides", nargs="+", default=SIDES, help=f"what is compared (default: {' '.join(SIDES)})")
+    add("--sides", nargs="+", help=f"what is compared (default: {' '.join(SIDES)}; with --report-only all that is stored)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="of weights and order; the first one tunes (default: 0 1)")
     add("--lr", type=float, nargs="+", default=[2e-3], help="learning rates that every side without one of its own tries "
         "(default: 2e-3)")  # fmt: skip
@@ -187,9 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         dial["chunk"] = max(1, args.n_steps // 8)
     if args.linearization is None:  # the default, which depends on the cell
         dial["linearization"] = dial_of(args.cell, DEFAULTS["sweeps"])["linearization"]
-    sides = [RecurrentSide.parse(name, dial) for name in dict.fromkeys(args.sides)]
     if args.report_only:
         results = Results(args.output, setting)
+    names = args.sides or (results.sides() if args.report_only else SIDES)
+    sides = [RecurrentSide.parse(name, dial) for name in dict.fromkeys(names)]
+    if args.report_only:
 
         def ensure(side: RecurrentSide, lr: float, seed: int) -> dict | None:
             return results.find(side.name, lr, seed, side.method)
@@ -240,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = {side.name: [run for name, run in found if name == side.name and run is not None] for side in sides}
     runs = {name: of_side for name, of_side in runs.items() if of_side}
     if not runs:
-        raise ValueError(f"{args.output} holds no run of {', '.join(args.sides)} with these options: leave --report-only out "
-                         "to make them")  # fmt: skip
+        wanted = f"no run of {', '.join(names)} with these options" if names else "no run"
+        raise ValueError(f"{args.output} holds {wanted}: leave --report-only out to make them")
     print(report(runs, setting))
 
 

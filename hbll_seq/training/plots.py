@@ -101,8 +101,9 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
         curve = [(step, row[name]) for run in of_side[:1] for step, row in run["evaluations"] if name in row]
         if curve:
             steps, values = zip(*curve)
-            by_step.plot(steps, values, label=side)
-            by_work.plot([step * of_side[0]["work"] for step in steps], values, label=side)
+            marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+            by_step.plot(steps, values, marker=marker, label=side)
+            by_work.plot([step * of_side[0]["work"] for step in steps], values, marker=marker, label=side)
     by_step.set_xlabel("steps")
     by_work.set_xlabel("block evaluations of training")
     by_work.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))

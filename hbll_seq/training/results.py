@@ -56,6 +56,11 @@ class Results:
         named = (r for r in self.runs if (r["side"], r["lr"], r["seed"]) == (side, lr, seed))
         return next((r for r in named if method is None or r.get("method") == method), None)
 
+    def sides(self) -> list[str]:
+        """Names of the sides that have a finished run, in the order in which they came."""
+        self._read()
+        return list(dict.fromkeys(run["side"] for run in self.runs))
+
     def add(self, run: dict) -> None:
         """Appends a run and replaces the file atomically; one line per run."""
         with self._locked():

@@ -51,7 +51,7 @@ SIDES = ["bptt", "one-step", "sweeps"]
 #: what a side "sweeps" does where it does not say otherwise: with chunks it needs no tree for a first estimate
 DIAL = {"sweeps": 1, "corrections": 1, "chunk": 8, "linearization": "zero", "init": "state"}
 #: the same where what was read long ago decides: text forgets soon enough to need no stand-in for Jacobians
-DIAL_ON_COPY = {**DIAL, "sweeps": 2, "corrections": 2, "linearization": "secant"}
+DIAL_ON_COPY = {**DIAL, "sweeps": 4, "corrections": 4, "linearization": "secant"}
 QUICK = dict(steps=40, warmup_steps=10, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=10, probe_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 

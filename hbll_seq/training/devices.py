@@ -6,12 +6,14 @@ import os
 from datetime import timedelta
 
 import torch
-import torch.distributed.nn  # noqa: F401  its default arguments keep the process group that exists when it is imported
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType
 
 from hbll_seq.training.settings import TrainingSettings
+
+if torch.distributed.is_available():
+    import torch.distributed.nn  # noqa: F401  its default arguments keep the process group that exists when it is imported
 
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 

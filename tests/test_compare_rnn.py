@@ -144,6 +144,13 @@ def test_stored_runs_are_still_those_of_the_sides_that_they_name(script, path):
         assert RecurrentSide.parse(run["side"], dial).method == run["method"], run["side"]
 
 
+def test_chunks_of_the_default_dial_grow_with_the_delay(script):
+    dials = {task: script.default_dial(task, "gru") for task in ("copy-64", "copy-256", "bytes")}
+    assert {task: (dial["linearization"], dial["chunk"]) for task, dial in dials.items()} == {
+        "copy-64": ("secant", 8), "copy-256": ("secant", 32), "bytes": ("zero", 8)}  # fmt: skip
+    assert script.default_dial("copy-256", "mingru")["linearization"] == "diagonal"
+
+
 @pytest.mark.parametrize(
     "side, message",
     [

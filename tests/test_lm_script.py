@@ -58,6 +58,8 @@ def test_exported_model_is_the_trained_one(whole_run, lm_options):
     assert [row["path"] for row in rows] == [[2], [1, 2], [1, 2, 3]]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in summary["validation"]], rel=1e-6)
     assert summary["step"] == 60 and summary["settings"]["n_level"] == 2 and summary["test"]
+    # what is saved, and not only what one path reads out with
+    assert summary["n_parameters"] == sum(p.numel() for p in model.parameters()) > model.n_parameters()
 
 
 def test_evaluations_hold_table_and_two_depths_of_text(whole_run):

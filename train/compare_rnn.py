@@ -52,6 +52,7 @@ SIDES = ["bptt", "one-step", "sweeps"]
 DIAL = {"sweeps": 1, "corrections": 1, "chunk": 8, "linearization": "zero", "init": "state"}
 #: the same where what was read long ago decides: text forgets soon enough to need no stand-in for Jacobians
 DIAL_ON_COPY = {**DIAL, "sweeps": 4, "corrections": 4, "linearization": "secant"}
+CHUNKS_ON_COPY = 8  # errors of the learned maps multiply from chunk to chunk: more than about so many they do not bear
 QUICK = dict(steps=40, warmup_steps=10, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=10, probe_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 
@@ -100,7 +101,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def default_dial(task: str, cell: str) -> dict[str, object]:
     """What a side "sweeps" does on a task and with a cell where it does not say otherwise."""
-    return dial_of(cell, DIAL_ON_COPY if task.startswith("copy") else DIAL)
+    if not task.startswith("copy"):
+        return dial_of(cell, DIAL)
+    return dial_of(cell, {**DIAL_ON_COPY, "chunk": max(DIAL["chunk"], int(task.removeprefix("copy-")) // CHUNKS_ON_COPY)})
 
 
 def problem_of(args: argparse.Namespace) -> RecurrentProblem:
@@ -127,11 +130,12 @@ def problem_of(args: argparse.Namespace) -> RecurrentProblem:
 def report(runs: dict[str, list[dict]], metric: str, unit: str) -> str:
     """Figures by side, what they cost, and one last line with the difference to BPTT."""
     lines = [f"test {metric} of the deployed network ({unit}), by seed",
-             f"{'side':>58}  {'lr':>6}  {metric:>17}  {'s/step':>7}  cosine to BPTT's gradient: lowest, last"]  # fmt: skip
+             f"{'side':>58}  {'lr':>6}  {metric:>17}  {'s/step':>7}  "
+             "cosine to BPTT's gradient: lowest; last, by seed"]  # fmt: skip
     for side, of_side in runs.items():
         values = ", ".join(f"{run['test'][0][metric]:.4f}" for run in of_side)
-        probes = [probe for run in of_side for probe in run["probes"]]
-        cosine = f"{min(p[1] for p in probes):.3f}, {probes[-1][1]:.3f}" if probes else ""
+        cosines = [[probe[1] for probe in run["probes"]] for run in of_side if run["probes"]]
+        cosine = f"{min(map(min, cosines)):.3f}; {', '.join(f'{c[-1]:.3f}' for c in cosines)}" if cosines else ""
         seconds = sum(run["seconds"] / run["curve"][-1][0] for run in of_side) / len(of_side)
         lines.append(f"{side:>58}  {of_side[0]['lr']:>6.2g}  {values:>17}  {seconds:>7.4f}  {cosine}")
     parts = []

@@ -209,7 +209,7 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     rows = trainer.metrics.rows()
     summary = {
         "step": trainer.done, "tokens": rows[-1]["tokens"], "seconds": trainer.seconds, "loss": rows[-1]["loss"],
-        "n_parameters": sum(p.numel() for p in model.parameters()), "validation": last["validation"], "test": last["test"],
+        "n_parameters": count_parameters(model), "validation": last["validation"], "test": last["test"],
         "samples": last["samples"], "settings": asdict(settings),
     }
     try:
@@ -223,12 +223,16 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     print(f"finished: {folder} holds the model, {SUMMARY}, {CURVE} and {BY_DEPTH}", file=sys.stderr)
 
 
+def count_parameters(model: HBLLForCausalLM) -> int:
+    """Of all depths together; :meth:`HBLLForCausalLM.n_parameters` counts what one path uses."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
     """One line on what is about to run."""
     accelerator = trainer.accelerator
-    n_parameters = sum(p.numel() for p in model.parameters())
     return (
-        f"{n_parameters:,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
+        f"{count_parameters(model):,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
         f"{data.train.block_size} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
         f"({precision_name(accelerator)}, {torch.get_num_threads()} threads)"

@@ -198,3 +198,15 @@ def test_looks_at_the_gradient_teach_a_side_nothing():
     runs = [train_recurrent(side, 1e-2, 0, CopyProblem(6), RecurrentShape(**shape, probe_every=n)) for n in (1, 99)]
     assert len(runs[0]["probes"]) == 12 and not runs[1]["probes"]
     assert runs[0]["curve"] == runs[1]["curve"] and runs[0]["test"] == runs[1]["test"]
+
+
+def test_a_run_with_one_evaluation_is_seen_in_the_figure(script, monkeypatch):
+    figures = []
+    monkeypatch.setattr(script, "save_figure", lambda figure, path: figures.append(figure))
+    run = {"evaluations": [[10, 3.0]], "curve": [[20, 2.0]], "seconds": 4.0}
+    script.plot(Path("unused.png"), {"bptt": [run]}, "bits")
+    script.plot(Path("unused.png"), {"bptt": [{**run, "evaluations": []}]}, "bits")
+    one, none = figures
+    assert [axes.lines[0].get_marker() for axes in one.axes] == ["o", "o"]
+    assert list(one.axes[1].lines[0].get_xdata()) == [2.0]  # seconds
+    assert none.axes[1].get_title() == "no evaluation before the end"

@@ -1,12 +1,14 @@
 """Learned maps of chunks of time: the regression that they are, exactness whatever they are, and what they are good for."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from test_time_sweeps import difference, double_lm, exact_states, gradients, instrument
 
-from hbll_seq.cells.recurrent import CELL_KINDS, Jacobian, RecurrentCell
+from hbll_seq import time_secants
+from hbll_seq.cells.recurrent import CELL_KINDS, Jacobian, RecurrentCell, make_cell
 from hbll_seq.recurrent_model import RecurrentLM
 from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective
 from hbll_seq.scan import shared_scan
@@ -445,3 +447,27 @@ def test_maps_and_linearisation_belong_together():
     swept = forward_time_sweeps(model.cell, projected, s0, sweeps=1, linearization="diagonal")
     with pytest.raises(ValueError, match="beside the factors"):
         backward_time_sweeps(swept, torch.zeros_like(swept.states), corrections=2, chunk=2, secants=TimeSecants(6))
+
+
+def products(n_chunks: int) -> int:
+    """Products with maps that a scan over so many chunks takes one after the other, from shared_scan's recursion."""
+    return 1 if n_chunks < 2 else 2 + products(n_chunks // 2)
+
+
+@pytest.mark.parametrize("n_steps, sweeps, corrections, chunk, walked, scanned", [
+    (16, 2, 2, 4, 20, 9), (16, 4, 3, 2, 16, 30), (64, 4, 3, 8, 64, 30),
+    (70, 2, 2, 8, 40, 19), (70, 4, 4, 8, 72, 39), (262, 4, 4, 32, 288, 39),
+])  # fmt: skip
+def test_the_longest_chain_is_what_the_readme_counts(monkeypatch, n_steps, sweeps, corrections, chunk, walked, scanned):
+    model = RecurrentLM(11, make_cell("gru", 3, 4))
+    objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, chunk=chunk, linearization="secant")
+    tokens = torch.randint(11, (2, n_steps + 1))
+    for _ in range(4):  # until there are maps of all sweeps
+        objective(tokens)
+    scans, log, scan = [], instrument(model.cell), time_secants.shared_scan
+    monkeypatch.setattr(time_secants, "shared_scan", lambda b, *a, **k: scans.append(len(b)) or scan(b, *a, **k))
+    objective(tokens)
+    assert log["calls"] + corrections * chunk == walked  # a correction takes a product for each step of a chunk
+    assert sum(map(products, scans)) == scanned
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| {walked} + {scanned} of {2 * n_steps} |" in readme

@@ -91,27 +91,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    if args.memory is None and args.task.startswith("copy") and not args.cell.startswith("elman"):
-        args.memory = float(args.task.removeprefix("copy-"))
+    delay = delay_of(args.task)
+    if args.memory is None and delay is not None and not args.cell.startswith("elman"):
+        args.memory = float(delay)
     args.memory = args.memory or None
     if args.output is None:
         args.output = RESULTS / f"compare-rnn-{args.task}-{args.cell}{'-quick' * args.quick}.json"
     return args
 
 
+def delay_of(task: str) -> int | None:
+    """Steps that a copying task asks to remember over; None of a text."""
+    return int(task.removeprefix("copy-")) if task.startswith("copy-") else None
+
+
 def default_dial(task: str, cell: str) -> dict[str, object]:
     """What a side "sweeps" does on a task and with a cell where it does not say otherwise."""
-    if not task.startswith("copy"):
+    delay = delay_of(task)
+    if delay is None:
         return dial_of(cell, DIAL)
-    return dial_of(cell, {**DIAL_ON_COPY, "chunk": max(DIAL["chunk"], int(task.removeprefix("copy-")) // CHUNKS_ON_COPY)})
+    return dial_of(cell, {**DIAL_ON_COPY, "chunk": max(DIAL["chunk"], delay // CHUNKS_ON_COPY)})
 
 
 def problem_of(args: argparse.Namespace) -> RecurrentProblem:
     """What is learned. Raises ValueError when the text cannot be used."""
-    if args.task.startswith("copy"):
+    delay = delay_of(args.task)
+    if delay is not None:
         if args.block_size is not None:
             raise ValueError(f"block-size={args.block_size} with task={args.task!r}: its delay decides; leave it out")
-        return CopyProblem(delay=int(args.task.removeprefix("copy-")))
+        return CopyProblem(delay)
     streams, digest = {}, hashlib.sha256()
     tokenizer = Tokenizer.default()
     for split in ("train", "validation", "test"):

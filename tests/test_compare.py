@@ -16,7 +16,7 @@ from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.tasks import make_task
-from hbll_seq.training import comparison
+from hbll_seq.training import comparison, plots
 from hbll_seq.training.comparison import Shape, TaskProblem, train
 from hbll_seq.training.results import Results, tune
 from hbll_seq.training.settings import read_preset
@@ -334,3 +334,13 @@ def test_induction_is_learned_by_three_blocks_and_not_by_one():
     reached = {name: train(Side.parse(name, "random"), 5e-3, 0, problem, shape)["test"][-1]["accuracy"]
                for name in ("backprop-1", "backprop-3", "sweeps:sweeps=1,corrections=1")}  # fmt: skip
     assert reached["backprop-1"] < 60 < 85 < min(reached["backprop-3"], reached["sweeps:sweeps=1,corrections=1"]), reached
+
+
+def test_a_run_with_one_evaluation_is_seen_in_the_figure(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    run = {"test": [{"depth": 3, "accuracy": 50.0}], "evaluations": [[10, {"depth 3": 40.0}]], "work": 9.0}
+    plots.plot_comparison("unused.png", {"sweeps": [run]}, "accuracy")
+    _, by_step, by_work = figures[0].axes
+    assert by_step.lines[0].get_marker() == by_work.lines[0].get_marker() == "o"
+    assert list(by_work.lines[0].get_xdata()) == [90.0]  # block evaluations

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from hbll_seq.atomic import atomic_folder
 from hbll_seq.config import ModelConfig
+from hbll_seq.integrity import sha256
 from hbll_seq.model_card import CardText, is_model_card, may_overwrite, model_card, with_location
-from hbll_seq.tensors import first_not_finite, module_tensors, sha256
+from hbll_seq.tensors import first_not_finite, module_tensors
 from hbll_seq.tokenizer import Tokenizer
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"

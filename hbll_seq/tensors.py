@@ -1,10 +1,8 @@
-"""What checkpoints and saved models share: which tensors of a module are stored, whether they are sound, file sums."""
+"""What checkpoints and saved models share: which tensors of a module are stored, and whether they are sound."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +25,3 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             return name
     return None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError when it cannot be read."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hbll_seq.atomic import ASIDE, atomic_write, fsync
-from hbll_seq.tensors import first_not_finite, module_tensors, sha256
+from hbll_seq.integrity import sha256
+from hbll_seq.tensors import first_not_finite, module_tensors
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")

@@ -1,0 +1,99 @@
+"""Output that cannot end a program: a closed pipe, a full disk or an encoding without some character is no reason to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from typing import Any, TextIO
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class ForgivingStream:
+    """A text stream whose writes never raise: characters that its encoding lacks are escaped, and once the stream below has
+    failed (closed, disk full) the rest is dropped.
+
+    Args:
+        stream: the stream below; None, as Python has it where the descriptor was closed, drops everything.
+        own: the program's own stream: when it fails for any reason, nothing is written to it again, so that the
+            interpreter's last flush works too. Otherwise that holds for a closed pipe alone, which never recovers.
+    """
+
+    def __init__(self, stream: TextIO | None, own: bool = False):
+        self._stream, self._own = stream, own
+
+    def write(self, text: str) -> int:
+        """Write what can be written; always counts all of it."""
+        if self._stream is not None:
+            try:
+                try:
+                    self._stream.write(text)
+                except UnicodeEncodeError:
+                    encoding = self._stream.encoding or "ascii"
+                    self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            except (OSError, ValueError) as error:  # ValueError: the stream was closed
+                self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, as far as that is possible."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Nothing more is written; what is still buffered goes nowhere."""
+        stream, self._stream = self._stream, None
+        if not self._own and not isinstance(error, BrokenPipeError):
+            return
+        with contextlib.suppress(OSError, ValueError, AttributeError, io.UnsupportedOperation):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+    def isatty(self) -> bool:
+        """Whether a person reads it."""
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    @property
+    def encoding(self) -> str:
+        """Of the stream below."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or (stream := self.__dict__.get("_stream")) is None:
+            raise AttributeError(name)
+        return getattr(stream, name)
+
+
+@contextlib.contextmanager
+def forgiving_output():
+    """Inside the block, ``sys.stdout`` and ``sys.stderr`` are :class:`ForgivingStream`: for programs, around their ``main``."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (s if isinstance(s, ForgivingStream) else ForgivingStream(s, own=True) for s in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+    """``print(text, file=file or sys.stderr)`` that never raises: for what a library tells its user."""
+    stream = ForgivingStream(sys.stderr if file is None else file)
+    stream.write(text + end)
+    stream.flush()
+
+
+def printable(text: str) -> str:
+    """The text for a terminal: control characters, which could steer it, are shown as escapes; line ends and tabs stay."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

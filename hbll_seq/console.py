@@ -76,7 +76,7 @@ class ForgivingStream:
 
 @contextlib.contextmanager
 def forgiving_output():
-    """Inside the block, ``sys.stdout`` and ``sys.stderr`` are :class:`ForgivingStream`: for programs, around their ``main``."""
+    """For programs, around ``main``: ``sys.stdout`` and ``sys.stderr`` are a :class:`ForgivingStream` inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (s if isinstance(s, ForgivingStream) else ForgivingStream(s, own=True) for s in before)
     try:

@@ -110,7 +110,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_DOCUMENT) -> bytes
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_DOCUMENT, errors: str = "strict") -> str:
-    """A regular file as UTF-8 text. Raises as :func:`open_regular`; a ValueError that names the file where it is not UTF-8."""
+    """A regular file as UTF-8 text. Raises as :func:`open_regular`, and ValueError where it is not UTF-8."""
     try:
         return read_bytes(path, limit).decode("utf-8", errors)
     except UnicodeDecodeError as error:

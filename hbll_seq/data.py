@@ -33,7 +33,7 @@ from .token_cache import (
     seal,
     sweep,
 )
-from .tokenizer import Tokenizer, split_lines
+from .tokenizer import MAX_VOCABULARY, Tokenizer, split_lines
 from .whole import whole
 from .windows import TokenWindows
 
@@ -142,7 +142,7 @@ def load_tokenizer(
 
     Sources and errors: as for `load_tokens`; ValueError too when the text does not support the vocabulary size.
     """
-    vocab_size = whole("vocab_size", vocab_size, 1)
+    vocab_size = whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
     cache = cache_folder(cache_dir)
     corpus = _open_corpus(source, "train", column)
     key = hashlib.sha256(f"{FORMAT} {corpus.digest} {vocab_size}".encode()).hexdigest()

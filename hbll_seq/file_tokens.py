@@ -44,8 +44,8 @@ class FileTokens:
     The file stays open, so that it may be renamed or deleted meanwhile. Every read finds out whether it was cut or
     written to: bytes other than those of `digest` (SHA-256 of the file; None: not known) are never returned.
 
-    Raises ValueError when the file is not one of `length` ids below `vocab_size` with that sum, on opening or later;
-    OSError when it cannot be opened.
+    Raises ValueError when the file is not one of `length` ids below `vocab_size` with that sum, on opening or at a later
+    read; OSError when it cannot be opened.
     """
 
     ndim = 1
@@ -114,41 +114,43 @@ class FileTokens:
     # -- reading ------------------------------------------------------------------------------------------------
 
     def _read(self, start: int, count: int) -> np.ndarray:
-        info = os.fstat(self._handle)
-        if (info.st_size, info.st_mtime_ns) != self._stamp:
-            self._verify()  # it was written to, or only touched
-        return self._read_unchecked(start, count)
+        try:
+            info = os.fstat(self._handle)
+            if (info.st_size, info.st_mtime_ns) != self._stamp:
+                self._verify()  # it was written to, or only touched
+            return self._read_unchecked(start, count)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"token cache {quote(os.fspath(self._path))} was changed while it was in use ({shorten(error)}); "
+                "start again, and the cache is made anew"
+            ) from error
 
     def _read_unchecked(self, start: int, count: int) -> np.ndarray:
         data, missing = bytearray(), count * self.dtype.itemsize
-        try:
-            while missing and (part := _pread(self._handle, missing, start * self.dtype.itemsize + len(data))):
-                data += part
-                missing -= len(part)
-        except OSError as error:
-            raise self._error(shorten(error)) from error
+        while missing and (part := _pread(self._handle, missing, start * self.dtype.itemsize + len(data))):
+            data += part
+            missing -= len(part)
         if missing:
-            raise self._error("the file was cut")
+            raise ValueError(f"{self._path.name} was cut")
         return np.frombuffer(data, dtype=self.dtype)
 
     def _verify(self) -> None:
         """Reads the whole file once; what is true of it then holds as long as its stamp stays."""
         info = os.fstat(self._handle)
         if info.st_size != self._length * self.dtype.itemsize:
-            raise self._error(f"the file has {info.st_size:,} bytes, not {self._length * self.dtype.itemsize:,}")
+            raise ValueError(f"{self._path.name} has {info.st_size:,} bytes, not {self._length * self.dtype.itemsize:,}")
         digest, largest = hashlib.sha256(), 0
         for start in range(0, self._length, BLOCK):
             block = self._read_unchecked(start, min(BLOCK, self._length - start))
             digest.update(block)
             largest = max(largest, int(block.max()))
         if self._digest is not None and digest.hexdigest() != self._digest:
-            raise self._error("its bytes are not those that were written")
+            raise ValueError(f"the bytes of {self._path.name} are not those that were written")
         if largest >= self._vocab_size:
-            raise self._error(f"it holds the id {largest}, but the vocabulary ends at {self._vocab_size - 1}")
+            raise ValueError(
+                f"{self._path.name} holds the id {largest}, but the vocabulary ends at {self._vocab_size - 1}"
+            )
         self._stamp = info.st_size, info.st_mtime_ns
-
-    def _error(self, what: str) -> ValueError:
-        return ValueError(f"token cache {quote(os.fspath(self._path))}: {what}; start again, and the cache is made anew")
 
 
 def _pread(handle: int, n_bytes: int, offset: int) -> bytes:

@@ -28,6 +28,7 @@ BLANK = "\u2581"  # SentencePiece writes a blank so; a text that holds this char
 UNK_PIECE, EOS_PIECE = "<|unknown|>", "<|endoftext|>"  # names no text is likely to hold; text never encodes to them
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_MODEL = 1 << 26  # bytes of a model file
+MAX_VOCABULARY = (1 << 31) - 1  # ids are 32 bits wide
 # One specimen of everything a lossy tokenizer changes: outer and double blanks, a ligature, a tab, CRLF, an emoji.
 _PROBE = "  a  \ufb01\t\r\n \U0001f600 e\u0301 "
 

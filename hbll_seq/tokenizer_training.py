@@ -11,7 +11,7 @@ from numbers import Real
 import sentencepiece
 
 from .reading import quote, shorten
-from .tokenizer import BLANK, EOS_PIECE, MAX_LINE, SURROGATE, UNK_PIECE, split_lines
+from .tokenizer import BLANK, EOS_PIECE, MAX_LINE, MAX_VOCABULARY, SURROGATE, UNK_PIECE, split_lines
 from .whole import whole
 
 _TOO_LARGE = re.compile(r"value <= (\d+)")
@@ -22,7 +22,7 @@ def train_model(
     texts: Iterable[str], vocab_size: int, symbols: Sequence[str], character_coverage: float, max_lines: int, seed: int
 ) -> bytes:
     """A model file's bytes; arguments and errors: see `Tokenizer.train`."""
-    vocab_size = whole("vocab_size", vocab_size, 1, (1 << 31) - 1)
+    vocab_size = whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
     max_lines, seed = whole("max_lines", max_lines, 1), whole("seed", seed, -(1 << 63))
     if not isinstance(symbols, (list, tuple)) or not all(isinstance(symbol, str) for symbol in symbols):
         raise ValueError(f"symbols is {quote(symbols)}; give a list of strings")

@@ -67,7 +67,7 @@ class Tokenizer:
         self.eos_id: int = self._processor.eos_id()
         try:
             self._bytes_of: list[bytes] = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        except ValueError as error:  # a piece that is not UTF-8, no number where a byte should be, a lost character
+        except ValueError as error:  # a piece that is not UTF-8, or no number where a byte should be
             raise ValueError(f"the model is damaged ({shorten(error)}); take an intact copy of it") from error
         byte_ids = {self._bytes_of[i][0]: i for i in range(self.vocab_size) if self._processor.IsByte(i)}
         if self.eos_id < 0 or len(byte_ids) != 256:
@@ -87,11 +87,9 @@ class Tokenizer:
 
     def _piece_bytes(self, i: int) -> bytes:
         """What an id stands for in the text; nothing for the special ids."""
-        piece = self._processor.IdToPiece(i)
         if self._processor.IsControl(i) or self._processor.IsUnknown(i):
-            if len(piece) == 1:  # SentencePiece gives this id to the character, which would be lost
-                raise ValueError(f"the character {piece!r} is a special piece")
             return b""
+        piece = self._processor.IdToPiece(i)
         return bytes([int(piece[3:5], 16)]) if self._processor.IsByte(i) else piece.replace(BLANK, " ").encode()
 
     # -- making one ---------------------------------------------------------------------------------------------

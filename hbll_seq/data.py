@@ -31,6 +31,7 @@ from .token_cache import (
     remove,
     save_sum,
     seal,
+    sum_path,
     sweep,
 )
 from .tokenizer import MAX_VOCABULARY, Tokenizer, split_lines
@@ -195,8 +196,8 @@ def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
         say(f"the cached tokenizer {quote(str(path))} {found}; it is trained again")
     say(f"training a tokenizer of {vocab_size} pieces on {corpus.name}")
     tokenizer = Tokenizer.train((s for s in _segments(corpus) if s is not None), vocab_size)
-    if path.is_dir():
-        remove(path)
+    for old in (path, sum_path(path)):  # in this order: a model without a sum is a whole one, whenever this is killed
+        remove(old)
     tokenizer.save(path)
     save_sum(path, tokenizer)
     return tokenizer

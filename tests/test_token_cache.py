@@ -266,13 +266,13 @@ def test_tokenizer_of_an_older_version_gets_a_sum(text: str, cache: Path, capsys
 # -- killed processes ---------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 from hbll_seq import data
 from hbll_seq.tokenizer import Tokenizer
 
-data.BATCH_CHARS = 2000
+data.BATCH_CHARS = 500
 text, cache = sys.argv[1], sys.argv[2]
 tokenizer = Tokenizer.default()
 
@@ -284,13 +284,15 @@ def work():
 def paths():
     return sorted(str(p.relative_to(cache)) for p in Path(cache).rglob("*") if p.suffix != ".lock")
 
+work()
+shutil.rmtree(cache)
 start = time.monotonic()
 whole = work()
 lasts, names, rng, killed = time.monotonic() - start, paths(), random.Random(0), 0
 for round in range(14):
     for name in names:  # now and then an earlier build is there, whole or broken
         path = Path(cache, name)
-        if path.is_file() and rng.random() < 0.7:
+        if path.is_file() and rng.random() < 0.8:
             os.truncate(path, rng.randrange(path.stat().st_size)) if rng.random() < 0.5 else path.unlink()
     children = []
     for _ in range(2):  # two build at once
@@ -301,7 +303,7 @@ for round in range(14):
                 os._exit(0)
         children.append(child)
     for child in children:
-        time.sleep(rng.random() * lasts)
+        time.sleep(rng.random() * lasts / 2)
         os.kill(child, signal.SIGKILL)
         killed += os.waitpid(child, 0)[1] == signal.SIGKILL
     assert work() == whole, "other tokens"
@@ -314,7 +316,7 @@ def test_killed_builds_are_made_good(text: str, cache: Path) -> None:
     """Two processes that build the same cache are killed at random moments; the next call needs no help."""
     run = subprocess.run([sys.executable, "-c", KILLED, text, str(cache)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 8
+    assert int(run.stdout) > 3
 
 
 def test_leftovers_are_swept(text: str, tokenizer: Tokenizer, cache: Path) -> None:

@@ -169,14 +169,17 @@ def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[],
         with FileLock(f"{path}.lock"):
             return make()
     except NotUsable as found:
-        raise ValueError(f"the {what} {quote(str(path))} was just written and {found}; {_REMEDY}") from found
-    except OSError as error:
+        raise ValueError(f"the {what} {quote(str(path))} was just written and {shorten(found, 120)}; {_REMEDY}") from found
+    except (OSError, ValueError) as error:  # ValueError: a text that cannot be read again, of the Hub say
+        reason = shorten(getattr(error, "strerror", None) or error, 75)
         try:
             value = opened(without_sums=True)
         except NotUsable as found:
-            there = f"; what is there {found}" if str(found) else ""
-            raise ValueError(f"cannot write the {what} {quote(str(path))}: {shorten(error)}{there}; {_REMEDY}") from error
-        say(f"the {what} {quote(str(path))} has no sums and none can be written ({shorten(error)}); it is used as it is")
+            if isinstance(error, ValueError):
+                raise error
+            there = f"; what is there {shorten(found, 85)}" if str(found) else ""
+            raise ValueError(f"cannot write the {what} {quote(str(path))}: {reason}{there}; {_REMEDY}") from error
+        say(f"the {what} {quote(str(path))} has no sums and cannot get any ({reason}); it is used as it is")
         return value
 
 

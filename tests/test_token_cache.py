@@ -214,6 +214,19 @@ def test_old_cache_of_foreign_ids_is_not_used_as_it_is(text: str, tokenizer: Tok
         load(text, tokenizer, cache)
 
 
+def test_old_cache_is_used_where_the_text_cannot_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def opened(without_sums: bool = False) -> str:
+        if not without_sums:
+            raise token_cache.WithoutSums("has no sums")
+        return "tokens"
+
+    def make() -> str:
+        raise ValueError("the Hub cannot be reached")
+
+    assert data._cached("token cache", tmp_path / "key", opened, make) == "tokens"
+    assert "cannot get any (the Hub cannot be reached); it is used as it is" in capsys.readouterr().err
+
+
 def test_text_that_cannot_be_read_is_no_fault_of_the_cache(tokenizer: Tokenizer, cache: Path) -> None:
     def segments():
         yield "some text\n"

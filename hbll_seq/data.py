@@ -1,45 +1,63 @@
-"""Text to packed windows of tokens: tokenised once to a memory-mapped cache, then served in a seeded order.
-
-Shapes: B batch (of one process), T block_size.
-"""
+"""Text to tokens: tokenised once, to a cache that is checked when it is opened."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import torch
 from filelock import FileLock
 from tqdm import tqdm
 
 from .atomic import atomic_write, fsync
+from .console import ForgivingStream, say
+from .file_tokens import FileTokens
+from .reading import possible_name, quote, shorten
 from .sources import Corpus, Segments, open_corpus
-from .tokenizer import Tokenizer, split_lines
+from .token_cache import (
+    META,
+    TOKENS,
+    Missing,
+    NotUsable,
+    WithoutSums,
+    open_tokenizer,
+    open_tokens,
+    remove,
+    save_sum,
+    seal,
+    sum_path,
+    sweep,
+)
+from .tokenizer import MAX_VOCABULARY, Tokenizer, split_lines
+from .whole import whole
+from .windows import TokenWindows
+
+__all__ = ["TokenStream", "TokenWindows", "cache_folder", "load_tokenizer", "load_tokens"]
+
+_T = TypeVar("_T")
 
 FORMAT = 1  # raise it when the same text and tokenizer would be stored differently
 BATCH_CHARS = 1 << 21  # text encoded at once: bounds memory
 PROGRESS_AFTER_S = 2.0
-_CONTIGUOUS = 1 << 32  # no epoch has this number: a seed stream of its own
+_REMEDY = "set HBLL_CACHE (or cache_dir) to a folder that can be written and has room"
 
 
 @dataclass(frozen=True)
 class TokenStream:
     """One split as one sequence of ids: end-of-text first, then every document followed by end-of-text.
 
-    tokens: 1-D, uint16 or (vocabulary above 65,536) uint32, usually a memory map. n_words: blank-separated words plus
-    newlines, the count word-level perplexity is over (WikiText from the Hub: the published count). n_bytes: UTF-8
-    length of the text. fingerprint: sha256 over content, cutting into documents and tokenizer.
+    tokens: 1-D, uint16 or (vocabulary above 65,536) uint32, in memory or (very large ones) in a file. n_words:
+    blank-separated words plus newlines, the count word-level perplexity is over (WikiText from the Hub: the published
+    count). n_bytes: UTF-8 length of the text. fingerprint: sha256 over content, cutting into documents and tokenizer.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | FileTokens
     n_words: int
     n_bytes: int
     fingerprint: str
@@ -50,10 +68,13 @@ class TokenStream:
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Tokenizer) -> TokenStream:
-        """A stream of one document, held in memory."""
+        """A stream of one document, held in memory. Raises ValueError for what is no text or no tokenizer."""
+        if not isinstance(text, str):
+            raise ValueError(f"text is {quote(text)}; it must be a str")
+        _check_tokenizer(tokenizer)
         counts = _Counts()
         parts = list(_encode_segments(iter([*split_lines(text), None]), tokenizer, 1, counts))
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(text.encode()).hexdigest()  # the parts above have found it to be valid Unicode
         return cls(np.concatenate(parts), counts.n_words, counts.n_bytes, _key(digest, tokenizer))
 
 
@@ -78,32 +99,38 @@ def load_tokens(
     threads tokenise; default: every core this process may use.
 
     The cache is keyed by content and tokenizer, and appears complete or not at all; processes that need the same one at
-    once wait for the first. Memory stays bounded whatever the size of the corpus.
+    once wait for the first. What is there already is opened without a lock, from a folder that cannot be written too. Its
+    bytes are checked once a process: a broken cache is made again, and so is one of an older version, which has no sums;
+    each is said in one line. Memory stays bounded whatever the size of the corpus.
 
     Raises ValueError: unknown source or split, missing or empty file, text that is not UTF-8 (with the byte offset),
-    missing column, a split without text, a cache that cannot be written, a Hub that cannot be reached.
+    missing column, a split without text, a cache that cannot be written, a Hub that cannot be reached, an argument of
+    another type.
     """
-    if num_proc is not None and num_proc < 1:
-        raise ValueError(f"num_proc is {num_proc}; it must be at least 1, or None for every core")
-    corpus = open_corpus(source, split, column)
+    num_proc = None if num_proc is None else whole("num_proc", num_proc, 1)
+    _check_tokenizer(tokenizer)
+    cache = cache_folder(cache_dir)
+    corpus = _open_corpus(source, split, column)
     fingerprint = _key(corpus.digest, tokenizer)
-    folder = cache_folder(cache_dir) / "tokens" / fingerprint[:32]
-    stream = _open_cached(folder, fingerprint)
-    if stream is None:
+    folder = cache / "tokens" / fingerprint[:32]
+
+    def opened(without_sums: bool = False) -> TokenStream:
+        found = open_tokens(
+            folder, fingerprint, np.dtype(_dtype(tokenizer)), tokenizer.vocab_size, without_sums=without_sums
+        )
+        return TokenStream(*found, fingerprint)
+
+    def make() -> TokenStream:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                stream = _open_cached(folder, fingerprint)  # another process may have made it meanwhile
-                if stream is None:
-                    _write_cache(folder, fingerprint, corpus, tokenizer, num_proc or _n_cores())
-                    stream = _open_cached(folder, fingerprint)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write the token cache in {str(folder.parent)!r}: {error}; set HBLL_CACHE (or cache_dir) to a "
-                "folder that can be written and has room"
-            ) from error
-    assert stream is not None
-    return stream
+            return opened()  # another process may have made it meanwhile
+        except Missing:
+            pass
+        except NotUsable as found:
+            say(f"the token cache {quote(str(folder))} {found}; it is made again")
+        _write_cache(folder, fingerprint, corpus, tokenizer, num_proc or _n_cores())
+        return opened()
+
+    return _cached("token cache", folder, opened, make)
 
 
 def load_tokenizer(
@@ -111,139 +138,108 @@ def load_tokenizer(
 ) -> Tokenizer:
     """A tokenizer trained on the source's training split, or the cached one of an earlier call.
 
+    The cached one is checked by its sum, and trained again when it is broken. One of an older version has no sum: it gets
+    one, since another training might give another vocabulary than the models that use it have.
+
     Sources and errors: as for `load_tokens`; ValueError too when the text does not support the vocabulary size.
     """
-    corpus = open_corpus(source, "train", column)
+    vocab_size = whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
+    cache = cache_folder(cache_dir)
+    corpus = _open_corpus(source, "train", column)
     key = hashlib.sha256(f"{FORMAT} {corpus.digest} {vocab_size}".encode()).hexdigest()
-    path = cache_folder(cache_dir) / "tokenizers" / f"{key[:32]}.model"
+    path = cache / "tokenizers" / f"{key[:32]}.model"
+    return _cached(
+        "cached tokenizer", path,
+        lambda without_sums=False: open_tokenizer(path, vocab_size, without_sums=without_sums),
+        lambda: _make_tokenizer(path, corpus, vocab_size),
+    )  # fmt: skip
+
+
+def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[], _T]) -> _T:
+    """What `opened()` finds, else what `make()` makes under the lock, else what `opened(without_sums=True)` finds.
+
+    Nothing but making needs the lock, or a folder that can be written.
+    """
+    try:
+        return opened()
+    except NotUsable:
+        pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not path.exists():
-                print(f"training a tokenizer of {vocab_size} pieces on {corpus.name}", file=sys.stderr)
-                Tokenizer.train((s for s in corpus.segments() if s is not None), vocab_size).save(path)
+            return make()
+    except NotUsable as found:
+        raise ValueError(f"the {what} {quote(str(path))} was just written and {shorten(found, 120)}; {_REMEDY}") from found
+    except (OSError, ValueError) as error:  # ValueError: a text that cannot be read again, of the Hub say
+        reason = shorten(getattr(error, "strerror", None) or error, 75)
+        try:
+            value = opened(without_sums=True)
+        except NotUsable as found:
+            if isinstance(error, ValueError):
+                raise error
+            there = f"; what is there {shorten(found, 85)}" if str(found) else ""
+            raise ValueError(f"cannot write the {what} {quote(str(path))}: {reason}{there}; {_REMEDY}") from error
+        say(f"the {what} {quote(str(path))} has no sums and cannot get any ({reason}); it is used as it is")
+        return value
+
+
+def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
+    """The caller holds the lock."""
+    sweep(path)
+    try:
+        return open_tokenizer(path, vocab_size)  # another process may have made it meanwhile
+    except Missing:
+        pass
+    except WithoutSums as found:
+        say(f"the cached tokenizer {quote(str(path))} {found}; it gets one")
+        tokenizer = open_tokenizer(path, vocab_size, without_sums=True)
+        save_sum(path, tokenizer)
+        return tokenizer
+    except NotUsable as found:
+        say(f"the cached tokenizer {quote(str(path))} {found}; it is trained again")
+    say(f"training a tokenizer of {vocab_size} pieces on {corpus.name}")
+    tokenizer = Tokenizer.train((s for s in _segments(corpus) if s is not None), vocab_size)
+    for old in (path, sum_path(path)):  # in this order: a model without a sum is a whole one, whenever this is killed
+        remove(old)
+    tokenizer.save(path)
+    save_sum(path, tokenizer)
+    return tokenizer
+
+
+def _open_corpus(source: str | os.PathLike[str], split: str, column: str) -> Corpus:
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"source is {quote(source)}; it must name a file, a folder or a data set")
+    for name, value in (("split", split), ("column", column)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {quote(value)}; it must be a str")
+    return open_corpus(source, split, column)
+
+
+def _segments(corpus: Corpus) -> Segments:
+    """Its lines; text that cannot be read is not mistaken for a cache that cannot be written."""
+    try:
+        yield from corpus.segments()
     except OSError as error:
-        raise ValueError(f"cannot write the tokenizer cache {str(path)!r}: {error}; set HBLL_CACHE") from error
-    return Tokenizer.from_file(path)
+        raise ValueError(f"cannot read data {quote(corpus.name)}: {shorten(error)}") from error
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"tokenizer is {quote(tokenizer)}; it must be a Tokenizer, such as Tokenizer.default()")
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder given, else $HBLL_CACHE, else $XDG_CACHE_HOME/hbll_seq, else ~/.cache/hbll_seq."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if own := os.environ.get("HBLL_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hbll_seq"
+    """The folder given, else $HBLL_CACHE, else $XDG_CACHE_HOME/hbll_seq, else ~/.cache/hbll_seq.
 
-
-class TokenWindows:
-    """A stream cut into windows of block_size + 1 tokens; a window's last token is the next one's first.
-
-    Raises ValueError when the stream is shorter than one window or block_size is below 1.
+    Raises ValueError when no folder could have that name.
     """
-
-    def __init__(self, stream: TokenStream, block_size: int) -> None:
-        if block_size < 1:
-            raise ValueError(f"block_size is {block_size}; it must be at least 1")
-        if stream.n_tokens < block_size + 1:
-            raise ValueError(
-                f"the text has {stream.n_tokens} tokens, but one window needs block_size + 1 = {block_size + 1}; "
-                "give more text or a smaller block_size"
-            )
-        self.stream, self.block_size = stream, block_size
-        # An epoch starts at a random offset below block_size; n_windows is what fits behind every offset.
-        self.n_windows = max(1, (stream.n_tokens - block_size) // block_size)
-        self._n_offsets = min(block_size, stream.n_tokens - self.n_windows * block_size)
-        self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
-
-    def epoch_order(self, seed: int, epoch: int) -> tuple[int, np.ndarray]:
-        """(where the first window starts, order of the n_windows windows): a pure function of seed and epoch."""
-        if seed < 0 or epoch < 0:
-            raise ValueError(f"seed {seed} and epoch {epoch} must not be negative")
-        if (seed, epoch) not in self._orders:
-            rng = np.random.default_rng([seed, epoch])
-            offset, order = int(rng.integers(self._n_offsets)), rng.permutation(self.n_windows)
-            order.flags.writeable = False
-            while len(self._orders) > 1:  # a batch spans two epochs at most, as a rule
-                del self._orders[next(iter(self._orders))]
-            self._orders[seed, epoch] = offset, order
-        return self._orders[seed, epoch]
-
-    def batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> torch.Tensor:
-        """Training windows, LongTensor [B, T + 1]: a pure function of the arguments.
-
-        The ranks' batches of a step joined are the batch that one process with batch_size * world_size would get;
-        consecutive steps walk through one epoch's order after the other, a batch may span two.
-        """
-        if step < 0 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"step {step} must be >= 0, batch_size {batch_size} >= 1 and rank {rank} in 0 .. world_size - 1 "
-                f"(world_size {world_size})"
-            )
-        first = (step * world_size + rank) * batch_size
-        return torch.stack([self._window(*divmod(i, self.n_windows), seed) for i in range(first, first + batch_size)])
-
-    def contiguous_batch(self, step: int, rows: range, n_rows: int, seed: int) -> torch.Tensor:
-        """Training windows for states that are carried, LongTensor [len(rows), T + 1]: a pure function of the arguments.
-
-        Each of ``n_rows`` rows reads the text window after window from a start of its own, row r at step s + 1 what follows
-        its window of step s. The starts are spread evenly behind a seeded one; behind the text's last window comes its
-        first one. After ``n_windows / n_rows`` steps every window was read once.
-
-        Raises ValueError: there are more rows than windows, or a row is not one of them.
-        """
-        if step < 0 or not 0 <= rows.start <= rows.stop <= n_rows or n_rows > self.n_windows:
-            raise ValueError(
-                f"step {step} must be >= 0, rows {rows.start} .. {rows.stop - 1} below n_rows {n_rows}, and that at most "
-                f"the {self.n_windows} windows of the text; give a smaller batch or more text"
-            )
-        rng = np.random.default_rng([seed, _CONTIGUOUS])
-        offset, first = int(rng.integers(self._n_offsets)), int(rng.integers(self.n_windows))
-        windows = ((first + r * self.n_windows // n_rows + step) % self.n_windows for r in rows)
-        return torch.stack([self._slice(offset + window * self.block_size) for window in windows])
-
-    def _window(self, epoch: int, position: int, seed: int) -> torch.Tensor:
-        offset, order = self.epoch_order(seed, epoch)
-        return self._slice(offset + int(order[position]) * self.block_size)
-
-    def _slice(self, start: int) -> torch.Tensor:
-        tokens = self.stream.tokens[start : start + self.block_size + 1]
-        return torch.from_numpy(tokens.astype(np.int64))
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """The whole stream in order, LongTensors [b, t + 1] with b <= batch_size and t <= T.
-
-        Every token after the first is predicted exactly once. What is left over behind the last full window comes last,
-        as one shorter row.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        n_full = (self.stream.n_tokens - 1) // self.block_size
-        for first in range(0, n_full, batch_size):
-            rows = range(first, min(first + batch_size, n_full))
-            yield torch.stack([self._slice(row * self.block_size) for row in rows])
-        if n_full * self.block_size < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.block_size)[None]
-
-
-    def contiguous_evaluation_batches(self, n_rows: int, max_windows: int | None = None) -> Iterator[torch.Tensor]:
-        """As :meth:`evaluation_batches` for states that are carried: row b of a batch goes on where row b before it ended.
-
-        The windows (all, or the first ``max_windows``) lie in ``n_rows`` stretches side by side. What is left over behind
-        them goes on from the last row, in batches of one row. Every token but the first is predicted exactly once.
-        """
-        if n_rows < 1:
-            raise ValueError(f"n_rows is {n_rows}; it must be at least 1")
-        n_full = (self.stream.n_tokens - 1) // self.block_size
-        limited = max_windows is not None and max_windows <= n_full
-        n_windows = max_windows if limited else n_full
-        length = n_windows // n_rows
-        for step in range(length):
-            yield torch.stack([self._slice((row * length + step) * self.block_size) for row in range(n_rows)])
-        for window in range(n_rows * length, n_windows):
-            yield self._slice(window * self.block_size)[None]
-        if not limited and n_full * self.block_size < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.block_size)[None]
+    if cache_dir is not None:
+        if not isinstance(cache_dir, (str, os.PathLike)):
+            raise ValueError(f"cache_dir is {quote(cache_dir)}; it must name a folder, or be None for the default")
+        return possible_name(cache_dir)
+    if own := os.environ.get("HBLL_CACHE"):
+        return possible_name(own)
+    return possible_name(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hbll_seq"
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------
@@ -311,38 +307,26 @@ def _encode_segments(
     yield flush()
 
 
-def _open_cached(folder: Path, fingerprint: str) -> TokenStream | None:
-    """The cached stream, or None when there is none or it is damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(meta["dtype"]), mode="r")
-        if meta["fingerprint"] != fingerprint or len(tokens) != meta["n_tokens"]:
-            return None
-        return TokenStream(tokens, meta["n_words"], meta["n_bytes"], fingerprint)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _write_cache(folder: Path, fingerprint: str, corpus: Corpus, tokenizer: Tokenizer, num_threads: int) -> None:
     """Writes aside, then renames. The caller holds the lock of the folder."""
-    for stale in folder.parent.glob(f"{folder.name}.*.tmp"):  # left by a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
+    sweep(folder)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".tmp"))
     try:
-        counts = _Counts()
+        counts, digest = _Counts(), hashlib.sha256()
         with (
-            (aside / "tokens.bin").open("wb") as file,
+            (aside / TOKENS).open("wb") as file,
             tqdm(
                 desc=f"tokenizing {corpus.name}",
                 total=corpus.n_bytes,
                 unit="B",
                 unit_scale=True,
                 delay=PROGRESS_AFTER_S,
-                file=sys.stderr,
+                file=ForgivingStream(sys.stderr),
             ) as progress,
         ):
-            for ids in _encode_segments(corpus.segments(), tokenizer, num_threads, counts):
+            for ids in _encode_segments(_segments(corpus), tokenizer, num_threads, counts):
                 ids.tofile(file)
+                digest.update(ids)
                 progress.update(counts.n_bytes - progress.n)
             if counts.n_bytes == 0:
                 raise ValueError(f"data {corpus.name!r} holds no text; give more text, or a split of its own")
@@ -354,13 +338,13 @@ def _write_cache(folder: Path, fingerprint: str, corpus: Corpus, tokenizer: Toke
             "n_words": (corpus.words_by_lines or {}).get(counts.n_lines, counts.n_words),
             "n_bytes": counts.n_bytes,
             "source": corpus.name,
+            "sha256": digest.hexdigest(),
         }
-        atomic_write(aside / "meta.json", json.dumps(meta, indent=1))
+        atomic_write(aside / META, seal(meta))
         os.chmod(aside, 0o755)  # mkdtemp's 0700 would keep others from a shared cache
-        if folder.exists():  # damaged, or it would have been opened
-            shutil.rmtree(folder)
+        remove(folder)  # a broken one, or it would have been opened
         os.rename(aside, folder)
         fsync(folder.parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise

@@ -9,23 +9,26 @@ A text is encoded line by line (a line keeps its "\\n"; one of more than MAX_LIN
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 
 import sentencepiece
 
 from .atomic import atomic_write
+from .reading import possible_name, quote, read_bytes, shorten
+from .whole import whole
 
 DEFAULT_MODEL = "wikitext-2-bpe-4k.model"
 MAX_LINE = 1 << 16  # characters
 BLANK = "\u2581"  # SentencePiece writes a blank so; a text that holds this character itself needs the detour below
 UNK_PIECE, EOS_PIECE = "<|unknown|>", "<|endoftext|>"  # names no text is likely to hold; text never encodes to them
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_MODEL = 1 << 26  # bytes of a model file
+MAX_VOCABULARY = (1 << 31) - 1  # ids are 32 bits wide
 # One specimen of everything a lossy tokenizer changes: outer and double blanks, a ligature, a tab, CRLF, an emoji.
 _PROBE = "  a  \ufb01\t\r\n \U0001f600 e\u0301 "
 
@@ -43,21 +46,29 @@ def split_lines(text: str) -> Iterator[str]:
 class Tokenizer:
     """A SentencePiece model that loses nothing: `decode(encode(s)) == s` for every valid Unicode string.
 
-    Raises ValueError when the bytes are no SentencePiece model, or one that is not lossless (no byte fallback, another
-    normalisation than identity, a dummy prefix) or that has no end-of-text piece.
+    Raises ValueError when the argument is no bytes or those of no SentencePiece model, or of one that is not lossless (no
+    byte fallback, another normalisation than identity, a dummy prefix) or that has no end-of-text piece.
     """
 
     def __init__(self, model_proto: bytes) -> None:
+        if not isinstance(model_proto, (bytes, bytearray, memoryview)):
+            raise ValueError(
+                f"model_proto is {quote(model_proto)}; it must be the bytes of a model file (from_file takes its name)"
+            )
+        model_proto = bytes(model_proto)
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model_proto)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ValueError("not a SentencePiece model; make one with tokenizers/train_tokenizer.py") from error
-        self.model_proto = bytes(model_proto)
+        self.model_proto = model_proto
         self.fingerprint: str = hashlib.sha256(self.model_proto).hexdigest()
         self.vocab_size: int = self._processor.GetPieceSize()
         self.eos_id: int = self._processor.eos_id()
-        self._bytes_of: list[bytes] = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        try:
+            self._bytes_of: list[bytes] = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        except ValueError as error:  # a piece that is not UTF-8, or no number where a byte should be
+            raise ValueError(f"the model is damaged ({shorten(error)}); take an intact copy of it") from error
         byte_ids = {self._bytes_of[i][0]: i for i in range(self.vocab_size) if self._processor.IsByte(i)}
         if self.eos_id < 0 or len(byte_ids) != 256:
             raise ValueError(
@@ -86,14 +97,19 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads a .model file. Raises ValueError when it is missing or no usable model, naming the file."""
+        file = _file_name(path)
         try:
-            proto = Path(path).read_bytes()
+            proto = read_bytes(file, MAX_MODEL)
         except OSError as error:
-            raise ValueError(f"cannot read tokenizer {str(path)!r}: {error.strerror}; give a .model file") from error
+            raise ValueError(
+                f"cannot read tokenizer {quote(str(path))}: {shorten(error.strerror)}; give a .model file"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"cannot read tokenizer: {error}; give a .model file") from error
         try:
             return cls(proto)
         except ValueError as error:
-            raise ValueError(f"tokenizer {str(path)!r}: {error}") from error
+            raise ValueError(f"tokenizer {quote(str(path))}: {error}") from error
 
     @classmethod
     def default(cls) -> Tokenizer:
@@ -115,49 +131,14 @@ class Tokenizer:
 
         texts: any pieces of text, read once; at most `max_lines` of their lines are held (a uniform sample by `seed`).
         symbols: strings within a line that always are one piece (WikiText ends its lines with a blank and a newline).
-        character_coverage: share of the text's characters that get a piece; the others fall back to bytes.
-        Raises ValueError when the texts are empty, hold a lone surrogate, or support no vocabulary of that size.
+        character_coverage: share of the text's characters that get a piece; the others fall back to bytes. The blank always
+        gets one, also where the text holds none.
+        Raises ValueError when the texts are empty, hold a lone surrogate, or support no vocabulary of that size, and for
+        arguments of another type or outside their range.
         """
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size!r}; it must be a whole number of at least a few hundred")
-        if vocab_size >= 1 << 31:
-            raise ValueError(f"vocab_size {vocab_size} is larger than any text supports; it must be below 2**31")
-        if len(set(symbols)) != len(symbols) or any(not s or "\0" in s or _SURROGATE.search(s) for s in symbols):
-            raise ValueError(f"symbols {list(symbols)!r} must be distinct, not empty and valid Unicode without NUL")
-        if isinstance(texts, str):
-            raise ValueError("texts is one string; give an iterable of strings, such as [text]")
-        if not 0.9 <= character_coverage <= 1 or max_lines < 1:
-            raise ValueError(f"character_coverage {character_coverage} must be in [0.9, 1], max_lines {max_lines} >= 1")
-        lines = _sample_lines(texts, max_lines, seed)
-        if not any(lines):
-            raise ValueError("there is no text to train a tokenizer on; give texts that are not empty")
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                character_coverage=character_coverage,
-                user_defined_symbols=[symbol.replace(" ", BLANK) for symbol in symbols],
-                unk_id=0,
-                eos_id=1,
-                bos_id=-1,
-                pad_id=-1,
-                unk_piece=UNK_PIECE,
-                eos_piece=EOS_PIECE,
-                max_sentence_length=8 * MAX_LINE,
-                num_threads=4,  # stored in the model: a machine's own number would change the fingerprint
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise ValueError(_explain_training_error(str(error), vocab_size)) from error
-        return cls(model.getvalue())
+        from .tokenizer_training import train_model  # which needs this module
+
+        return cls(train_model(texts, vocab_size, symbols, character_coverage, max_lines, seed))
 
     # -- using it -----------------------------------------------------------------------------------------------
 
@@ -168,9 +149,17 @@ class Tokenizer:
         return [i for ids in self.encode_batch(list(split_lines(text)), num_threads=1) for i in ids]
 
     def encode_batch(self, lines: list[str], num_threads: int = 1) -> list[list[int]]:
-        """Ids of every line (as `split_lines` cuts them), computed by that many native threads."""
+        """Ids of every line (as `split_lines` cuts them), computed by that many native threads.
+
+        Raises ValueError for what is no list of strings, or at a lone surrogate.
+        """
+        if not isinstance(lines, (list, tuple)):
+            raise ValueError(f"lines is {quote(lines)}; it must be a list of str")
+        lines, num_threads = list(lines), whole("num_threads", num_threads, 1)
         for line in lines:
-            if not line.isascii() and (bad := _SURROGATE.search(line)):
+            if not isinstance(line, str):
+                raise ValueError(f"lines holds {quote(line)}; every item must be a str")
+            if not line.isascii() and (bad := SURROGATE.search(line)):
                 raise ValueError(
                     f"the text holds a lone surrogate, U+{ord(bad.group()):04X}, at character {bad.start()} of "
                     f"{line[:40]!r}; it is not valid Unicode: repair it or drop it, e.g. "
@@ -185,46 +174,40 @@ class Tokenizer:
         return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids (any 1-D sequence, tensors included). Special ids are dropped; bytes that are not UTF-8, such
-        as a character cut in two, become U+FFFD. Raises ValueError for an id outside the vocabulary."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        """Text of the ids (any 1-D sequence of whole numbers, tensors included). Special ids are dropped; bytes that are
+        not UTF-8, such as a character cut in two, become U+FFFD.
+
+        Raises ValueError for anything else, and for an id outside the vocabulary.
+        """
+        ids = _id_list(ids)
         for i in ids:
+            if type(i) is not int and (isinstance(i, bool) or not isinstance(i, Integral)):
+                raise ValueError(f"id {quote(i)} is no whole number; ids are 0 .. {self.vocab_size - 1}")
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary; ids are 0 .. {self.vocab_size - 1}")
+                raise ValueError(f"id {quote(i)} is outside the vocabulary; ids are 0 .. {self.vocab_size - 1}")
         return b"".join([self._bytes_of[i] for i in ids]).decode("utf-8", errors="replace")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the .model file atomically (aside, fsync, rename)."""
-        atomic_write(path, self.model_proto)
+        """Writes the .model file atomically (aside, fsync, rename).
+
+        Raises ValueError when no file could have that name, OSError when it cannot be written; an older file stays.
+        """
+        atomic_write(_file_name(path), self.model_proto)
 
 
-def _sample_lines(texts: Iterable[str], max_lines: int, seed: int) -> list[str]:
-    """A uniform sample of the texts' lines in bounded memory (reservoir sampling, Vitter's algorithm R)."""
-    rng, lines, n_seen = random.Random(seed), [], 0
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"texts holds a {type(text).__name__}; every item must be a str")
-        if bad := _SURROGATE.search(text):
-            raise ValueError(f"the text holds a lone surrogate, U+{ord(bad.group()):04X}; it is not valid Unicode")
-        for line in split_lines(text):
-            n_seen += 1
-            slot = len(lines) if len(lines) < max_lines else rng.randrange(n_seen)
-            if slot == len(lines):
-                lines.append(line.replace(BLANK, " "))
-            elif slot < max_lines:
-                lines[slot] = line.replace(BLANK, " ")
-    return lines
+def _id_list(ids: Iterable[int]) -> list[int]:
+    if isinstance(ids, (str, bytes, Mapping, Set)):
+        raise ValueError(f"ids is {quote(ids)}; give a 1-D sequence of whole numbers")
+    try:
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    except (TypeError, ValueError, RuntimeError) as error:  # no sequence; a tensor without values ("meta")
+        raise ValueError(f"ids is {quote(ids)}; give a 1-D sequence of whole numbers") from error
+    if not isinstance(ids, list):
+        raise ValueError(f"ids is {quote(ids)}, without a dimension; give a 1-D sequence of whole numbers")
+    return ids
 
 
-def _explain_training_error(message: str, vocab_size: int) -> str:
-    if found := re.search(r"value <= (\d+)", message):
-        return (
-            f"vocab_size {vocab_size} is larger than the text supports; the largest possible value is "
-            f"{found.group(1)}: lower vocab_size or give more text"
-        )
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"vocab_size {vocab_size} is too small for 256 bytes and the text's characters; the smallest possible "
-            f"value is {found.group(1)}: raise vocab_size or lower character_coverage"
-        )
-    return f"SentencePiece cannot train with vocab_size {vocab_size}: {message}"
+def _file_name(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path is {quote(path)}; it must be the name of a file")
+    return possible_name(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,7 +193,7 @@ def test_bad_vocabulary_sizes(vocab_size: object) -> None:
         (["a"], {"symbols": [""]}, "symbols"),
         (["a"], {"symbols": ["\0"]}, "symbols"),
         (["a"], {"character_coverage": 0.1}, "character_coverage 0.1"),
-        (["a"], {"max_lines": 0}, "max_lines 0"),
+        (["a"], {"max_lines": 0}, "max_lines is 0"),
     ],
 )
 def test_bad_training_input(texts: list[str], options: dict, message: str) -> None:
@@ -309,6 +311,8 @@ def test_script_makes_the_shipped_tokenizer(script, tmp_path: Path, tokenizer: T
             ["--data", "{tmp}/short.txt", "--output", "{tmp}/no/such/folder/t.model"],
             "--output must be a file in a folder",
         ),
+        (["--data", "{tmp}/short.txt", "--output", ""], "path '' is empty"),
+        (["--data", "{tmp}/short.txt", "--output", "{tmp}/" + "x" * 300], "too long for a file name"),
     ],
 )
 def test_script_reports_bad_input(
@@ -329,3 +333,13 @@ def test_script_needs_an_output(script, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as info:
         script.main([])
     assert info.value.code == 2 and "--output" in capsys.readouterr().err
+
+
+def test_script_survives_a_full_standard_output(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a short text\n" * 30)
+    script = Path(__file__).parents[1] / "tokenizers" / "train_tokenizer.py"
+    arguments = ["--data", str(tmp_path / "t.txt"), "--vocab-size", "270", "--output", str(tmp_path / "t.model")]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, str(script), *arguments], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert Tokenizer.from_file(tmp_path / "t.model").vocab_size == 270

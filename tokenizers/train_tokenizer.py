@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from hbll_seq.console import forgiving_output, say
+from hbll_seq.reading import possible_name, quote
 from hbll_seq.sources import open_corpus
 from hbll_seq.tokenizer import Tokenizer
 
@@ -27,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--column", default="text", help="column of the text in .jsonl, .parquet and Hub data")
     parser.add_argument("--vocab-size", type=int, default=4096, help="number of pieces, 256 bytes included")
-    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    parser.add_argument("--output", required=True, help="the .model file to write")
     parser.add_argument("--force", action="store_true", help="replace the output file if it is there")
     parser.add_argument(
         "--symbol",
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, or 1 after a message on stderr."""
     args = build_parser().parse_args(argv)
     try:
-        check_output(args.output, args.force)
+        output = check_output(args.output, args.force)
         corpus = open_corpus(args.data, "train", args.column)
         lines = (line for line in corpus.segments() if line is not None)
         tokenizer = Tokenizer.train(
@@ -62,21 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             character_coverage=args.character_coverage,
             max_lines=args.max_lines,
         )
-        tokenizer.save(args.output)
-        print(f"wrote {args.output}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:16]}")
-        print(describe(tokenizer, args.data, args.column))
+        tokenizer.save(output)
+        say(f"wrote {output}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:16]}", sys.stdout)
+        say(describe(tokenizer, args.data, args.column), sys.stdout)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
     return 0
 
 
-def check_output(path: Path, force: bool) -> None:
+def check_output(name: str, force: bool) -> Path:
     """Finds out before the work, not after it, that the file cannot be written."""
+    path = possible_name(name)
     if path.exists() and not force:
-        raise ValueError(f"{str(path)!r} is there already; give another --output, or --force to replace it")
+        raise ValueError(f"{quote(name)} is there already; give another --output, or --force to replace it")
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"cannot write {str(path)!r}: --output must be a file in a folder that exists")
+        raise ValueError(f"cannot write {quote(name)}: --output must be a file in a folder that exists")
+    return path
 
 
 def describe(tokenizer: Tokenizer, data: str, column: str) -> str:
@@ -84,7 +88,7 @@ def describe(tokenizer: Tokenizer, data: str, column: str) -> str:
     try:
         segments = open_corpus(data, "validation", column).segments()
         lines = list(islice((line for line in segments if line is not None), SAMPLE_LINES))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f"no validation text to measure compression on ({error})"
     n_tokens = sum(map(len, tokenizer.encode_batch(lines, num_threads=4)))
     n_bytes = sum(len(line.encode()) for line in lines)
@@ -92,4 +96,6 @@ def describe(tokenizer: Tokenizer, data: str, column: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with forgiving_output():
+        status = main()
+    sys.exit(status)

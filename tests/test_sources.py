@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hbll_seq import sources
+from hbll_seq import sources, text_files
 from hbll_seq.data import TokenStream, load_tokens
 from hbll_seq.tokenizer import Tokenizer
 
@@ -163,11 +163,12 @@ def test_folders_named_after_splits(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["train\n"]
 
 
-def test_one_named_split_is_no_division(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_files_that_name_no_split_are_training_text_beside_one_that_does(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a_test.jsonl").write_text('{"text": "one"}\n' * 10)
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' * 10)
-    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["one"] * 10 + ["two"] * 8
-    assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["two"]
+    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["two"] * 9
+    assert documents(load_tokens(str(tmp_path), "validation", tokenizer), tokenizer) == ["two"]
+    assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["one"] * 10
 
 
 def wikitext_folder(tmp_path: Path, name: str = "wikitext-103-raw-v1") -> tuple[Path, str]:
@@ -315,7 +316,7 @@ def test_bad_files(
 def test_offset_of_bad_bytes_behind_the_first_block(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(text_files, "BLOCK", 7)
     content = "\u00e9".encode() * 40 + b"\n"
     for bad_at in (30, 31, 43):  # a character stands across two blocks at 31
         broken = content[:bad_at] + b"\xff" + content[bad_at:]
@@ -350,9 +351,12 @@ def test_folder_without_training_files(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["text\n"]
     with pytest.raises(ValueError, match="has no split 'train'; it has test, validation"):
         load_tokens(str(tmp_path), "train", tokenizer)
-    (tmp_path / "more.txt").write_text("text\n")  # neither left out silently nor mixed in
-    with pytest.raises(ValueError, match="splits test, validation, but the file 'more.txt' belongs to none"):
-        load_tokens(str(tmp_path), "test", tokenizer)
+    (tmp_path / "more.txt").write_text("more\n")  # then it is the training text
+    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["more\n"]
+    (tmp_path / "train.txt").write_text("text\n")  # now it is neither left out silently nor mixed in
+    for split in sources.SPLITS:
+        with pytest.raises(ValueError, match="splits test, train, validation, but the file 'more.txt' belongs to none"):
+            load_tokens(str(tmp_path), split, tokenizer)
 
 
 def test_text_too_short_to_divide(tmp_path: Path, tokenizer: Tokenizer) -> None:

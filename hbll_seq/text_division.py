@@ -89,8 +89,11 @@ def _cut_after(piece: Piece, position: int, pattern: re.Pattern[bytes]) -> int:
 def _cut(piece: Piece, held: int, pattern: re.Pattern[bytes]) -> list[tuple[int, int]]:
     """What training keeps and every held-out part, as places in the text."""
     size = piece.end - piece.start
-    places = [piece.start + size * slot // N_SLOTS for slot in range(N_SLOTS - held, N_SLOTS)]
-    cuts = [_cut_after(piece, place, pattern) for place in places]
+    cuts: list[int] = []
+    for slot in range(N_SLOTS - held, N_SLOTS):
+        place = piece.start + size * slot // N_SLOTS
+        passed = cuts and cuts[-1] >= place  # then the last cut is the first one behind this place too
+        cuts.append(cuts[-1] if passed else _cut_after(piece, place, pattern))
     return list(zip([piece.start, *cuts], [*cuts, piece.end], strict=True))
 
 

@@ -85,7 +85,11 @@ class DataFile:
                     file.seek(start)
                 while self.packing and start and (skipped := len(file.read(min(start, BLOCK)))):
                     start -= skipped
-                yield file
+                try:
+                    yield file
+                except Exception:
+                    self._check(raw)  # what is wrong with a file that was cut meanwhile is that
+                    raise
                 self._check(raw)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise _unreadable(self.path, error) from error

@@ -267,6 +267,35 @@ def test_any_hub_id(hub: Callable, tokenizer: Tokenizer, monkeypatch: pytest.Mon
         load_tokens("some-one/a.set", "train", tokenizer, column="id")
 
 
+def test_splits_of_the_hub_are_known_by_their_synonyms(hub: Callable, tokenizer: Tokenizer) -> None:
+    rows = [f"row {i}" for i in range(40)]
+    hub({"train": rows, "dev": ["a dev row"], "unsupervised": ["no label"]})
+    found = {s: documents(load_tokens("some/set", s, tokenizer), tokenizer) for s in sources.SPLITS}
+    assert found["validation"] == ["a dev row"] and found["test"] == rows[19::20]
+    assert found["train"] == [row for i, row in enumerate(rows) if i % 20 != 19]
+    assert sources.describe_source("some/set")[1:] == [
+        "data: validation is that of 'some/set'",
+        "data: test is held out of the training text",
+        "data: left aside, other splits: 'unsupervised'",
+    ]
+    hub({"train": rows, "dev": ["a dev row"], "validation": ["the row"], "test": ["t"]})  # the exact name is meant
+    assert documents(load_tokens("some/set", "validation", tokenizer), tokenizer) == ["the row"]
+    assert sources.describe_source("some/set")[3:] == ["data: left aside, other splits: 'dev'"]
+    hub({"train": rows, "dev": ["a dev row"], "eval": ["an eval row"]})
+    with pytest.raises(ValueError, match="several splits that mean 'validation': 'dev', 'eval'; save the one"):
+        sources.open_corpus("some/set", "train")
+
+
+def test_empty_rows_of_the_hub_take_no_slot(hub: Callable, tokenizer: Tokenizer) -> None:
+    rows = [f"row {i}" for i in range(40)]
+    hub({"train": [x for row in rows for x in (row, "", None)]})
+    found = {s: documents(load_tokens("some/set", s, tokenizer), tokenizer) for s in sources.SPLITS}
+    assert found["validation"] == rows[18::20] and found["test"] == rows[19::20] and len(found["train"]) == 36
+    hub({"train": ["one", "two"]})
+    with pytest.raises(ValueError, match="test' holds no text; give more text, .* there are 2 rows with text"):
+        sources.open_corpus("some/set", "test")
+
+
 @pytest.mark.parametrize("source", ["wikitext-103", "some/set"])
 def test_no_network_and_no_copy(
     source: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, private_cache: Path

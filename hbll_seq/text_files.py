@@ -215,7 +215,7 @@ def rows_with_text(file: DataFile, column: str) -> Iterator[bool]:
     """Whether a row has text, for every row: much quicker than reading them."""
     if file.kind == ".jsonl":
         for number, offset, line in _json_lines(file):
-            maybe_empty = b'""' in line or b"null" in line or not line.strip()
+            maybe_empty = b'""' in line or b"null" in line or line.isspace()
             yield not maybe_empty or bool(_json_text(file, number, offset, line, column))
     else:
         for array in _parquet_arrays(file, column):
@@ -243,8 +243,8 @@ def _json_lines(file: DataFile) -> Iterator[tuple[int, int, bytes]]:
                     "divide it into several, or give the text as .txt"
                 )
             # no JSON string holds a bare carriage return, but one may stand between the values of a row
-            lines = re.split(rb"(?<=\r)", whole) if b"\r" in whole.strip() and not _is_json(whole) else [whole]
-            for line in filter(None, lines):
+            bare = b"\r" in whole and b"\r" in whole.strip()
+            for line in filter(None, re.split(rb"(?<=\r)", whole)) if bare and not _is_json(whole) else (whole,):
                 number += 1
                 yield number, offset, line
                 offset += len(line)
@@ -260,7 +260,7 @@ def _is_json(line: bytes) -> bool:
 
 def _json_text(file: DataFile, number: int, offset: int, line: bytes, column: str) -> str:
     """The text of a line. Other columns may hold NaN, which many programs write."""
-    if not line.strip():
+    if line.isspace():
         return ""
     where = f"{quote(str(file.path))}, line {number}"
     try:

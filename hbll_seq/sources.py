@@ -1,37 +1,35 @@
 """Where text comes from: the bundled WikiText-2, a local file or folder, a dataset of the Hugging Face Hub.
 
 `open_corpus` finds the text of one split and returns a `Corpus`: what identifies its content, and a stream of its lines
-with the ends of documents marked. Nothing here holds more than one document (text files: one line) in memory.
+with the ends of documents marked. `describe_source` says what is read, held out and left aside. Nothing here holds more
+than one document (text files: one line) in memory.
 
 WikiText: Merity et al. 2016 (arXiv 1609.07843). Its documents are articles; joined, they are the exact text.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import itertools
 import json
 import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .tokenizer import MAX_LINE, split_lines
+from . import text_files
+from .integrity import sha256
+from .reading import possible_name, quote, shorten
+from .text_division import N_SLOTS, SPLITS, Share, divide, part_of_files, part_of_rows
+from .text_files import KINDS, DataFile, as_text, have_text, kind_of, no_column, read_lines, read_rows, rows_with_text
+from .text_folder import find_folder, split_named
+from .tokenizer import split_lines
 
-SPLITS = ("train", "validation", "test")
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_WIKITEXT = "Salesforce/wikitext"
-BLOCK = 1 << 20  # bytes read at once
-N_SLOTS = 20  # a split that a source lacks is one slot in 20 of its training documents
 
-_SPLIT_NAME = re.compile(r"(?:^|[._-])(train|valid|validation|val|dev|test)(?=[._-]|$)")
-_CANONICAL = {"valid": "validation", "val": "validation", "dev": "validation"}
-_WIKITEXT_CONFIG = re.compile(r"wikitext-(2|103)(-raw)?-v1")
 _ARTICLE = re.compile(r" = (?!= ).* = \n?")
 # Word counts (end of line counted as one) that word-level perplexity is reported over, for the token version and, by
 # convention, for the raw version too, whose own count differs a little. Told apart by the number of lines.
@@ -45,7 +43,8 @@ class Corpus:
     """The text of one split.
 
     digest: sha256 of the content and of how it is cut into documents. n_bytes: about how much there is to read, for
-    progress. words_by_lines: word counts to report instead of the counted ones, by the number of lines.
+    progress. words_by_lines: word counts to report instead of the counted ones, by the number of lines. segments raises
+    ValueError when a file cannot be read, or has changed since it was opened.
     """
 
     name: str
@@ -55,31 +54,118 @@ class Corpus:
     words_by_lines: dict[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A source. kind: 'bundled', 'hub' or that of its files. splits: the files of each split, or the Hub's rows."""
+
+    name: str
+    kind: str
+    splits: dict[str, Any]
+    is_wikitext: bool = False
+    aside: dict[str, list[str]] = field(default_factory=dict)
+
+
 def open_corpus(source: str, split: str, column: str = "text") -> Corpus:
-    """Finds one split of a source; see `hbll_seq.data.load_tokens` for what a source is and the errors raised."""
+    """Finds one split of a source.
+
+    Args:
+        source: see `hbll_seq.data.load_tokens`. Text and jsonl may be packed (.gz, .xz, .zst). A folder's files belong to the
+            split that they or their folders name, in any case ('val', 'dev', 'eval', 'heldout': validation); those
+            that name none are training text.
+        split: "train", "validation" or "test". One that the source lacks is held out of the training text: one in 20 of its
+            files or rows, of fewer than 20 files the last twentieth of each, of fewer than 20 rows the last one. Empty ones
+            do not count. Where a text has too few lines it is cut at blanks, else at characters.
+        column: the text of jsonl, parquet and the Hub.
+
+    Raises:
+        ValueError: no such source or split, a file that cannot be read, text that is not UTF-8, a split without text.
+    """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    source = os.fspath(source)
-    if source == "bundled":
+        raise ValueError(f"unknown split {quote(split)}; choose one of {', '.join(SPLITS)}")
+    if not isinstance(column, str):
+        raise ValueError(f"column is {quote(column)}; it must be the name of a column")
+    found = _find(source)
+    if found.kind == "bundled":
         return _open_bundled(split)
+    share = divide(found.name, list(found.splits), split, may_carve=not found.is_wikitext)
+    if found.kind == "hub":
+        return _open_hub(found, share, split, column)
+    return _open_files(found, share, split, column)
+
+
+def describe_source(source: str) -> list[str]:
+    """What is read for each split, what is held out and what is left aside, each on one line.
+
+    Raises ValueError: there is no such source, or it lacks a split that cannot be held out.
+    """
+    found = _find(source)
+    lines = []
+    for split in SPLITS:
+        if found.kind == "bundled":
+            lines.append(f"data: {split} is that of the bundled WikiText-2")
+            continue
+        share = divide(found.name, list(found.splits), split, may_carve=not found.is_wikitext)
+        if share.place is not None:
+            lines.append(f"data: {split} is held out of the training text")
+            continue
+        if found.kind == "hub":
+            what = f"that of {shorten(quote(found.name), 100)}"
+        else:
+            what = _names([file.path.name for file in found.splits[share.split] if file.stamp[0]])
+        lines.append(f"data: {split} is {what}{', less what is held out' * bool(share.held)}")
+    for reason, names in sorted(found.aside.items()):
+        lines.append(f"data: left aside, {reason}: {_names(sorted(names))}")
+    return lines
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(shorten(quote(name), 60) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
+
+
+def _find(source: str) -> _Found:
+    try:
+        source = os.fsdecode(source)
+        path = possible_name(source)
+    except (TypeError, ValueError):
+        raise _no_source(source) from None
+    if source == "bundled":
+        return _Found(source, source, {})
     if source in ("wikitext-2", "wikitext-103"):
         config = f"{source}-raw-v1"
         root = os.environ.get("HBLL_DATA")
-        if root and (folder := Path(root).expanduser() / config).is_dir():
-            return _open_folder(folder, split, column)
-        return _open_hub(HUB_WIKITEXT, config, split, column)
-    path = Path(source).expanduser()
-    if source and path.is_dir():
-        return _open_folder(path, split, column)
-    if source and path.exists():
-        return _open_files(source, {"train": [path]}, split, column)
+        if root and (folder := possible_name(root) / config).is_dir():
+            return _found_folder(folder, str(folder))
+        return _found_hub(HUB_WIKITEXT, config)
+    try:
+        is_folder = path.is_dir()
+        exists = is_folder or path.exists()
+    except OSError as error:
+        raise ValueError(f"cannot read data {quote(source)}: {error.strerror}") from error
+    if is_folder:
+        return _found_folder(path, str(path))
+    if exists:
+        file = DataFile.find(path)
+        return _Found(source, file.kind, {"train": [file]})
     hub_id = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*?)(?::([\w.-]+))?", source)
-    if hub_id and path.suffix not in SUFFIXES:
-        return _open_hub(hub_id.group(1), hub_id.group(2), split, column)
-    raise ValueError(
-        f"there is no data {source!r}; give 'bundled', 'wikitext-2', 'wikitext-103', an existing "
-        f"{'/'.join(SUFFIXES)} file or folder, or a Hub id 'owner/name' or 'owner/name:config'"
+    if hub_id and kind_of(source) is None:
+        return _found_hub(hub_id.group(1), hub_id.group(2))
+    raise _no_source(source)
+
+
+def _no_source(source: object) -> ValueError:
+    return ValueError(
+        f"there is no data {quote(source)}; give 'bundled', 'wikitext-2', 'wikitext-103', an existing "
+        f"{'/'.join(KINDS)} file or folder, or a Hub id 'owner/name' or 'owner/name:config'"
     )
+
+
+def _found_folder(folder: Path, name: str) -> _Found:
+    content = find_folder(folder)
+    splits = {split: [DataFile.find(path) for path in paths] for split, paths in content.splits.items()}
+    empty = [file.path.name for files in splits.values() for file in files if not file.stamp[0]]
+    aside = {**content.aside, "empty files": empty} if empty else content.aside
+    return _Found(name, content.kind, splits, content.is_wikitext, aside)
 
 
 # -- the bundled text ---------------------------------------------------------------------------------------------
@@ -91,7 +177,7 @@ def _open_bundled(split: str) -> Corpus:
 
     def segments() -> Segments:
         with packed.open("rb") as file, lzma.open(file) as text:
-            yield from split_articles(read_lines(iter(lambda: text.read(BLOCK), b""), name))
+            yield from split_articles(read_lines(iter(lambda: text.read(text_files.BLOCK), b""), name))
 
     digest = hashlib.sha256(packed.read_bytes()).hexdigest()
     return Corpus(f"bundled {split}", _combine("articles", digest), None, segments)
@@ -117,132 +203,52 @@ def split_articles(lines: Iterable[str]) -> Segments:
 # -- local files --------------------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, split: str, column: str) -> Corpus:
-    found = (p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    suffixes = sorted({p.suffix for p in files})
-    if len(suffixes) != 1:
-        kinds = f"{' and '.join(suffixes)} files" if files else f"no {'/'.join(SUFFIXES)} file"
-        raise ValueError(f"data folder {str(folder)!r} holds {kinds}; give a folder with files of one of these kinds")
-    configs = sorted({p.relative_to(folder).parts[0] for p in files if len(p.relative_to(folder).parts) > 1})
-    if len(configs) > 1 and all(_WIKITEXT_CONFIG.fullmatch(name) for name in configs):
-        raise ValueError(f"data folder {str(folder)!r} holds several data sets; give one of its folders {configs}")
-    named: dict[str, list[Path]] = {}
-    for path in files:
-        *parents, name = path.relative_to(folder).with_suffix("").parts
-        words = _SPLIT_NAME.findall(name) + [part for part in parents if part in (*SPLITS, *_CANONICAL)]
-        if words:
-            named.setdefault(_CANONICAL.get(words[0], words[0]), []).append(path)
-    wikitext = any(_WIKITEXT_CONFIG.fullmatch(p.name) for p in (folder, *(f.parent for f in files)))
-    # One named split alone is no division: the whole folder is the text, divided like a single file.
-    splits = named if len(named) > 1 or wikitext else {"train": files}
-    if others := sorted(path.name for path in set(files).difference(*splits.values())):
-        raise ValueError(
-            f"data folder {str(folder)!r} names the splits {', '.join(sorted(named))}, but the file {others[0]!r} "
-            f"belongs to none ({len(others)} such files); put 'train', 'validation' or 'test' into its name or move it"
-        )
-    return _open_files(str(folder), splits, split, column, wikitext=wikitext)
-
-
-def _open_files(name: str, splits: dict[str, list[Path]], split: str, column: str, wikitext: bool = False) -> Corpus:
-    own, slots = divide(name, list(splits), split, may_carve=not wikitext)
-    files = splits[own]
-    for path in files:
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"data file {str(path)!r} has suffix {path.suffix!r}; it must be one of {SUFFIXES}")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise ValueError(f"cannot read data file {str(path)!r}: {error.strerror}") from error
-    n_bytes = sum(path.stat().st_size for path in files)
+def _open_files(found: _Found, share: Share, split: str, column: str) -> Corpus:
+    files, wikitext, name = found.splits[share.split], found.is_wikitext, _printable(f"{found.name} {split}")
+    measured = [file.measure() for file in files]
+    n_bytes = sum(size for _, size in measured)
     if n_bytes == 0:
-        raise ValueError(f"data {name!r} is empty ({files[0].name}: 0 bytes); give a file with text")
-    suffix = files[0].suffix
+        raise ValueError(f"data {quote(found.name)} is empty ({files[0].path.name}: 0 bytes); give a file with text")
+    starts = [0 if found.kind == ".parquet" else file.text_start() for file in files]
+    if found.kind == ".txt":
+        places = [(file, start, size) for file, start, (_, size) in zip(files, starts, measured, strict=True)]
+        ranges, rule = part_of_files(places, share)
+        if not ranges:
+            raise _too_little(name, f"{n_bytes:,} bytes", share)
+
+        def texts() -> Iterator[Iterable[str]]:
+            return (read_lines(file.blocks(start, end), str(file.path), start) for file, start, end in ranges)
+
+        n_bytes = sum(end - start for _, start, end in ranges)
+    else:
+
+        def rows() -> Iterator[str]:
+            return (row for file in files for row in read_rows(file, column))
+
+        part = part_of_rows((row for file in files for row in rows_with_text(file, column)), rows, share)
+        if part.is_empty:
+            raise _too_little(name, f"{part.n_rows} rows with text", share)
+
+        def texts() -> Iterator[Iterable[str]]:
+            return map(split_lines, (row or " \n" for row in rows()) if wikitext else part.select(rows()))
+
+        rule = part.rule
+        n_bytes = n_bytes * len(share.slots()) // N_SLOTS
 
     def segments() -> Segments:
-        if suffix == ".txt":
-            texts = _read_texts(files, slots)
-        else:
-            read = _read_jsonl if suffix == ".jsonl" else _read_parquet
-            rows = (row for path in files for row in read(path, column))
-            texts = (split_lines(row or " \n" * wikitext) for i, row in enumerate(rows) if i % N_SLOTS in slots)
-        return split_articles(line for text in texts for line in text) if wikitext else _documents(texts)
+        return split_articles(line for lines in texts() for line in lines) if wikitext else _documents(texts())
 
-    cut = [wikitext, suffix, column if suffix != ".txt" else "", sorted(slots)]
-    digest = _combine(json.dumps(cut), *map(_hash_file, files))
-    n_bytes = None if suffix == ".parquet" else n_bytes * len(slots) // N_SLOTS
-    return Corpus(f"{name} {split}", digest, n_bytes, segments, _WIKITEXT_WORDS if wikitext else None)
+    cut = [wikitext, found.kind, column if found.kind != ".txt" else "", list(share.slots())]
+    changed = [rule] * bool(rule) + ["without byte order mark"] * any(starts)
+    digest = _combine(json.dumps(cut + changed), *(sha for sha, _ in measured))
+    known = None if found.kind == ".parquet" else n_bytes  # of packed columns that says little
+    return Corpus(name, digest, known, segments, _WIKITEXT_WORDS if wikitext else None)
 
 
-def divide(name: str, own: list[str], split: str, may_carve: bool = True) -> tuple[str, set[int]]:
-    """Which of a source's own splits holds a split, and which of every N_SLOTS = 20 of its documents.
-
-    A validation or test split that the source lacks is the last, or last but one, of every 20 training documents (of a
-    text file: twentieths of its bytes, cut at line ends); the training split is then what is left."""
-    if split in own and (split != "train" or not may_carve):
-        return split, set(range(N_SLOTS))
-    if "train" not in own or not may_carve:
-        raise ValueError(f"data {name!r} has no split {split!r}; it has {', '.join(sorted(own)) or 'none'}")
-    missing = [s for s in SPLITS[1:] if s not in own]
-    first = N_SLOTS - len(missing)
-    return "train", set(range(first)) if split == "train" else {first + missing.index(split)}
-
-
-def _read_texts(files: list[Path], slots: set[int]) -> Iterator[Iterator[str]]:
-    """Lines of every text file of the slots; of that part of every file when there are fewer files than slots."""
-    for index, path in enumerate(files):
-        if len(files) < N_SLOTS:
-            start, end = _byte_range(path, slots)
-        else:
-            start, end = 0, path.stat().st_size if index % N_SLOTS in slots else 0
-        yield read_lines(_read_blocks(path, start, end), str(path), start)
-
-
-def _byte_range(path: Path, slots: set[int]) -> tuple[int, int]:
-    """The slots' twentieths of a file, both ends moved on to the next line start. (Slots are consecutive.)"""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-
-        def line_start(slot: int) -> int:
-            position = size * slot // N_SLOTS
-            if position == 0:
-                return 0
-            file.seek(position - 1)
-            while (line := file.readline(BLOCK)) and not line.endswith(b"\n"):
-                pass
-            return file.tell()
-
-        return line_start(min(slots)), line_start(max(slots) + 1)
-
-
-def _read_blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (block := file.read(min(BLOCK, end - start))):
-            start += len(block)
-            yield block
-
-
-def read_lines(blocks: Iterable[bytes], name: str, offset: int = 0) -> Iterator[str]:
-    """Decodes UTF-8 and cuts it into lines (no newline is translated). Raises ValueError with the byte offset of what
-    is not UTF-8; `offset` is where the first block stands in the file."""
-    decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
-    for block in itertools.chain(blocks, [b""]):  # the empty block is the end
-        offset += len(block)
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, offset - len(error.object) + error.start, error) from error
-        lines, rest = list(split_lines(rest + text)), ""
-        if lines and block and not lines[-1].endswith("\n") and len(lines[-1]) < MAX_LINE:
-            rest = lines.pop()  # the line may go on in the next block
-        yield from lines
-
-
-def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> ValueError:
+def _too_little(name: str, amount: str, share: Share) -> ValueError:
     return ValueError(
-        f"data file {name!r} is not UTF-8: byte 0x{error.object[error.start]:02x} at byte offset {offset} "
-        f"({error.reason}); convert it, e.g. with `iconv -f LATIN1 -t UTF-8`"
+        f"data {quote(name)} holds no text; give more text, or a split of its own: there are {amount}, too little to divide "
+        f"in {share.held + 1}"
     )
 
 
@@ -256,54 +262,10 @@ def _documents(texts: Iterable[Iterable[str]]) -> Segments:
             yield None
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else {column: ""}
-            except UnicodeDecodeError as error:
-                raise _not_utf8(str(path), offset + error.start, error) from error
-            except ValueError as error:
-                raise ValueError(f"data file {str(path)!r}, line {number}: not JSON ({error})") from error
-            offset += len(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"data file {str(path)!r}, line {number}: not a JSON object but {type(row).__name__}")
-            if column not in row:
-                raise _no_column(f"{str(path)!r}, line {number}", column, row)
-            yield _as_text(row[column], f"{str(path)!r}, line {number}", column)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow.parquet  # a large package that only these files need
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _no_column(repr(str(path)), column, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield _as_text(text, repr(str(path)), column)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"data file {str(path)!r} is not a readable parquet file: {error}") from error
-
-
-def _as_text(value: Any, where: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"data {where}: column {column!r} holds a {type(value).__name__}; name a column of text")
-    return value
-
-
-def _no_column(where: str, column: str, columns: Iterable[str]) -> ValueError:
-    return ValueError(f"data {where} has no column {column!r}; its columns are {', '.join(map(repr, columns))}")
-
-
 # -- the Hub ------------------------------------------------------------------------------------------------------
 
 
-def _open_hub(repo: str, config: str | None, split: str, column: str) -> Corpus:
+def _found_hub(repo: str, config: str | None) -> _Found:
     import datasets  # takes seconds; only these sources need it
 
     name = repo if config is None else f"{repo}:{config}"
@@ -313,35 +275,54 @@ def _open_hub(repo: str, config: str | None, split: str, column: str) -> Corpus:
     except Exception as error:  # the Hub's clients raise unrelated types: no network, no such id, gated, no such config
         folder = f"FOLDER/{config} as the data, or set HBLL_DATA=FOLDER" if wikitext else "FOLDER as the data"
         raise ValueError(
-            f"data {name!r} is no file or folder here, and loading it from the Hugging Face Hub failed "
-            f"({type(error).__name__}: {str(error)[:300]}). Without network, fetch it elsewhere with "
-            f"`hf download {repo} --repo-type dataset --local-dir FOLDER` and give {folder}"
+            f"data {shorten(quote(name), 80)} is no file or folder here, and loading it from the Hugging Face Hub failed "
+            f"({type(error).__name__}: {shorten(error, 100)}). Without network, fetch it elsewhere with "
+            f"`hf download {shorten(repo, 60)} --repo-type dataset --local-dir FOLDER` and give {folder}"
         ) from error
-    splits = {_CANONICAL.get(str(key), str(key)): rows for key, rows in loaded.items()}
-    own, slots = divide(name, list(splits), split, may_carve=not wikitext)
-    rows = splits[own]
-    if column not in rows.column_names:
-        raise _no_column(f"{name!r}", column, rows.column_names)
+    splits, aside = {}, []
+    for key, rows in loaded.items():
+        split = split_named(str(key))
+        if split is None or (split in loaded and split != key):  # no guess between two: the exact name is meant
+            split = str(key)
+            aside.append(split)
+        elif split in splits:
+            raise ValueError(
+                f"data {shorten(quote(name), 100)} has several splits that mean {split!r}: "
+                f"{_names([str(k) for k in loaded if split_named(str(k)) == split])}; save the one you want to a file"
+            )
+        splits[split] = rows
+    return _Found(name, "hub", splits, wikitext, {"other splits": aside} if aside else {})
+
+
+def _open_hub(found: _Found, share: Share, split: str, column: str) -> Corpus:
+    data, wikitext, name = found.splits[share.split], found.is_wikitext, quote(found.name)
+    if column not in data.column_names:
+        raise no_column(name, column, data.column_names)
+    cache_files, data = data.cache_files, data.select_columns([column])
+
+    def rows() -> Iterator[str]:
+        return (as_text(row, name, column) for batch in data.iter(batch_size=1024) for row in batch[column])
+
+    tables = data.with_format("arrow").iter(batch_size=1024)
+    part = part_of_rows((flag for table in tables for flag in have_text(table[column])), rows, share)
+    if part.is_empty:
+        raise _too_little(f"{found.name} {split}", f"{part.n_rows} rows with text", share)
 
     def segments() -> Segments:
-        batches = rows.select_columns([column]).iter(batch_size=1024)
-        texts = (_as_text(row, repr(name), column) for batch in batches for row in batch[column])
         if wikitext:
-            return split_articles(line for text in texts for line in split_lines(text or " \n"))
-        return _documents(split_lines(text) for i, text in enumerate(texts) if i % N_SLOTS in slots)
+            return split_articles(line for text in rows() for line in split_lines(text or " \n"))
+        return _documents(map(split_lines, part.select(rows())))
 
-    cut = [wikitext, "hub", column, sorted(slots)]
-    stored = [_hash_file(Path(file["filename"])) for file in rows.cache_files]
+    cut = [wikitext, "hub", column, list(share.slots()), *[part.rule] * bool(part.rule)]
+    stored = [sha256(file["filename"]) for file in cache_files]
     digest = _combine(json.dumps(cut), *(stored or (line or "\0" for line in segments())))  # or held in memory
-    return Corpus(f"{name} {split}", digest, None, segments, _WIKITEXT_WORDS if wikitext else None)
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _read_blocks(path, 0, path.stat().st_size):
-        digest.update(block)
-    return digest.hexdigest()
+    return Corpus(f"{found.name} {split}", digest, None, segments, _WIKITEXT_WORDS if wikitext else None)
 
 
 def _combine(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _printable(name: str) -> str:
+    """A file name whose bytes are no UTF-8 with these written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

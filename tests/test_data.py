@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hbll_seq import data, sources
+from hbll_seq import data, text_files
 from hbll_seq.data import TokenStream, TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.tokenizer import Tokenizer
 
@@ -83,7 +83,7 @@ def test_batches_bound_memory_and_change_nothing(
         Tokenizer, "encode_batch", lambda self, a, n: sizes.append(sum(map(len, a))) or encode(self, a, n)
     )
     monkeypatch.setattr(data, "BATCH_CHARS", batch_chars)
-    monkeypatch.setattr(sources, "BLOCK", 13)
+    monkeypatch.setattr(text_files, "BLOCK", 13)
     stream = load_tokens(str(tmp_path), "train", tokenizer, cache_dir=tmp_path / "other", num_proc=threads)
     assert np.array_equal(stream.tokens, expected.tokens) and stream.n_words == expected.n_words
     assert max(sizes) < batch_chars + 60  # one line more
@@ -93,9 +93,9 @@ def test_endless_line_is_cut(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: 
     """A file without newlines is not held in memory, counts its words right and survives."""
     from hbll_seq import tokenizer as module
 
-    for owner in (module, sources):
+    for owner in (module, text_files):
         monkeypatch.setattr(owner, "MAX_LINE", 10)
-    monkeypatch.setattr(sources, "BLOCK", 64)
+    monkeypatch.setattr(text_files, "BLOCK", 64)
     text = "some words of a text and a looooooooooooooooooooooooooooooong one " * 40
     (tmp_path / "train.txt").write_text(text)
     (tmp_path / "test.txt").write_text("x\ny\n" * 30)

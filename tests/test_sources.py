@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hbll_seq import sources
+from hbll_seq import sources, text_files
 from hbll_seq.data import TokenStream, load_tokens
 from hbll_seq.tokenizer import Tokenizer
 
@@ -163,11 +163,12 @@ def test_folders_named_after_splits(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["train\n"]
 
 
-def test_one_named_split_is_no_division(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_files_that_name_no_split_are_training_text_beside_one_that_does(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a_test.jsonl").write_text('{"text": "one"}\n' * 10)
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' * 10)
-    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["one"] * 10 + ["two"] * 8
-    assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["two"]
+    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["two"] * 9
+    assert documents(load_tokens(str(tmp_path), "validation", tokenizer), tokenizer) == ["two"]
+    assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["one"] * 10
 
 
 def wikitext_folder(tmp_path: Path, name: str = "wikitext-103-raw-v1") -> tuple[Path, str]:
@@ -266,6 +267,35 @@ def test_any_hub_id(hub: Callable, tokenizer: Tokenizer, monkeypatch: pytest.Mon
         load_tokens("some-one/a.set", "train", tokenizer, column="id")
 
 
+def test_splits_of_the_hub_are_known_by_their_synonyms(hub: Callable, tokenizer: Tokenizer) -> None:
+    rows = [f"row {i}" for i in range(40)]
+    hub({"train": rows, "dev": ["a dev row"], "unsupervised": ["no label"]})
+    found = {s: documents(load_tokens("some/set", s, tokenizer), tokenizer) for s in sources.SPLITS}
+    assert found["validation"] == ["a dev row"] and found["test"] == rows[19::20]
+    assert found["train"] == [row for i, row in enumerate(rows) if i % 20 != 19]
+    assert sources.describe_source("some/set")[1:] == [
+        "data: validation is that of 'some/set'",
+        "data: test is held out of the training text",
+        "data: left aside, other splits: 'unsupervised'",
+    ]
+    hub({"train": rows, "dev": ["a dev row"], "validation": ["the row"], "test": ["t"]})  # the exact name is meant
+    assert documents(load_tokens("some/set", "validation", tokenizer), tokenizer) == ["the row"]
+    assert sources.describe_source("some/set")[3:] == ["data: left aside, other splits: 'dev'"]
+    hub({"train": rows, "dev": ["a dev row"], "eval": ["an eval row"]})
+    with pytest.raises(ValueError, match="several splits that mean 'validation': 'dev', 'eval'; save the one"):
+        sources.open_corpus("some/set", "train")
+
+
+def test_empty_rows_of_the_hub_take_no_slot(hub: Callable, tokenizer: Tokenizer) -> None:
+    rows = [f"row {i}" for i in range(40)]
+    hub({"train": [x for row in rows for x in (row, "", None)]})
+    found = {s: documents(load_tokens("some/set", s, tokenizer), tokenizer) for s in sources.SPLITS}
+    assert found["validation"] == rows[18::20] and found["test"] == rows[19::20] and len(found["train"]) == 36
+    hub({"train": ["one", "two"]})
+    with pytest.raises(ValueError, match="test' holds no text; give more text, .* there are 2 rows with text"):
+        sources.open_corpus("some/set", "test")
+
+
 @pytest.mark.parametrize("source", ["wikitext-103", "some/set"])
 def test_no_network_and_no_copy(
     source: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, private_cache: Path
@@ -315,7 +345,7 @@ def test_bad_files(
 def test_offset_of_bad_bytes_behind_the_first_block(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(text_files, "BLOCK", 7)
     content = "\u00e9".encode() * 40 + b"\n"
     for bad_at in (30, 31, 43):  # a character stands across two blocks at 31
         broken = content[:bad_at] + b"\xff" + content[bad_at:]
@@ -350,9 +380,12 @@ def test_folder_without_training_files(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert documents(load_tokens(str(tmp_path), "test", tokenizer), tokenizer) == ["text\n"]
     with pytest.raises(ValueError, match="has no split 'train'; it has test, validation"):
         load_tokens(str(tmp_path), "train", tokenizer)
-    (tmp_path / "more.txt").write_text("text\n")  # neither left out silently nor mixed in
-    with pytest.raises(ValueError, match="splits test, validation, but the file 'more.txt' belongs to none"):
-        load_tokens(str(tmp_path), "test", tokenizer)
+    (tmp_path / "more.txt").write_text("more\n")  # then it is the training text
+    assert documents(load_tokens(str(tmp_path), "train", tokenizer), tokenizer) == ["more\n"]
+    (tmp_path / "train.txt").write_text("text\n")  # now it is neither left out silently nor mixed in
+    for split in sources.SPLITS:
+        with pytest.raises(ValueError, match="splits test, train, validation, but the file 'more.txt' belongs to none"):
+            load_tokens(str(tmp_path), split, tokenizer)
 
 
 def test_text_too_short_to_divide(tmp_path: Path, tokenizer: Tokenizer) -> None:

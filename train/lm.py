@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
+from hbll_seq.console import say
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
+from hbll_seq.sources import describe_source
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.checkpoint import JsonLines
 from hbll_seq.training.devices import make_accelerator, precision_name
@@ -73,6 +75,8 @@ class Data(NamedTuple):
 
 def data(settings: TrainingSettings) -> Data:
     """Tokenizer and packed windows of the three splits. Raises ValueError when the text cannot be used."""
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        say("\n".join(describe_source(settings.data)))
     if settings.tokenizer == "default":
         tokenizer = Tokenizer.default()
     elif settings.tokenizer == "train":

@@ -214,6 +214,8 @@ def test_list_ignores_what_is_no_checkpoint(tmp_path):
     (tmp_path / "step-00000002").write_text("a file")
     (tmp_path / ".aside-3").mkdir()
     (tmp_path / "notes").mkdir()
+    (tmp_path / "step-000000003").mkdir()  # no name that a checkpoint is given
+    (tmp_path / "step-0000000\u0664").mkdir()  # a digit, of another script
     assert ck.list_checkpoints(tmp_path) == [1]
     shutil.rmtree(tmp_path / "step-00000001")
     assert ck.list_checkpoints(tmp_path) == []

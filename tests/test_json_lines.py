@@ -4,6 +4,7 @@ import json
 import os
 import resource
 
+import kill_and_resume as kr
 import pytest
 
 from hbll_seq.training import json_lines
@@ -169,3 +170,16 @@ def test_lines_reach_the_disk(tmp_path, monkeypatch):
     assert flushed == [12, 24, 12]
     pausing.flush()
     assert flushed[3:] == [36]
+
+
+def test_a_run_with_a_damaged_line_goes_on_and_tells_it(stopped_run, whole_run, capsys):
+    path = stopped_run / "metrics.jsonl"
+    content = path.read_bytes().replace(b'{"step": 3,', b'{"step" 3,')
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert kr.load_script().main(["--resume", "--output-dir", str(stopped_run)]) == 0
+    message = capsys.readouterr().err
+    assert "1 damaged line, missing from now on" in message and "metrics.jsonl.damaged-1" in message
+    assert (stopped_run / "metrics.jsonl.damaged-1").read_bytes() == content
+    assert kr.steps_of(stopped_run) == [1, 2, *range(4, 61)]
+    assert (stopped_run / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()

@@ -66,6 +66,31 @@ def test_help_and_settings_into_a_pipe_that_closes(monkeypatch):
         assert (process.returncode, errors) == (0, b"")
 
 
+@pytest.mark.parametrize(
+    "variables, fragments",
+    [
+        ({"LOCAL_WORLD_SIZE": "0"}, ["LOCAL_WORLD_SIZE='0'", "unset it"]),
+        ({"LOCAL_WORLD_SIZE": "two"}, ["LOCAL_WORLD_SIZE='two'", "--threads"]),
+        ({"ACCELERATE_USE_CPU": "maybe"}, ["cannot start in this environment", "maybe", "unset it"]),
+        ({"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["cannot start in this environment", "RANK"]),
+    ],
+)
+def test_half_a_launchers_environment(lm_options, tmp_path, monkeypatch, any_precision, capsys, variables, fragments):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = [*lm_options, *OPTIONS, "--threads", "none", "--output-dir", str(tmp_path / "run")]
+    message = kr.fails(options, capsys, *fragments)
+    assert len(message.splitlines()[-1]) <= 500 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backend", ["inductor", "nonsense"])
+def test_a_compiler_is_left_aside(reference, lm_options, tmp_path, monkeypatch, any_precision, capsys, backend):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    assert kr.load_script().main([*lm_options, *OPTIONS, "--output-dir", str(tmp_path / "run")]) == 0
+    assert f"ACCELERATE_DYNAMO_BACKEND='{backend}' is left aside" in capsys.readouterr().err
+    assert kr.differences(reference, tmp_path / "run") == []
+
+
 def test_names_that_are_no_text_and_formulas_in_a_figure(tmp_path, capsys):
     from hbll_seq.training import plots
 

@@ -25,21 +25,26 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """An Accelerator with the settings' precision, accumulation and trackers; sets the number of CPU threads.
 
     Raises:
-        ValueError: float16, a tracker that is unknown or not installed, or a way to distribute that does not work here.
+        ValueError: float16, a tracker that is unknown or not installed, or a way to distribute that does not work here;
+            variables of a launcher with which Accelerate cannot start.
     """
     trackers = _trackers(settings.log_with)
     _speak_of_dynamo()
     bfloat16 = _choose_precision(settings.precision) == "bfloat16"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
-        dynamo_backend="no",
-        log_with=trackers or None,
-        project_dir=settings.output_dir,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
-        # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
-        # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bfloat16 else "no",
+            dynamo_backend="no",
+            log_with=trackers or None,
+            project_dir=settings.output_dir,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
+            # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
+            # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        )
+    except Exception as error:  # KeyError, RuntimeError and more: what a launcher's variables are is checked nowhere else
+        raise ValueError(f"accelerate cannot start in this environment ({type(error).__name__}: {shorten(error)}); mend the "
+                         "variable that it names (ACCELERATE_..., RANK, WORLD_SIZE, MASTER_ADDR), or unset it") from None
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             f"accelerate was told to use {accelerator.distributed_type.value}: local losses need each block whole on "
@@ -107,9 +112,16 @@ def default_threads() -> int:
     """The cores that this process may use, divided by the processes on this machine.
 
     ``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU, which would leave all cores but one idle.
+
+    Raises:
+        ValueError: the launcher's LOCAL_WORLD_SIZE is no such number.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (processes.isascii() and processes.isdigit() and int(processes) > 0):
+        raise ValueError(f"LOCAL_WORLD_SIZE={quote(processes)}: must be the number of processes here; unset it, or "
+                         "give --threads")
+    return max(1, cores // int(processes))
 
 
 def _choose_precision(wanted: str) -> str:

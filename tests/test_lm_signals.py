@@ -55,7 +55,7 @@ def test_before_training_nothing_is_left_behind(short, unbroken, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(lm, where, sends(number, getattr(lm, where)))
         assert lm.main([*short, "--output-dir", str(folder)]) == 128 + number
-    assert f"stopped by signal {int(number)} before training" in capsys.readouterr().err and not folder.exists()
+    assert f"stopped by signal {int(number)} outside of training" in capsys.readouterr().err and not folder.exists()
 
 
 @pytest.mark.parametrize("number, where", list(zip(ALL, ["evaluation", "export", "plot_training_curve", "end"])))

@@ -255,13 +255,13 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the command line, run, and return the exit code; no trouble with its output and no signal changes that."""
+    """Read the command line, run, and return the exit code, whatever becomes of the output; 128 + n after signal n."""
     with forgiving_output(), StopSignal() as stop:
         try:
             with stop.interruptible():
                 return run(argv, stop)
         except StopNow:  # outside of training, which saves first
-            say(f"\nstopped by signal {stop.received} before training began")
+            say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
             return 128 + stop.received
         except KeyboardInterrupt:
             return 130

@@ -176,21 +176,35 @@ def _label(text: str) -> str:
 
 
 def _draw(width: float, height: float, path: str | os.PathLike, fill: Callable[[Any], None]) -> None:
-    """A figure that ``fill`` draws, saved. Where Matplotlib fails (no folder for its cache, no font, a broken installation)
-    that is said, and the figure is left out: the run it shows is worth more. Raises OSError where it cannot be written."""
+    """A figure that ``fill`` draws, saved as :func:`save_figure` does."""
     try:
         figure = new_figure(width, height)
         fill(figure)
+    except Exception as error:
+        _tell(path, error)
+        return
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: str | os.PathLike) -> None:
+    """Writes a PNG file, whole or not at all.
+
+    Where Matplotlib fails (no folder for its cache, no font, a broken installation) that is said, and the figure is left out:
+    the run that it shows is worth more.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
         data = _png(figure)
     except Exception as error:
-        say(f"warning: {os.fspath(path)} is not drawn: {type(error).__name__}: {shorten(error)}")
+        _tell(path, error)
         return
     atomic_write(path, data)
 
 
-def save_figure(figure, path: str | os.PathLike) -> None:
-    """Writes a PNG file, whole or not at all. Raises OSError where it cannot be written."""
-    atomic_write(path, _png(figure))
+def _tell(path: str | os.PathLike, error: Exception) -> None:
+    say(f"warning: {os.fspath(path)} is not drawn: {type(error).__name__}: {shorten(error)}")
 
 
 def _png(figure) -> bytes:

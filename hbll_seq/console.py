@@ -74,9 +74,23 @@ class ForgivingStream:
         return getattr(stream, name)
 
 
+def _occupy_standard_descriptors() -> None:
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
 @contextlib.contextmanager
 def forgiving_output():
-    """For programs, around ``main``: ``sys.stdout`` and ``sys.stderr`` are a :class:`ForgivingStream` inside the block."""
+    """For programs, around ``main``: ``sys.stdout`` and ``sys.stderr`` are a :class:`ForgivingStream` inside the block.
+
+    Closed descriptors 1 and 2 lead to nowhere from then on: otherwise the next file opened would get such a number, and what
+    a library of C prints would be written into it.
+    """
+    _occupy_standard_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (s if isinstance(s, ForgivingStream) else ForgivingStream(s, own=True) for s in before)
     try:

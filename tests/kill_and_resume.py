@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from hbll_seq.integrity import SUMS_NAME, format_sums
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "lm.py"
 #: what may differ between two runs: times.
@@ -91,6 +93,19 @@ def steps_of(folder: Path) -> list[int]:
 def losses_of(folder: Path) -> list[float]:
     """Losses of the lines."""
     return [row["loss"] for row in lines(folder)]
+
+
+def write_state(checkpoint: Path, state: dict | str) -> None:
+    """Put another state.json into a checkpoint, with sums that fit it: what is tested is what the sums do not find."""
+    path = checkpoint / "state.json"
+    path.write_text(state if isinstance(state, str) else json.dumps(state))
+    write_sums(checkpoint)
+
+
+def write_sums(checkpoint: Path) -> None:
+    """Give a checkpoint the sums of what it holds now."""
+    names = [path.name for path in checkpoint.iterdir() if path.name != SUMS_NAME]
+    (checkpoint / SUMS_NAME).write_text(format_sums(checkpoint, names))
 
 
 def at_step(monkeypatch, step: int, action) -> None:

@@ -40,6 +40,14 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding):
     assert "end" in done.stdout.decode(encoding)
 
 
+def test_no_file_gets_the_number_of_a_closed_output(tmp_path):
+    """What a library of C prints would be written into it, between the weights of a checkpoint."""
+    program = ("import os, sys\nfrom hbll_seq.console import forgiving_output\n"
+               "with forgiving_output():\n    file = open(sys.argv[1], 'wb')\n    sys.exit(file.fileno() > 2)")
+    command = ["bash", "-c", '"$0" -c "$1" "$2" >&- 2>&-', sys.executable, program, str(tmp_path / "file")]
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=60).returncode == 1
+
+
 class Broken(io.StringIO):
     def write(self, text):
         raise BrokenPipeError

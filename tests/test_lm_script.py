@@ -256,7 +256,7 @@ def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tm
         for name in ("default_paths", "readout_rank"):
             del state["settings"][name]
         state["settings"].update(mix="auto", mix_weight=1.0)
-        path.write_text(json.dumps(state))
+        kr.write_state(path.parent, state)
     settings = lm.resume_run({"output_dir": str(folder)}, None)[0]
     assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
 

@@ -7,8 +7,8 @@ command line. The parts are in the library: settings, trainer, checkpoint, objec
 from __future__ import annotations
 
 import gc
-import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # before torch loads OpenMP: spinning threads crawl on cores that other programs use too
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # a signal ends the process without a traceback also while it imports, and after the run; `nohup` is obeyed
+    for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        _number = getattr(signal, _name, None)
+        if _number and not (_name == "SIGHUP" and signal.getsignal(_number) == signal.SIG_IGN):
+            signal.signal(_number, lambda number, _: os._exit(128 + number))
 
 import torch
 from accelerate import Accelerator
@@ -24,16 +29,17 @@ from tqdm import tqdm
 
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
-from hbll_seq.console import say
+from hbll_seq.console import forgiving_output, say
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective, Objective
+from hbll_seq.reading import shorten, to_json
 from hbll_seq.sources import describe_source
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.checkpoint import JsonLines
-from hbll_seq.training.devices import make_accelerator, precision_name
+from hbll_seq.training.devices import end, make_accelerator, precision_name, start_trackers, track
+from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
 from hbll_seq.training.run_folder import (
     BY_DEPTH,
@@ -49,7 +55,7 @@ from hbll_seq.training.run_folder import (
 )
 from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, build_parser, read_preset, resolve
 from hbll_seq.training.signals import StopNow, StopSignal
-from hbll_seq.training.trainer import RunFailed, Stopped, Trainer, append_line
+from hbll_seq.training.trainer import RunFailed, Stopped, Trainer, append_line, remedy_for
 from hbll_seq.tree import DyadicTree
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -57,9 +63,11 @@ EPILOG = """\
 The output folder gets settings.yaml, metrics.jsonl (one line per logged step), evaluations.jsonl, checkpoints/, and at
 the end the model in Hugging Face layout, metrics.json, training_curve.png and perplexity_by_depth.png.
 
-SIGTERM or Ctrl-C: the step is finished, a checkpoint saved, and the process ends with 128 + the signal's number (143,
-130); a second signal ends it at once. --resume goes on as if nothing had happened, bit for bit on a CPU with the same
-number of threads; another precision is refused. --resume STEP removes what is newer than STEP.
+SIGTERM, Ctrl-C, SIGUSR1 (Slurm's --signal=USR1) or a closed terminal (SIGHUP, unless nohup has it ignored): the step is
+finished, a checkpoint saved, and the process ends with 128 + the signal's number (143, 130, 138, 129); a second signal ends
+it at once, with the first one's code. --resume goes on as if nothing had happened, bit for bit on a CPU with the same number
+of threads; another precision is refused. --resume STEP removes what is newer than STEP. Output that cannot be written and a
+tracker of --log-with that fails do not end a run.
 Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
 """
 
@@ -126,7 +134,8 @@ def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int
 
 
 def training(
-    settings: TrainingSettings, data: Data, accelerator: Accelerator, preset: str, resumed: Resumed | None = None
+    settings: TrainingSettings, data: Data, accelerator: Accelerator, preset: str, stop: StopSignal,
+    resumed: Resumed | None = None,
 ) -> None:
     """Train to the end, evaluate, and write the model, the figures and metrics.json.
 
@@ -159,9 +168,9 @@ def training(
                 row = evaluation(model, splits, paths, settings, step,
                                  settings.final_eval_batches if final else settings.eval_batches)
             append_line(evaluations, row)
-            accelerator.log({f"{split}/{r['name']}": r["loss"] for split in splits for r in row[split]}, step)
+            track(accelerator, {f"{split}/{r['name']}": r["loss"] for split in splits for r in row[split]}, step)
 
-    with StopSignal() as stop:
+    with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
         trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
         if resumed is not None:
             check_identity(identity, resumed.state)
@@ -170,7 +179,7 @@ def training(
             prepare_folder(folder, settings, None if resumed is None else trainer.done)
             print(describe(model, data, trainer), file=sys.stderr)
         accelerator.wait_for_everyone()
-        accelerator.init_trackers("hbll_seq", {k: "none" if v is None else v for k, v in asdict(settings).items()})
+        start_trackers(accelerator, settings)
         evaluated = max((row["step"] for row in evaluations.rows()), default=0)
         trainer.run(evaluated)
         if evaluated < trainer.total_steps:
@@ -182,6 +191,8 @@ def training(
         if accelerator.is_main_process:
             export(model, settings, trainer, evaluations.rows())
         accelerator.wait_for_everyone()
+        if stop.received:
+            raise Stopped(trainer.done, stop.received)
 
 
 def evaluation(
@@ -212,19 +223,22 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     folder, last = trainer.folder, evaluations[-1]
     rows = trainer.metrics.rows()
     summary = {
-        "step": trainer.done, "tokens": rows[-1]["tokens"], "seconds": trainer.seconds, "loss": rows[-1]["loss"],
-        "n_parameters": count_parameters(model), "validation": last["validation"], "test": last["test"],
+        "step": trainer.done, "tokens": trainer.tokens, "seconds": trainer.seconds,
+        "loss": rows[-1].get("loss") if rows else None, "n_parameters": count_parameters(model),
+        "validation": last["validation"], "test": last["test"],
         "samples": last["samples"], "settings": asdict(settings),
     }
     try:
         plot_training_curve(rows, evaluations, folder / CURVE)
         plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
         model.save_pretrained(folder, data=settings.data, settings=asdict(settings), perplexity=last["test"],
-                              steps=trainer.done, tokens=rows[-1]["tokens"])
-        atomic_write(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+                              steps=trainer.done, tokens=trainer.tokens)
+        atomic_write(folder / SUMMARY, to_json(summary, indent=1) + "\n")
     except (OSError, ValueError) as error:
-        raise RunFailed(f"the results could not be written to {folder}: {error}; make room, then --resume") from None
-    print(f"finished: {folder} holds the model, {SUMMARY}, {CURVE} and {BY_DEPTH}", file=sys.stderr)
+        raise RunFailed(f"the results could not be written to {folder}: {shorten(error)}; {remedy_for(error)}, then --resume"
+                        ) from None
+    written = [name for name in (SUMMARY, CURVE, BY_DEPTH) if (folder / name).exists()]
+    print(f"finished: {folder} holds the model, {', '.join(written)}", file=sys.stderr)
 
 
 def count_parameters(model: HBLLForCausalLM) -> int:
@@ -244,16 +258,23 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the command line, run, and return the exit code."""
-    try:
-        return run(argv)
-    finally:
-        # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
-        # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
-        gc.collect()
+    """Read the command line, run, and return the exit code, whatever becomes of the output; 128 + n after signal n."""
+    with forgiving_output(), StopSignal() as stop:
+        try:
+            with stop.interruptible():
+                return run(argv, stop)
+        except StopNow:  # outside of training, which saves first
+            say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
+            return 128 + stop.received
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
+            # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
+            gc.collect()
 
 
-def run(argv: list[str] | None) -> int:
+def run(argv: list[str] | None, stop: StopSignal) -> int:
     """What `main` does, before the process group's threads are waited for."""
     shown = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
     try:
@@ -282,9 +303,9 @@ def run(argv: list[str] | None) -> int:
         opened = data(settings)
         accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
         try:
-            training(settings, opened, accelerator, preset, resumed)
+            training(settings, opened, accelerator, preset, stop, resumed)
         finally:
-            accelerator.end_training()
+            end(accelerator)
     except Stopped as stopped:
         if shown:
             print(f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {settings.output_dir}",
@@ -298,8 +319,6 @@ def run(argv: list[str] | None) -> int:
         if shown:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before training began
-        return 130
     return 0
 
 

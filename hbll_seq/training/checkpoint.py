@@ -1,79 +1,50 @@
-"""Checkpoints that survive a crash at any instant, and the other files a run keeps.
+"""Checkpoints that survive a crash at any instant.
 
 A checkpoint is a folder ``step-00000100`` of safetensors files and one ``state.json``, which lists the size and SHA-256
-of the others. It is written under a hidden name, flushed to the disk and then renamed: a folder with a checkpoint's
-name is complete, or was damaged afterwards, which the sums tell. Nothing is pickled.
+of the others; ``SHA256SUMS`` holds the sums of all of them, so that no byte can change unseen. It is written under a hidden
+name, flushed to the disk and then renamed: a folder with a checkpoint's name is complete, or was damaged afterwards, which
+the sums tell. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
-import random
 import re
 import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hbll_seq.atomic import ASIDE, atomic_write, fsync
-from hbll_seq.integrity import sha256
+from hbll_seq.console import say
+from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.reading import check_regular, parse_json, quote, read_bytes, shorten
 from hbll_seq.tensors import first_not_finite, module_tensors
+from hbll_seq.training.json_lines import JsonLines  # noqa: F401  others look for it here, and for the next two
+from hbll_seq.training.random_state import rng_state, set_rng_state  # noqa: F401
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = 2
+_WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors")
+_STATE = "state.json"
+_MAX_STATE = 1 << 26  # bytes of state.json; each process adds about 40,000 of its random generators
+ADAM_STATES = {"step", "exp_avg", "exp_avg_sq"}
 TensorGroups = dict[str, dict[str, Tensor]]
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or does not fit; the message names it and the remedy."""
-
-
-class JsonLines:
-    """A file of one JSON object per line that only ever grows by whole lines.
-
-    Args:
-        path: the file; it is created by the first line.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add one line. Raises OSError when the disk is full, after taking back what was written of the line."""
-        line = (json.dumps(row) + "\n").encode("utf-8")
-        with open(self.path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                if file.write(line) != len(line):
-                    raise OSError(f"the disk is full: a line could not be added to {self.path}")
-            except OSError:
-                file.truncate(size)
-                raise
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All complete lines; a last line that a crash cut short is left out."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
-
-    def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``, so that a resumed run writes them again."""
-        if self.path.exists():
-            rows = [row for row in self.rows() if row["step"] <= step]
-            atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -89,8 +60,8 @@ def list_checkpoints(folder: str | os.PathLike) -> list[int]:
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
+    steps = (int(match[1]) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name)))
+    return sorted({step for step in steps if checkpoint_path(folder, step).is_dir()})
 
 
 def save_checkpoint(
@@ -106,7 +77,7 @@ def save_checkpoint(
         keep: how many checkpoints remain, at least 1.
 
     Raises:
-        ValueError: a tensor holds NaN or infinity; nothing is written.
+        ValueError: a tensor or the state holds NaN or infinity; nothing is written.
         OSError: folder not writable, disk full, or a checkpoint of ``step`` exists; nothing is left behind and older
             checkpoints are untouched.
     """
@@ -116,7 +87,7 @@ def save_checkpoint(
         if bad:
             raise ValueError(f"refusing to save step {step}: {group} tensor {bad!r} holds NaN or infinity")
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder)
     final, aside = checkpoint_path(folder, step), folder / f"{ASIDE}{step}"
     if final.exists():
         raise FileExistsError(f"{final} exists already")
@@ -129,33 +100,56 @@ def save_checkpoint(
             try:
                 save_file(cpu, file)
             except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(f"{file.name}: {error}") from None
+                number = re.search(r"os error ([0-9]{1,4})", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
             file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
             fsync(file)
-            files[file.name] = _digest(file)
+            files[file.name] = {**_digest(file), "tensors": len(cpu)}
         document = {"format": FORMAT, "step": step, "files": files, **state}
-        atomic_write(aside / "state.json", json.dumps(document, indent=1) + "\n")
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        atomic_write(aside / _STATE, text)
+        sums = {**{name: entry["sha256"] for name, entry in files.items()}, _STATE: sha256(aside / _STATE)}
+        atomic_write(aside / SUMS_NAME, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
         os.replace(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     fsync(folder)
-    remove_checkpoints(folder, list_checkpoints(folder)[:-keep])
+    try:
+        remove_checkpoints(folder, list_checkpoints(folder)[:-keep])
+    except OSError as error:  # the new one is safe: what is too much takes room and nothing else
+        say(f"warning: older checkpoints in {folder} could not be removed: {shorten(error)}")
     return final
 
 
 def remove_checkpoints(folder: str | os.PathLike, steps: Iterable[int]) -> None:
-    """Delete checkpoints; each is renamed first, so that no half-deleted folder bears a checkpoint's name."""
+    """Delete checkpoints; each is renamed first, so that no half-deleted folder bears a checkpoint's name.
+
+    Raises:
+        OSError: one cannot be renamed; it is whole.
+    """
     folder = Path(folder)
     for step in steps:
         os.replace(checkpoint_path(folder, step), folder / f"{ASIDE}old-{step}")
-    _sweep(folder)
+    sweep(folder)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier crash left half written or half deleted."""
-    for entry in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+def sweep(folder: str | os.PathLike) -> None:
+    """Remove what a run that was killed left half written or half deleted in ``folder`` itself.
+
+    Only for the owner of a run's folder: another process may be writing there. What cannot be removed stays.
+    """
+    folder = Path(folder)
+    export = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}\.tmp")  # of hbll_seq.atomic.atomic_folder
+    with contextlib.suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if entry.name.startswith(ASIDE) or export.fullmatch(entry.name):
+                _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _digest(file: Path) -> dict[str, Any]:
@@ -168,36 +162,103 @@ def _digest(file: Path) -> dict[str, Any]:
 def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups, dict[str, Any]]:
     """Tensors (on the CPU) and state of the checkpoint of ``step``, after checking every byte of it.
 
+    A checkpoint of an older version, whose state.json no sum covers, is read too, and that is said on stderr.
+
     Raises:
-        CheckpointError: a file is missing, was cut or changed, or holds NaN; the message names the file.
+        CheckpointError: a file is missing, was cut or changed, is no regular file, or holds NaN; state.json names files
+            outside the folder, another step or an unknown format. The message names the file.
     """
-    path = checkpoint_path(Path(folder), step)
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files, version = state["files"], state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: state.json cannot be read ({error!r})") from None
-    if version != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {version!r}; this version of hbll_seq reads {FORMAT}")
-    groups = {}
-    for name, expected in files.items():
-        file = path / name
-        try:
-            found = _digest(file)
-            if found["bytes"] != expected["bytes"]:
-                raise CheckpointError(
-                    f"checkpoint {path} is damaged: {name} has {found['bytes']} bytes instead of {expected['bytes']}"
-                )
-            if found != expected:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} was changed after it was saved")
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({error})") from None
-        bad = first_not_finite(tensors)
-        if bad:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds NaN or infinity in {bad!r}")
-        groups[file.stem] = tensors
+    groups, state = _load(checkpoint_path(Path(folder), step), step)
+    if state["format"] == _WITHOUT_SUMS and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        say(f"the checkpoint of step {step} in {folder} was made by an older version: no sum covers its state.json")
     return groups, state
+
+
+def _load(path: Path, step: int) -> tuple[TensorGroups, dict[str, Any]]:
+    state = _read_state(path, step)
+    groups: TensorGroups = {}
+    for name, expected in state["files"].items():
+        try:
+            _check_file(path / name, expected)
+            tensors = load_file(path / name)
+            bad = first_not_finite(tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} {error}") from None
+        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:  # the last two: odd tensor types
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({shorten(error)})") from None
+        if bad:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds NaN or infinity in {quote(bad)}")
+        if len(tensors) != expected.get("tensors", len(tensors)):
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds {len(tensors)} tensors instead of "
+                                  f"{expected['tensors']}")
+        groups[name.removesuffix(".safetensors")] = tensors
+    return groups, state
+
+
+def _check_file(file: Path, expected: dict[str, Any]) -> None:
+    """Raises CheckpointError or OSError unless the file is there itself, as long as it should be, and unchanged."""
+    info = os.lstat(file)
+    if stat.S_ISLNK(info.st_mode):
+        raise CheckpointError("is a link; a checkpoint holds its files itself: copy the file there")
+    check_regular(info, file)
+    if info.st_size != expected["bytes"]:
+        raise CheckpointError(f"has {info.st_size} bytes instead of {expected['bytes']}")
+    if sha256(file) != expected["sha256"]:
+        raise CheckpointError("was changed after it was saved")
+
+
+def _read_state(path: Path, step: int) -> dict[str, Any]:
+    """The state.json of a checkpoint, whose sum, format, step and list of files are right."""
+    damaged = f"checkpoint {path} is damaged: {_STATE}"
+    text = _read(path, _STATE, lambda file: read_bytes(file, _MAX_STATE))
+    sums = _read(path, SUMS_NAME, read_sums) if os.path.lexists(path / SUMS_NAME) else None
+    if sums is not None and sums.get(_STATE) != hashlib.sha256(text).hexdigest():
+        raise CheckpointError(f"{damaged} was changed after it was saved")
+    try:
+        state = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{damaged} cannot be read ({error})") from None
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is not int or not isinstance(state.get("files"), dict):
+        raise CheckpointError(f"{damaged} names no format, or no files")
+    if version not in (FORMAT, _WITHOUT_SUMS):
+        raise CheckpointError(f"checkpoint {path} has format {quote(version)}; this version of hbll_seq reads "
+                              f"{_WITHOUT_SUMS} and {FORMAT}")
+    if sums is None and version != _WITHOUT_SUMS:
+        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} is missing")
+    if type(state.get("step")) is not int or state["step"] != step:
+        raise CheckpointError(f"{damaged} is that of step {quote(state.get('step'))}")
+    _check_list(path, state["files"])
+    if sums is not None and sums != {_STATE: sums[_STATE], **{n: entry["sha256"] for n, entry in state["files"].items()}}:
+        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} and {_STATE} list different files or sums")
+    return state
+
+
+def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
+    try:
+        if (path / name).is_symlink():
+            raise ValueError("it is a link; a checkpoint holds its files itself")
+        return read(path / name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({shorten(error)})") from None
+
+
+def _check_list(path: Path, files: dict[str, Any]) -> None:
+    """Raises CheckpointError unless ``files`` names the folder's own safetensors files, all of them, with size and sum."""
+    damaged = f"checkpoint {path} is damaged: {_STATE}"
+    for name, entry in files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{damaged} lists the file {quote(name)}; file names in state.json may not leave the "
+                                  "folder and end in .safetensors")
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry) <= {"bytes", "sha256", "tensors"}:
+            raise CheckpointError(f"{damaged} does not give bytes and sha256 of {name}, or more than that")
+        counts = [entry["bytes"], entry.get("tensors", 0)]
+        if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry["sha256"], str):
+            raise CheckpointError(f"{damaged} gives {quote(entry)} for {name}; bytes and tensors must be whole numbers, "
+                                  "sha256 text")
+    present = {name for name in _read(path, ".", os.listdir) if name.endswith(".safetensors")}
+    if extra := present - set(files):
+        raise CheckpointError(f"checkpoint {path} is damaged: {quote(min(extra))} lies in it and {_STATE} does not list it")
 
 
 def sound_checkpoints(folder: str | os.PathLike) -> list[int]:
@@ -205,7 +266,7 @@ def sound_checkpoints(folder: str | os.PathLike) -> list[int]:
 
     def sound(step: int) -> bool:
         try:
-            load_checkpoint(folder, step)
+            _load(checkpoint_path(Path(folder), step), step)
         except CheckpointError:
             return False
         return True
@@ -223,17 +284,18 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], where: str = "che
         CheckpointError: a tensor is missing, unexpected, or of another shape or type; ``module`` is unchanged.
     """
     targets = module_tensors(module)
-    _compare(targets, tensors, where)
+    check_module(targets, tensors, where)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
 
 
-def _compare(targets: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+def check_module(targets: dict[str, Tensor], tensors: dict[str, Tensor], where: str = "checkpoint") -> None:
+    """Raises CheckpointError unless ``tensors`` have exactly the names, shapes and types of ``targets``."""
     remedy = "it belongs to a model of another configuration"
     for problem, names in (("lacks", set(targets) - set(tensors)), ("holds unexpected", set(tensors) - set(targets))):
         if names:
-            raise CheckpointError(f"{where} {problem} tensor {min(names)!r} ({len(names)} in all): {remedy}")
+            raise CheckpointError(f"{where} {problem} tensor {quote(min(names))} ({len(names)} in all): {remedy}")
     for name, target in targets.items():
         found = tensors[name]
         if found.shape != target.shape or found.dtype != target.dtype:
@@ -256,16 +318,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
     """Inverse of :func:`optimizer_tensors` for an optimizer over the same parameters.
 
     Raises:
-        CheckpointError: a state belongs to no parameter, or has another shape than its parameter.
+        CheckpointError: as :func:`check_optimizer`; ``optimizer`` is unchanged.
     """
+    check_optimizer(optimizer, module, tensors)
     parameters = dict(module.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("|", 1)
-        parameter = parameters.get(name)
-        if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
-            raise CheckpointError(f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no parameter: "
-                                  "it belongs to a model of another configuration")
+        parameter = parameters[name]
         # PyTorch keeps step counts on the CPU unless the optimizer is fused or capturable
         device = parameter.device if tensor.ndim or _on_device(optimizer) else "cpu"
         state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
@@ -273,28 +333,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
     optimizer.state.update(state)
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError where a state belongs to no parameter that ``optimizer`` trains, has another shape or type than
+    its parameter, or a parameter has some of AdamW's states and not all."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in module.named_parameters() if id(p) in trained}
+    remedy = "it belongs to a model of another configuration"
+    found: dict[str, set[str]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("|")
+        parameter = parameters.get(name)
+        count = key == "step"
+        if parameter is None or key not in ADAM_STATES or tensor.shape != (() if count else parameter.shape):
+            raise CheckpointError(f"optimizer state {quote(full_name)} of shape {tuple(tensor.shape)} fits no parameter: "
+                                  f"{remedy}")
+        if not tensor.is_floating_point() if count else tensor.dtype != parameter.dtype:
+            raise CheckpointError(f"optimizer state {quote(full_name)} is {tensor.dtype}, its parameter {parameter.dtype}: "
+                                  f"{remedy}")
+        found.setdefault(name, set()).add(key)
+    for name, keys in found.items():
+        if missing := ADAM_STATES - keys:
+            raise CheckpointError(f"optimizer state {min(missing)!r} of parameter {quote(name)} is missing: {remedy}")
+
+
 def _on_device(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-
-
-def rng_state() -> dict[str, Any]:
-    """State of this process's random number generators (Python, NumPy, torch, the current GPU) as JSON values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    python = random.getstate()
-    return {
-        "python": [python[0], list(python[1]), python[2]],
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Inverse of :func:`rng_state`."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))

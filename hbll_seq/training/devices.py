@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch
@@ -10,6 +11,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType
 
+from hbll_seq.console import say
+from hbll_seq.reading import quote, shorten
 from hbll_seq.training.settings import TrainingSettings
 
 if torch.distributed.is_available():
@@ -22,19 +25,26 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """An Accelerator with the settings' precision, accumulation and trackers; sets the number of CPU threads.
 
     Raises:
-        ValueError: float16, a tracker that is unknown or not installed, or a way to distribute that does not work here.
+        ValueError: float16, a tracker that is unknown or not installed, or a way to distribute that does not work here;
+            variables of a launcher with which Accelerate cannot start.
     """
     trackers = _trackers(settings.log_with)
+    _speak_of_dynamo()
     bfloat16 = _choose_precision(settings.precision) == "bfloat16"
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
-        log_with=trackers or None,
-        project_dir=settings.output_dir,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
-        # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
-        # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bfloat16 else "no",
+            dynamo_backend="no",
+            log_with=trackers or None,
+            project_dir=settings.output_dir,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
+            # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
+            # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        )
+    except Exception as error:  # KeyError, RuntimeError and more: what a launcher's variables are is checked nowhere else
+        raise ValueError(f"accelerate cannot start in this environment ({type(error).__name__}: {shorten(error)}); mend the "
+                         "variable that it names (ACCELERATE_..., RANK, WORLD_SIZE, MASTER_ADDR), or unset it") from None
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             f"accelerate was told to use {accelerator.distributed_type.value}: local losses need each block whole on "
@@ -42,6 +52,55 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         )
     torch.set_num_threads(settings.threads or default_threads())
     return accelerator
+
+
+def _speak_of_dynamo() -> None:
+    """An objective asks autograd for gradients inside its forward pass, which no compiler of whole modules follows."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no" and _speaks():
+        say(f"ACCELERATE_DYNAMO_BACKEND={quote(backend)} is left aside: an objective takes gradients inside its forward pass "
+            "and is not compiled as a whole; the losses are the same")
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+
+
+def start_trackers(accelerator: Accelerator, settings: TrainingSettings) -> None:
+    """Give the trackers of ``log_with`` the run's settings.
+
+    Raises:
+        ValueError: one cannot be started (no account, no network, a folder that cannot be written).
+    """
+    values = {name: "none" if value is None else value for name, value in asdict(settings).items()}
+    try:
+        accelerator.init_trackers("hbll_seq", values)
+    except Exception as error:  # whatever a tracker's own package raises
+        raise ValueError(f"log_with={quote(settings.log_with)}: it cannot be started ({shorten(error)}); set it up, or leave "
+                         "--log-with out (metrics.jsonl is always written)") from None
+
+
+def track(accelerator: Accelerator, values: dict[str, float], step: int) -> None:
+    """Pass figures on to the trackers. One that fails is told once and gets no more: metrics.jsonl has all figures, and a
+    service out of reach is no reason to end a run."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:
+            accelerator.trackers.remove(tracker)
+            say(f"warning: the tracker {quote(tracker.name)} failed at step {step} and gets no more figures "
+                f"({shorten(error)}); metrics.jsonl has them all")
+
+
+def end(accelerator: Accelerator) -> None:
+    """Finish the trackers, whatever becomes of them, and the process group."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            say(f"warning: the tracker {quote(tracker.name)} could not be finished ({shorten(error)})")
+    accelerator.trackers.clear()
+    accelerator.end_training()
 
 
 def precision_name(accelerator: Accelerator) -> str:
@@ -53,9 +112,16 @@ def default_threads() -> int:
     """The cores that this process may use, divided by the processes on this machine.
 
     ``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU, which would leave all cores but one idle.
+
+    Raises:
+        ValueError: the launcher's LOCAL_WORLD_SIZE is no such number.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (processes.isascii() and processes.isdigit() and int(processes) > 0):
+        raise ValueError(f"LOCAL_WORLD_SIZE={quote(processes)}: must be the number of processes here; unset it, or "
+                         "give --threads")
+    return max(1, cores // int(processes))
 
 
 def _choose_precision(wanted: str) -> str:

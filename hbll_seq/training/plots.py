@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hbll_seq.atomic import atomic_write
+from hbll_seq.console import printable, say
+from hbll_seq.reading import shorten
 
 
 def plot_training_curve(
@@ -17,30 +21,33 @@ def plot_training_curve(
     """Cross-entropy over steps, with the validation loss of every path, and the learning rate below.
 
     Args:
-        rows: lines of metrics.jsonl (``step``, ``ce``, ``lr``).
+        rows: lines of metrics.jsonl (``step``, ``ce``, ``lr``); where a figure is null or missing, the line has a gap.
         evaluations: lines of evaluations.jsonl (``step``, ``validation``: rows of ``evaluate_paths``).
         path: the PNG file to write.
 
     Raises:
         OSError: it cannot be written.
     """
-    figure = new_figure(7.0, 5.0)
+    _draw(7.0, 5.0, path, lambda figure: _training_curve(figure, rows, evaluations))
+
+
+def _training_curve(figure, rows, evaluations) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
     steps = [row["step"] for row in rows]
-    top.plot(steps, [row["ce"] for row in rows], color="0.7", linewidth=0.8)
-    top.plot(steps, _smooth([row["ce"] for row in rows]), color="0.2", label="training")
-    names = {row["name"]: row["depth"] for evaluation in evaluations for row in evaluation["validation"]}
-    shades = dict(zip(names, _shades(len(names))))
-    for name in names:
-        points = [(e["step"], r["loss"]) for e in evaluations for r in e["validation"] if r["name"] == name]
-        top.plot(*zip(*points), marker="o", markersize=3, linewidth=1, color=shades[name], label=f"validation, {name}")
+    losses = [_number(row.get("ce")) for row in rows]
+    top.plot(steps, losses, color="0.7", linewidth=0.8)
+    top.plot(steps, _smooth(losses), color="0.2", label="training")
+    points = [(e["step"], row) for e in evaluations for row in e.get("validation", ())]
+    names = dict.fromkeys(row["name"] for _, row in points)
+    for name, shade in zip(names, _shades(len(names))):
+        curve = [(step, _number(row.get("loss"))) for step, row in points if row["name"] == name]
+        top.plot(*zip(*curve), marker="o", markersize=3, linewidth=1, color=shade, label=_label(f"validation, {name}"))
     top.set_ylabel("nats per token")
     if steps or names:
         top.legend(fontsize="small")
-    bottom.plot(steps, [row["lr"] for row in rows], color="0.2")
+    bottom.plot(steps, [_number(row.get("lr")) for row in rows], color="0.2")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
-    save_figure(figure, path)
 
 
 def plot_perplexity_by_depth(
@@ -55,18 +62,21 @@ def plot_perplexity_by_depth(
     Raises:
         OSError: it cannot be written.
     """
-    figure = new_figure(6.0, 4.0)
+    _draw(6.0, 4.0, path, lambda figure: _perplexity_by_depth(figure, splits))
+
+
+def _perplexity_by_depth(figure, splits) -> None:
     axes = figure.subplots()
     depths = sorted({row["depth"] for rows in splits.values() for row in rows})
     for label, rows in splits.items():
         rows = sorted(rows, key=lambda row: row["depth"])
-        axes.plot([row["depth"] for row in rows], [row["perplexity"] for row in rows], marker="o", label=label)
+        values = [_number(row["perplexity"]) for row in rows]
+        axes.plot([row["depth"] for row in rows], values, marker="o", label=_label(label))
     axes.set_xticks(depths)
     axes.set_xlabel("blocks on the path")
     axes.set_ylabel("perplexity per token")
     axes.grid(axis="y", color="0.9")
     axes.legend(fontsize="small")
-    save_figure(figure, path)
 
 
 def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
@@ -81,16 +91,19 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
     Raises:
         OSError: it cannot be written.
     """
-    figure = new_figure(13.0, 4.2)
+    _draw(13.0, 4.2, path, lambda figure: _comparison(figure, runs, metric))
+
+
+def _comparison(figure, runs, metric) -> None:
     by_depth, by_step, by_work = figure.subplots(1, 3)
     points: dict[str, list[tuple[int, float]]] = {}
     for side, of_side in runs.items():
         single = side.startswith("backprop-") and side != "backprop-mix"
         label = "backprop, a model per depth" if single else side
-        points.setdefault(label, []).extend((row["depth"], row[metric]) for run in of_side for row in run["test"])
+        points.setdefault(label, []).extend((row["depth"], _number(row[metric])) for run in of_side for row in run["test"])
     for (label, values), marker in zip(points.items(), itertools.cycle("os^vDP*X")):
         depths = sorted({depth for depth, _ in values})
-        (line,) = by_depth.plot(depths, [_mean(y for x, y in values if x == depth) for depth in depths], label=label)
+        (line,) = by_depth.plot(depths, [_mean(y for x, y in values if x == depth) for depth in depths], label=_label(label))
         by_depth.plot(*zip(*values), marker, color=line.get_color(), markersize=4)
     by_depth.set_xticks(sorted({depth for values in points.values() for depth, _ in values}))
     by_depth.set_xlabel("blocks on the path")
@@ -98,12 +111,12 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
     deepest = max(depth for values in points.values() for depth, _ in values)
     for side, of_side in runs.items():
         name = f"depth {deepest}"
-        curve = [(step, row[name]) for run in of_side[:1] for step, row in run["evaluations"] if name in row]
+        curve = [(step, _number(row[name])) for run in of_side[:1] for step, row in run["evaluations"] if name in row]
         if curve:
             steps, values = zip(*curve)
             marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
-            by_step.plot(steps, values, marker=marker, label=side)
-            by_work.plot([step * of_side[0]["work"] for step in steps], values, marker=marker, label=side)
+            by_step.plot(steps, values, marker=marker, label=_label(side))
+            by_work.plot([step * of_side[0]["work"] for step in steps], values, marker=marker, label=_label(side))
     by_step.set_xlabel("steps")
     by_work.set_xlabel("block evaluations of training")
     by_work.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
@@ -117,7 +130,6 @@ def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
         axes.grid(axis="y", color="0.9")
         if axes.has_data():
             axes.legend(fontsize="small")
-    save_figure(figure, path)
 
 
 def _mean(values) -> float:
@@ -142,16 +154,62 @@ def _shades(count: int) -> list:
 
 
 def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average, corrected for its start; a missing value leaves a gap and does not count."""
     smoothed, total, norm = [], 0.0, 0.0
     for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + 1 - weight
-        smoothed.append(total / norm)
+        if not math.isnan(value):
+            total, norm = weight * total + (1 - weight) * value, weight * norm + 1 - weight
+        smoothed.append(math.nan if math.isnan(value) else total / norm)
     return smoothed
 
 
+def _number(value: Any) -> float:
+    """A figure to draw: what is null, missing or infinite is a gap."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else math.nan
+
+
+def _label(text: str) -> str:
+    """A name as it is: neither a formula nor hidden (a leading underscore), nor of characters that nothing can draw."""
+    text = printable(text.encode("utf-8", "backslashreplace").decode("utf-8")).replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
+
+
+def _draw(width: float, height: float, path: str | os.PathLike, fill: Callable[[Any], None]) -> None:
+    """A figure that ``fill`` draws, saved as :func:`save_figure` does."""
+    try:
+        figure = new_figure(width, height)
+        fill(figure)
+    except Exception as error:
+        _tell(path, error)
+        return
+    save_figure(figure, path)
+
+
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """Writes a PNG file, whole or not at all. Raises OSError where it cannot be written."""
+    """Writes a PNG file, whole or not at all.
+
+    Where Matplotlib fails (no folder for its cache, no font, a broken installation) that is said, and the figure is left out:
+    the run that it shows is worth more.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        data = _png(figure)
+    except Exception as error:
+        _tell(path, error)
+        return
+    atomic_write(path, data)
+
+
+def _tell(path: str | os.PathLike, error: Exception) -> None:
+    say(f"warning: {os.fspath(path)} is not drawn: {type(error).__name__}: {shorten(error)}")
+
+
+def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # drawn as a box
+        figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -14,12 +14,13 @@ from torch import Tensor
 from hbll_seq.atomic import atomic_write
 from hbll_seq.training.checkpoint import (
     CheckpointError,
-    JsonLines,
     list_checkpoints,
     load_checkpoint,
     remove_checkpoints,
     sound_checkpoints,
 )
+from hbll_seq.training.json_lines import JsonLines
+from hbll_seq.training.run_state import check_run_state
 from hbll_seq.training.settings import FREE_ON_RESUME, TrainingSettings, as_meant, differences, resolve
 
 SETTINGS, METRICS, EVALUATIONS, SUMMARY = "settings.yaml", "metrics.jsonl", "evaluations.jsonl", "metrics.json"
@@ -125,6 +126,7 @@ def resume_run(
     step = steps[-1] if step == NEWEST else step
     try:
         tensors, state = load_checkpoint(checkpoints, step)
+        check_run_state(state)
     except CheckpointError as error:
         older = [s for s in sound_checkpoints(checkpoints) if s < step]
         remedy = (f"the newest sound one is that of step {older[-1]}: go on from it with --resume {older[-1]}"

@@ -6,6 +6,7 @@ a pure function of the step: the learning rate, the batch, and the noise of the 
 
 from __future__ import annotations
 
+import errno
 import math
 import sys
 import time
@@ -21,21 +22,28 @@ from tqdm import tqdm
 
 from hbll_seq.data import TokenWindows
 from hbll_seq.depth import Prefix
+from hbll_seq.reading import quote, shorten
 from hbll_seq.tensors import module_tensors
 from hbll_seq.training.checkpoint import (
     CheckpointError,
-    JsonLines,
+    check_module,
+    check_optimizer,
     load_module,
     load_optimizer,
     optimizer_tensors,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
+    sweep,
 )
+from hbll_seq.training.devices import track
+from hbll_seq.training.json_lines import JsonLines
+from hbll_seq.training.random_state import rng_state, set_rng_state
+from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
 
 States = dict[Prefix, torch.Tensor]
+#: seconds between two flushes of metrics.jsonl to the disk, beside the one before each checkpoint.
+FLUSH_SECONDS = 5.0
 
 
 class RunFailed(RuntimeError):
@@ -50,13 +58,23 @@ class Stopped(Exception):
         self.step, self.signal_number = step, signal_number
 
 
+def remedy_for(error: Exception) -> str:
+    """What helps against a file that could not be written, by the kind of error."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "see that you may write there"
+    return "see to the disk" if isinstance(error, OSError) else "mend what is named"
+
+
 def append_line(file: JsonLines, row: dict[str, Any]) -> None:
     """Add a line to a file of the run. Raises RunFailed when the disk is full or the file cannot be written."""
     try:
         file.append(row)
-    except OSError as error:
-        remedy = "make room, then go on with --resume"
-        raise RunFailed(f"{file.path} cannot be written: {error}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        remedy = f"{remedy_for(error)}, then go on with --resume"
+        raise RunFailed(f"{file.path} cannot be written: {shorten(error)}; {remedy}") from None
 
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: float) -> float:
@@ -127,7 +145,7 @@ class Trainer:
                 "or --block-size, or more text"
             )
         self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
-        self.metrics = JsonLines(folder / "metrics.jsonl")
+        self.metrics = JsonLines(folder / "metrics.jsonl", FLUSH_SECONDS)
         self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.done = 0
         self.states: list[States] = [{} for _ in range(settings.grad_accum)]  # carried, of the rows of each micro batch
@@ -140,15 +158,39 @@ class Trainer:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.done * self.windows_per_step * self.windows.block_size
+
     # ------------------------------------------------------------------------------------------ state
 
     def restore(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-        """Take up the run at a loaded checkpoint. Raises CheckpointError when it does not fit this model."""
+        """Take up the run at a loaded checkpoint.
+
+        Raises:
+            CheckpointError: it does not fit this model or run, or its state is not one that a run has written; nothing is
+                changed.
+        """
+        check_run_state(state)
+        step, rng = state["step"], state["rng"]
+        allowed = {"model", "optimizer"} | ({"carried"} if self.settings.carry_state else set())
+        if not {"model", "optimizer"} <= set(groups) <= allowed:
+            raise CheckpointError(f"the checkpoint holds the files {quote(sorted(groups))}; this run takes "
+                                  f"{', '.join(sorted(allowed))} and needs model and optimizer")
+        if step > self.total_steps or len(rng) != self.accelerator.num_processes:
+            raise CheckpointError(f"the checkpoint is that of step {step} of {len(rng)} processes; this run has "
+                                  f"{self.total_steps} steps and {self.accelerator.num_processes} processes")
+        check_module(module_tensors(self.plain_objective), groups["model"], "the checkpoint")
+        check_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
+        if any(not 0 < count <= step for name, count in groups["optimizer"].items() if name.endswith("|step")):
+            raise CheckpointError(f"the checkpoint of step {step} counts other steps in its optimizer")
+        states = self._own_states(groups.get("carried", {}))
         load_module(self.plain_objective, groups["model"], "the checkpoint")
         load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
-        self.states = self._own_states(groups.get("carried", {}))
-        set_rng_state(state["rng"][self.accelerator.process_index])
-        self.done, self.seconds = state["step"], state["seconds"]
+        self.states = states
+        set_rng_state(rng[self.accelerator.process_index])
+        self.done, self.seconds = step, state["seconds"]
         self._logged, self._saved = (self.done, self.seconds), self.done
 
     def save(self) -> None:
@@ -165,12 +207,13 @@ class Trainer:
             }
             state = {**self.identity, "seconds": self.seconds, "rng": rng}
             try:
+                self.metrics.flush()  # no checkpoint is ahead of its metrics, whenever the power fails
                 save_checkpoint(self.checkpoints, self.done, groups, state, self.settings.keep_checkpoints)
             except (OSError, ValueError) as error:
-                remedy = "older ones are kept: make room, then go on with --resume" if self.done else \
-                    "make room, then start again with --overwrite"
-                problem = [f"the checkpoint of step {self.done} could not be saved in {self.checkpoints}: {error}; "
-                           f"{remedy}"]
+                then = "go on with --resume" if self.done else "start again with --overwrite"
+                kept = "older ones are kept: " if self.done else ""
+                problem = [f"the checkpoint of step {self.done} could not be saved in {self.checkpoints}: {shorten(error)}; "
+                           f"{kept}{remedy_for(error)}, then {then}"]
         broadcast_object_list(problem)
         if problem[0]:
             raise RunFailed(problem[0])
@@ -179,24 +222,19 @@ class Trainer:
     def _all_states(self) -> dict[str, torch.Tensor]:
         """Carried states of all processes, [processes * B, C] by micro batch and path, as a checkpoint names them."""
         return {
-            f"{micro}|{','.join(map(str, prefix))}": self.accelerator.gather(state)
+            name_carried(micro, prefix): self.accelerator.gather(state)
             for micro, states in enumerate(self.states)
             for prefix, state in states.items()
         }
 
     def _own_states(self, tensors: dict[str, torch.Tensor]) -> list[States]:
-        """Inverse of :meth:`_all_states`: the rows of this process."""
+        """Inverse of :meth:`_all_states`: the rows of this process. Raises CheckpointError where one does not fit."""
         states: list[States] = [{} for _ in range(self.settings.grad_accum)]
         n_rows, width = self.settings.batch_size, self.settings.n_embd
         expected = (n_rows * self.accelerator.num_processes, width)
         own = slice(self.accelerator.process_index * n_rows, (self.accelerator.process_index + 1) * n_rows)
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != expected:
-                raise CheckpointError(f"carried state {name!r} of shape {tuple(tensor.shape)} does not fit this run, which "
-                                      f"carries {expected}: it belongs to a run of another batch or model")
-            micro, prefix = name.split("|")
-            key = tuple(int(n) for n in prefix.split(","))
-            states[int(micro)][key] = tensor[own].to(self.accelerator.device, copy=True)
+        for micro, prefix, tensor in read_carried(tensors, len(states), expected, 2**self.settings.n_level - 1):
+            states[micro][prefix] = tensor[own].to(self.accelerator.device, copy=True)
         return states
 
     # ------------------------------------------------------------------------------------------ loop
@@ -211,6 +249,8 @@ class Trainer:
             RunFailed: the loss or the gradient is not finite, or a file cannot be written.
             Stopped: a signal came; the run is saved.
         """
+        if self.accelerator.is_main_process:
+            sweep(self.folder)
         if self.done == 0:  # so that --resume always finds something, and a disk too small shows now
             self.save()
         if evaluated < self.done:
@@ -288,14 +328,14 @@ class Trainer:
             return self._shown(row)
         tokens = self.windows_per_step * self.windows.block_size
         steps, seconds = self._logged
-        row["tokens"] = self.done * tokens
+        row["tokens"] = self.tokens
         row["tokens_per_s"] = (self.done - steps) * tokens / max(self.seconds - seconds, 1e-9)
         row["epoch"] = self.done * self.windows_per_step / self.windows.n_windows
         row["seconds"] = self.seconds
         self._logged = (self.done, self.seconds)
         if self.accelerator.is_main_process:
             append_line(self.metrics, row)
-        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, (int, float))}, self.done)
+        track(self.accelerator, {name: value for name, value in row.items() if isinstance(value, (int, float))}, self.done)
         return self._shown(row)
 
     def _shown(self, row: dict[str, Any]) -> dict[str, str]:

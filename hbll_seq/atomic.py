@@ -260,8 +260,12 @@ def _start_of_name(folder: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path, seconds: float = PATIENCE) -> Iterator[bool]:
+def _locked(folder: Path, seconds: float | None = None) -> Iterator[bool]:
     """Hold a folder against other saves, those of this process too; gives whether the file system has such locks.
+
+    Args:
+        folder: the folder.
+        seconds: how long another save is waited for; None: ``PATIENCE``.
 
     Raises:
         TimeoutError: another save holds it all the time.
@@ -273,7 +277,7 @@ def _locked(folder: Path, seconds: float = PATIENCE) -> Iterator[bool]:
     handle = os.open(folder, os.O_RDONLY)
     is_held = False
     try:
-        is_held = _wait_for(handle, seconds)
+        is_held = _wait_for(handle, PATIENCE if seconds is None else seconds)
         yield is_held
     finally:
         if is_held:
@@ -289,7 +293,7 @@ def _wait_for(handle: int, seconds: float) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() >= end:
-                raise TimeoutError(f"another process has been saving there for {seconds:.0f} seconds") from None
+                raise TimeoutError(f"another process has been saving there for {seconds:g} seconds") from None
             time.sleep(0.05)
         except OSError:  # a file system without locks
             return False

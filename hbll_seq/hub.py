@@ -129,8 +129,7 @@ class HubMixin:
         }
         if self.tokenizer is not None:
             config["eos_token_id"] = self.tokenizer.eos_id
-        old = read_card(folder)
-        is_of_user = os.path.lexists(folder / CARD_NAME) if old is None else not may_overwrite(old)
+        is_of_user = _has_readme_of_user(folder)
         keep = (CARD_NAME,) if is_of_user else ()
         with atomic_folder(folder, REPLACED, keep) as aside:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -346,6 +345,20 @@ def _find_folder(
             f"there is no folder {called(source)} here, and no such model could be read from the Hub "
             f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
         ) from error
+
+
+def _has_readme_of_user(folder: Path) -> bool:
+    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
+    known."""
+    try:
+        return not may_overwrite(read_card(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # no regular file, or too large for a card
+        return True
+    except OSError as error:
+        raise ValueError(f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+                         "changed there; make it readable, or choose another folder") from error  # fmt: skip
 
 
 def _portable(folder: Path) -> str:

@@ -182,7 +182,10 @@ class ModelFiles:
 
     def card(self) -> str | None:
         """The text of README.md; None where there is none that can be read."""
-        return read_card(self.folder)
+        try:
+            return read_card(self.folder)
+        except (OSError, ValueError):
+            return None
 
 
 _REMEDY = "copy or download it again, or load an earlier checkpoint"
@@ -195,12 +198,9 @@ def called(path: str | os.PathLike[str]) -> str:
     return quote(text if len(text) <= 100 else f"...{text[-97:]}")
 
 
-def read_card(folder: Path) -> str | None:
-    """The text of a folder's README.md, whatever it is; None where there is none, or no regular file of sensible size."""
-    try:
-        return read_bytes(folder / CARD_NAME, MAX_CARD).decode("utf-8", "replace")
-    except (OSError, ValueError):
-        return None
+def read_card(folder: Path) -> str:
+    """The text of a folder's README.md, whoever wrote it. Raises as :func:`hbll_seq.reading.read_bytes`."""
+    return read_bytes(folder / CARD_NAME, MAX_CARD).decode("utf-8", "replace")
 
 
 def read_unchanged(folder: Path, read: Callable[[], T]) -> T:

@@ -242,7 +242,8 @@ class HubMixin:
         Raises:
             ValueError: the id is not valid, the Hub refuses or cannot be reached; or as :meth:`save_pretrained`.
         """
-        _check_options(revision=revision, token=token, private=private, create_pr=create_pr, commit_message=commit_message)
+        _check_options(repo_id=repo_id, revision=revision, token=token, private=private)
+        _check_options(create_pr=create_pr, commit_message=commit_message)
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
@@ -294,6 +295,7 @@ def _check_options(**options: Any) -> None:
         "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
         "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
         "commit_message": ((str,), "a text"),
+        "repo_id": ((str,), "an id such as 'owner/name'"),
     }
     for name, value in options.items():
         allowed, words = types[name]

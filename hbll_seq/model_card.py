@@ -135,7 +135,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any, column: str = "") -> str:
     if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
-        return "-".join(map(str, [0, *value])) + "-head"
+        value = "-".join(map(str, [0, *value])) + "-head"
     if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
         return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
     if isinstance(value, str) and os.path.isabs(value):  # where it lies on the machine is nobody's business

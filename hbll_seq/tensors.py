@@ -82,6 +82,8 @@ def tensors_to_save(module: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
         ValueError: the file could not be loaded, or not as this model: other names, shapes, dtypes or ties.
     """
     _check_names(set(module.state_dict()), set(fresh.state_dict()))
+    if bare := [name for name, tensor in module.state_dict().items() if tensor.device.type == "meta"]:
+        raise ValueError(f"weight {_name(bare[0])} is on the meta device and has no values; load or initialise them first")
     _check_ties(module, fresh)
     expected = module_tensors(fresh)
     tensors = {name: _plain(name, tensor) for name, tensor in module_tensors(module).items()}
@@ -129,7 +131,7 @@ def _check_ties(module: nn.Module, fresh: nn.Module) -> None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
@@ -139,9 +141,7 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
-    """A dense tensor with values, without gradient and without a subclass's ways."""
-    if tensor.device.type == "meta":
-        raise ValueError(f"weight {_name(name)} is on the meta device and has no values; load or initialise them first")
+    """A dense tensor without gradient and without a subclass's ways."""
     if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__") or tensor.is_quantized:
         raise ValueError(f"weight {_name(name)} is a {type(tensor).__name__} of layout {tensor.layout}, not a plain tensor; "
                          "make it dense and whole first")  # fmt: skip

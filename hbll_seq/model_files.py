@@ -74,6 +74,8 @@ class ModelFiles:
             sums = read_sums(self.folder / SUMS_NAME)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.source}: {SUMS_NAME} is damaged ({shorten(error)}); {_INTACT}") from None
+        if not sums:
+            raise ValueError(f"{self.source}: {SUMS_NAME} is empty; {_INTACT}")
         if missing := [name for name in SUMMED if name in sums and not os.path.lexists(self.folder / name)]:
             raise ValueError(f"{self.source}: {SUMS_NAME} lists {missing[0]}, which is missing; {_INTACT}")
         if loose := [name for name in SUMMED if name not in sums and os.path.lexists(self.folder / name)]:

@@ -390,6 +390,14 @@ def test_what_is_not_checked_is_told_in_one_line(saved, tmp_path, capfd):
                                      "checked for damage\n"  # fmt: skip
 
 
+def test_cut_sums_are_found(saved):
+    data = (saved / SUMS_NAME).read_bytes()
+    for size in (0, 1, 64, len(data) - 3, len(data) - 1):
+        (saved / SUMS_NAME).write_bytes(data[:size])
+        with pytest.raises(ValueError, match=f"SHA256SUMS is (damaged|empty).*delete {SUMS_NAME}"):
+            HBLLForCausalLM.from_pretrained(saved)
+
+
 def test_sums_of_other_peoples_files_do_not_matter(saved):
     with open(saved / SUMS_NAME, "a") as file:
         file.write(f"{'0' * 64}  pytorch_model.bin\n")  # the Hub's download leaves it out

@@ -113,8 +113,8 @@ def atomic_folder(folder: Path, names: Sequence[str], keep: Collection[str] = ()
             state = _clean_up(folder, aside, made, names, keep)
             if isinstance(error, (OSError, SafetensorError)):
                 raise ValueError(
-                    f"cannot write to {quote(os.fspath(folder))}: {shorten(error, 120)}. {state}; choose a folder that you may "
-                    "write to, on a disk with room"
+                    f"cannot write to {quote(os.fspath(folder))}: {shorten(error, 120)}. {state}; choose a folder that you "
+                    "may write to, on a disk with room"
                 ) from error
             raise
 

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.cells.recurrent import CELL_KINDS, make_cell
-from hbll_seq.config import ModelConfig
+from hbll_seq.config import ModelConfig, check_size
 from hbll_seq.hub import HubMixin
 from hbll_seq.model_card import CardText
 from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.seeds import mix_seeds
+
+#: the largest number of values, steps, classes and units: beyond any sensible classifier, and made in a second or two.
+MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,7 @@ class HBLLClassifierConfig(ModelConfig):
 
     def __post_init__(self):
         for name in ("n_inputs", "n_steps", "n_classes", "hidden_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+            check_size(name, getattr(self, name), 1, MAX_SIZE)
         if self.n_steps > self.n_inputs:
             raise ValueError(
                 f"n_steps={self.n_steps} of n_inputs={self.n_inputs}: a step reads one value or more, so choose at most "
@@ -64,13 +66,12 @@ class HBLLClassifierConfig(ModelConfig):
             )
         if self.n_classes < 2:
             raise ValueError(f"n_classes={self.n_classes}: must be at least 2, or there is nothing to tell apart")
-        if self.cell not in CELL_KINDS:
-            raise ValueError(f"cell={self.cell!r}: allowed are {', '.join(CELL_KINDS)}")
+        if not isinstance(self.cell, str) or self.cell not in CELL_KINDS:
+            raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELL_KINDS)}")
         seed = self.permutation_seed
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-            raise ValueError(
-                f"permutation_seed={seed!r}: must be a whole number of at least 0, or None to read the values as they come"
-            )
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
+            raise ValueError(f"permutation_seed={quote(seed)}: must be a whole number of at least 0, or None to read the "
+                             "values as they come; and below 2**64")  # fmt: skip
 
 
 def fixed_order(n: int, seed: int | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+from hbll_seq.reading import quote, shorten
 from hbll_seq.readout import READOUTS
 from hbll_seq.tree import PATH_FAMILIES
 
@@ -17,6 +18,11 @@ FOREIGN_KEYS = frozenset(
 #: kinds of blocks: attention, and the recurrent cells (``cells.CELL_KINDS``), which read one state of their own.
 CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
 NORMS = ("rmsnorm", "layernorm")
+#: the largest value of each size: far beyond any sensible model, and small enough for every product of them.
+BOUNDS = {
+    "vocab_size": 1 << 24, "n_level": 10, "n_embd": 1 << 16, "n_head": 1 << 16, "block_size": 1 << 24, "mlp_ratio": 1 << 10,
+    "readout_rank": 1 << 16,
+}  # fmt: skip
 
 T = TypeVar("T", bound="ModelConfig")
 
@@ -41,20 +47,31 @@ class ModelConfig:
         Raises:
             ValueError: a key is unknown or a value out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"config={quote(values)}: must be a dictionary of config keys")
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"model_type={model_type!r}: {cls.__name__} is for {cls.model_type!r} alone; load it with the class that "
-                "wrote it"
+                f"model_type={quote(model_type)}: {cls.__name__} is for {cls.model_type!r} alone; load it with the class "
+                "that wrote it"
             )
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known) - FOREIGN_KEYS)
+        unknown = [key for key in values if key not in known and key not in FOREIGN_KEYS]
         if unknown:
+            names = ", ".join(shorten(quote(key), 40) for key in unknown[:3]) + " and more" * (len(unknown) > 3)
             raise ValueError(
-                f"unknown config key {', '.join(map(repr, unknown))}: known are {', '.join(known)}; "
+                f"unknown config key {names}: known are {', '.join(known)}; "
                 "remove it, or use the hbll_seq version that wrote the file"
             )
         return cls(**{name: values[name] for name in known if name in values})
+
+
+def check_size(name: str, value: object, low: int, high: int) -> None:
+    """Raises ValueError unless the value is a whole number of ``low`` .. ``high``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        meaning = "; 0 leaves it out" if low == 0 else ""
+        limit = "" if isinstance(value, int) and value < low else f" and at most {high}"
+        raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {low}{limit}{meaning}")
 
 
 @dataclass(frozen=True)
@@ -123,51 +140,44 @@ class HBLLConfig(ModelConfig):
         return any(kind != "transformer" for kind in self.cells)
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_level", "n_embd", "n_head", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-        for name in ("readout_rank", "mlp_ratio"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 0; 0 leaves it out")
+        for name, high in BOUNDS.items():
+            check_size(name, getattr(self, name), 0 if name in ("readout_rank", "mlp_ratio") else 1, high)
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
-        if self.n_level > 10:
-            raise ValueError(f"n_level={self.n_level}: at most 10 (1023 blocks); choose fewer levels or wider blocks")
         self._check_cells()
         if self.has_attention:
             self._check_heads()
         choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+                raise ValueError(f"{name}={quote(getattr(self, name))}: allowed are {', '.join(allowed)}")
         if self.readout_by != "jump" and not self.readout_rank:
             raise ValueError(f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
                              "such as 16, or leave readout_by out")  # fmt: skip
-        for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, float("inf")), ("rope_base", 1.0, float("inf"))):
+        for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, 1e6), ("rope_base", 1.0, 1e12)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ValueError(f"{name}={value!r}: must be a number in [{low}, {high})")
+                raise ValueError(f"{name}={quote(value)}: must be a number in [{low:g}, {high:g})")
         if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings={self.tie_embeddings!r}: must be true or false")
+            raise ValueError(f"tie_embeddings={quote(self.tie_embeddings)}: must be true or false")
 
     def _check_cells(self) -> None:
         if isinstance(self.cell, list):  # as JSON and YAML give it
             object.__setattr__(self, "cell", tuple(self.cell))
-        if not isinstance(self.cell, (str, tuple)) or not all(kind in CELLS for kind in self.cells):
-            raise ValueError(f"cell={self.cell!r}: allowed are {', '.join(CELLS)}, or one of them for each block")
+        names = (self.cell,) if isinstance(self.cell, str) else self.cell
+        if not isinstance(names, tuple) or not all(isinstance(kind, str) and kind in CELLS for kind in names):
+            raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELLS)}, or one of them for each block")
         if len(self.cells) != self.n_layer:
-            raise ValueError(f"cell={self.cell!r} names {len(self.cells)} blocks: n_level={self.n_level} has {self.n_layer}; "
-                             "name as many, or one kind for all")  # fmt: skip
+            raise ValueError(f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
+                             f"{self.n_layer}; name as many, or one kind for all")  # fmt: skip
         if self.has_attention and self.mlp_ratio == 0:
-            raise ValueError(f"mlp_ratio=0 with cell={self.cell!r}: only recurrent blocks can do without an MLP; give at "
-                             "least 1, or recurrent cells alone")  # fmt: skip
+            raise ValueError(f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
+                             "at least 1, or recurrent cells alone")  # fmt: skip
 
     def _check_heads(self) -> None:
         if self.n_embd % self.n_head:
             divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
-            remedy = f"choose n_head from {divisors}" if divisors else "choose an even n_embd"
+            remedy = f"choose n_head from {quote(divisors)}" if divisors else "choose an even n_embd"
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: {remedy}")
         if (self.n_embd // self.n_head) % 2:
             raise ValueError(

@@ -6,34 +6,58 @@ unknown config keys, leaves missing weights random by default, falls back to a p
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbll_seq.atomic import atomic_folder
 from hbll_seq.config import ModelConfig
-from hbll_seq.integrity import sha256
-from hbll_seq.model_card import CardText, is_model_card, may_overwrite, model_card, with_location
-from hbll_seq.tensors import first_not_finite, module_tensors
+from hbll_seq.integrity import SUMS_NAME, format_sums, sha256
+from hbll_seq.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.model_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FILES,
+    METRICS_NAME,
+    REPLACED,
+    SUMMED,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    WHAT_TO_LOAD,
+    ModelFiles,
+    called,
+    find_latest_run,
+    read_card,
+    read_unchanged,
+)
+from hbll_seq.reading import possible_name, quote, shorten, to_json
+from hbll_seq.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 from hbll_seq.tokenizer import Tokenizer
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-TOKENIZER_NAME, CARD_NAME = "tokenizer.model", "README.md"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME)
-#: written by train/lm.py when a run has ended; what tells a finished run from a checkpoint.
-METRICS_NAME = "metrics.json"
+__all__ = ["FILES", "METRICS_NAME", "HubMixin", "find_latest_run"]
+
+#: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
+_HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+#: arguments of transformers' from_pretrained, and what takes their place here.
+_ELSEWHERE = {
+    "torch_dtype": "load the model, then model.to(torch.bfloat16)",
+    "dtype": "load the model, then model.to(torch.bfloat16)",
+    "device_map": "name one device by device=",
+    "use_auth_token": "give it as token=",
+    "trust_remote_code": "leave it out: no code is ever loaded",
+    "force_download": "leave it out: files are checked; delete the cached ones to download them again",
+    "tokenizer": "it is loaded with the model; set model.tokenizer afterwards for another one",
+    "config": "it is read from config.json",
+}
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -68,12 +92,14 @@ class HubMixin:
     ) -> None:
         """Write the model into a folder, which is made where it is missing. Other files in it are left alone.
 
-        Everything is written aside first and then renamed, so that a failure leaves the folder as it was. A README.md
-        that this library has not written, or whose marker line was removed, is left alone. Without any metadata the
-        card that the model was loaded with is kept, as long as the weights are still those it was written for.
+        The new version takes the old one's place in one step: whatever ends a save, the whole old or the whole new model
+        loads. A README.md that this library has not written, or whose marker line was removed, is left alone. Without any
+        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for.
+        SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit, on the Hub's web page
+        too.
 
         Args:
-            save_directory: the folder.
+            save_directory: the folder; ``~`` is the user's home.
             data: what the model was trained on.
             settings: the run's options, name -> value.
             perplexity: of a language model, rows as ``evaluation.evaluate_paths`` makes them.
@@ -81,14 +107,20 @@ class HubMixin:
                 ``model_name`` go to its header.
 
         Raises:
-            ValueError: the folder cannot be written or is a file, or a weight is NaN or infinite.
+            ValueError: the folder cannot be written or is a file; metadata of a wrong type; a weight is NaN or infinite; or
+                what would be written could not be loaded: weights of other names, shapes, dtypes or ties than those of a
+                new model of this config.
         """
         metadata = {"data": data, "settings": settings, "perplexity": perplexity, **metadata}
-        self._save(Path(save_directory), {name: value for name, value in metadata.items() if value is not None})
+        try:
+            folder = possible_name(save_directory)
+        except TypeError:
+            raise ValueError(f"save_directory={quote(save_directory)}: must be the name of a folder") from None
+        self._save(folder, {name: value for name, value in metadata.items() if value is not None})
 
     def _save(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
-        weights = {name: tensor.detach().contiguous() for name, tensor in module_tensors(self).items()}
-        _check_finite(weights, f"this {type(self).__name__}", "nothing was written; restore weights that are finite")
+        check_metadata(metadata)
+        weights = self._tensors_to_save()
         config = {
             "model_type": self.config.model_type,
             "architectures": [type(self).__name__],
@@ -97,17 +129,36 @@ class HubMixin:
         }
         if self.tokenizer is not None:
             config["eos_token_id"] = self.tokenizer.eos_id
-        # An old tokenizer goes with its model; config.json comes last, since without it a folder is no model.
-        with atomic_folder(folder, last=CONFIG_NAME, stale=TOKENIZER_NAME) as aside:
+        is_of_user = _has_readme_of_user(folder)
+        keep = (CARD_NAME,) if is_of_user else ()
+        with atomic_folder(folder, REPLACED, keep) as aside:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
             if self.tokenizer is not None:
                 self.tokenizer.save(aside / TOKENIZER_NAME)
-            if not (folder / CARD_NAME).exists() or may_overwrite(_read_text(folder / CARD_NAME)):
+            if not is_of_user:
                 kept = not metadata and self._card is not None and sha256(aside / WEIGHTS_NAME) == self._card[1]
-                card = self._card[0] if kept else model_card(self, metadata)
-                card = with_location(card, location or _portable(folder))
-                (aside / CARD_NAME).write_text(card, encoding="utf-8")
-            (aside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                card = with_location(self._card[0] if kept else model_card(self, metadata), location or _portable(folder))
+                (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
+            (aside / CONFIG_NAME).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+            summed = [name for name in SUMMED if (aside / name).exists()]
+            (aside / SUMS_NAME).write_text(format_sums(aside, summed), encoding="utf-8")
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        """The weights, after checking that they would load. Raises ValueError."""
+        name = type(self).__name__
+        try:
+            fresh = on_meta(lambda: type(self)(self.config))
+        except Exception as error:  # whatever a subclass's constructor raises
+            raise ValueError(
+                f"this {name} cannot be saved: {name}(config), by which it is loaded again, fails ({type(error).__name__}: "
+                f"{shorten(error, 150)}); give its further arguments defaults. Nothing was written"
+            ) from error
+        try:
+            weights = tensors_to_save(self, fresh)
+        except ValueError as error:
+            raise ValueError(f"this {name} would not load again: {error}. Nothing was written") from None
+        _check_finite(weights, f"this {name}", "nothing was written; restore weights that are finite")
+        return weights
 
     @classmethod
     def from_pretrained(
@@ -119,35 +170,52 @@ class HubMixin:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         device: str | torch.device = "cpu",
+        **unknown: Any,
     ) -> T:
         """The model of a folder or of the Hub, in evaluation mode, with the dtypes it was saved in.
 
         A folder may hold anything else beside the files of :meth:`save_pretrained`: a training output folder is fine.
-        The global random state is left as it was.
+        Files are compared with SHA256SUMS; where there is none, or a file is not in it, one line on stderr says so. The
+        global random state is left as it was.
 
         Args:
             pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
             device: where the model goes.
+            unknown: refused; transformers has more arguments.
 
         Raises:
-            ValueError: there is no such model, or its files do not hold exactly this model: an unknown or missing
-                config key, a missing or unexpected weight, a wrong shape, a file cut short, a NaN or infinite weight.
+            ValueError: there is no such model, an argument is unknown or of a wrong type, or the files do not hold exactly
+                this model: a damaged file, an unknown or missing config key, a missing or unexpected weight, a wrong shape,
+                a file cut short, a NaN or infinite weight, several dtypes.
         """
-        source = os.fspath(pretrained_model_name_or_path)
+        if unknown:
+            raise ValueError(_explain_unknown(unknown))
+        source = _checked_source(pretrained_model_name_or_path)
+        _check_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
+        device = _checked_device(device)
         folder = _find_folder(source, revision, token, cache_dir, local_files_only)
-        config = _read_config(folder, source, cls.__name__, cls.config_class)
-        parts = {}
-        if cls.has_tokenizer and (folder / TOKENIZER_NAME).exists():
-            parts["tokenizer"] = Tokenizer.from_file(folder / TOKENIZER_NAME)
-        weights = _read_weights(folder, source)
-        with torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
-            model = cls(config, **parts)
-        _load_weights(model, weights, source)
-        if (folder / CARD_NAME).exists() and is_model_card(card := _read_text(folder / CARD_NAME)):
-            model._card = (card, sha256(folder / WEIGHTS_NAME))
-        return model.to(device).eval()
+        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device).eval()
+
+    @classmethod
+    def _read(cls: type[T], folder: Path, source: str) -> T:
+        """The model of a folder that no process writes to meanwhile."""
+        files = ModelFiles(folder, source)
+        config = files.config(cls.__name__, cls.config_class)
+        tokenizer = files.tokenizer(config.vocab_size) if cls.has_tokenizer else None
+        make = lambda: cls(config) if tokenizer is None else cls(config, tokenizer=tokenizer)
+        weights = files.weights(module_tensors(on_meta(make)))
+        remedy = "training broke down before it was saved; load an earlier checkpoint"
+        _check_finite(weights, f"{called(source)}: {WEIGHTS_NAME}", remedy)
+        with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+            model = make()
+        for name, own in module_tensors(model).items():
+            own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
+        card = files.card()
+        if card is not None and is_model_card(card):
+            model._card = (card, files.weights_sha256())
+        return model
 
     def push_to_hub(
         self,
@@ -172,44 +240,78 @@ class HubMixin:
             Address of the commit.
 
         Raises:
-            ValueError: the id is not valid, the Hub refuses, or a weight is NaN or infinite.
+            ValueError: the id is not valid, the Hub refuses or cannot be reached; or as :meth:`save_pretrained`.
         """
-        validate_repo_id(repo_id)
+        _check_options(repo_id=repo_id, revision=revision, token=token, private=private)
+        _check_options(create_pr=create_pr, commit_message=commit_message)
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"repo_id={quote(repo_id)}: {shorten(error)}; give one such as 'owner/name'") from None
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self._save(folder, metadata, location=repo_id)
-            api = HfApi(token=token)
             try:
+                api = HfApi(token=token)
                 repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
                 commit = api.upload_folder(
                     repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
                     create_pr=create_pr,
                 )  # fmt: skip
-            except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+            except _HUB_ERRORS as error:
                 raise ValueError(
-                    f"the Hub did not take {repo_id!r}: {error}. Log in with `hf auth login` (or pass token=...) as "
-                    "someone who may write there"
+                    f"the Hub did not take {quote(repo_id)}: {shorten(error)}. Log in with `hf auth login` (or pass "
+                    "token=...) as someone who may write there, and see that this machine reaches the network"
                 ) from error
         return str(commit)
 
 
-def find_latest_run(root: str | os.PathLike[str] = "runs") -> Path:
-    """The newest finished run below ``root``: a folder with config.json, model.safetensors and metrics.json.
+def _explain_unknown(unknown: dict[str, Any]) -> str:
+    names = ", ".join(shorten(name, 40) for name in list(unknown)[:4])
+    advice = "; ".join(f"{name}: {_ELSEWHERE[name]}" for name in list(unknown)[:2] if name in _ELSEWHERE)
+    return (
+        f"from_pretrained does not know {names}: known are revision, token, cache_dir, local_files_only and device; "
+        f"{advice or 'leave it out'}"
+    )
 
-    Raises:
-        ValueError: there is none.
-    """
-    finished = [
-        metrics
-        for metrics in Path(root).rglob(METRICS_NAME)
-        if all((metrics.parent / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    ]
-    if not finished:
-        raise ValueError(
-            f"there is no finished run under {os.fspath(root)!r} (a folder with {CONFIG_NAME}, {WEIGHTS_NAME} and "
-            f"{METRICS_NAME}): train one with `accelerate launch train/lm.py`, or name a folder or a Hub id"
-        )
-    return max(finished, key=lambda metrics: (metrics.stat().st_mtime_ns, metrics)).parent
+
+def _checked_source(source: Any) -> str:
+    try:
+        text = os.fsdecode(source)
+    except TypeError:
+        text = None
+    if text is None or "\0" in text or len(text) > 4000:
+        raise ValueError(f"there is no folder {quote(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
+    return text
+
+
+def _check_options(**options: Any) -> None:
+    """Raises ValueError for an option of from_pretrained or push_to_hub of another type than it has."""
+    types = {
+        "token": ((str, bool, type(None)), "a token, True, False or None"),
+        "local_files_only": ((bool,), "True or False"),
+        "create_pr": ((bool,), "True or False"),
+        "private": ((bool, type(None)), "True, False or None"),
+        "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
+        "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
+        "commit_message": ((str,), "a text"),
+        "repo_id": ((str,), "an id such as 'owner/name'"),
+    }
+    for name, value in options.items():
+        allowed, words = types[name]
+        if not isinstance(value, allowed):
+            shown = type(value).__name__ if name == "token" else quote(value)  # a secret in odd clothes is one too
+            raise ValueError(f"{name}={shown}: must be {words}")
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises errors of several types for a device that it does not have
+        reason = shorten(error, 150)
+        raise ValueError(f"device={quote(device)}: {reason}; choose one that this machine has, such as 'cpu'") from None
+    return device
 
 
 def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
@@ -220,91 +322,19 @@ def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
         raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Put ``weights`` in place of the model's own, after checking that they are exactly those it needs."""
-    expected = module_tensors(model)
-    source = f"{source!r}: {WEIGHTS_NAME}"
-    remedy = "use the config.json that was saved with these weights, or load an intact copy"
-    if missing := [name for name in expected if name not in weights]:
-        raise ValueError(f"{source} lacks {_listing(missing)} of {len(expected)} weights; {remedy}")
-    if unexpected := [name for name in weights if name not in expected]:
-        raise ValueError(f"{source} holds {_listing(unexpected)}, which this configuration does not have; {remedy}")
-    for name, own in expected.items():
-        found = weights[name]
-        if found.shape != own.shape:
-            raise ValueError(
-                f"{source}: weight {name!r} has shape {list(found.shape)}, config.json asks for {list(own.shape)}; "
-                f"{remedy}"
-            )
-        if found.is_floating_point() != own.is_floating_point():
-            raise ValueError(f"{source}: weight {name!r} is {found.dtype}, but must be like {own.dtype}; {remedy}")
-    _check_finite(weights, source, "training broke down before it was saved; load an earlier checkpoint")
-    for name, own in expected.items():
-        own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
-
-
-def _listing(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
-
-
-def _read_weights(folder: Path, source: str) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{source!r} has no {WEIGHTS_NAME}; it holds {_contents(folder)}. {_WHAT_TO_LOAD}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: safetensors maps the file into memory, and a later change of the file must not reach the model.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{source!r}: {WEIGHTS_NAME} ({path.stat().st_size:,} bytes) is cut short or damaged ({error}); "
-            "copy or download it again, or load an earlier checkpoint"
-        ) from error
-
-
-def _read_config(folder: Path, source: str, architecture: str, config_class: type[ModelConfig]) -> ModelConfig:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"{source!r} has no {CONFIG_NAME}; it holds {_contents(folder)}. {_WHAT_TO_LOAD}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{source!r}: {CONFIG_NAME} is not valid JSON ({error}); load an intact copy") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source!r}: {CONFIG_NAME} must hold an object of config keys, not {type(values).__name__}")
-    architectures = values.get("architectures", [architecture])
-    if architectures != [architecture]:
-        raise ValueError(f"{source!r}: {CONFIG_NAME} is for {architectures}, not {architecture}; use that class")
-    try:
-        config = config_class.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{source!r}: {CONFIG_NAME}: {error}") from error
-    # A default in place of a lost key (n_head, say) could fit the weights and still be another model.
-    if missing := [field.name for field in fields(config_class) if field.name not in values]:
-        raise ValueError(f"{source!r}: {CONFIG_NAME} lacks {_listing(missing)}; add what the model was trained with")
-    return config
-
-
-_WHAT_TO_LOAD = "Give a folder that save_pretrained or train/lm.py has written, or a Hub id such as 'owner/name'"
-
-
-def _contents(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    return _listing(names, limit=8) if names else "nothing"
-
-
 def _find_folder(
     source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool
 ) -> Path:
+    if source.startswith("~"):
+        source = os.fspath(possible_name(source))
     if os.path.isdir(source):
         if revision is not None:
-            raise ValueError(f"revision={revision!r} with the local folder {source!r}: only Hub models have revisions")
+            raise ValueError(f"revision={quote(revision)} with the local folder {called(source)}: only Hub models have one")
         return Path(source)
-    if os.path.exists(source):
-        raise ValueError(f"{source!r} is a file. {_WHAT_TO_LOAD}")
+    if os.path.lexists(source):
+        raise ValueError(f"{called(source)} is a file. {WHAT_TO_LOAD}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise ValueError(f"there is no folder {source!r}, and it is no Hub id. {_WHAT_TO_LOAD}")
+        raise ValueError(f"there is no folder {called(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
     try:
         return Path(
             snapshot_download(
@@ -312,17 +342,27 @@ def _find_folder(
                 allow_patterns=list(FILES),
             )  # fmt: skip
         )
-    except (OSError, HFValidationError) as error:  # the Hub's errors, and those of the network, are OSErrors
+    except _HUB_ERRORS as error:
         raise ValueError(
-            f"there is no folder {source!r} here, and no such model could be read from the Hub "
-            f"({type(error).__name__}: {error}). {_WHAT_TO_LOAD}"
+            f"there is no folder {called(source)} here, and no such model could be read from the Hub "
+            f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
         ) from error
+
+
+def _has_readme_of_user(folder: Path) -> bool:
+    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
+    known."""
+    try:
+        return not may_overwrite(read_card(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # no regular file, or too large for a card
+        return True
+    except OSError as error:
+        raise ValueError(f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+                         "changed there; make it readable, or choose another folder") from error  # fmt: skip
 
 
 def _portable(folder: Path) -> str:
     """A name for the folder that tells nothing about the machine it is on."""
     return folder.name if folder.is_absolute() else folder.as_posix()
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")

@@ -36,11 +36,14 @@ def read_sums(path: Path) -> dict[str, str]:
     """File name -> SHA-256, of a ``SHA256SUMS``.
 
     Raises:
-        ValueError: a line is something else, or names a file outside its folder.
+        ValueError: a line is something else, is cut short, or names a file outside its folder.
         OSError: it is missing or cannot be read.
     """
     sums: dict[str, str] = {}
-    for number, line in enumerate(read_text(path, 1 << 16).splitlines(), start=1):
+    text = read_text(path, 1 << 16)
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{quote(os.fspath(path))} is cut short: its last line has no end")
+    for number, line in enumerate(text.splitlines(), start=1):
         match = _LINE.fullmatch(line)
         if match is None or match[2] in (".", "..") or match[2] in sums:
             raise ValueError(f"{quote(os.fspath(path))}, line {number}: {quote(line)} is no line of `sha256sum`")

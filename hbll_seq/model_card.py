@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
+from hbll_seq.reading import quote
+
 LIBRARY = "hbll_seq"
 MARKER = "<!-- Written by hbll_seq. Remove this line to keep your edits when a model is saved here again. -->"
 #: metadata that the Hub reads from the card's header.
 HEADER_KEYS = ("license", "datasets", "language", "model_name")
+#: characters of one value, of those that a card shows.
+MAX_CELL = 20_000
 
 _CARD = """\
 ---
@@ -90,6 +94,21 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
     )
 
 
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raises ValueError for metadata that the card's header or tables cannot take."""
+    for key in HEADER_KEYS:
+        value = metadata.get(key, "")
+        texts = value if isinstance(value, (list, tuple)) and key != "model_name" else [value]
+        if not all(isinstance(text, str) and len(text) <= MAX_CELL for text in texts) or len(texts) > 100:
+            many = "" if key == "model_name" else " or a list of them"
+            raise ValueError(f"{key}={quote(value)}: must be a text{many}, which goes to the card's header")
+    if not isinstance(settings := metadata.get("settings", {}), dict):
+        raise ValueError(f"settings={quote(settings)}: must be a dictionary, name -> value")
+    rows = metadata.get("perplexity", [])
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"perplexity={quote(rows)}: must be a list of dictionaries, as evaluate_paths makes them")
+
+
 def is_model_card(text: str) -> bool:
     """Whether the text is a model card of this library, edited by hand or not."""
     header = re.match(r"---\r?\n(.*?)\n---", text, flags=re.DOTALL)
@@ -109,16 +128,21 @@ def with_location(card: str, location: str) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table with a column for each key that a row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [[column.replace("_", " ") for column in columns], ["---"] * len(columns)]
+    lines = [[_cell(str(column).replace("_", " ")) for column in columns], ["---"] * len(columns)]
     lines += [[_cell(row.get(column, ""), column) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(value: Any, column: str = "") -> str:
     if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
-        return "-".join(map(str, [0, *value])) + "-head"
+        value = "-".join(map(str, [0, *value])) + "-head"
     if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
         return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
     if isinstance(value, str) and os.path.isabs(value):  # where it lies on the machine is nobody's business
         value = os.path.basename(value.rstrip(os.sep))
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    try:
+        text = str(value)
+    except Exception:  # of a whole number with thousands of digits, or somebody else's __str__
+        text = quote(value)
+    text = text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+    return text.replace("|", "\\|").replace("\n", " ").replace("\r", " ")

@@ -38,6 +38,7 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import torch
 from torch import Tensor
 
+from hbll_seq.atomic import whole_folder
 from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.classifier import HBLLClassifierConfig
 from hbll_seq.mnist import load_mnist
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     settings = {"side": side.name, "method": side.method, "lr": lr, "seed": seed, **asdict(length)}
                     model.save_pretrained(folder, data=task, settings=settings, test_accuracy=found["test"]["deployed"])
                 results.add(found)
-            elif folder is not None and found["finite"] and not (folder / "config.json").is_file():
+            elif folder is not None and found["finite"] and not (whole_folder(folder) / "config.json").is_file():
                 raise ValueError(f"{side.name} lr={lr:g} seed={seed} of {args.output} was stored without its model, and "
                                  f"{folder} holds none: give another --output to train it again, or leave --save out")
             return found

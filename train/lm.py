@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from hbll_seq.config import HBLLConfig
+from hbll_seq.console import say
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
 from hbll_seq.local_objective import LocalObjective
@@ -189,7 +190,7 @@ def training(
             trainer.restore(resumed.tensors, resumed.state)
         on_main(lambda: prepare_folder(folder, settings, None if resumed is None else trainer.done))
         if accelerator.is_main_process:
-            print(describe(model, data, trainer), file=sys.stderr)
+            say(describe(model, data, trainer))
         accelerator.init_trackers("hbll_seq", {k: "none" if v is None else v for k, v in asdict(settings).items()})
         evaluated = max((row["step"] for row in evaluations.rows()), default=0)
         trainer.run(evaluated)
@@ -246,7 +247,7 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
         remedy = "make room, then go on with --resume" if disk_is_full(error) else \
             "the last checkpoint is kept: mend that, then --resume makes the results again"
         raise RunFailed(f"the results could not be written to {folder}: {shorten(error, 250)}; {remedy}") from None
-    print(f"finished: {folder} holds the model, {SUMMARY}, {CURVE} and {BY_DEPTH}", file=sys.stderr)
+    say(f"finished: {folder} holds the model, {SUMMARY}, {CURVE} and {BY_DEPTH}")
 
 
 def writable(value: Any) -> Any:
@@ -283,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
 def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:
     """The settings of a command line, the preset they come from as checkpoints name it, and the checkpoint to go on from."""
     if resume is None:
-        preset = preset or DEFAULT_PRESET
+        preset = DEFAULT_PRESET if preset is None else preset
         values = read_preset(preset, PRESETS)
         settings, resumed, fingerprint = resolve(values, given), None, preset_fingerprint(values)
     else:
@@ -357,7 +358,7 @@ def run(argv: list[str] | None) -> int:
         else:
             code, message = 2, f"error: {shorten(error, 490)}"
     if message and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        print(message, file=sys.stderr)
+        say(message)
     return code
 
 

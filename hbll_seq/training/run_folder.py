@@ -42,6 +42,11 @@ _HALF_WRITTEN = re.compile(re.escape(ASIDE) + r".+\.[0-9a-f]{8}")  # of atomic_w
 def check_place(folder: Path) -> None:
     """Raises ValueError where ``folder`` cannot be a folder that is written to; changes nothing."""
     where = f"output_dir={quote(str(folder))}"
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not UTF-8: safetensors reads no file below such a name; choose another "
+                         "--output-dir") from None
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise ValueError(f"{where}: {quote(str(nearest))} is a file; choose another --output-dir")
@@ -81,6 +86,9 @@ def _refuse_foreign_files(folder: Path, record: RunRecord | None) -> None:
         return
     shown = ", ".join(map(quote, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     where = f"output_dir={quote(str(folder))}"
+    if RECORD in names:
+        raise ValueError(f"{where} has a {RECORD} that is no record of a run, or a damaged one. Nothing was changed; move it "
+                         "away and give the same command again: what belongs to a run is then told by what it holds")
     if record is None:
         raise ValueError(f"{where} is not the folder of a run, and a run would write over what it holds: {shown}. Nothing "
                          "was changed; move that away, or choose another --output-dir")

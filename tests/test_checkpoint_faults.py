@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.trainer import remedy_for
+from hbll_seq.training.failures import remedy_for
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "os.listdir"}
 

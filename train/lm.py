@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.console import forgiving_output, say
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
@@ -38,24 +37,47 @@ from hbll_seq.objective import BackpropObjective, Objective
 from hbll_seq.reading import shorten, to_json
 from hbll_seq.sources import describe_source
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.devices import end, make_accelerator, precision_name, start_trackers, track
+from hbll_seq.training.command_line import build_parser
+from hbll_seq.training.devices import (
+    check_memory,
+    end,
+    join_processes,
+    leave_processes,
+    make_accelerator,
+    on_main,
+    precision_name,
+    start_trackers,
+    track,
+)
+from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full, remedy_for
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
+from hbll_seq.training.resuming import (
+    NEWEST,
+    Resumed,
+    check_identity,
+    check_resumable,
+    folder_of,
+    located,
+    locations,
+    preset_fingerprint,
+    resume_run,
+)
 from hbll_seq.training.run_folder import (
     BY_DEPTH,
     CURVE,
     EVALUATIONS,
-    NEWEST,
     SUMMARY,
-    Resumed,
     check_folder,
-    check_identity,
+    check_place,
+    exporting,
+    is_finished,
     prepare_folder,
-    resume_run,
 )
-from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, build_parser, read_preset, resolve
+from hbll_seq.training.run_lock import FolderLock
+from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset, resolve
 from hbll_seq.training.signals import StopNow, StopSignal
-from hbll_seq.training.trainer import RunFailed, Stopped, Trainer, append_line, remedy_for
+from hbll_seq.training.trainer import Stopped, Trainer, append_line
 from hbll_seq.tree import DyadicTree
 
 PRESETS = Path(__file__).resolve().parent / "presets"
@@ -66,8 +88,9 @@ the end the model in Hugging Face layout, metrics.json, training_curve.png and p
 SIGTERM, Ctrl-C, SIGUSR1 (Slurm's --signal=USR1) or a closed terminal (SIGHUP, unless nohup has it ignored): the step is
 finished, a checkpoint saved, and the process ends with 128 + the signal's number (143, 130, 138, 129); a second signal ends
 it at once, with the first one's code. --resume goes on as if nothing had happened, bit for bit on a CPU with the same number
-of threads; another precision is refused. --resume STEP removes what is newer than STEP. Output that cannot be written and a
-tracker of --log-with that fails do not end a run.
+of threads; another precision or text is refused, wherever the text lies now. --resume STEP removes what is newer than STEP.
+One run at a time holds a folder; files that no run has written are never removed or overwritten. Output that cannot be
+written and a tracker of --log-with that fails do not end a run.
 Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
 """
 
@@ -134,10 +157,18 @@ def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int
 
 
 def training(
-    settings: TrainingSettings, data: Data, accelerator: Accelerator, preset: str, stop: StopSignal,
+    settings: TrainingSettings, data: Data, accelerator: Accelerator, origin: dict[str, Any], stop: StopSignal,
     resumed: Resumed | None = None,
 ) -> None:
     """Train to the end, evaluate, and write the model, the figures and metrics.json.
+
+    Args:
+        settings: of the run.
+        data: what they name, opened.
+        accelerator: made from them.
+        origin: where they come from: the preset, and the locations of files; stored in every checkpoint.
+        stop: asked after every step.
+        resumed: the checkpoint to go on from.
 
     Raises:
         ValueError: the output folder cannot be written, or the checkpoint does not fit.
@@ -145,19 +176,25 @@ def training(
         Stopped: a signal came; the run is saved.
     """
     folder = Path(settings.output_dir)
-    set_seed(settings.seed)
-    model = HBLLForCausalLM(model_config(settings, data.tokenizer.vocab_size), tokenizer=data.tokenizer)
-    objective, paths = make_objective(settings, model, accelerator.process_index)
     identity = {
         "settings": asdict(settings),
-        "preset": preset,
+        **origin,
         "num_processes": accelerator.num_processes,
         "precision": precision_name(accelerator),
         "device": accelerator.device.type,
         "threads": torch.get_num_threads(),
         "tokenizer": data.tokenizer.fingerprint,
         "data": data.train.stream.fingerprint,
+        "validation": data.validation.stream.fingerprint,
+        "test": data.test.stream.fingerprint,
     }
+    if resumed is not None:
+        check_identity(identity, resumed.state)
+    set_seed(settings.seed)
+    config = model_config(settings, data.tokenizer.vocab_size)
+    check_memory(config)
+    model = HBLLForCausalLM(config, tokenizer=data.tokenizer)
+    objective, paths = make_objective(settings, model, accelerator.process_index)
     evaluations = JsonLines(folder / EVALUATIONS)
 
     def evaluate(step: int) -> None:
@@ -173,12 +210,10 @@ def training(
     with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
         trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
         if resumed is not None:
-            check_identity(identity, resumed.state)
             trainer.restore(resumed.tensors, resumed.state)
+        on_main(lambda: prepare_folder(folder, settings, None if resumed is None else trainer.done))
         if accelerator.is_main_process:
-            prepare_folder(folder, settings, None if resumed is None else trainer.done)
-            print(describe(model, data, trainer), file=sys.stderr)
-        accelerator.wait_for_everyone()
+            say(describe(model, data, trainer))
         start_trackers(accelerator, settings)
         evaluated = max((row["step"] for row in evaluations.rows()), default=0)
         trainer.run(evaluated)
@@ -188,9 +223,7 @@ def training(
                     evaluate(trainer.total_steps)
             except StopNow:
                 raise Stopped(trainer.done, stop.received) from None
-        if accelerator.is_main_process:
-            export(model, settings, trainer, evaluations.rows())
-        accelerator.wait_for_everyone()
+        on_main(lambda: export(model, settings, trainer, evaluations.rows()))
         if stop.received:
             raise Stopped(trainer.done, stop.received)
 
@@ -228,17 +261,24 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
         "validation": last["validation"], "test": last["test"],
         "samples": last["samples"], "settings": asdict(settings),
     }
+    shown = {name: writable(value) for name, value in asdict(settings).items()}
     try:
-        plot_training_curve(rows, evaluations, folder / CURVE)
-        plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
-        model.save_pretrained(folder, data=settings.data, settings=asdict(settings), perplexity=last["test"],
-                              steps=trainer.done, tokens=trainer.tokens)
-        atomic_write(folder / SUMMARY, to_json(summary, indent=1) + "\n")
+        with exporting(folder) as finish:
+            plot_training_curve(rows, evaluations, folder / CURVE)
+            plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
+            model.save_pretrained(folder, data=shown["data"], settings=shown, perplexity=last["test"], steps=trainer.done,
+                                  tokens=trainer.tokens)
+            finish(to_json(summary, indent=1) + "\n")
     except (OSError, ValueError) as error:
-        raise RunFailed(f"the results could not be written to {folder}: {shorten(error)}; {remedy_for(error)}, then --resume"
-                        ) from None
+        raise RunFailed(f"the results could not be written to {folder}: {shorten(error, 250)}; the last checkpoint is kept: "
+                        f"{remedy_for(error)}, then --resume") from None
     written = [name for name in (SUMMARY, CURVE, BY_DEPTH) if (folder / name).exists()]
-    print(f"finished: {folder} holds the model, {', '.join(written)}", file=sys.stderr)
+    say(f"finished: {folder} holds the model, {', '.join(written)}")
+
+
+def writable(value: Any) -> Any:
+    """The value for a UTF-8 file: bytes of a file's name that are no UTF-8 are written as escapes."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
 
 
 def count_parameters(model: HBLLForCausalLM) -> int:
@@ -274,52 +314,83 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
 
 
-def run(argv: list[str] | None, stop: StopSignal) -> int:
-    """What `main` does, before the process group's threads are waited for."""
-    shown = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:
+    """The settings of a command line, the preset they come from as checkpoints name it, and the checkpoint to go on from."""
+    if resume is None:
+        preset = DEFAULT_PRESET if preset is None else preset
+        values = read_preset(preset, PRESETS)
+        settings, resumed, fingerprint = resolve(values, given), None, preset_fingerprint(values)
+    else:
+        settings, preset, resumed = resume_run(given, preset, resume, PRESETS)
+        fingerprint = resumed.state.get("preset_sha256")
+    config = model_config(settings, vocab_size=2)  # a wrong shape or path is told before the text is opened
+    DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))
+    return settings, {"preset": preset, "preset_sha256": fingerprint}, resumed
+
+
+def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
+    """Do what the command line says; returns the exit code and what is to be said last."""
+    given = vars(build_parser(__doc__.splitlines()[0], PRESETS, EPILOG).parse_args(argv))
+    preset, resume, overwrite, dry_run = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
+    if resume is not None and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: give one of the two")
+    if dry_run:
+        settings, origin, _ = chosen(given, preset, resume)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"# resolved from preset {origin['preset']}\n{settings.to_yaml()}", end="")
+        return 0, None
+    if resume is None:
+        folder = Path(chosen(given, preset, None)[0].output_dir)
+    else:
+        folder = folder_of(given)
+        check_resumable(folder, resume)
+        if resume == NEWEST and is_finished(folder):
+            chosen(given, preset, resume)  # other settings than the run's are told all the same
+            return 0, f"{folder} holds a finished run: nothing is left to do"
+    check_place(folder)
+    join_processes()
+    lock = on_main(lambda: FolderLock(folder))
     try:
-        arguments = vars(build_parser(__doc__.splitlines()[0], PRESETS, EPILOG).parse_args(argv))
-        preset, resume, overwrite, dry_run = (arguments.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
-        if resume is not None:
-            if overwrite:
-                raise ValueError("--resume and --overwrite exclude each other: give one of the two")
-            settings, preset, resumed = resume_run(arguments, preset, resume)
-        else:
-            preset, resumed = preset or DEFAULT_PRESET, None
-            settings = resolve(read_preset(preset, PRESETS), arguments)
-        config = model_config(settings, vocab_size=2)  # a wrong shape or path is told before the text is opened
-        DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))
-        if dry_run:
-            if shown:
-                print(f"# resolved from preset {preset}\n{settings.to_yaml()}", end="")
-            return 0
-        folder = Path(settings.output_dir)
-        if resume == NEWEST and (folder / SUMMARY).exists():
-            if shown:
-                print(f"{folder} holds a finished run: nothing is left to do", file=sys.stderr)
-            return 0
-        check_folder(folder, resuming=resumed is not None, overwrite=overwrite)
+        settings, origin, resumed = chosen(given, preset, resume)
+        where = settings if resumed is None else located(settings, given, resumed)
+        on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))
         accelerator = make_accelerator(settings)
-        opened = data(settings)
-        accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
         try:
-            training(settings, opened, accelerator, preset, stop, resumed)
+            opened = data(where)
+            accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
+            training(settings, opened, accelerator, {**origin, "locations": locations(where)}, stop, resumed)
         finally:
             end(accelerator)
     except Stopped as stopped:
-        if shown:
-            print(f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {settings.output_dir}",
-                  file=sys.stderr)
-        return 128 + (stopped.signal_number or 15)
+        code = 128 + (stopped.signal_number or 15)
+        return code, f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {folder}"
+    finally:
+        if lock is not None:
+            lock.release()
+        leave_processes()
+    return 0, None
+
+
+def run(argv: list[str] | None, stop: StopSignal) -> int:
+    """What `main` does, before the process group's threads are waited for."""
+    message = None
+    try:
+        code, message = start(argv, stop)
     except RunFailed as error:
-        if shown:
-            print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        if shown:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        code, message = 1, f"\nerror: {shorten(error, 490)}"
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if disk_is_full(error):
+            code, message = 1, f"\nerror: {shorten(error, 400)}; make room, then give the same command again"
+        elif memory_is_full(error):
+            remedy = "lower --batch-size, --eval-batch-size, --block-size, --n-embd or --n-level"
+            code, message = 1, f"\nerror: the memory is full ({shorten(error, 200)}); {remedy}"
+        elif isinstance(error, RuntimeError):
+            raise
+        else:
+            code, message = 2, f"error: {shorten(error, 490)}"
+    if message and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        say(message)
+    return code
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, broadcast_object_list
 
+from hbll_seq.config import HBLLConfig
 from hbll_seq.console import say
 from hbll_seq.reading import quote, shorten
 from hbll_seq.training.settings import TrainingSettings
@@ -18,7 +21,59 @@ from hbll_seq.training.settings import TrainingSettings
 if torch.distributed.is_available():
     import torch.distributed.nn  # noqa: F401  its default arguments keep the process group that exists when it is imported
 
+#: the others wait in a collective while the first process evaluates and exports (for a text being tokenised they wait at the
+#: cache's file lock, which no timeout ends); one that died is noticed by the launcher
+_PATIENCE = timedelta(hours=1)
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+T = TypeVar("T")
+
+
+def join_processes() -> PartialState:
+    """The process group of the launch, before anything is known of the run; :func:`make_accelerator` goes on with it."""
+    return PartialState(timeout=_PATIENCE)
+
+
+def on_main(work: Callable[[], T]) -> T | None:
+    """Do ``work`` on the main process while the others wait; what it raises is raised on every process.
+
+    Returns:
+        Its result on the main process, None on the others.
+    """
+    result, problem, processes = None, [None], PartialState()
+    if processes.is_main_process:
+        try:
+            result = work()
+        except Exception as error:
+            if processes.num_processes == 1:
+                raise
+            problem = [error]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+    return result
+
+
+def leave_processes() -> None:
+    """End the process group, where one is left."""
+    PartialState().destroy_process_group()
+
+
+def check_memory(config: HBLLConfig) -> None:
+    """Raises ValueError for a model whose weights, gradients and Adam's moments cannot fit this machine's memory."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    matrices = sum((4 if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
+    n_parameters = matrices * config.n_embd**2 + config.vocab_size * config.n_embd
+    needed = n_parameters * (4 if torch.cuda.is_available() else 16)  # on a GPU the weights alone pass through here
+    if needed > memory:
+        raise ValueError(
+            f"n_embd={config.n_embd} with n_level={config.n_level}, mlp_ratio={config.mlp_ratio} and a vocabulary of "
+            f"{config.vocab_size}: {n_parameters:,} parameters or more need {needed / 2**30:,.0f} GiB of memory, and this "
+            f"machine has {memory / 2**30:,.0f}; choose a smaller --n-embd or --n-level"
+        )
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -38,9 +93,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             log_with=trackers or None,
             project_dir=settings.output_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
-            # the others wait in a collective while the first process evaluates and exports (for a text being tokenised they
-            # wait at the cache's file lock, which no timeout ends); one that died is noticed by the launcher
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
     except Exception as error:  # KeyError, RuntimeError and more: what a launcher's variables are is checked nowhere else
         raise ValueError(f"accelerate cannot start in this environment ({type(error).__name__}: {shorten(error)}); mend the "

@@ -1,88 +1,155 @@
-"""The folder of a run: what lies in it, when it may be written, and how a run is taken up again."""
+"""The folder of a run: when it may be written, how it is made ready, and how the results come into it."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import hashlib
 import os
-import shutil
-import sys
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from hbll_seq.atomic import atomic_write
-from hbll_seq.training.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    remove_checkpoints,
-    sound_checkpoints,
-)
+from hbll_seq.atomic import ASIDE, atomic_write, roll_back
+from hbll_seq.console import say
+from hbll_seq.model_files import REPLACED
+from hbll_seq.reading import quote
+from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
+from hbll_seq.training.failures import cannot_write
 from hbll_seq.training.json_lines import JsonLines
-from hbll_seq.training.run_state import check_run_state
-from hbll_seq.training.settings import FREE_ON_RESUME, TrainingSettings, as_meant, differences, resolve
+from hbll_seq.training.run_record import (
+    BY_DEPTH,
+    CHECKPOINTS,
+    CURVE,
+    EVALUATIONS,
+    METRICS,
+    RECORD,
+    RESULTS,
+    SETTINGS,
+    SUMMARY,
+    RunRecord,
+    digest,
+    foreign_files,
+    is_finished,
+    is_untouched,
+    read_record,
+    summary_is_valid,
+)
+from hbll_seq.training.settings import TrainingSettings, names_file
 
-SETTINGS, METRICS, EVALUATIONS, SUMMARY = "settings.yaml", "metrics.jsonl", "evaluations.jsonl", "metrics.json"
-CURVE, BY_DEPTH, CHECKPOINTS = "training_curve.png", "perplexity_by_depth.png", "checkpoints"
-_MARKS = (SETTINGS, METRICS, CHECKPOINTS, "model.safetensors")  # one of these tells that a folder holds a run
-RESULTS = (SUMMARY, CURVE, BY_DEPTH, "model.safetensors", "config.json", "tokenizer.model")
-NEWEST = -1
+__all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
+           "check_place", "exporting", "is_finished", "prepare_folder"]  # fmt: skip
+_HALF_WRITTEN = re.compile(re.escape(ASIDE) + r".+\.[0-9a-f]{8}")  # of atomic_write, where it was killed
 
 
-class Resumed(NamedTuple):
-    """A checkpoint that a run goes on from: file -> tensor name -> tensor, and its state.json."""
+def check_place(folder: Path) -> None:
+    """Raises ValueError where ``folder`` cannot be a folder that is written to; changes nothing."""
+    where = f"output_dir={quote(str(folder))}"
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not UTF-8: safetensors reads no file below such a name; choose another "
+                         "--output-dir") from None
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"{where}: {quote(str(nearest))} is a file; choose another --output-dir")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{where}: {quote(str(nearest))} is not writable; choose another --output-dir")
 
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
 
-
-def check_folder(folder: Path, *, resuming: bool, overwrite: bool) -> None:
+def check_folder(folder: Path, settings: TrainingSettings, *, resuming: bool, overwrite: bool) -> None:
     """Look, without changing anything, whether a run may be written into ``folder``.
 
     Raises:
-        ValueError: it holds a run already, or cannot be written.
+        ValueError: it holds a run already, or files that no run has written and that this one would replace; or the run's
+            text or tokenizer lies among what it would replace.
     """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r}: {nearest} is a file; choose another --output-dir")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir={str(folder)!r}: {nearest} is not writable; choose another --output-dir")
-    if not resuming and not overwrite and any((folder / name).exists() for name in _MARKS):
-        steps = list_checkpoints(folder / CHECKPOINTS)
-        at = f" (saved at step {steps[-1]})" if steps else ""
-        raise ValueError(f"output_dir={str(folder)!r} already holds a run{at}: go on with it by --resume, replace it "
-                         "by --overwrite, or choose another --output-dir")
+    where = f"output_dir={quote(str(folder))}"
+    try:
+        record = read_record(folder)
+        taken = record is not None and not is_untouched(folder)
+        if taken and not resuming and not overwrite:
+            steps = list_checkpoints(folder / CHECKPOINTS)
+            at = f" (saved at step {steps[-1]})" if steps else ""
+            raise ValueError(f"{where} already holds a run{at}: go on with it by --resume, replace it by --overwrite, or "
+                             "choose another --output-dir")
+        _refuse_foreign_files(folder, record)
+    except OSError as error:
+        raise cannot_write(folder, error, resuming) from None
+    _check_inputs(folder, settings)
+    if taken and record.older:
+        say(f"{folder} was written by an older version: its run has no {RECORD}, its files are told by what they hold")
+
+
+def _refuse_foreign_files(folder: Path, record: RunRecord | None) -> None:
+    names = foreign_files(folder, record)
+    if record is not None and SUMMARY in names and not summary_is_valid(folder) and (folder / SUMMARY).is_file():
+        names.remove(SUMMARY)  # the wreck of one: kept beside the new one
+    if not names:
+        return
+    shown = ", ".join(map(quote, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    where = f"output_dir={quote(str(folder))}"
+    if RECORD in names:
+        raise ValueError(f"{where} has a {RECORD} that is no record of a run, or a damaged one. Nothing was changed; move it "
+                         "away and give the same command again: what belongs to a run is then told by what it holds")
+    if record is None:
+        raise ValueError(f"{where} is not the folder of a run, and a run would write over what it holds: {shown}. Nothing "
+                         "was changed; move that away, or choose another --output-dir")
+    raise ValueError(f"{where} holds what its run has not written, or what was changed since: {shown}. Nothing was changed; "
+                     "move that away and give the same command again, or choose another --output-dir")
+
+
+def _check_inputs(folder: Path, settings: TrainingSettings) -> None:
+    """The text and the tokenizer must outlive the run's start, and its own files must not become its text."""
+    for name in ("data", "tokenizer"):
+        value = getattr(settings, name)
+        for result in (*RESULTS, METRICS, EVALUATIONS, SETTINGS):
+            if names_file(name, value) and os.path.exists(folder / result) and os.path.samefile(value, folder / result):
+                raise ValueError(f"{name}={quote(value)} is a file that this run replaces: copy it to another folder and "
+                                 "give its new name, or choose another --output-dir")
+    text, own = Path(os.path.realpath(settings.data)), Path(os.path.realpath(folder))
+    if not names_file("data", settings.data) or not text.is_dir() or not own.is_relative_to(text):
+        return
+    if not any(part.startswith(".") for part in own.relative_to(text).parts):  # hidden folders are not read
+        raise ValueError(f"output_dir={quote(str(folder))} lies in the folder of the text, data={quote(settings.data)}: the "
+                         "run's own files would be read as text; choose an --output-dir outside of it")
 
 
 def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int | None) -> None:
     """Make the folder ready: empty of an older run, or wound back to the step that is resumed from.
 
-    What the winding back removes is said on stderr.
+    What the winding back removes is said on stderr. Wherever this is broken off, the folder holds the run before it with
+    fewer checkpoints, or none.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written, or holds files that no run has written.
+        RunFailed: the disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoints = folder / CHECKPOINTS
+        record = read_record(folder)
+        _refuse_foreign_files(folder, record)
         if resumed_step is not None and (removed := _later(folder, resumed_step)):
-            print(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}", file=sys.stderr)
-        for name in RESULTS:  # without metrics.json the run does not count as finished
+            say(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}")
+        _set_damaged_summary_aside(folder)
+        roll_back(folder, REPLACED)  # an export that was killed: or its files would come back
+        for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
-        if resumed_step is None:
-            for name in (METRICS, EVALUATIONS):
+        checkpoints = folder / CHECKPOINTS
+        keep = -1 if resumed_step is None else resumed_step
+        # the newest first, and their lines after them: what is left always has the lines of all its steps
+        remove_checkpoints(checkpoints, [step for step in reversed(list_checkpoints(checkpoints)) if step > keep])
+        for name in (METRICS, EVALUATIONS):
+            if resumed_step is None:
                 (folder / name).unlink(missing_ok=True)
-            if checkpoints.exists():
-                shutil.rmtree(checkpoints)
-        else:
-            for name in (METRICS, EVALUATIONS):
+            else:
                 JsonLines(folder / name).rewind(resumed_step)
-            remove_checkpoints(checkpoints, [step for step in list_checkpoints(checkpoints) if step > resumed_step])
+        RunRecord().write(folder)
         atomic_write(folder / SETTINGS, settings.to_yaml())
+        for entry in folder.iterdir():
+            if _HALF_WRITTEN.fullmatch(entry.name) and entry.is_file():
+                entry.unlink()
     except OSError as error:
-        remedy = "choose another --output-dir"
-        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error}); {remedy}") from None
+        raise cannot_write(folder, error, resuming=resumed_step is not None) from None
 
 
 def _later(folder: Path, step: int) -> list[str]:
@@ -97,78 +164,34 @@ def _later(folder: Path, step: int) -> list[str]:
     return found + [name for name in RESULTS if (folder / name).exists()]
 
 
-def resume_run(
-    given: dict[str, Any], preset: str | None, step: int = NEWEST
-) -> tuple[TrainingSettings, str, Resumed]:
-    """Settings, preset and checkpoint of the run in ``given["output_dir"]`` (default: runs/lm).
-
-    Settings come from the checkpoint. ``given`` may repeat them; only those that no weight depends on may differ.
-
-    Args:
-        given: settings of the command line.
-        preset: preset of the command line, None when there was none.
-        step: of the checkpoint; NEWEST takes the newest.
-
-    Raises:
-        ValueError: nothing to resume, or other settings than the checkpoint's.
-        CheckpointError: the checkpoint is damaged.
-    """
-    default = next(f.default for f in dataclasses.fields(TrainingSettings) if f.name == "output_dir")
-    folder = Path(given.get("output_dir", default))
-    checkpoints = folder / CHECKPOINTS
-    steps = list_checkpoints(checkpoints)
-    if not steps:
-        raise ValueError(f"nothing to resume: {checkpoints} holds no checkpoint; name the run's folder by "
-                         "--output-dir, or start anew without --resume")
-    if step != NEWEST and step not in steps:
-        raise ValueError(f"resume={step}: {checkpoints} holds no such checkpoint, only those of the steps "
-                         f"{', '.join(map(str, steps))}")
-    step = steps[-1] if step == NEWEST else step
-    try:
-        tensors, state = load_checkpoint(checkpoints, step)
-        check_run_state(state)
-    except CheckpointError as error:
-        older = [s for s in sound_checkpoints(checkpoints) if s < step]
-        remedy = (f"the newest sound one is that of step {older[-1]}: go on from it with --resume {older[-1]}"
-                  if older else "there is no older sound one: start anew with --overwrite")
-        raise CheckpointError(f"{error}; {remedy}") from None
-    where = f"the checkpoint of step {step} in {checkpoints}"
-    stored = as_meant(state["settings"])
-    if preset is not None and preset != state["preset"]:
-        raise ValueError(f"preset={preset!r} differs from {where}, which was made with preset {state['preset']!r}: "
-                         "leave --preset out, or start a new run in another --output-dir")
-    settings = resolve(stored, given, {"output_dir": str(folder)})
-    _refuse_other_settings(dataclasses.asdict(settings), stored, where)
-    return settings, state["preset"], Resumed(tensors, state)
+def _set_damaged_summary_aside(folder: Path) -> None:
+    if not os.path.lexists(folder / SUMMARY) or summary_is_valid(folder):
+        return
+    number = next(n for n in range(1, 10_000) if not os.path.lexists(folder / f"{SUMMARY}.damaged-{n}"))
+    os.rename(folder / SUMMARY, folder / f"{SUMMARY}.damaged-{number}")
+    say(f"{folder / SUMMARY} is damaged: kept as {SUMMARY}.damaged-{number}, and written anew")
 
 
-def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str) -> None:
-    names = differences(now, stored)
-    if names:
-        pairs = ", ".join(f"{name}={now.get(name)!r} (there {stored.get(name)!r})" for name in names)
-        raise ValueError(f"other settings than {where}: {pairs}; leave them out, or start a new run in another "
-                         f"--output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
+@contextlib.contextmanager
+def exporting(folder: Path) -> Iterator[Callable[[str], None]]:
+    """For the export: inside the block the results are written, the last by the function that it yields.
 
-
-def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
-    """Compare what a run stores of itself in every checkpoint with a checkpoint's.
-
-    Another type of device or number of threads is told on stderr: sums are then rounded differently.
+    That function takes the text of metrics.json, which makes the run a finished one, and writes it after the sums of all
+    results are on record.
 
     Raises:
-        ValueError: the text, the tokenizer, the precision or the number of processes is another one.
+        ValueError: the folder holds results that no run has written; nothing was changed.
+        OSError: it cannot be written.
     """
-    remedies = {
-        "num_processes": "launch as many, since the order of the data depends on it",
-        "tokenizer": "give the same tokenizer file",
-        "data": "give the same text",
-        "precision": f"give --precision {state['precision']}",
-    }
-    for name, remedy in remedies.items():
-        if now[name] != state[name]:
-            raise ValueError(f"cannot resume: {name} is {now[name]!r} and was {state[name]!r} in the checkpoint of "
-                             f"step {state['step']}; {remedy}, or start a new run in another --output-dir")
-    for name in ("device", "threads"):
-        if now[name] != state[name] and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            print(f"warning: {name} is {now[name]!r} and was {state[name]!r} in the checkpoint of step {state['step']}: "
-                  "the result is not bit for bit that of the unbroken run", file=sys.stderr)
+    record = read_record(folder) or RunRecord()
+    _refuse_foreign_files(folder, record)
+    RunRecord(record.files, exporting=True).write(folder)
+
+    def finish(summary: str) -> None:
+        files = {name: digest(folder / name) for name in RESULTS if os.path.lexists(folder / name) and name != SUMMARY}
+        data = summary.encode("utf-8")
+        files[SUMMARY] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        RunRecord(files).write(folder)
+        atomic_write(folder / SUMMARY, data)
+
+    yield finish

@@ -7,11 +7,9 @@ weight depends on it, "resolved": what came of it is compared (``run_folder.chec
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import math
-import types
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +20,27 @@ import yaml
 from hbll_seq.config import CELLS
 from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objective import GRAPHS
+from hbll_seq.reading import possible_name, quote, read_yaml, shorten
 from hbll_seq.readout import READOUTS
 from hbll_seq.secants import SECANT_RANK
 from hbll_seq.sweeps import INITS
 from hbll_seq.time_layer import TimeOptions
 from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
+from hbll_seq.training.option_values import PRECISIONS, check_range, coerce, expand_path
 from hbll_seq.tree import PATH_FAMILIES
 
 DEFAULT_PRESET = "small"
-PRECISIONS = ("auto", "float32", "bfloat16")
-_PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
-_FLOAT16_NAMES = ("float16", "fp16", "half")
+#: settings that may name a file or folder
+PATHS = ("data", "tokenizer", "cache_dir", "output_dir")
+_NO_FILES = {"data": ("bundled", "wikitext-2", "wikitext-103"), "tokenizer": ("default", "train")}
+#: names of settings that older versions did not have, so that their checkpoints lack them
+LATER = frozenset({
+    "carry_state", "cell", "corrections", "default_paths", "free_energy", "graphs", "init", "linearization", "mix",
+    "mix_weight", "readout_by", "readout_rank", "sweeps", "time_chunk", "time_corrections", "time_linearization",
+    "time_sweeps",
+})  # fmt: skip
+#: of what would otherwise end in an endless loop or the machine's whole memory
+_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST = 10_000, 2**20, 2**16
 
 
 def _option(default: Any, group: str, help: str, *, low: float | None = None, high: float | None = None,
@@ -51,28 +59,30 @@ class TrainingSettings:
     """
 
     data: str = _option("bundled", "data", "training text: bundled (WikiText-2), wikitext-2, wikitext-103, a .txt / "
-                        ".jsonl / .parquet file or folder, or a Hub id 'owner/name' or 'owner/name:config'")
-    column: str = _option("text", "data", "column (or JSON key) that holds the text")
+                        ".jsonl / .parquet file or folder, or a Hub id 'owner/name' or 'owner/name:config'",
+                        resume="resolved")
+    column: str = _option("text", "data", "column (or JSON key) that holds the text", resume="resolved")
     tokenizer: str = _option("default", "data", "default (bundled, 4,096 pieces), train (train one on the data and "
-                             "cache it), or the path of a SentencePiece .model file")
-    vocab_size: int | None = _option(None, "data", "number of pieces for --tokenizer train", low=2)
+                             "cache it), or the path of a SentencePiece .model file", resume="resolved")
+    vocab_size: int | None = _option(None, "data", "number of pieces for --tokenizer train", low=2, resume="resolved")
     cache_dir: str | None = _option(None, "data", "folder for tokenised text and trained "
                                     "tokenizers (default: ~/.cache/hbll_seq)", resume="free")
-    num_proc: int | None = _option(None, "data", "CPU threads that tokenise (default: all cores)", low=1, resume="free")
+    num_proc: int | None = _option(None, "data", "CPU threads that tokenise (default: all cores)", low=1, high=1024,
+                                  resume="free")
 
-    n_level: int = _option(3, "model", "levels D of the tree: the full path has 2^D - 1 blocks", low=1)
+    n_level: int = _option(3, "model", "levels D of the tree: the full path has 2^D - 1 blocks", low=1, high=10)
     cell: str = _option("transformer", "model", f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
                         "gru,transformer,gru")
-    n_embd: int = _option(128, "model", "width of the stream", low=1)
-    n_head: int = _option(4, "model", "attention heads; must divide n_embd", low=1)
+    n_embd: int = _option(128, "model", "width of the stream", low=1, high=_WIDEST)
+    n_head: int = _option(4, "model", "attention heads; must divide n_embd", low=1, high=_WIDEST)
     block_size: int = _option(128, "model", "context in tokens", low=1)
     mlp_ratio: int = _option(4, "model", "hidden width of a block's MLP in units of n_embd; 0: none, for recurrent blocks",
-                             low=0)
+                             low=0, high=64)
     norm: str = _option("rmsnorm", "model", "normalisation", choices=("rmsnorm", "layernorm"))
     dropout: float = _option(0.0, "model", "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _option(True, "model", "share the embedding's and the head's matrix")
     readout_rank: int | None = _option(None, "model", "rank of the corrections of a state before the head (default: 16 with "
-                                       "--mix octaves, all or few, else 0)", low=0)
+                                       "--mix octaves, all or few, else 0)", low=0, high=_WIDEST)
     readout_by: str = _option("jump", "model", "what has a correction of its own: jump, each length of the head's jump, or "
                               "depth, each number of blocks", choices=READOUTS)
     default_paths: str = _option("auto", "model", "which blocks a depth runs: spine, the paper's, or prefix, which leaves "
@@ -87,17 +97,17 @@ class TrainingSettings:
                        f"is useful; auto: {DEFAULT_MIX} for sweeps on the full path, else none", choices=("auto", *MIXES))
     mix_weight: float | None = _option(None, "objective", "weight of the mix's losses beside the main path's 1 (default: "
                                        f"{MIX_WEIGHTS} by mix, else 1)", low=0)
-    sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0)
-    corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0)
+    sweeps: int = _option(3, "objective", "K, parallel forward sweeps", low=0, high=_MOST_ROUNDS)
+    corrections: int = _option(4, "objective", "M, parallel corrections of the backward messages", low=0, high=_MOST_ROUNDS)
     linearization: str = _option("auto", "objective", "stands for the blocks' Jacobians between sweeps; secant is learned "
                                  "on the way; auto: secant for Transformer blocks without a mix, else identity",
                                  choices=("auto", "identity", "zero", "secant"))
     init: str = _option("first", "objective", "first estimate of the states: the embedding, the first block's output, or the "
                         "tree's", choices=INITS)
     time_sweeps: int = _option(TimeOptions().sweeps, "objective", "recurrent blocks: sweeps over time before the "
-                               "differentiated call", low=0)
+                               "differentiated call", low=0, high=_MOST_ROUNDS)
     time_corrections: int = _option(TimeOptions().corrections, "objective", "recurrent blocks: corrections of the messages "
-                                    "back in time", low=0)
+                                    "back in time", low=0, high=_MOST_ROUNDS)
     time_linearization: str = _option(TimeOptions().linearization, "objective", "recurrent blocks: stands for the cells' "
                                       "Jacobians", choices=TIME_LINEARIZATIONS)
     time_chunk: int = _option(TimeOptions().chunk, "objective", "recurrent blocks: tokens that a sweep or correction takes "
@@ -107,14 +117,14 @@ class TrainingSettings:
     graphs: str = _option("kept", "objective", "kept, or recomputed: less memory for more work", choices=GRAPHS)
     sigma: float = _option(0.005, "objective", "tree: noise scale of the sampled states", low=0)
     state_weight: float = _option(0.1, "objective", "tree: weight of the losses on hidden states", low=0)
-    n_samples: int = _option(1, "objective", "tree: Monte-Carlo samples a step", low=1)
+    n_samples: int = _option(1, "objective", "tree: Monte-Carlo samples a step", low=1, high=_MOST_ROUNDS)
     free_energy: bool = _option(False, "objective", "tree: also log the free energy F (Eq. 10) and its parts per level; "
                                 "costs one more evaluation of every block", resume="free")
 
     max_steps: int | None = _option(None, "optimisation", "optimizer steps (or give --epochs)", low=1)
     epochs: float | None = _option(None, "optimisation", "passes over the training text (or give --max-steps)", low=0)
-    batch_size: int = _option(8, "optimisation", "windows in a micro batch of one process", low=1)
-    grad_accum: int = _option(1, "optimisation", "micro batches an optimizer step", low=1)
+    batch_size: int = _option(8, "optimisation", "windows in a micro batch of one process", low=1, high=_MOST_WINDOWS)
+    grad_accum: int = _option(1, "optimisation", "micro batches an optimizer step", low=1, high=_MOST_WINDOWS)
     lr: float = _option(2e-3, "optimisation", "peak learning rate of AdamW", low=0)
     min_lr_ratio: float = _option(0.1, "optimisation", "the cosine ends at this fraction of --lr", low=0, high=1)
     warmup_steps: int = _option(50, "optimisation", "steps of linear warm-up (at most half of the run)", low=0)
@@ -133,25 +143,27 @@ class TrainingSettings:
                                        low=1, resume="free")
     final_eval_batches: int | None = _option(None, "run", "batches of the evaluation at the end; none: the whole split",
                                              low=1, resume="free")
-    eval_batch_size: int = _option(16, "run", "windows in a batch of an evaluation", low=1, resume="free")
+    eval_batch_size: int = _option(16, "run", "windows in a batch of an evaluation", low=1, high=_WIDEST, resume="free")
     sample_prompt: str = _option("The history of the city", "run", "prompt of the text sampled at every evaluation",
                                  resume="free")
-    sample_tokens: int = _option(40, "run", "tokens sampled at every evaluation; 0: none", low=0, resume="free")
+    sample_tokens: int = _option(40, "run", "tokens sampled at every evaluation; 0: none", low=0, high=100_000, resume="free")
     save_every: int = _option(500, "run", "steps between two checkpoints; 0: only at the end", low=0, resume="free")
     keep_checkpoints: int = _option(2, "run", "newest checkpoints that are kept", low=1, resume="free")
     threads: int | None = _option(None, "run", "CPU threads of each process; none: the cores divided by the processes",
-                                  low=1, resume="free")
+                                  low=1, high=1024, resume="free")
     log_with: str | None = _option(None, "run", "further trackers, comma-separated, any that Accelerate knows: "
                                    "tensorboard, wandb, ... (metrics.jsonl is always written)", resume="free")
 
     def __post_init__(self):
         hints = _hints()
         for field in dataclasses.fields(self):
-            value = _coerce(field.name, getattr(self, field.name), hints[field.name])
+            value = coerce(field.name, getattr(self, field.name), hints[field.name])
+            if field.name in PATHS and value is not None:
+                value = expand_path(field.name, value)
             object.__setattr__(self, field.name, value)
-            _check_range(field, value)
+            check_range(field, value)
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: allowed are {', '.join(PRECISIONS)}")
+            raise ValueError(f"precision={quote(self.precision)}: allowed are {', '.join(PRECISIONS)}")
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
         if self.max_steps is None and not self.epochs:
@@ -161,16 +173,17 @@ class TrainingSettings:
         if self.lr == 0:
             raise ValueError("lr=0.0: must be above 0, or nothing is trained")
         if (self.tokenizer == "train") != (self.vocab_size is not None):
-            raise ValueError(f"tokenizer={self.tokenizer!r} with vocab_size={self.vocab_size}: --vocab-size goes "
+            raise ValueError(f"tokenizer={quote(self.tokenizer)} with vocab_size={self.vocab_size}: --vocab-size goes "
                              "with --tokenizer train and only with it; any other tokenizer has its own size")
         if self.objective == "tree" and self.path != "full":
-            raise ValueError(f"path={self.path!r} with objective='tree': the tree trains all paths; leave --path out, or "
-                             "choose --objective sweeps or backprop")
+            raise ValueError(f"path={quote(self.path)} with objective='tree': the tree trains all paths; leave --path out, "
+                             "or choose --objective sweeps or backprop")
         if self.objective == "tree" and self.mix not in ("auto", "none"):
             raise ValueError(f"mix={self.mix!r} with objective='tree': the tree trains all paths; leave --mix out, or "
                              "choose --objective sweeps or backprop")
         if self.path != "full" and self.mix not in ("auto", "none"):
-            raise ValueError(f"mix={self.mix!r} with path={self.path!r}: a mix adds paths to the full one; leave one out")
+            raise ValueError(f"mix={self.mix!r} with path={quote(self.path)}: a mix adds paths to the full one; leave one "
+                             "out")
         if self.mix_weight == 0:
             raise ValueError("mix_weight=0.0: must be above 0; --mix none trains one path alone")
         if self.free_energy and self.objective != "tree":
@@ -178,8 +191,8 @@ class TrainingSettings:
                              "posterior; leave it out, or use --objective tree")
         _ = self.path_blocks
         if self.carry_state and set(self.cell.split(",")) == {"transformer"}:
-            raise ValueError(f"carry_state=True with cell={self.cell!r}: only recurrent blocks have a state to carry; leave "
-                             "it out, or choose a recurrent --cell")
+            raise ValueError(f"carry_state=True with cell={quote(self.cell)}: only recurrent blocks have a state to carry; "
+                             "leave it out, or choose a recurrent --cell")
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
@@ -204,7 +217,7 @@ class TrainingSettings:
         try:
             return tuple(int(block) for block in self.path.split(","))
         except ValueError:
-            raise ValueError(f"path={self.path!r}: must be 'full' or block numbers such as 4,6,7") from None
+            raise ValueError(f"path={quote(self.path)}: must be 'full' or block numbers such as 4,6,7") from None
 
     @property
     def block_cells(self) -> str | tuple[str, ...]:
@@ -219,6 +232,11 @@ class TrainingSettings:
 FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainingSettings) if f.metadata["resume"] == "free")
 
 
+def names_file(name: str, value: str | None) -> bool:
+    """Whether the value of a setting of ``PATHS`` is the name of a file or folder that exists."""
+    return value is not None and value not in _NO_FILES.get(name, ()) and os.path.exists(value)
+
+
 def block_cells(cell: str) -> str | tuple[str, ...]:
     """``"gru"`` or ``"gru,transformer,gru"`` as the model's configuration takes it."""
     return tuple(cell.split(",")) if "," in cell else cell
@@ -226,62 +244,6 @@ def block_cells(cell: str) -> str | tuple[str, ...]:
 
 def _hints() -> dict[str, Any]:
     return typing.get_type_hints(TrainingSettings)
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` (from YAML or the command line) in the type of ``hint``; PyYAML reads 1e-4 as a string."""
-    optional = isinstance(hint, types.UnionType)
-    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
-    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[kind]
-    error = ValueError(f"{name}={value!r}: must be {wanted}{' or none' if optional else ''}")
-    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
-        return None
-    if kind is str and name in ("path", "cell") and isinstance(value, (list, tuple, int)) and not isinstance(value, bool):
-        value = ",".join(map(str, value if isinstance(value, (list, tuple)) else [value]))
-    if kind is str:
-        if not isinstance(value, str):
-            raise error
-        if not value:
-            raise ValueError(f"{name}='': must not be empty{'; none leaves it out' if optional else ''}")
-        if name in ("path", "cell"):
-            return value.replace(" ", "").strip("[]()")
-        return _precision(value) if name == "precision" else value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise error
-        return value
-    if isinstance(value, bool):
-        raise error
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise error from None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        raise error
-    return kind(value) if not isinstance(value, str) else kind(number)
-
-
-def _precision(value: str) -> str:
-    if value in _FLOAT16_NAMES:
-        raise ValueError(
-            f"precision={value!r} is refused: a loss scaler does not reach the gradients inside the local losses; "
-            f"allowed are {', '.join(PRECISIONS)}"
-        )
-    return _PRECISION_ALIASES.get(value, value)
-
-
-def _check_range(field: dataclasses.Field, value: Any) -> None:
-    low, high, below, choices = (field.metadata[key] for key in ("low", "high", "below", "choices"))
-    if value is None:
-        return
-    if choices and value not in choices:
-        raise ValueError(f"{field.name}={value!r}: allowed are {', '.join(choices)}")
-    if low is not None and value < low:
-        raise ValueError(f"{field.name}={value!r}: must be at least {low}")
-    if high is not None and value > high:
-        raise ValueError(f"{field.name}={value!r}: must be at most {high}")
-    if below is not None and value >= below:
-        raise ValueError(f"{field.name}={value!r}: must be below {below:g}")
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -293,17 +255,21 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such preset, not a YAML mapping, or an unknown key.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ValueError(f"preset {name!r} does not exist: choose one of {known}, or give the path of a .yaml file")
+    path = possible_name(name) if name.endswith((".yaml", ".yml")) else folder / f"{possible_name(name)}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"preset {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path)
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"preset {quote(name)} does not exist: choose one of {known}, or give the path of a .yaml "
+                         "file") from None
+    except OSError as error:
+        raise ValueError(f"preset {quote(name)} cannot be read ({shorten(error.strerror)}): choose another") from None
+    except ValueError as error:
+        raise ValueError(f"preset {error}; write lines of 'key: value'") from None
+    where = f"preset {quote(str(path))}"
     if not isinstance(values, dict):
-        raise ValueError(f"preset {path} must hold lines of 'key: value'")
-    check_keys(values, f"preset {path}")
+        raise ValueError(f"{where} must hold lines of 'key: value'")
+    check_keys(values, where)
     return values
 
 
@@ -312,9 +278,9 @@ def check_keys(values: dict[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(TrainingSettings)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown key {key!r} in {where}: {hint}known are {', '.join(known)}")
+            near = difflib.get_close_matches(shorten(key, 40), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it; train/lm.py --help lists what there is"
+            raise ValueError(f"unknown key {quote(key)} in {where}: {hint}")
 
 
 def resolve(*layers: dict[str, Any]) -> TrainingSettings:
@@ -355,49 +321,3 @@ def differences(settings: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Names of the fixed settings that differ from those of ``other``, which an older version may have stored."""
     names = [field.name for field in dataclasses.fields(TrainingSettings) if field.metadata["resume"] == "fixed"]
     return [name for name in names if name in other and settings.get(name) != other[name]]
-
-
-# ---------------------------------------------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
-
-
-def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
-    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
-    start = parser.add_argument_group("what to run")
-    start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: {DEFAULT_PRESET}, "
-                       "whose values are the defaults below)")
-    start.add_argument("--resume", nargs="?", const=-1, type=int, metavar="STEP",
-                       help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
-                            "settings stored there; newer checkpoints, later lines and exported results are removed")
-    start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
-    groups: dict[str, Any] = {}
-    hints = _hints()
-    shown = {f.name: f.default for f in dataclasses.fields(TrainingSettings)} | read_preset(DEFAULT_PRESET, presets)
-    for field in dataclasses.fields(TrainingSettings):
-        title = field.metadata["group"]
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]
-        if hints[field.name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-            continue
-        choices = field.metadata["choices"]
-        default = "" if shown[field.name] is None else f" (default: {shown[field.name]})"
-        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
-        group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
-                           help=(text + default).replace("%", "%%"))
-    return parser
-
-
-def _metavar(hint: Any) -> str:
-    kinds = typing.get_args(hint) or (hint,)
-    return "N" if int in kinds else "X" if float in kinds else "TEXT"

@@ -6,7 +6,6 @@ a pure function of the step: the learning rate, the batch, and the noise of the 
 
 from __future__ import annotations
 
-import errno
 import math
 import sys
 import time
@@ -35,6 +34,7 @@ from hbll_seq.training.checkpoint import (
     sweep,
 )
 from hbll_seq.training.devices import track
+from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
@@ -46,26 +46,12 @@ States = dict[Prefix, torch.Tensor]
 FLUSH_SECONDS = 5.0
 
 
-class RunFailed(RuntimeError):
-    """The run cannot go on (loss not finite, disk full); the message says what is kept and what to do."""
-
-
 class Stopped(Exception):
     """The run was stopped by a signal and has been saved."""
 
     def __init__(self, step: int, signal_number: int):
         super().__init__(f"stopped by signal {signal_number} after step {step}")
         self.step, self.signal_number = step, signal_number
-
-
-def remedy_for(error: Exception) -> str:
-    """What helps against a file that could not be written, by the kind of error."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "see that you may write there"
-    return "see to the disk" if isinstance(error, OSError) else "mend what is named"
 
 
 def append_line(file: JsonLines, row: dict[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""The command line of a training run: its options are the settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+
+def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
+    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+    start = parser.add_argument_group("what to run")
+    start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: {DEFAULT_PRESET}, "
+                       "whose values are the defaults below)")
+    start.add_argument("--resume", nargs="?", const=-1, type=int, metavar="STEP",
+                       help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
+                            "settings stored there; newer checkpoints, later lines and exported results are removed")
+    start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(TrainingSettings)
+    shown = {f.name: f.default for f in dataclasses.fields(TrainingSettings)} | read_preset(DEFAULT_PRESET, presets)
+    for field in dataclasses.fields(TrainingSettings):
+        title = field.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        flag = "--" + field.name.replace("_", "-")
+        text = field.metadata["help"]
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        choices = field.metadata["choices"]
+        default = "" if shown[field.name] is None else f" (default: {shown[field.name]})"
+        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
+        group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
+                           help=(text + default).replace("%", "%%"))
+    return parser
+
+
+def _metavar(hint: Any) -> str:
+    kinds = typing.get_args(hint) or (hint,)
+    return "N" if int in kinds else "X" if float in kinds else "TEXT"

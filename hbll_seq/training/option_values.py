@@ -1,0 +1,95 @@
+"""A value of a setting, as YAML or a command line gives it, in the setting's type and range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from typing import Any
+
+from hbll_seq.reading import possible_name, quote
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+_PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
+_FLOAT16_NAMES = ("float16", "fp16", "half")
+#: bounds where a setting has none of its own: larger ones would end in an OverflowError.
+_MOST, _LARGEST = 2**31 - 1, 1e6
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` (from YAML or the command line) in the type of ``hint``; PyYAML reads 1e-4 as a string."""
+    optional = isinstance(hint, types.UnionType)
+    kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
+    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[kind]
+    error = ValueError(f"{name}={quote(value)}: must be {wanted}{' or none' if optional else ''}")
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    if kind is str and name in ("path", "cell"):
+        value = _listed(value, error)
+    if kind is str:
+        if not isinstance(value, str):
+            raise error
+        if not value:
+            raise ValueError(f"{name}='': must not be empty{'; none leaves it out' if optional else ''}")
+        if name in ("path", "cell"):
+            return value.replace(" ", "").strip("[]()")
+        return _precision(value) if name == "precision" else str(value)  # not a subclass, which YAML could not write
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise error
+        return value
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        raise error
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):  # the last for a whole number of 400 digits
+        raise error from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise error
+    return kind(value) if not isinstance(value, str) else kind(number)
+
+
+def _listed(value: Any, error: ValueError) -> Any:
+    """A block number, or a list of numbers or names, as the command line writes it: joined by commas."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, (int, str)) for item in items):
+        raise error
+    if any(isinstance(item, int) and abs(item) > _MOST for item in items):
+        raise error
+    return ",".join(map(str, items))
+
+
+def expand_path(name: str, value: str) -> str:
+    """The name with ``~`` expanded, as a shell does for an option's separate value."""
+    try:
+        path = possible_name(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return str(path) if value.startswith("~") else value
+
+
+def _precision(value: str) -> str:
+    if value in _FLOAT16_NAMES:
+        raise ValueError(
+            f"precision={quote(value)} is refused: a loss scaler does not reach the gradients inside the local losses; "
+            f"allowed are {', '.join(PRECISIONS)}"
+        )
+    return _PRECISION_ALIASES.get(value, value)
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+    low, high, below, choices = (field.metadata[key] for key in ("low", "high", "below", "choices"))
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise ValueError(f"{field.name}={quote(value)}: allowed are {', '.join(choices)}")
+    if low is not None and value < low:
+        raise ValueError(f"{field.name}={quote(value)}: must be at least {low}")
+    if not isinstance(value, str) and high is None and below is None:
+        high = _MOST if isinstance(value, int) else _LARGEST
+    if high is not None and value > high:
+        raise ValueError(f"{field.name}={quote(value)}: must be at most {high}")
+    if below is not None and value >= below:
+        raise ValueError(f"{field.name}={quote(value)}: must be below {below:g}")

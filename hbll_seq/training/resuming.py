@@ -1,0 +1,197 @@
+"""How a run is taken up again: from which checkpoint, with which settings, and whether what it reads is still the same.
+
+Text, tokenizer and preset are compared by what they hold, not by their names: they may have moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hbll_seq.console import say
+from hbll_seq.reading import quote, shorten
+from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
+from hbll_seq.training.run_record import CHECKPOINTS
+from hbll_seq.training.run_state import check_run_state
+from hbll_seq.training.settings import (
+    FREE_ON_RESUME,
+    LATER,
+    PATHS,
+    TrainingSettings,
+    as_meant,
+    check_keys,
+    differences,
+    names_file,
+    read_preset,
+    resolve,
+)
+
+NEWEST = -1
+
+class Resumed(NamedTuple):
+    """A checkpoint that a run goes on from: file -> tensor name -> tensor, and its state.json."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def folder_of(given: dict[str, Any]) -> Path:
+    """The run's folder that a command line names, or the default one. Raises ValueError for an impossible name."""
+    # the other settings do not matter here; this one is checked and ``~`` expanded as any other
+    named = {"output_dir": given["output_dir"]} if "output_dir" in given else {}
+    return Path(TrainingSettings(max_steps=1, **named).output_dir)
+
+
+def check_resumable(folder: Path, step: int = NEWEST) -> int:
+    """The step of the checkpoint that ``step`` names. Raises ValueError where there is none."""
+    checkpoints = folder / CHECKPOINTS
+    steps = list_checkpoints(checkpoints)
+    if not steps:
+        raise ValueError(f"nothing to resume: {quote(str(checkpoints))} holds no checkpoint; name the run's folder by "
+                         "--output-dir, or start anew without --resume")
+    if step != NEWEST and step not in steps:
+        shown = ", ".join(map(str, steps[:10])) + ", ..." * (len(steps) > 10)
+        raise ValueError(f"resume={quote(step)}: {quote(str(checkpoints))} holds no such checkpoint, only those of the steps "
+                         f"{shown}")
+    return steps[-1] if step == NEWEST else step
+
+
+def resume_run(
+    given: dict[str, Any], preset: str | None, step: int = NEWEST, presets: Path | None = None
+) -> tuple[TrainingSettings, str, Resumed]:
+    """Settings, preset and checkpoint of the run in ``given["output_dir"]`` (default: runs/lm).
+
+    Settings come from the checkpoint. ``given`` may repeat them; only those that no weight depends on may differ, and the
+    names of the text and the tokenizer, whose content :func:`check_identity` compares.
+
+    Args:
+        given: settings of the command line.
+        preset: preset of the command line, None when there was none.
+        step: of the checkpoint; NEWEST takes the newest.
+        presets: folder of the presets that have a name alone.
+
+    Raises:
+        ValueError: nothing to resume, or other settings than the checkpoint's.
+        CheckpointError: the checkpoint is damaged.
+    """
+    folder = folder_of(given)
+    checkpoints = folder / CHECKPOINTS
+    step = check_resumable(folder, step)
+    where = f"the checkpoint of step {step} in {quote(str(checkpoints))}"
+    try:
+        tensors, state = load_checkpoint(checkpoints, step)
+        check_run_state(state)
+        stored = _stored_settings(state, where)
+    except CheckpointError as error:
+        older = [s for s in sound_checkpoints(checkpoints) if s < step]
+        remedy = (f"the newest sound one is that of step {older[-1]}: go on from it with --resume {older[-1]}"
+                  if older else "there is no older sound one: start anew with --overwrite")
+        raise CheckpointError(f"{error}; {remedy}") from None
+    if preset is not None:
+        _check_preset(preset, state, presets or Path(), where)
+    settings = resolve(stored, given, {"output_dir": str(folder)})
+    _refuse_other_settings(dataclasses.asdict(settings), stored, where)
+    return settings, state["preset"], Resumed(tensors, state)
+
+
+def _stored_settings(state: dict[str, Any], where: str) -> dict[str, Any]:
+    """The checkpoint's settings as they were meant. Raises CheckpointError where they, or the locations, cannot be used."""
+    locations, stored = state.get("locations", {}), state["settings"]
+    if not isinstance(locations, dict) or not all(isinstance(path, str) for path in locations.values()):
+        raise CheckpointError(f"{where} is damaged: its locations are {quote(locations)}")
+    try:
+        check_keys(stored, "its settings")
+        if missing := sorted({f.name for f in dataclasses.fields(TrainingSettings)} - stored.keys() - LATER):
+            raise ValueError(f"its settings lack {', '.join(missing[:4])}")
+        stored = as_meant(stored)
+        resolved = dataclasses.asdict(resolve(stored))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where} cannot be used: {error}") from None
+    return {name: resolved[name] for name in stored}
+
+
+def _check_preset(preset: str, state: dict[str, Any], presets: Path, where: str) -> None:
+    """A preset given again must say what it said: by its content, or its name where an older version stored no more."""
+    known, remedy = state.get("preset_sha256"), "leave --preset out, or start a new run in another --output-dir"
+    if known is None and preset != state["preset"]:
+        raise ValueError(f"preset={quote(preset)} differs from {where}, which was made with preset {quote(state['preset'])}: "
+                         f"{remedy}")
+    if known is not None and preset_fingerprint(read_preset(preset, presets)) != known:
+        raise ValueError(f"preset={quote(preset)} does not say what preset {quote(state['preset'])} said when {where} was "
+                         f"made: {remedy}")
+
+
+def preset_fingerprint(values: dict[str, Any]) -> str:
+    """SHA-256 of what a preset says; comments, order and layout do not count."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+    names = differences(now, stored)
+    if names:
+        pairs = ", ".join(f"{name}={now.get(name)!r} (there {stored.get(name)!r})" for name in names)
+        raise ValueError(f"other settings than {where}: {pairs}; leave them out, or start a new run in another "
+                         f"--output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
+
+
+# ---------------------------------------------------------------------------------------------------- where things lie
+
+
+def locations(settings: TrainingSettings) -> dict[str, str]:
+    """Where the files that the settings name lie, for a resume from another folder: setting -> absolute path."""
+    named = {name: getattr(settings, name) for name in PATHS if name != "output_dir"}
+    return {name: os.path.abspath(value) for name, value in named.items() if names_file(name, value)}
+
+
+def located(settings: TrainingSettings, given: dict[str, Any], resumed: Resumed) -> TrainingSettings:
+    """The settings of a resumed run with the places where its files are now: for opening them, not for the record.
+
+    A file that the command line does not name is looked for where it was, then from the current folder.
+    """
+    known = resumed.state.get("locations", {})
+    found = {name: path for name, path in known.items() if name in PATHS and name not in given and os.path.exists(path)}
+    return dataclasses.replace(settings, **found)
+
+
+# ---------------------------------------------------------------------------------------------------- what is read
+
+
+def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
+    """Compare what a run stores of itself in every checkpoint with a checkpoint's.
+
+    Another type of device or number of threads is told on stderr: sums are then rounded differently.
+
+    Raises:
+        ValueError: the text, the tokenizer, the precision or the number of processes is another one.
+    """
+    remedies = {
+        "num_processes": "launch as many, since the order of the data depends on it",
+        "tokenizer": "give the same tokenizer file by --tokenizer",
+        "data": "give the same text by --data",
+        "validation": "give the same text by --data, its validation split included",
+        "test": "give the same text by --data, its test split included",
+        "precision": f"give --precision {shorten(state['precision'], 20)}",
+    }
+    for name, remedy in remedies.items():
+        if now[name] != state.get(name, now[name]):
+            raise ValueError(f"cannot resume: {name} is {_named(name, now)} and was {_named(name, state)} in the checkpoint "
+                             f"of step {state['step']}; {remedy}, or start a new run in another --output-dir")
+    for name in ("device", "threads"):
+        if now[name] != state[name] and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            say(f"warning: {name} is {now[name]!r} and was {quote(state[name])} in the checkpoint of step {state['step']}: "
+                "the result is not bit for bit that of the unbroken run")
+
+
+def _named(name: str, identity: dict[str, Any]) -> str:
+    """What an identity holds under ``name``; a fingerprint goes with the name of its file."""
+    setting = "tokenizer" if name == "tokenizer" else "data"
+    if name not in ("tokenizer", "data", "validation", "test"):
+        return quote(identity[name])
+    path = identity.get("locations", {}).get(setting) or identity["settings"].get(setting)
+    return f"{shorten(quote(path), 90)} ({shorten(identity[name], 12)})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hbll_seq.cells import Cell, RecurrentBlock, RecurrentState
 from hbll_seq.messages import Chain
 from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
+from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
 
@@ -22,6 +23,11 @@ Prefix = tuple[int, ...]
 def prefixes(path: Sequence[int]) -> list[Prefix]:
     """The beginnings of a path, the shortest first and the path itself last."""
     return [tuple(path[:i]) for i in range(1, len(path) + 1)]
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The module inside of what ``torch.compile`` makes of it; any other as it is."""
+    return getattr(module, "_orig_mod", module)
 
 
 class DepthChain(Chain):
@@ -61,12 +67,13 @@ class DepthChain(Chain):
     def _run(self, index: Prefix | int, state: Tensor, *hints: Tensor | None) -> Tensor:
         n = self.number(index)
         block = self.blocks[n - 1]
+        kind = plain_module(block)
         with fork_rng_of(state) if self.dropout_seed is not None else contextlib.nullcontext():
             if self.dropout_seed is not None:
                 torch.manual_seed(mix_seeds(self.dropout_seed, n))
-            if isinstance(block, RecurrentBlock):
+            if isinstance(kind, RecurrentBlock):
                 return self._recurrence(block, index, state, *hints)
-            return block(state)[0] if isinstance(block, Cell) else block(state)
+            return block(state)[0] if isinstance(kind, Cell) else block(state)
 
     def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor) -> Tensor:
         output, state = block(x, RecurrentState(self.carried.get(index)))
@@ -134,7 +141,7 @@ class DepthHierarchy(nn.Module):
             ValueError: both are given, or the one given is not possible in this tree.
         """
         if depth is not None and path is not None:
-            raise ValueError(f"depth={depth!r} and path={path!r} are both given: choose one of them")
+            raise ValueError(f"depth={quote(depth)} and path={quote(path)} are both given: choose one of them")
         if path is not None:
             return self.tree.validate_path(path)
         return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)

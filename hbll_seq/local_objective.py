@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbll_seq.branches import Branch, messages_of, split_off, walk
 from hbll_seq.cells import RecurrentBlock
-from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, prefixes
+from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, plain_module, prefixes
 from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
 from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
@@ -126,7 +126,7 @@ class LocalObjective(Objective):
             raise ValueError(
                 f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
             )
-        if inference == "multigrid" and any(isinstance(block, RecurrentBlock) for block in model.blocks):
+        if inference == "multigrid" and any(isinstance(plain_module(block), RecurrentBlock) for block in model.blocks):
             raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient,"
                              " of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
         if inference == "multigrid" and chunk != 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.console import ForgivingStream, printable, say
-from hbll_seq.depth import plain_module
+from hbll_seq.depth import evaluation_mode, plain_module
 from hbll_seq.path_cache import PathCache
 from hbll_seq.reading import quote
 from hbll_seq.sampling import check_sampling, check_seed, sample
@@ -52,23 +51,6 @@ def decode_one_token(model: HBLLForCausalLM, tokens: Tensor, path: Sequence[int]
     """Add one token to each row of the cache, ``tokens`` [B], and return the logits [B, V] of the next."""
     cache.append(tokens.unsqueeze(1))
     return model.read_out(cache.advance(path)[:, -1], path)
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No gradient and no dropout inside; training flags are put back as they were.
-
-    Not ``inference_mode``: a tensor that a block caches in there could not be used in training afterwards.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def generate_ids(
@@ -127,7 +109,7 @@ def _steps(model, prompts, path, max_new_tokens, sampling, seed, eos_id, n_token
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     running, cache, tokens = [True] * len(prompts), None, input_ids
     for _ in range(max_new_tokens):
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             if cache is None:  # without padding no start is given: the blocks then need no mask of their own
                 logits, cache = prefill(model, input_ids, path, start if start.any() else None)
             else:

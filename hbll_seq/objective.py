@@ -43,7 +43,8 @@ class Objective(nn.Module):
 
     Args:
         model: a :class:`DepthHierarchy`.
-        path: block numbers of the main path; None is the full one. Blocks that no step reads are frozen.
+        path: block numbers of the main path; None is the full one. Blocks that no step reads get no gradient: an optimizer
+            leaves them alone. The model is left as it is given; see :meth:`trained_parameters` and :meth:`freeze_unread`.
         mix: which further paths a step reads, see ``mix.MIXES``; only with the full path.
         mix_weight: total weight of their readouts; the main path's is 1. None takes the mix's own, see ``mix.MIX_WEIGHTS``.
         graphs: ``"kept"``, or ``"recomputed"``: only the states between blocks are kept, and the inside of a block is
@@ -80,8 +81,23 @@ class Objective(nn.Module):
         self.model, self.seed, self.noise_seed = model, seed, mix_seeds(seed, rank)
         self.mix, self.mix_weight, self.graphs = mix, float(mix_weight), graphs
         self.micro_batches = micro_batches
-        for n, block in enumerate(model.blocks, start=1):  # so that every parameter that is trained is touched at every step
-            block.requires_grad_(n in self.path)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What every step has a gradient for: the parameters that require one, without those of blocks that no step reads."""
+        unread = {id(p) for p in self._unread()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in unread]
+
+    def freeze_unread(self) -> None:
+        """Freezes the blocks that no step reads, for good: for DistributedDataParallel, which waits for a gradient of every
+        parameter that requires one (or is told ``find_unused_parameters``)."""
+        for p in self._unread():
+            p.requires_grad_(False)
+
+    def _unread(self) -> list[nn.Parameter]:
+        """The parameters that belong to unread blocks alone."""
+        idle = tuple(f"model.blocks.{n - 1}." for n in range(1, self.model.tree.N) if n not in self.path)
+        read = {id(p) for name, p in self.named_parameters(remove_duplicate=False) if not name.startswith(idle)}
+        return [p for p in self.model.blocks.parameters() if id(p) not in read]
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""

@@ -135,6 +135,7 @@ def training(
     set_seed(settings.seed)
     model = HBLLForCausalLM(model_config(settings, data.tokenizer.vocab_size), tokenizer=data.tokenizer)
     objective, paths = make_objective(settings, model, accelerator.process_index)
+    objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
     identity = {
         "settings": asdict(settings),
         "preset": preset,

@@ -14,6 +14,7 @@ from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
+from hbll_seq.values import whole_or_none
 
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
 #: path and z_3 on another (METHOD 1.4).
@@ -142,8 +143,8 @@ class DepthHierarchy(nn.Module):
             ("state_family", state_family, STATE_FAMILIES),
             ("target_family", target_family, TARGET_FAMILIES),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
         self.tree, self.width = DyadicTree(n_level, default_paths), width
         self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()
@@ -162,6 +163,22 @@ class DepthHierarchy(nn.Module):
         if path is not None:
             return self.tree.validate_path(path)
         return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)
+
+    def state_width(self, prefix: Prefix) -> int:
+        """Width of the state that a recurrent block keeps after these blocks.
+
+        Raises:
+            ValueError: it is no beginning of a path that ends in a recurrent block.
+        """
+        numbers = tuple(whole_or_none(n) for n in prefix) if isinstance(prefix, tuple) else ()
+        is_walk = all(n is not None for n in numbers) and all(self.tree.is_arc(i, j) for i, j in zip((0, *numbers), numbers))
+        block = plain_module(self.blocks[numbers[-1] - 1]) if numbers and is_walk and numbers[-1] < self.tree.N else None
+        if not isinstance(block, RecurrentBlock):
+            raise ValueError(
+                f"states of {quote(prefix)}: no recurrent block is reached so; their keys are tuples of the block numbers "
+                "walked up to one, as the step before returned them"
+            )
+        return block.cell.hidden_size
 
     def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the chain reads and what its head is scored on; a language model shifts here."""

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -249,9 +250,9 @@ class GenerationMixin:
     ) -> Iterator[list[int | None]]:
         """Check everything that the user gave, then hand out the steps, none of them run yet."""
         path = self.resolve_path(depth, path)
+        truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
         temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
         max_new_tokens, seed = as_whole("max_new_tokens", max_new_tokens, 1), check_seed(seed)
-        truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
         if self.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, set "
@@ -260,10 +261,25 @@ class GenerationMixin:
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
         prompts = [self._encode_prompt(text, truncate_prompt) for text in texts]
+        self._warn_if_untrained(path)
         return generate_ids(
             self, prompts, path, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size,
         )  # fmt: skip
+
+    def _warn_if_untrained(self, path: tuple[int, ...]) -> None:
+        """Once for every path of this model that its config says was not trained."""
+        warned = self.__dict__.setdefault("_warned_paths", set())
+        if path in warned or self.config.is_trained(path):
+            return
+        warned.add(path)
+        named = f"depth {len(path)} (path {quote(list(path))})"
+        warnings.warn(
+            f"{named} of this model was not trained, so that its text is worse; trained: {self.config.trained_depths}. "
+            "Choose one of these, or train all depths with a mix (train/lm.py --mix octaves)",
+            UserWarning,
+            stacklevel=4,  # the caller of generate or stream
+        )
 
     def _encode_prompt(self, text: str, truncate: bool) -> list[int]:
         if not text:

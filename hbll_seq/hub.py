@@ -281,7 +281,8 @@ def _read_config(folder: Path, source: str, architecture: str, config_class: typ
     except ValueError as error:
         raise ValueError(f"{source!r}: {CONFIG_NAME}: {error}") from error
     # A default in place of a lost key (n_head, say) could fit the weights and still be another model.
-    if missing := [field.name for field in fields(config_class) if field.name not in values]:
+    if missing := [field.name for field in fields(config_class)
+                   if field.name not in values and not field.metadata.get("optional")]:
         raise ValueError(f"{source!r}: {CONFIG_NAME} lacks {_listing(missing)}; add what the model was trained with")
     return config
 

@@ -150,6 +150,10 @@ class LocalObjective(Objective):
             self.secants = Secants(model.tree.n_nodes, model.width, secant_rank)
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
+    def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
+        """See :meth:`Objective.trained_paths`; the tree trains all."""
+        return "all" if self.inference == "tree" else super().trained_paths()
+
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """See :meth:`Objective.chain`; recurrent blocks are evaluated by messages along time."""
         return TimeSweptChain(self.time, of=super().chain(step, states))

@@ -17,7 +17,7 @@ from hbll_seq.checks import check_inputs, check_state
 from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, plain_module, prefixes
 from hbll_seq.eager import eagerly
 from hbll_seq.messages import Chain, Recomputed
-from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, routes_of_step
+from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, paths_of_mix, routes_of_step
 from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.values import as_whole, number_or_none
@@ -107,6 +107,10 @@ class Objective(nn.Module):
         idle = tuple(f"model.blocks.{n - 1}." for n in range(1, self.model.tree.N) if n not in self.path)
         read = {id(p) for name, p in self.named_parameters(remove_duplicate=False) if not name.startswith(idle)}
         return [p for p in self.model.blocks.parameters() if id(p) not in read]
+
+    def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
+        """The paths whose readouts have a loss, as :attr:`hbll_seq.config.HBLLConfig.trained_paths` says it."""
+        return paths_of_mix(self.mix, self.model.tree, self.path)
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""

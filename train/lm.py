@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,6 +135,7 @@ def training(
     set_seed(settings.seed)
     model = HBLLForCausalLM(model_config(settings, data.tokenizer.vocab_size), tokenizer=data.tokenizer)
     objective, paths = make_objective(settings, model, accelerator.process_index)
+    model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
     identity = {
         "settings": asdict(settings),

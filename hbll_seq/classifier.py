@@ -6,6 +6,7 @@ V classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.cells.recurrent import CELL_KINDS, make_cell
+from hbll_seq.checks import as_classes, check_inputs
 from hbll_seq.config import ModelConfig, check_size
 from hbll_seq.hub import HubMixin
 from hbll_seq.model_card import CardText
-from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.padding import as_lengths, last_of, to_right
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.seeds import mix_seeds
+from hbll_seq.values import as_whole
 
 #: the largest number of values, steps, classes and units: beyond any sensible classifier, and made in a second or two.
 MAX_SIZE = 1 << 20
@@ -99,13 +102,21 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         # not in the file of weights: config.json determines it
         self.register_buffer("order", torch.tensor(fixed_order(config.n_inputs, config.permutation_seed)), persistent=False)
 
-    def chunks(self, inputs: Tensor) -> Tensor:
+    def chunks(
+        self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
+    ) -> Tensor:
         """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
         first one where ``N * I`` is more than L (METHOD 1.5). Chunks [B, T, I] are returned as they are.
 
+        Args:
+            inputs: values or chunks.
+            lengths: [B] how many chunks of each row are real, which are returned first, with zeros behind; None: all.
+            padding_side: where the others are in ``inputs``, ``"right"`` (behind) or ``"left"``.
+
         Raises:
-            ValueError: inputs of another shape, or not of floating point.
+            ValueError: inputs of another shape, not of floating point or on another device, or lengths that do not fit.
         """
+        check_inputs("inputs", inputs, self)
         config, shape = self.config, tuple(inputs.shape)
         is_flat = inputs.dim() == 2 and shape[1] == config.n_inputs
         if not is_flat and (inputs.dim() != 3 or shape[1] < 1 or shape[2] != config.step_size):
@@ -116,53 +127,64 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         if not inputs.is_floating_point():
             raise ValueError(f"inputs of {inputs.dtype}: must be of floating point, as pixels of 0 to 1: x.float() / 255")
         inputs = inputs.to(self.head.weight.dtype)
+        if lengths is not None and is_flat:
+            raise ValueError(f"lengths with inputs of shape {shape}: they count chunks [batch, steps, {config.step_size}]")
         if not is_flat:
-            return inputs
+            return inputs if lengths is None else to_right(inputs, as_lengths(lengths, *shape[:2]), padding_side)
         padding = config.n_steps * config.step_size - config.n_inputs
         return F.pad(inputs[:, self.order], (padding, 0)).unflatten(1, (config.n_steps, config.step_size))
 
-    def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def prepare(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None,
+        lengths: Tensor | Sequence[int] | None = None,
+        padding_side: str = "right",
+    ) -> tuple[Tensor, Tensor]:
         """What an objective reads: chunks [B, T, I] and the class of every sequence [B].
 
         Args:
-            inputs: see :meth:`chunks`.
+            inputs, lengths, padding_side: see :meth:`chunks`.
             labels: [B] of int64, in 0 .. V - 1, or -100 where a sequence is not to be scored.
 
         Raises:
             ValueError: there are no labels, or they or the inputs do not fit.
         """
-        chunks = self.chunks(inputs)
+        chunks = self.chunks(inputs, lengths, padding_side)
         if labels is None:
             raise ValueError("labels=None: this model needs the class of every sequence to be scored on; pass them")
-        if labels.shape != chunks.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels of shape {tuple(labels.shape)} and {labels.dtype} with inputs of shape {tuple(inputs.shape)}: must "
-                f"be class numbers [{len(chunks)}] of torch.int64"
-            )
-        if labels.device.type == "cpu" and (scored := labels[labels != IGNORE_INDEX]).numel():  # a GPU would be waited for
-            low, high = scored.aminmax()
-            if low < 0 or high >= self.config.n_classes:
-                raise ValueError(
-                    f"labels from {int(low)} to {int(high)}: must be in 0 .. {self.config.n_classes - 1}, or {IGNORE_INDEX} "
-                    "where there is none; make a model of more n_classes, or number the classes from 0"
-                )
-        return chunks, labels
+        return chunks, as_classes(labels, self.config.n_classes, chunks.shape[:1])
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The deployed network, one transition after the other: see :meth:`chunks` -> logits of the last state [B, V]."""
-        states, _ = self.cell(self.chunks(inputs))
-        return self.head(states[:, -1])
+    def forward(
+        self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
+    ) -> Tensor:
+        """The deployed network, one transition after the other: see :meth:`chunks` -> logits of the last state [B, V], of
+        padded sequences that after the last real chunk."""
+        chunks = self.chunks(inputs, lengths, padding_side)
+        states, _ = self.cell(chunks)
+        if lengths is None:
+            return self.head(states[:, -1])
+        return self.head(last_of(states.transpose(0, 1), as_lengths(lengths, *chunks.shape[:2])))
 
     @torch.no_grad()
-    def predict(self, inputs: Tensor, batch_size: int = 1000) -> Tensor:
-        """The most likely class of every sequence, [B] of int64, evaluated in batches.
+    def predict(
+        self,
+        inputs: Tensor,
+        batch_size: int = 1000,
+        lengths: Tensor | Sequence[int] | None = None,
+        padding_side: str = "right",
+    ) -> Tensor:
+        """The most likely class of every sequence, [B] of int64, evaluated in batches; see :meth:`chunks`.
 
         Raises:
             ValueError: the inputs cannot be read, or the batch size is below 1.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1")
-        return torch.cat([self(batch).argmax(-1) for batch in inputs.split(batch_size)])
+        batch_size = as_whole("batch_size", batch_size, 1)
+        check_inputs("inputs", inputs, self)
+        if lengths is None:
+            return torch.cat([self(batch).argmax(-1) for batch in inputs.split(batch_size)])
+        parts = as_lengths(lengths, *inputs.shape[:2]).split(batch_size)
+        return torch.cat([self(x, n, padding_side).argmax(-1) for x, n in zip(inputs.split(batch_size), parts)])
 
     def card_text(self) -> CardText:
         """See :meth:`HubMixin.card_text`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from hbll_seq.reading import quote, shorten
 from hbll_seq.readout import READOUTS
-from hbll_seq.tree import PATH_FAMILIES
+from hbll_seq.tree import PATH_FAMILIES, DyadicTree
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
@@ -23,6 +23,8 @@ BOUNDS = {
     "vocab_size": 1 << 24, "n_level": 10, "n_embd": 1 << 16, "n_head": 1 << 16, "block_size": 1 << 24, "mlp_ratio": 1 << 10,
     "readout_rank": 1 << 16,
 }  # fmt: skip
+#: what ``trained_paths`` may say in a word
+TRAINED = ("all", "default")
 
 T = TypeVar("T", bound="ModelConfig")
 
@@ -96,6 +98,8 @@ class HBLLConfig(ModelConfig):
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (METHOD: ``sigma``; the paper's LM runs use 0.005).
+        trained_paths: which paths were trained: ``"all"`` dyadic ones, ``"default"`` (that of every depth), or a list of
+            paths, each a list of block numbers; None where nobody has said. Generating along another path warns.
 
     Raises:
         ValueError: a value is out of range; the message says which, what is allowed and what to do.
@@ -118,6 +122,8 @@ class HBLLConfig(ModelConfig):
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
+    #: older files lack it
+    trained_paths: str | tuple[tuple[int, ...], ...] | None = field(default=None, metadata={"optional": True})
 
     @property
     def n_layer(self) -> int:
@@ -160,6 +166,38 @@ class HBLLConfig(ModelConfig):
                 raise ValueError(f"{name}={quote(value)}: must be a number in [{low:g}, {high:g})")
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"tie_embeddings={quote(self.tie_embeddings)}: must be true or false")
+        self._check_trained_paths()
+
+    def _check_trained_paths(self) -> None:
+        paths = self.trained_paths
+        if paths is None or isinstance(paths, str) and paths in TRAINED:
+            return
+        if not isinstance(paths, (list, tuple)) or not paths:
+            raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
+                             "paths, or null where nobody knows")  # fmt: skip
+        tree = DyadicTree(self.n_level, self.default_paths)
+        try:
+            object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
+        except ValueError as error:
+            raise ValueError(f"trained_paths: {error}") from None
+
+    def is_trained(self, path: tuple[int, ...]) -> bool:
+        """Whether ``path`` is one of ``trained_paths``, or nobody has said which were."""
+        if self.trained_paths == "default":
+            return path == DyadicTree(self.n_level, self.default_paths).path_for_depth(len(path))
+        return self.trained_paths in (None, "all") or path in self.trained_paths
+
+    @property
+    def trained_depths(self) -> str:
+        """``trained_paths`` in words, for people; empty where nobody has said."""
+        paths = self.trained_paths
+        if paths is None:
+            return ""
+        if isinstance(paths, str):
+            which = "every dyadic path" if paths == "all" else "the default path of every depth"
+            return f"{which}, 1 to {self.n_layer} blocks"
+        named = [f"{len(path)} blocks" + f" {list(path)}" * (len(path) < 8) for path in sorted(paths, key=len)]
+        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 
     def _check_cells(self) -> None:
         if isinstance(self.cell, list):  # as JSON and YAML give it

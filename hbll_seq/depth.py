@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from hbll_seq.cells import Cell, RecurrentBlock, RecurrentState
 from hbll_seq.messages import Chain
 from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
+from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
+from hbll_seq.values import whole_or_none
 
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
 #: path and z_3 on another (METHOD 1.4).
@@ -22,6 +24,28 @@ Prefix = tuple[int, ...]
 def prefixes(path: Sequence[int]) -> list[Prefix]:
     """The beginnings of a path, the shortest first and the path itself last."""
     return [tuple(path[:i]) for i in range(1, len(path) + 1)]
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The module inside of what ``torch.compile`` makes of it; any other as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No gradient and no dropout inside; training flags are put back as they were.
+
+    Not ``inference_mode``: a tensor that a block caches in there could not be used in training afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class DepthChain(Chain):
@@ -61,12 +85,13 @@ class DepthChain(Chain):
     def _run(self, index: Prefix | int, state: Tensor, *hints: Tensor | None) -> Tensor:
         n = self.number(index)
         block = self.blocks[n - 1]
+        kind = plain_module(block)
         with fork_rng_of(state) if self.dropout_seed is not None else contextlib.nullcontext():
             if self.dropout_seed is not None:
                 torch.manual_seed(mix_seeds(self.dropout_seed, n))
-            if isinstance(block, RecurrentBlock):
+            if isinstance(kind, RecurrentBlock):
                 return self._recurrence(block, index, state, *hints)
-            return block(state)[0] if isinstance(block, Cell) else block(state)
+            return block(state)[0] if isinstance(kind, Cell) else block(state)
 
     def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor) -> Tensor:
         output, state = block(x, RecurrentState(self.carried.get(index)))
@@ -118,8 +143,8 @@ class DepthHierarchy(nn.Module):
             ("state_family", state_family, STATE_FAMILIES),
             ("target_family", target_family, TARGET_FAMILIES),
         ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
         self.tree, self.width = DyadicTree(n_level, default_paths), width
         self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()
@@ -134,10 +159,26 @@ class DepthHierarchy(nn.Module):
             ValueError: both are given, or the one given is not possible in this tree.
         """
         if depth is not None and path is not None:
-            raise ValueError(f"depth={depth!r} and path={path!r} are both given: choose one of them")
+            raise ValueError(f"depth={quote(depth)} and path={quote(path)} are both given: choose one of them")
         if path is not None:
             return self.tree.validate_path(path)
         return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)
+
+    def state_width(self, prefix: Prefix) -> int:
+        """Width of the state that a recurrent block keeps after these blocks.
+
+        Raises:
+            ValueError: it is no beginning of a path that ends in a recurrent block.
+        """
+        numbers = tuple(whole_or_none(n) for n in prefix) if isinstance(prefix, tuple) else ()
+        is_walk = all(n is not None for n in numbers) and all(self.tree.is_arc(i, j) for i, j in zip((0, *numbers), numbers))
+        block = plain_module(self.blocks[numbers[-1] - 1]) if numbers and is_walk and numbers[-1] < self.tree.N else None
+        if not isinstance(block, RecurrentBlock):
+            raise ValueError(
+                f"states of {quote(prefix)}: no recurrent block is reached so; their keys are tuples of the block numbers "
+                "walked up to one, as the step before returned them"
+            )
+        return block.cell.hidden_size
 
     def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the chain reads and what its head is scored on; a language model shifts here."""

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hbll_seq.data import TokenWindows
-from hbll_seq.depth import DepthChain
+from hbll_seq.depth import DepthChain, evaluation_mode
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.posterior import Categorical
+from hbll_seq.values import as_flag, as_whole
 
 
 def default_paths(model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
@@ -21,7 +22,6 @@ def default_paths(model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
     return {f"depth {k}": model.tree.path_for_depth(k) for k in depths}
 
 
-@torch.no_grad()
 def evaluate_paths(
     model: HBLLForCausalLM,
     windows: TokenWindows,
@@ -35,7 +35,7 @@ def evaluate_paths(
     """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
 
     Args:
-        model: the model; its training mode is restored afterwards.
+        model: the model; the training mode of each of its modules is restored afterwards.
         windows: the split, packed.
         paths: name -> block numbers; None takes :func:`default_paths`.
         batch_size: windows per batch.
@@ -51,8 +51,11 @@ def evaluate_paths(
         ``max_batches`` an extrapolation), ``tokens`` that were scored.
 
     Raises:
-        ValueError: ``max_batches`` is 0, or states are to be carried and there are none.
+        ValueError: an option is out of range, or states are to be carried and there are none.
     """
+    batch_size, carry_state = as_whole("batch_size", batch_size, 1), as_flag("carry_state", carry_state)
+    if max_batches is not None:
+        max_batches = as_whole("max_batches", max_batches, 1, remedy=", or None for all")
     if carry_state and not model.config.has_recurrence:
         raise ValueError(f"carry_state=True with cell={model.config.cell!r}: only recurrent blocks have a state to carry")
     paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
@@ -65,9 +68,7 @@ def evaluate_paths(
         batches = windows.contiguous_evaluation_batches(batch_size, limit)
     else:
         batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             # what is left over behind the last row is read alone, and goes on from there
             chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
@@ -84,8 +85,6 @@ def evaluate_paths(
                 nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
             if carry_state:
                 carried = chain.last
-    finally:
-        model.train(was_training)
     if not n_tokens:
         raise ValueError("no tokens were evaluated: max_batches must be at least 1")
     tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)

@@ -1,22 +1,25 @@
-"""Text in, text out, along any dyadic path: prefill, decode_one_token and sample, and the mixin over them.
+"""Text in, text out, along any dyadic path: prefill and decode_one_token, and the mixin over them.
 
 Shapes: B rows of a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hbll_seq.console import ForgivingStream, printable, say
+from hbll_seq.depth import evaluation_mode, plain_module
 from hbll_seq.path_cache import PathCache
+from hbll_seq.reading import quote
+from hbll_seq.sampling import check_sampling, check_seed, sample
+from hbll_seq.values import as_flag, as_whole, whole_or_none
 
 if TYPE_CHECKING:  # model.py imports this file
     from hbll_seq.model import HBLLForCausalLM
@@ -51,83 +54,6 @@ def decode_one_token(model: HBLLForCausalLM, tokens: Tensor, path: Sequence[int]
     return model.read_out(cache.advance(path)[:, -1], path)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token per row: logits [B, V] -> ids [B].
-
-    ``temperature=0`` takes the most probable token. ``top_k`` keeps the k most probable tokens (of equal ones those
-    with the lower id); ``top_p``, applied after it, keeps the fewest most probable tokens whose probabilities sum to at
-    least ``top_p`` (nucleus sampling, Holtzman et al., arXiv 1904.09751).
-
-    The uniform number is drawn on the CPU, by ``generator`` or by torch's global one, so a seed means the same draw on
-    every device.
-
-    Raises:
-        ValueError: an option is out of range, or a logit is NaN or +inf.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if torch.isnan(logits).any() or torch.isposinf(logits).any():
-        raise ValueError("the model's logits hold NaN or inf: its weights or precision are broken; load sound ones")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # Shifted by the maximum first, so that a tiny temperature gives -inf (probability 0) and never NaN.
-    logits = logits.float()
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
-    order = None
-    if (top_k is not None and top_k < scaled.shape[-1]) or (top_p is not None and top_p < 1):
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        scaled = scaled[:, :top_k]  # top_k=None keeps all
-        if top_p is not None and top_p < 1:
-            mass_up_to = scaled.softmax(dim=-1).cumsum(dim=-1)
-            mass_before = F.pad(mass_up_to[:, :-1], (1, 0))
-            scaled = scaled.masked_fill(mass_before >= top_p, -math.inf)
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.rand(len(scaled), 1, generator=generator).to(scaled.device)
-    # The first index whose cumulative mass exceeds the draw; a float32 below 1 times the total stays below the total.
-    index = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1)
-    return index if order is None else order.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError where a sampling option is out of range."""
-    if not _is_number(temperature) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r}: must be a number of at least 0 (0 is greedy)")
-    if top_k is not None and (not _is_whole(top_k) or top_k < 1):
-        raise ValueError(f"top_k={top_k!r}: must be a whole number of at least 1, or None to keep every token")
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p={top_p!r}: must be a number above 0 and at most 1, or None to keep every token")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No gradient and no dropout inside; training flags are put back as they were.
-
-    Not ``inference_mode``: a tensor that a block caches in there could not be used in training afterwards.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def generate_ids(
     model: HBLLForCausalLM,
     prompts: Sequence[Sequence[int]],
@@ -141,7 +67,7 @@ def generate_ids(
     eos_id: int | None = None,
     n_tokens: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Token ids in, token ids out, one step at a time.
+    """Token ids in, token ids out, one step at a time. Options and errors are told by this call, not by the first step.
 
     Args:
         prompts: B non-empty lists of token ids, of any lengths.
@@ -151,7 +77,32 @@ def generate_ids(
 
     Yields:
         For each step B ids, None in a row that has ended; ends when all rows have.
+
+    Raises:
+        ValueError: an option, the path or a prompt is not possible.
     """
+    path, sampling = model.resolve_path(path=path), check_sampling(temperature, top_k, top_p)
+    max_new_tokens, seed = as_whole("max_new_tokens", max_new_tokens, 1), check_seed(seed)
+    prompts = _check_prompts(prompts, model.config.vocab_size)
+    return _steps(model, prompts, path, max_new_tokens, sampling, seed, eos_id, n_tokens)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
+    """Lists of plain ids. Raises ValueError unless they are non-empty lists of ids of the vocabulary."""
+    try:
+        rows = [[whole_or_none(token) for token in ids] for ids in prompts]
+    except TypeError:
+        rows = []
+    if not rows or not all(rows):
+        raise ValueError(f"prompts={quote(prompts)}: must be a non-empty list of non-empty lists of token ids")
+    for ids in rows:
+        if not all(token is not None and 0 <= token < vocab_size for token in ids):
+            raise ValueError(f"prompts hold {quote(ids)}: token ids must be whole numbers from 0 to {vocab_size - 1}")
+    return rows
+
+
+def _steps(model, prompts, path, max_new_tokens, sampling, seed, eos_id, n_tokens) -> Iterator[list[int | None]]:
+    """What :func:`generate_ids` yields, of checked arguments."""
     device = model.embed.weight.device
     longest = max(map(len, prompts))
     start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
@@ -159,17 +110,29 @@ def generate_ids(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     running, cache, tokens = [True] * len(prompts), None, input_ids
     for _ in range(max_new_tokens):
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             if cache is None:  # without padding no start is given: the blocks then need no mask of their own
                 logits, cache = prefill(model, input_ids, path, start if start.any() else None)
             else:
                 logits = decode_one_token(model, tokens, path, cache)
-            tokens = sample(logits[:, :n_tokens], temperature, top_k, top_p, generator)
+            tokens = sample(logits[:, :n_tokens], *sampling, generator)
         step = tokens.tolist()
         running = [alive and token != eos_id for alive, token in zip(running, step)]
         if not any(running):
             return
         yield [token if alive else None for alive, token in zip(running, step)]
+
+
+def _writer() -> Callable[[str], None]:
+    """Writes text to stdout at once, whatever becomes of that: the text is also returned. A terminal is not steered."""
+    out = ForgivingStream(sys.stdout)
+    shown = printable if out.isatty() else str
+
+    def write(text: str) -> None:
+        out.write(shown(text))
+        out.flush()
+
+    return write
 
 
 class _TextPieces:
@@ -221,7 +184,8 @@ class GenerationMixin:
             temperature: 0 is greedy (always the most probable token).
             top_k, top_p: see :func:`sample`.
             seed: makes the draw repeatable; None uses torch's global generator.
-            stream: also write the text to stdout as it comes (one prompt only).
+            stream: also write the text to stdout as it comes (one prompt only). What stdout cannot take is no error, and
+                control characters are shown as escapes on a terminal; the text that is returned holds all.
             truncate_prompt: keep the last ``block_size`` tokens of a longer prompt instead of refusing it. A model of
                 recurrent blocks alone reads prompts of any length, and whole.
 
@@ -231,24 +195,22 @@ class GenerationMixin:
         Raises:
             ValueError: an option, the depth, the path or a prompt is not possible, or the model has no tokenizer.
         """
-        texts = [prompt] if isinstance(prompt, str) else prompt
+        texts, stream = [prompt] if isinstance(prompt, str) else prompt, as_flag("stream", stream)
         if stream and isinstance(texts, (list, tuple)) and len(texts) != 1:
             raise ValueError(f"stream=True with {len(texts)} prompts: it writes one text; pass one prompt")
         steps = self._start(
             texts, depth, path, max_new_tokens, temperature, top_k, top_p, seed, truncate_prompt
         )
         new_ids: list[list[int]] = [[] for _ in texts]
-        pieces = _TextPieces(self.tokenizer)
-        if stream:
-            print(texts[0], end="", flush=True)
+        pieces, write = _TextPieces(self.tokenizer), _writer() if stream else lambda text: None
+        write(texts[0])
         for step in steps:
             for row, token in zip(new_ids, step):
                 if token is not None:
                     row.append(token)
             if stream:
-                print(pieces.push(step[0]), end="", flush=True)
-        if stream:
-            print(pieces.flush(), flush=True)
+                write(pieces.push(step[0]))
+        write(pieces.flush() + "\n")
         whole = [text + self.tokenizer.decode(ids) for text, ids in zip(texts, new_ids)]
         return whole[0] if isinstance(prompt, str) else whole
 
@@ -269,7 +231,7 @@ class GenerationMixin:
         Options and errors are those of :meth:`generate`; errors are raised by this call, not by the first piece.
         """
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt={prompt!r}: stream continues one text; pass a str, or use generate for a list")
+            raise ValueError(f"prompt={quote(prompt)}: stream continues one text; pass a str, or use generate for a list")
         steps = self._start(
             [prompt], depth, path, max_new_tokens, temperature, top_k, top_p, seed, truncate_prompt
         )
@@ -288,23 +250,36 @@ class GenerationMixin:
     ) -> Iterator[list[int | None]]:
         """Check everything that the user gave, then hand out the steps, none of them run yet."""
         path = self.resolve_path(depth, path)
-        check_sampling(temperature, top_k, top_p)
-        if not _is_whole(max_new_tokens) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 1")
-        if seed is not None and (not _is_whole(seed) or not 0 <= seed < 2**63):
-            raise ValueError(f"seed={seed!r}: must be a whole number from 0 to 2**63 - 1, or None")
+        truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
+        temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
+        max_new_tokens, seed = as_whole("max_new_tokens", max_new_tokens, 1), check_seed(seed)
         if self.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, set "
                 "model.tokenizer to the Tokenizer it was trained with, or use generate_ids for token ids"
             )
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompt={texts!r}: must be a text or a non-empty list of texts")
+            raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
         prompts = [self._encode_prompt(text, truncate_prompt) for text in texts]
+        self._warn_if_untrained(path)
         return generate_ids(
             self, prompts, path, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size,
         )  # fmt: skip
+
+    def _warn_if_untrained(self, path: tuple[int, ...]) -> None:
+        """Once for every path of this model that its config says was not trained."""
+        warned = self.__dict__.setdefault("_warned_paths", set())
+        if path in warned or self.config.is_trained(path):
+            return
+        warned.add(path)
+        named = f"depth {len(path)} (path {quote(list(path))})"
+        warnings.warn(
+            f"{named} of this model was not trained, so that its text is worse; trained: {self.config.trained_depths}. "
+            "Choose one of these, or train all depths with a mix (train/lm.py --mix octaves)",
+            UserWarning,
+            stacklevel=4,  # the caller of generate or stream
+        )
 
     def _encode_prompt(self, text: str, truncate: bool) -> list[int]:
         if not text:
@@ -315,7 +290,7 @@ class GenerationMixin:
         limit = self.config.block_size
         if len(ids) > limit and not truncate:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens ({text[:40]!r}...), more than the model's context of {limit} "
+                f"the prompt has {len(ids)} tokens ({quote(text[:40])}...), more than the model's context of {limit} "
                 f"(block_size): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
             )
         return ids[-limit:]
@@ -356,9 +331,10 @@ def generate(
 
         if model == "latest":
             model = find_latest_run()
-            print(f"hbll_seq: model from {model}", file=sys.stderr)
+            say(f"hbll_seq: model from {model}")
         model = HBLLForCausalLM.from_pretrained(model)
-    elif not isinstance(model, GenerationMixin):
+    model = plain_module(model)
+    if not isinstance(model, GenerationMixin):
         raise ValueError(
             f"model={type(model).__name__} object: must be an HBLLForCausalLM, a folder, a Hub id or 'latest'; of a "
             "wrapped model (DistributedDataParallel, LocalObjective) pass the model inside"

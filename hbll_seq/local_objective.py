@@ -14,12 +14,14 @@ from torch import Tensor
 
 from hbll_seq.branches import Branch, messages_of, split_off, walk
 from hbll_seq.cells import RecurrentBlock
-from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, prefixes
+from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, plain_module, prefixes
+from hbll_seq.eager import eagerly
 from hbll_seq.messages import Chain, TreePass, tree_pass, tree_states
 from hbll_seq.mix import Route
 from hbll_seq.multigrid import v_cycle
 from hbll_seq.objective import Objective, ObjectiveOutput, check_dial, check_local_losses_can_run, is_number
 from hbll_seq.posterior import Gaussian
+from hbll_seq.reading import quote
 from hbll_seq.secants import Secants
 from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
@@ -106,11 +108,11 @@ class LocalObjective(Objective):
         )
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
         if inference not in INFERENCES:
-            raise ValueError(f"inference={inference!r}: allowed are {', '.join(INFERENCES)}")
+            raise ValueError(f"inference={quote(inference)}: allowed are {', '.join(INFERENCES)}")
         _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
         if linearization == "secant" and inference != "sweeps":
-            raise ValueError(f"linearization='secant' with inference={inference!r}: sweeps teach it; use 'identity'")
+            raise ValueError(f"linearization='secant' with inference={quote(inference)}: sweeps teach it; use 'identity'")
         if linearization == "diagonal" and not model.chain.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
@@ -118,29 +120,29 @@ class LocalObjective(Objective):
             )
         _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy)
         if inference == "tree" and (path is not None or mix != "none"):
-            given = f"path={path!r}" if path is not None else f"mix={mix!r}"
+            given = f"path={quote(path)}" if path is not None else f"mix={quote(mix)}"
             raise ValueError(f"{given} with inference='tree': the tree trains all paths; use inference='sweeps'")
         if inference == "multigrid" and len(self.path) < model.tree.n_nodes:
-            raise ValueError(f"path={path!r} with inference='multigrid': it needs the full path; use inference='sweeps'")
+            raise ValueError(f"path={quote(path)} with inference='multigrid': it needs the full path; use inference='sweeps'")
         if inference == "multigrid" and linearization != "identity":
             raise ValueError(
-                f"linearization={linearization!r} with inference='multigrid': V-cycles use 'identity'; leave it out"
+                f"linearization={quote(linearization)} with inference='multigrid': V-cycles use 'identity'; leave it out"
             )
-        if inference == "multigrid" and any(isinstance(block, RecurrentBlock) for block in model.blocks):
+        if inference == "multigrid" and any(isinstance(plain_module(block), RecurrentBlock) for block in model.blocks):
             raise ValueError("inference='multigrid' with recurrent blocks: its states come from evaluations without gradient,"
                              " of which each is but one sweep over time; use inference='sweeps'")  # fmt: skip
         if inference == "multigrid" and chunk != 1:
             raise ValueError(f"chunk={chunk} with inference='multigrid': V-cycles have no sweeps to cut; leave it out")
         if inference != "tree" and n_samples > 1:
-            raise ValueError(f"n_samples={n_samples} with inference={inference!r}: only the tree samples; leave it out")
+            raise ValueError(f"n_samples={n_samples} with inference={quote(inference)}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
         self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
         self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
         self.secants: Secants | None = None
         if secant_rank is not None and linearization != "secant":
-            raise ValueError(f"secant_rank={secant_rank!r} with linearization={linearization!r}: only 'secant' has a rank; "
-                             "leave one out")  # fmt: skip
+            raise ValueError(f"secant_rank={quote(secant_rank)} with linearization={quote(linearization)}: only 'secant' "
+                             "has a rank; leave one out")  # fmt: skip
         if linearization == "secant":
             if model.width is None:
                 raise ValueError("linearization='secant' with a hierarchy of unknown width: give DepthHierarchy the width of "
@@ -148,24 +150,32 @@ class LocalObjective(Objective):
             self.secants = Secants(model.tree.n_nodes, model.width, secant_rank)
         self.state_weight, self.clean_inputs, self.free_energy = state_weight, clean_inputs, free_energy
 
+    def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
+        """See :meth:`Objective.trained_paths`; the tree trains all."""
+        return "all" if self.inference == "tree" else super().trained_paths()
+
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """See :meth:`Objective.chain`; recurrent blocks are evaluated by messages along time."""
         return TimeSweptChain(self.time, of=super().chain(step, states))
 
+    @eagerly
     def forward(
         self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, states: Mapping[Prefix, Tensor] | None = None
     ) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
 
-        ``states``: of the window before, for recurrent blocks; only with ``"sweeps"``. None is zero.
+        ``states``: of the window before, for recurrent blocks; only with ``"sweeps"``. None is zero. Raises ValueError as
+        :meth:`Objective.check` and the model's ``prepare``.
 
-        Losses on states count every position, those of the head only the positions with a label.
+        Losses on states count every position, those of the head only the positions with a label; where no position has one,
+        all losses are 0, and so are their gradients.
 
         Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the mix's readouts, ``residual`` of the
         main path's last sweep. Of the tree: ``ce_<k>`` of the right spine's path with k blocks, ``ce`` that of the longest,
         ``state`` the mean discrepancy of nodes whose target is a state; on request ``free_energy``, its likelihood
         part ``free_energy_nll`` and its KL by level ``free_energy_level_<t>``, all in nats per target.
         """
+        step = self.check(inputs, step, states)
         check_local_losses_can_run(self.model, inputs.device.type)
         if states and self.inference != "sweeps":
             raise ValueError(f"states with inference={self.inference!r}: jumps of the tree read no path whose state could be "
@@ -296,7 +306,7 @@ class LocalObjective(Objective):
         )
 
     def _losses(self, result: TreePass, targets: Tensor) -> ObjectiveOutput:
-        tree = self.model.tree
+        tree, any_scored = self.model.tree, self.model.target_family.any_scored(targets)
         losses, metrics, state_losses = [], {}, []
         for n in range(1, tree.N):
             if tree.parents(n)[1] == tree.N:
@@ -305,7 +315,7 @@ class LocalObjective(Objective):
                 metrics["ce"] = metrics[f"ce_{tree.level_of(n) + 1}"] = losses[-1].detach()
             else:
                 state_losses.append(0.5 * result.discrepancies[n].mean())
-                losses.append(self.state_weight * state_losses[-1])
+                losses.append(self.state_weight * state_losses[-1] * any_scored)
         if state_losses:
             metrics["state"] = 2.0 * torch.stack(state_losses).detach().mean()
         node_losses = torch.stack(losses)
@@ -339,26 +349,26 @@ def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, 
     check_dial(sweeps, corrections, damping, tolerance, chunk)
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
 
 
 def _check_time(sweeps, corrections, linearization, chunk) -> None:
     for name, value, low in (("time_sweeps", sweeps, 0), ("time_corrections", corrections, 0), ("time_chunk", chunk, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}")
+            raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {low}")
     if linearization not in TIME_LINEARIZATIONS:
-        raise ValueError(f"time_linearization={linearization!r}: allowed are {', '.join(TIME_LINEARIZATIONS)}")
+        raise ValueError(f"time_linearization={quote(linearization)}: allowed are {', '.join(TIME_LINEARIZATIONS)}")
 
 
 def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:
     if not is_number(sigma) or not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma={sigma!r}: must be a number of 0 or more (0 switches the noise off)")
+        raise ValueError(f"sigma={quote(sigma)}: must be a number of 0 or more (0 switches the noise off)")
     if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
-        raise ValueError(f"n_samples={n_samples!r}: must be a whole number of at least 1")
+        raise ValueError(f"n_samples={quote(n_samples)}: must be a whole number of at least 1")
     if not is_number(state_weight) or not 0 < state_weight < math.inf:
-        raise ValueError(f"state_weight={state_weight!r}: must be a number above 0, or most blocks would not be trained")
+        raise ValueError(f"state_weight={quote(state_weight)}: must be a number above 0, or most blocks would not be trained")
     if free_energy and inference != "tree":
-        raise ValueError(f"free_energy=True with inference={inference!r}: only the tree has a variational posterior")
+        raise ValueError(f"free_energy=True with inference={quote(inference)}: only the tree has a variational posterior")
     if free_energy and sigma == 0 and isinstance(model.state_family, Gaussian):
         raise ValueError(
             "free_energy=True with sigma=0: F is an expectation over noisy Gaussian states; give a sigma above 0"

@@ -107,6 +107,23 @@ MIX_WEIGHTS = {"octaves": 9.0, "all": 9.0, "few": 9.0}
 OF_PREFIXES = ("octaves", "all", "few")
 
 
+def paths_of_mix(mix: str, tree: DyadicTree, path: tuple[int, ...]) -> str | tuple[tuple[int, ...], ...]:
+    """Which paths a mix beside the main path trains, as :attr:`hbll_seq.config.HBLLConfig.trained_paths` says it."""
+    spine = tree.right_spine
+    if mix == "random":
+        return "all"
+    if mix in ("nested", "sandwich", "octaves", "all", "few") or mix == "ladder" and tree.family == "spine":
+        return "default"
+    deeper = [tree.path_for_depth(k) for k in range(tree.n_level + 1, tree.n_nodes)]
+    others = {
+        "none": [],
+        "spine": [spine[: k + 1] for k in range(len(spine))],
+        "ladder": [*(spine[: k + 1] for k in range(len(spine))), *deeper],
+        "prefixes": [path[:n] for n in spine[:-1]],
+    }[mix]
+    return tuple(dict.fromkeys([*others, path]))
+
+
 def routes_of_step(mix: str, weight: float, tree: DyadicTree, path: tuple[int, ...], seed: int) -> list[Route]:
     """The main path with weight 1, then the mix's routes with ``weight`` in all; a pure function of its arguments.
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from hbll_seq.cells import make_block
 from hbll_seq.cells.residual import make_norm
+from hbll_seq.checks import IGNORE_INDEX, as_token_ids, shifted_labels
 from hbll_seq.config import HBLLConfig
 from hbll_seq.cross_entropy import linear_cross_entropy
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.generation import GenerationMixin
 from hbll_seq.hub import HubMixin
 from hbll_seq.model_card import CardText
-from hbll_seq.posterior import IGNORE_INDEX
 from hbll_seq.readout import Readouts
 from hbll_seq.tokenizer import Tokenizer
 
@@ -97,14 +97,12 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         """Token windows [B, T + 1] -> what is read [B, T] and the token that follows each position [B, T].
 
         ``labels`` is as in :meth:`forward` and defaults to ``inputs``.
+
+        Raises:
+            ValueError: an id or label is outside the vocabulary, or shapes do not agree.
         """
-        self._check_tokens(inputs)
-        labels = inputs if labels is None else labels
-        if inputs.shape[1] < 2 or labels.shape != inputs.shape:
-            raise ValueError(
-                f"inputs {tuple(inputs.shape)} with labels {tuple(labels.shape)}: both must be [batch, T + 1] with T of "
-                "at least 1; the model shifts them itself"
-            )
+        inputs = as_token_ids("inputs", inputs, self.config.vocab_size, self)
+        labels = shifted_labels(inputs, labels, self.config.vocab_size)
         return inputs[:, :-1], labels[:, 1:]
 
     def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
@@ -124,36 +122,24 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         """The plain network along ``path`` (default: full).
 
         Args:
-            input_ids: [B, T] of int64.
+            input_ids: [B, T] of int64, or of another whole-number dtype.
             labels: [B, T], the Hugging Face convention: the same ids again, shifted inside (position t is scored on
-                ``labels[:, t + 1]``), -100 where a position is not to be scored.
+                ``labels[:, t + 1]``), -100 where a position is not to be scored; where none is, the loss is 0.
             path: block numbers in order, such as ``(4, 6, 7)``.
 
         Raises:
             ValueError: the path is not dyadic, an id is outside the vocabulary, or shapes do not agree.
         """
-        self._check_tokens(input_ids)
+        input_ids = as_token_ids("input_ids", input_ids, self.config.vocab_size, self, empty=labels is None)
         logits = self.run(input_ids, path)
         if labels is None:
             return CausalLMOutput(None, logits)
         _, targets = self.prepare(input_ids, labels)
         scored = logits[:, :-1].flatten(0, 1)
         scored = scored.to(torch.promote_types(scored.dtype, torch.float32))  # half precision would round the sum
-        loss = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX)
+        total = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = total / self.n_scored(logits[:, :-1], targets)
         return CausalLMOutput(loss, logits)
-
-    def _check_tokens(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids of shape {tuple(input_ids.shape)} and {input_ids.dtype}: must be [batch, T] token ids of int64"
-            )
-        if input_ids.device.type == "cpu" and input_ids.numel():  # on a GPU the check would wait for the device
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token ids from {int(low)} to {int(high)}: must be in 0 .. {self.config.vocab_size - 1} "
-                    "(vocab_size - 1); use the tokenizer that the model was trained with"
-                )
 
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""

@@ -71,6 +71,8 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
     if rows := metadata.get("perplexity"):
         sections.append(f"## Perplexity by path\n\n{_table(rows)}")
     training = []
+    if trained := getattr(model.config, "trained_depths", ""):
+        training.append(f"Trained paths: {trained}.")
     if "data" in metadata:
         training.append(f"Data: {_cell(metadata['data'])}")
     if settings := metadata.get("settings"):

@@ -126,7 +126,8 @@ class ModelFiles:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         # A default in place of a lost key (n_head, say) could fit the weights and still be another model.
-        if missing := [field.name for field in fields(config_class) if field.name not in values]:
+        needed = [field.name for field in fields(config_class) if not field.metadata.get("optional")]
+        if missing := [name for name in needed if name not in values]:
             raise ValueError(f"{source} lacks {listing(missing)}; add what the model was trained with")
         return config
 

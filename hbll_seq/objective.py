@@ -13,10 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, prefixes
+from hbll_seq.checks import check_inputs, check_state
+from hbll_seq.depth import DepthChain, DepthHierarchy, Prefix, plain_module, prefixes
+from hbll_seq.eager import eagerly
 from hbll_seq.messages import Chain, Recomputed
-from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, routes_of_step
+from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, paths_of_mix, routes_of_step
+from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
+from hbll_seq.values import as_whole, number_or_none
 
 GRAPHS = ("kept", "recomputed")
 
@@ -43,7 +47,8 @@ class Objective(nn.Module):
 
     Args:
         model: a :class:`DepthHierarchy`.
-        path: block numbers of the main path; None is the full one. Blocks that no step reads are frozen.
+        path: block numbers of the main path; None is the full one. Blocks that no step reads get no gradient: an optimizer
+            leaves them alone. The model is left as it is given; see :meth:`trained_parameters` and :meth:`freeze_unread`.
         mix: which further paths a step reads, see ``mix.MIXES``; only with the full path.
         mix_weight: total weight of their readouts; the main path's is 1. None takes the mix's own, see ``mix.MIX_WEIGHTS``.
         graphs: ``"kept"``, or ``"recomputed"``: only the states between blocks are kept, and the inside of a block is
@@ -68,25 +73,64 @@ class Objective(nn.Module):
         micro_batches: int = 1,
     ):
         super().__init__()
+        model = plain_module(model)
+        if not isinstance(model, DepthHierarchy):
+            raise ValueError(f"model={type(model).__name__} object: must be a DepthHierarchy, such as HBLLForCausalLM; of a "
+                             "wrapped one (DistributedDataParallel) pass the model inside")  # fmt: skip
         for name, value, allowed in (("mix", mix, MIXES), ("graphs", graphs, GRAPHS)):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
         mix_weight = MIX_WEIGHTS.get(mix, 1.0) if mix_weight is None else mix_weight
         if not is_number(mix_weight) or not 0 < mix_weight < float("inf"):
-            raise ValueError(f"mix_weight={mix_weight!r}: must be a number above 0; mix='none' trains one path alone")
+            raise ValueError(f"mix_weight={quote(mix_weight)}: must be a number above 0; mix='none' trains one path alone")
         self.path = model.resolve_path(path=path)
         if mix != "none" and len(self.path) < model.tree.n_nodes:
-            raise ValueError(f"path={path!r} with mix={mix!r}: a mix adds paths to the full one; leave path out, or mix")
+            raise ValueError(f"path={quote(path)} with mix={quote(mix)}: a mix adds paths to the full one; leave one out")
+        seed, rank = as_whole("seed", seed, 0), as_whole("rank", rank, 0)
         self.model, self.seed, self.noise_seed = model, seed, mix_seeds(seed, rank)
         self.mix, self.mix_weight, self.graphs = mix, float(mix_weight), graphs
-        self.micro_batches = micro_batches
-        for n, block in enumerate(model.blocks, start=1):  # so that every parameter that is trained is touched at every step
-            block.requires_grad_(n in self.path)
+        self.micro_batches = as_whole("micro_batches", micro_batches, 1)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What every step has a gradient for: the parameters that require one, without those of blocks that no step reads."""
+        unread = {id(p) for p in self._unread()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in unread]
+
+    def freeze_unread(self) -> None:
+        """Freezes the blocks that no step reads, for good: for DistributedDataParallel, which waits for a gradient of every
+        parameter that requires one (or is told ``find_unused_parameters``)."""
+        for p in self._unread():
+            p.requires_grad_(False)
+
+    def _unread(self) -> list[nn.Parameter]:
+        """The parameters that belong to unread blocks alone."""
+        idle = tuple(f"model.blocks.{n - 1}." for n in range(1, self.model.tree.N) if n not in self.path)
+        read = {id(p) for name, p in self.named_parameters(remove_duplicate=False) if not name.startswith(idle)}
+        return [p for p in self.model.blocks.parameters() if id(p) not in read]
+
+    def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
+        """The paths whose readouts have a loss, as :attr:`hbll_seq.config.HBLLConfig.trained_paths` says it."""
+        return paths_of_mix(self.mix, self.model.tree, self.path)
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""
         seed = mix_seeds(self.noise_seed, step, 0) if self._has_dropout else None
         return DepthChain(self.model.blocks, seed, states)
+
+    def check(self, inputs: Tensor, step: int, states: Mapping[Prefix, Tensor] | None) -> int:
+        """Checks what ``forward`` is given before anything is evaluated, and returns the step as an int.
+
+        Raises:
+            ValueError: the inputs are empty or on another device, the step is no whole number of at least 0, or a state does
+                not fit: it would be broadcast, or belongs to no path that recurrent blocks are on.
+        """
+        check_inputs("inputs", inputs, self.model)
+        if not isinstance(states, (Mapping, type(None))):
+            raise ValueError(f"states={quote(states)}: must be a dict of the states that the step before returned, or None")
+        for prefix, state in (states or {}).items():
+            width = self.model.state_width(prefix)
+            check_state(f"states[{quote(prefix)}]", state, (len(inputs), width), next(self.model.parameters()))
+        return as_whole("step", step, 0)
 
     def kept(self, chain: Chain) -> Chain:
         """The chain, with what ``graphs`` says kept of it."""
@@ -135,13 +179,19 @@ class BackpropObjective(Objective):
         ValueError: the path is not one of the model's tree, or an option is out of range.
     """
 
+    @eagerly
     def forward(
         self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, states: Mapping[Prefix, Tensor] | None = None
     ) -> ObjectiveOutput:
         """``inputs`` and ``labels`` as the model's ``prepare`` wants them -> :class:`ObjectiveOutput`.
 
-        ``states``: of the window before, for recurrent blocks; their gradient ends there. None is zero.
+        ``states``: of the window before, for recurrent blocks; their gradient ends there. None is zero. Where no position has
+        a target the loss is 0, and so is its gradient.
+
+        Raises:
+            ValueError: see :meth:`check`, and what ``prepare`` raises.
         """
+        step = self.check(inputs, step, states)
         with self._dropout_of_step(inputs, step):
             x, targets = self.model.prepare(inputs, labels)
             blocks = self.chain(step, states)
@@ -177,16 +227,16 @@ def check_dial(sweeps: object, corrections: object, damping: object, tolerance: 
     """Raises ValueError for a K, M, damping, tolerance or chunk that is out of range."""
     for name, value, least in (("sweeps", sweeps, 0), ("corrections", corrections, 0), ("chunk", chunk, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+            raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {least}")
     if not is_number(damping) or not 0 < damping <= 2:
-        raise ValueError(f"damping={damping!r}: must be above 0 and at most 2; 1 is the plain sweep")
+        raise ValueError(f"damping={quote(damping)}: must be above 0 and at most 2; 1 is the plain sweep")
     if not is_number(tolerance) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={tolerance!r}: must be a number of 0 or more; 0 does all sweeps")
+        raise ValueError(f"tolerance={quote(tolerance)}: must be a number of 0 or more; 0 does all sweeps")
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or float (a bool is not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether ``value`` is an int or float that a float can hold (a bool and NaN are not)."""
+    return isinstance(value, (int, float)) and number_or_none(value) is not None
 
 
 _MIX_STREAM = -1  # no node has this number

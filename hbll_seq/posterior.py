@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from hbll_seq.checks import IGNORE_INDEX, as_classes
 
 
 class Family(ABC):
@@ -27,6 +27,10 @@ class Family(ABC):
     def n_scored(self, n_positions: int, target: Tensor) -> Tensor | int:
         """How many of ``n_positions`` have a target."""
         return n_positions
+
+    def any_scored(self, target: Tensor) -> Tensor | float:
+        """1 where a position has a target, else 0: a step of padding alone has no loss."""
+        return 1.0
 
 
 class StateFamily(Family, ABC):
@@ -52,6 +56,7 @@ class Gaussian(StateFamily):
 
     def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``||prediction - target||^2`` over the last dimension, in at least float32 (Eq. 30)."""
+        _check_alike(prediction, target)
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         return (prediction.to(dtype) - target.to(dtype)).square().sum(-1)
 
@@ -92,6 +97,7 @@ class Categorical(Family):
 
     def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``-2 log p(target)`` [...], 0 where the target is ``IGNORE_INDEX``; logits [..., V], target [...] of int64."""
+        target = as_classes(target, prediction.shape[-1], prediction.shape[:-1])
         logits = prediction.flatten(0, -2).to(torch.promote_types(prediction.dtype, torch.float32))
         nats = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return 2.0 * nats.view(target.shape)
@@ -100,14 +106,26 @@ class Categorical(Family):
         """Targets other than ``IGNORE_INDEX``; 1 where there is none, so that a mean over none is 0."""
         return (target != IGNORE_INDEX).sum().clamp(min=1)
 
+    def any_scored(self, target: Tensor) -> Tensor | float:
+        """See :meth:`Family.any_scored`."""
+        return (target != IGNORE_INDEX).any()
+
 
 class Bits(Family):
     """Observed independent bits, predicted by logits: a Bernoulli head."""
 
     def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``-2 log p(target)`` summed over the last dimension; ``target`` has the shape of the logits, values 0 to 1."""
+        _check_alike(prediction, target)
         logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         return 2.0 * F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none").sum(-1)
+
+
+def _check_alike(prediction: Tensor, target: Tensor) -> None:
+    """Raises ValueError where torch would broadcast one to the shape of the other."""
+    if not isinstance(target, Tensor) or prediction.shape != target.shape:
+        shape = tuple(getattr(target, "shape", ()))
+        raise ValueError(f"targets of shape {shape} with predictions of shape {tuple(prediction.shape)}: must be the same")
 
 
 STATE_FAMILIES: dict[str, type[StateFamily]] = {"gaussian": Gaussian, "bernoulli": Bernoulli}

@@ -14,11 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hbll_seq.checks import check_inputs
+from hbll_seq.depth import plain_module
+from hbll_seq.eager import eagerly
 from hbll_seq.objective import check_dial, check_local_losses_can_run, is_number
+from hbll_seq.padding import as_lengths, last_of
+from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.time_secants import TimeSecants
 from hbll_seq.time_sweeps import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
+from hbll_seq.values import as_whole
 
 RECURRENT_INFERENCES = ("sweeps", "tree")
 RECURRENT_LINEARIZATIONS = (*TIME_LINEARIZATIONS, "secant")
@@ -48,23 +54,74 @@ class RecurrentObjective(nn.Module, ABC):
 
     def __init__(self, model: RecurrentModel):
         super().__init__()
-        self.model = model
+        self.model = plain_module(model)
+        if not isinstance(self.model, RecurrentModel):
+            raise ValueError(f"model={type(model).__name__} object: must be a RecurrentModel, such as RecurrentLM; of a "
+                             "wrapped one (DistributedDataParallel) pass the model inside")  # fmt: skip
 
+    @eagerly
     def forward(
-        self, inputs: Tensor, labels: Tensor | None = None, step: int = 0, state: Tensor | None = None
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        step: int = 0,
+        state: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        padding_side: str = "right",
     ) -> RecurrentOutput:
-        """``inputs`` and ``labels`` as the model's ``prepare`` wants them, h_0 [B, H] or None for zero.
+        """``inputs``, ``labels``, ``lengths`` and ``padding_side`` as the model's ``prepare`` wants them, h_0 [B, H] or None
+        for zero.
+
+        Loss and gradients of a padded batch are the mean over its sequences alone (over their scored tokens, where each step
+        has a target), and the state is that after the last real step. Where nothing has a target, both are 0.
+
+        With a tree, whose shape depends on the length, sequences of each length are evaluated by themselves. Otherwise all
+        are evaluated together, exactly in the limit of K and M; below it corrections cut chunks from the end of the longest.
 
         Raises:
-            ValueError: under ``torch.inference_mode``, and for float16.
+            ValueError: under ``torch.inference_mode``, for float16, or what is given does not fit.
         """
+        check_inputs("inputs", inputs, self.model)
+        as_whole("step", step, 0)
         check_local_losses_can_run(self.model, inputs.device.type)
-        x, targets = self.model.prepare(inputs, labels)
-        return self._losses(x, targets, self.model.initial_state(len(x)) if state is None else state)
+        padded = {} if lengths is None else {"lengths": lengths, "padding_side": padding_side}
+        x, targets = self.model.prepare(inputs, labels, **padded)
+        if state is None:
+            state = self.model.initial_state(len(x))
+        else:
+            self.model.check_state(state, len(x))
+        if lengths is None:
+            return self._losses(x, targets, state)
+        # a language model's windows hold one token more than steps are read
+        steps = as_lengths(lengths, *inputs.shape[:2]) - (inputs.shape[1] - x.shape[1])
+        return (self._by_length if self._has_tree else self._losses)(x, targets, state, steps)
+
+    @property
+    def _has_tree(self) -> bool:
+        return getattr(self, "tree", None) is not None
+
+    def _by_length(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor) -> RecurrentOutput:
+        """The sequences of each length as a batch of their own, weighted by what is scored in it."""
+        outputs, weights, states = [], [], torch.empty_like(s0)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1).to(x.device)
+            part = targets[rows, :length] if self.model.readout == "every" else targets[rows]
+            output = self._losses(x[rows, :length], part, s0[rows])
+            states[rows] = output.state.to(states.dtype)
+            outputs.append(output)
+            n = part.shape[: 2 if self.model.readout == "every" else 1].numel()
+            weight = self.model.target_family.n_scored(n, part) * self.model.target_family.any_scored(part)
+            weights.append(torch.as_tensor(weight, dtype=output.node_losses.dtype, device=x.device))
+        shares = torch.stack(weights)
+        shares = shares / shares.sum().clamp(min=1)
+        losses = sum(share * output.node_losses for share, output in zip(shares, outputs))
+        names = outputs[0].metrics
+        metrics = {name: sum(share * output.metrics[name] for share, output in zip(shares, outputs)) for name in names}
+        return RecurrentOutput(losses.sum(), losses, metrics, states)
 
     @abstractmethod
-    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
-        """What is read [B, T, ...], its targets and h_0 [B, H] -> the losses of a step."""
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
+        """What is read [B, T, ...], its targets and h_0 [B, H] -> the losses of a step; ``lengths`` [B]: its real steps."""
 
 
 class RecurrentBackpropObjective(RecurrentObjective):
@@ -83,18 +140,19 @@ class RecurrentBackpropObjective(RecurrentObjective):
     def __init__(self, model: RecurrentModel, *, window: int | None = None):
         super().__init__(model)
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise ValueError(f"window={window!r}: must be a whole number of at least 1, or None for no truncation")
+            raise ValueError(f"window={quote(window)}: must be a whole number of at least 1, or None for no truncation")
         self.window = window
 
-    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
         cell, state, states = self.model.cell, s0, []
         for projected in cell.project(self.model.symbols(x)).unbind(0):
             if self.window is not None and states and len(states) % self.window == 0:
                 state = state.detach()
             state = cell.transition(state, projected)
             states.append(state)
-        loss = self.model.nats(torch.stack(states), targets)
-        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, state.detach())
+        whole = torch.stack(states)
+        loss = _nats(self.model, whole, targets, lengths)
+        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, _last(whole.detach(), lengths))
 
 
 class RecurrentLocalObjective(RecurrentObjective):
@@ -155,12 +213,12 @@ class RecurrentLocalObjective(RecurrentObjective):
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
         for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value!r}: must be a number of 0 or more")
+                raise ValueError(f"{name}={quote(value)}: must be a number of 0 or more")
         if not is_number(clip) or not clip > 0:
-            raise ValueError(f"clip={clip!r}: must be a number above 0; float('inf') clips nothing")
+            raise ValueError(f"clip={quote(clip)}: must be a number above 0; float('inf') clips nothing")
         if linearization == "secant" and (inference != "sweeps" or sweeps < 1):
             raise ValueError(
-                f"linearization='secant' with inference={inference!r}, sweeps={sweeps}: it learns from what two sweeps "
+                f"linearization='secant' with inference={quote(inference)}, sweeps={sweeps}: it learns from what two sweeps "
                 "differ by, so it needs inference='sweeps' and sweeps of at least 1; choose them, or 'diagonal'"
             )
         if linearization == "secant" and not model.cell.has_recurrent_weight:
@@ -184,13 +242,15 @@ class RecurrentLocalObjective(RecurrentObjective):
             self.secants = TimeSecants(model.cell.hidden_size, sweeps, corrections)
         self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
 
-    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
         symbols = self.model.symbols(x)
-        return (self._tree if self.inference == "tree" else self._sweep)(symbols, targets, s0)
+        if self.inference == "tree":
+            return self._tree(symbols, targets, s0)
+        return self._sweep(symbols, targets, s0, lengths)
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+    def _sweep(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
         cell, keep_graph = self.model.cell, torch.is_grad_enabled()
         learn = self.secants is not None and keep_graph and self.training
         estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True) if self.tree is not None else None
@@ -200,10 +260,10 @@ class RecurrentLocalObjective(RecurrentObjective):
         )  # fmt: skip
         metrics = {"residual": swept.residual} if self.sweeps > 0 else {}
         if not keep_graph:
-            ce = self.model.nats(swept.states, targets)
-            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, swept.states[-1])
+            ce = _nats(self.model, swept.states, targets, lengths)
+            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, _last(swept.states, lengths))
         read = swept.states.detach().requires_grad_(True)
-        ce, errors = _emission(self.model, read, targets)
+        ce, errors = _emission(self.model, read, targets, lengths)
         messages = backward_time_sweeps(
             swept, errors, corrections=self.corrections, chunk=self.chunk, secants=self.secants, learn=learn
         )
@@ -216,7 +276,7 @@ class RecurrentLocalObjective(RecurrentObjective):
             losses.append(self._tree_agreement(estimate, swept.states, targets))
             metrics["tree"] = losses[-1].detach()
         metrics["ce"] = ce.detach()
-        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, swept.states[-1].detach())
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(swept.states.detach(), lengths))
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
         """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (METHOD 2.4)."""
@@ -224,7 +284,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         if not own.any():
             return estimate.sum() * 0.0
         agreement = (estimate - states)[own].square().sum(-1).mean()
-        loss = self.tree_weight * agreement
+        loss = self.tree_weight * agreement * self.model.target_family.any_scored(targets)
         if self.model.readout == "every":  # the head says what matters in a state, and is not trained by it
             read = estimate[own].detach().requires_grad_(True)
             ce = self.model.nats(read, targets[:, own])
@@ -238,18 +298,31 @@ class RecurrentLocalObjective(RecurrentObjective):
         cell = self.model.cell
         states, arcs = self.tree.states_and_arcs(cell, symbols, s0)
         ce = self.model.nats(states, targets)
-        losses = [ce, self.arc_weight * arcs]
+        any_scored = self.model.target_family.any_scored(targets)
+        losses = [ce, self.arc_weight * arcs * any_scored]
         metrics = {"ce": ce.detach(), "state": arcs.detach()}
         if self.sweeps > 0:
-            losses.append(self.consistency_weight * self.tree.consistency(cell, symbols, s0, states, self.sweeps))
+            consistency = self.tree.consistency(cell, symbols, s0, states, self.sweeps)
+            losses.append(self.consistency_weight * consistency * any_scored)
             metrics["consistency"] = losses[-1].detach()
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, states[-1].detach())
 
 
-def _emission(model: RecurrentModel, read: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _nats(model: RecurrentModel, states: Tensor, targets: Tensor, lengths: Tensor | None) -> Tensor:
+    return model.nats(states, targets) if lengths is None else model.nats(states, targets, lengths)
+
+
+def _last(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """The state [B, H] after the last real step of s_1 .. s_N [N, B, H]."""
+    return states[-1] if lengths is None else last_of(states, lengths)
+
+
+def _emission(
+    model: RecurrentModel, read: Tensor, targets: Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The task loss, attached to the head alone, and e_n = d loss / d s_n [N, B, H]; the head is differentiated once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    ce = model.nats(read, targets)
+    ce = _nats(model, read, targets, lengths)
     errors, *gradients = torch.autograd.grad(ce, [read, *parameters], allow_unused=True)
     pairs = [(g, p) for g, p in zip(gradients, parameters) if g is not None]
     loss = ce.detach()
@@ -281,4 +354,4 @@ def _check_choices(inference: str, linearization: str, init: str) -> None:
     )
     for name, value, allowed in choices:
         if value not in allowed:
-            raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+            raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")

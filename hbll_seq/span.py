@@ -108,7 +108,7 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     """
     model, ledger = objective.model, _Ledger()
     blocks, head = list(model.blocks), model.head
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = objective.trained_parameters()
     try:
         for n, block in enumerate(blocks):
             model.blocks[n] = _Counted(block, ledger, recomputes=objective.graphs == "recomputed")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hbll_seq.cells import RecurrentBlock
 from hbll_seq.cells.recurrent import Jacobian, RecurrentCell
-from hbll_seq.depth import DepthChain, Prefix
+from hbll_seq.depth import DepthChain, Prefix, plain_module
 from hbll_seq.time_sweeps import backward_time_sweeps, forward_time_sweeps
 
 
@@ -111,7 +111,7 @@ class TimeSweptChain(DepthChain):
 
     def remembers(self, index: Prefix | int) -> bool:
         """See :meth:`Chain.remembers`: recurrent blocks go on from their last estimate."""
-        return isinstance(self.blocks[self.number(index) - 1], RecurrentBlock)
+        return isinstance(plain_module(self.blocks[self.number(index) - 1]), RecurrentBlock)
 
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
         """See :meth:`DepthChain.bind`: later evaluations change nothing for the one that is bound."""

@@ -12,8 +12,12 @@ the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (METHOD 1.4).
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+
+from hbll_seq.reading import quote
+from hbll_seq.values import whole_or_none
 
 #: more paths than this are counted and sampled, never listed (n_level = 5 has 458,329).
 MAX_LISTED_PATHS = 100_000
@@ -40,9 +44,9 @@ class DyadicTree:
 
     def __init__(self, n_level: int, family: str = "spine"):
         if not isinstance(n_level, int) or isinstance(n_level, bool) or n_level < 1:
-            raise ValueError(f"n_level={n_level!r}: must be a whole number of at least 1")
+            raise ValueError(f"n_level={quote(n_level)}: must be a whole number of at least 1")
         if family not in PATH_FAMILIES:
-            raise ValueError(f"family={family!r}: allowed are {', '.join(PATH_FAMILIES)}")
+            raise ValueError(f"family={quote(family)}: allowed are {', '.join(PATH_FAMILIES)}")
         self.n_level, self.family = n_level, family
         self.N = 2**n_level
         self.n_nodes = self.N - 1
@@ -142,12 +146,13 @@ class DyadicTree:
         Raises:
             ValueError: ``depth`` is not a whole number in 1 .. N-1.
         """
-        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= self.n_nodes:
+        plain = whole_or_none(depth)
+        if plain is None or not 1 <= plain <= self.n_nodes:
             raise ValueError(
-                f"depth={depth!r}: a model with n_level={self.n_level} runs 1 to {self.n_nodes} blocks; "
+                f"depth={quote(depth)}: a model with n_level={self.n_level} runs 1 to {self.n_nodes} blocks; "
                 f"choose a whole number in that range"
             )
-        return self._first_path(depth) if self.family == "prefix" else self._spine_path(depth)
+        return self._first_path(plain) if self.family == "prefix" else self._spine_path(plain)
 
     @property
     def right_spine(self) -> tuple[int, ...]:
@@ -180,28 +185,32 @@ class DyadicTree:
         return count
 
     def validate_path(self, path: Sequence[int]) -> tuple[int, ...]:
-        """``path`` as a tuple, after checking that it walks 0 -> N over arcs.
+        """``path`` as a tuple of ints, after checking that it walks 0 -> N over arcs.
 
         Raises:
-            ValueError: the path is empty, holds something else than block numbers, or takes a step that is no arc.
+            ValueError: the path is empty, holds something else than block numbers (of Python or NumPy), is a text or a set,
+                or takes a step that is no arc.
         """
-        try:
-            blocks = tuple(path)
-        except TypeError:
-            blocks = (path,)
-        bad = [n for n in blocks if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < self.N]
-        if bad or not blocks:
+        blocks: tuple[int | None, ...] = ()
+        if not isinstance(path, (str, bytes, bytearray, Set, Mapping)):
+            try:
+                blocks = tuple(whole_or_none(n) for n in itertools.islice(path, self.N))  # one too many is too long
+            except TypeError:
+                pass
+        if not blocks or not all(n is not None and 0 < n < self.N for n in blocks):
             raise ValueError(
-                f"path={path!r}: must list at least one of the block numbers 1 to {self.n_nodes}, such as "
+                f"path={quote(path)}: must list at least one of the block numbers 1 to {self.n_nodes}, such as "
                 f"{list(self.path_for_depth(min(2, self.n_nodes)))}"
             )
         ends = (0, *blocks, self.N)
         for i, j in zip(ends, ends[1:]):
             if not self.is_arc(i, j):
                 allowed = [b for a, b in sorted(self.arcs()) if a == i and b < self.N]
-                reachable = f"from {i} the next block can be {allowed}" if allowed else f"from {i} only the head is left"
+                reachable = f"from {i} the next block can be {quote(allowed)}"
+                if not allowed:
+                    reachable = f"from {i} only the head is left"
                 raise ValueError(
-                    f"path={list(blocks)}: the step {i} -> {j} is not a dyadic interval of a tree with N={self.N}; "
+                    f"path={quote(list(blocks))}: the step {i} -> {j} is not a dyadic interval of a tree with N={self.N}; "
                     f"{reachable}"
                     + (f" or the head ({self.N})" if allowed and self.is_arc(i, self.N) else "")
                 )
@@ -209,4 +218,4 @@ class DyadicTree:
 
     def _check_node(self, n: int) -> None:
         if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < self.N:
-            raise ValueError(f"node {n!r}: the nodes of a tree with n_level={self.n_level} are 1 to {self.n_nodes}")
+            raise ValueError(f"node {quote(n)}: the nodes of a tree with n_level={self.n_level} are 1 to {self.n_nodes}")

@@ -10,7 +10,7 @@ import gc
 import os
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,6 +195,8 @@ def training(
     check_memory(config)
     model = HBLLForCausalLM(config, tokenizer=data.tokenizer)
     objective, paths = make_objective(settings, model, accelerator.process_index)
+    model.config = replace(model.config, trained_paths=objective.trained_paths())
+    objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
     evaluations = JsonLines(folder / EVALUATIONS)
 
     def evaluate(step: int) -> None:

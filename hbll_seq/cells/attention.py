@@ -70,6 +70,9 @@ class TransformerBlock(ResidualBlock):
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         n_new = x.shape[1]
+        for name, part in (("state", state.keys), ("start", state.start)):
+            if part is not None and len(part) != len(x):  # which torch would broadcast
+                raise ValueError(f"{name} of {len(part)} rows with inputs of shape {tuple(x.shape)}: must have {len(x)}")
         positions = torch.arange(state.seen, state.seen + n_new, device=x.device)
         cos, sin = rotation(positions, q.shape[-1], self.rope_base)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

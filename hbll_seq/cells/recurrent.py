@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.cells.base import Cell
+from hbll_seq.reading import quote
 from hbll_seq.scan import affine_scan
 
 
@@ -100,7 +101,7 @@ class RecurrentCell(Cell):
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+                raise ValueError(f"{name}={quote(value)}: must be a whole number of at least 1")
         self.input_size, self.hidden_size = input_size, hidden_size
         width = self.n_gates * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(width, input_size))  # names and layout of torch.nn.GRUCell, RNNCell
@@ -126,7 +127,7 @@ class RecurrentCell(Cell):
             ValueError: the number is less than 2, or the cell has no gate that keeps its state.
         """
         if not isinstance(longest, (int, float)) or isinstance(longest, bool) or not 2 <= longest < math.inf:
-            raise ValueError(f"memory={longest!r}: must be a number of steps, at least 2, such as the span that matters")
+            raise ValueError(f"memory={quote(longest)}: must be a number of steps, at least 2, such as the span that matters")
         self._set_keeping_odds(torch.empty_like(self.bias_ih[: self.hidden_size]).uniform_(1.0, longest - 1.0))
 
     def _set_keeping_odds(self, odds: Tensor) -> None:
@@ -177,7 +178,13 @@ class RecurrentCell(Cell):
 
     def _begin(self, x: Tensor, state: RecurrentState | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """First state [B, H], padding after this call, and which tokens of it are padding [B, T]."""
-        state = state or RecurrentState()
+        state, shape = state or RecurrentState(), (x.shape[0], self.hidden_size)
+        if x.dim() != 3 or not x.shape[1]:
+            raise ValueError(f"inputs of shape {tuple(x.shape)}: a recurrent cell reads [batch, steps, width], steps above 0")
+        for name, part, expected in (("state", state.hidden, shape), ("padding", state.padding, shape[:1])):
+            if part is not None and tuple(part.shape) != expected:  # which torch would broadcast
+                given = f"{name} of shape {tuple(part.shape)} with inputs of shape {tuple(x.shape)}"
+                raise ValueError(f"{given}: must be of shape {expected}")
         hidden = x.new_zeros((x.shape[0], self.hidden_size)) if state.hidden is None else state.hidden
         if state.padding is None:
             return hidden, None, None
@@ -202,7 +209,7 @@ class ElmanCell(RecurrentCell):
 
     def __init__(self, input_size: int, hidden_size: int, nonlinearity: str = "tanh"):
         if nonlinearity not in ("tanh", "sigmoid"):
-            raise ValueError(f"nonlinearity={nonlinearity!r}: allowed are tanh, sigmoid")
+            raise ValueError(f"nonlinearity={quote(nonlinearity)}: allowed are tanh, sigmoid")
         super().__init__(input_size, hidden_size)
         self.nonlinearity = nonlinearity
 
@@ -418,7 +425,7 @@ def make_cell(kind: str, input_size: int, hidden_size: int, memory: float | None
         ValueError: the kind is unknown, a size out of range, or the memory not to be had.
     """
     if kind not in CELL_KINDS:
-        raise ValueError(f"cell kind {kind!r}: allowed are {', '.join(CELL_KINDS)}")
+        raise ValueError(f"cell kind {quote(kind)}: allowed are {', '.join(CELL_KINDS)}")
     if kind.startswith("elman"):
         cell = ElmanCell(input_size, hidden_size, "sigmoid" if kind == "elman-sigmoid" else "tanh")
     else:

@@ -1,0 +1,32 @@
+"""Objectives under ``torch.compile``: their steps run as they are written, and what is compiled inside of them stays so.
+
+Routes, seeds and inner gradients are Python's business: traced, they would be frozen into a graph, or fail in the tracer.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def eagerly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, never traced by ``torch.compile`` around it. Blocks that are compiled themselves run compiled.
+
+    ``torch.compiler.disable`` is put around it only once somebody has loaded the compiler, which takes seconds.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if "torch._dynamo" not in sys.modules:
+                return method(*args, **kwargs)
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kwargs)
+
+    return call

@@ -94,10 +94,11 @@ def _rows(reference: Reference, rng: random.Random, folder: Path) -> Case:
     else:
         sep = rng.choice((b"", b"\n", b"\r\n", b"  \n"))
         path.write_bytes(b"".join(line + sep for line in lines))
-        what = f"{sep!r} after every line, {_harm(path, rng, tuple(files.PLACES))}"
+        what = f"{sep!r} after every line, {_harm(path, rng, files.PLACES_OF_BOUNDED_SIZE)}"
 
     def judge(texts: dict[str, str]) -> str:
-        expected = [json.loads(line)["text"] or "" for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        expected = [json.loads(line)["text"] or "" for line in lines if line.strip()]
         return _same_letters(texts, "".join(expected), "rows")
 
     return Case(f"rows, {what}", lambda: _read(reference, path, folder), judge, ("rows.jsonl",))
@@ -170,12 +171,17 @@ def _folder(reference: Reference, rng: random.Random, folder: Path) -> Case:
             raise Violation("changed result", f"lines of {cut[:3]} are in no split")
         return "accepted"
 
-    return Case(f"folder of {what}", lambda: _read(reference, source, folder), judge, ("texts", *(Path(name).name for name in names)))
+    says = ("texts", *(Path(name).name for name in names))
+    return Case(f"folder of {what}", lambda: _read(reference, source, folder), judge, says)
+
+
+_LINKS = {"loop.txt": "loop.txt", "dangling.txt": "nowhere", "here": ".", "up": "..", "zero.txt": "/dev/zero"}
+_STRAY = (*_LINKS, "pipe.txt", "empty.txt", "linked", "folder.txt", "bad.txt")
 
 
 def _stray(source: Path, rng: random.Random) -> list[str]:
     """What folders hold beside texts."""
-    kind = rng.choice(("pipe.txt", "loop.txt", "dangling.txt", "here", "up", "zero.txt", "empty.txt", "linked", "folder.txt", "bad.txt"))
+    kind = rng.choice(_STRAY)
     path = source / kind
     if kind == "pipe.txt":
         os.mkfifo(path)
@@ -188,7 +194,7 @@ def _stray(source: Path, rng: random.Random) -> list[str]:
     elif kind in ("empty.txt", "bad.txt"):
         path.write_bytes(b"\xff\xfe\x00" * (kind == "bad.txt"))
     else:
-        path.symlink_to({"loop.txt": "loop.txt", "dangling.txt": "nowhere", "here": ".", "up": "..", "zero.txt": "/dev/zero"}[kind])
+        path.symlink_to(_LINKS[kind])
     return [kind]
 
 
@@ -214,7 +220,7 @@ def cache_case(reference: Reference, rng: random.Random, folder: Path) -> Case:
     def judge(found) -> str:
         expected = reference.cached_tokenizer if for_tokenizer else reference.tokens[split]
         if found != expected:
-            raise Violation("changed result", f"{split}: {len(found)} tokens or bytes, {len(expected)} expected, not the same")
+            raise Violation("changed result", f"{split}: {len(found)} tokens or bytes instead of these {len(expected)}")
         if call() != expected:
             raise Violation("changed result", "at the second reading")
         return "equal"

@@ -76,7 +76,8 @@ def _swap(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         return data[::-1], " of all"
     length = rng.randrange(1, max(2, len(data) // 4))
     one = rng.randrange(len(data) - 2 * length + 1) if len(data) > 2 * length else 0
-    return data[:one] + data[one + length : one + 2 * length] + data[one : one + length] + data[one + 2 * length :], f" at {one}"
+    two, end = one + length, one + 2 * length
+    return data[:one] + data[two:end] + data[one:two] + data[end:], f" at {one}"
 
 
 def _zero(data: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -90,7 +91,8 @@ def _repeat(data: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 _HARMS: dict[str, Callable] = {
     "flip": _flip, "flip again": _flip, "byte": _byte, "cut": _cut, "remove": _remove, "insert": _insert, "swap": _swap,
-    "zero": _zero, "repeat": _repeat, "empty": lambda data, rng: (b"", ""), "noise": lambda data, rng: (rng.randbytes(300), ""),
+    "zero": _zero, "repeat": _repeat, "empty": lambda data, rng: (b"", ""),
+    "noise": lambda data, rng: (rng.randbytes(300), ""),
     "other": None,
 }  # fmt: skip
 

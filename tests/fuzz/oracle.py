@@ -55,12 +55,13 @@ class Case:
 
 @dataclass
 class Outcome:
-    """How an input ended: "refused", "equal", "accepted", or the class of a finding."""
+    """How an input ended: "refused", "equal", "accepted", or the class of a finding; and the seconds of CPU it took."""
 
     kind: str
     what: str
     detail: str = ""
     is_finding: bool = False
+    seconds: float = 0.0
 
 
 def examine(case: Case) -> Outcome:

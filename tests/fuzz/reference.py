@@ -100,13 +100,17 @@ def words_of(n_lines: int, seed: int, width: int = 8) -> str:
 
 
 def reseal(folder: Path) -> bool:
-    """Write the sums of a folder anew, for the files that they name and that are there; False where it has none."""
+    """Write the sums of a folder anew, for the files that they name and that are there; False where it has none.
+    Where that cannot be, they are taken away."""
     path = folder / SUMS_NAME
     if not path.is_file():
         return False
     try:
-        path.write_text(format_sums(folder, [name for name in read_sums(path) if (folder / name).is_file()]))
-    except (OSError, ValueError):  # a pipe or device took a file's place
+        names = [name for name in read_sums(path) if (folder / name).is_file()]
+        if any((folder / name).stat().st_size > 1 << 28 for name in names):
+            raise ValueError("a sparse file, whose sum would take longer than an input may")
+        path.write_text(format_sums(folder, names))
+    except (OSError, ValueError):  # or a pipe or device took a file's place
         path.unlink()
     return True
 

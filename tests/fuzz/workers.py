@@ -132,7 +132,9 @@ def _work(connection, targets: dict[str, Target], limits: Limits, folder: Path) 
         name, seed = connection.recv()
         trace.truncate(0)
         faulthandler.dump_traceback_later(limits.seconds * 0.9, file=trace)
+        before = time.process_time()
         outcome = run_one(name, seed, targets[name], limits, folder)
+        outcome.seconds = time.process_time() - before
         faulthandler.cancel_dump_traceback_later()
         connection.send(outcome)
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from hbll_seq.integrity import SUMS_NAME
+from hbll_seq.reading import read_json
 from hbll_seq.training.settings import TrainingSettings
 
 from . import documents, files
@@ -74,7 +75,7 @@ class Runs:
         pairs = {name: rng.choice(_WORDS) for name in rng.sample(self.fields, rng.choice((1, 1, 2, 3)))}
         extra = rng.choice(_EXTRA) if rng.random() < 0.2 else []
         argv = ["--preset", "debug", "--dry-run", *_flags(pairs), *extra]
-        names = (*_named(pairs), *(word.strip("-")[:50] for word in extra if word.strip("-")))
+        names = (*_named(pairs), *(word.strip("-").split("=")[0][:50] for word in extra if word.strip("-")))
         return Case(" ".join(argv)[:600], lambda: run_program(self.main, argv),
                     lambda ran: self._resolved(ran, folder, pairs), names)
 
@@ -192,16 +193,18 @@ class Runs:
         if (run / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes():
             raise Violation("changed result", "other weights than the unbroken run's")
         try:
-            says = json.loads((run / "metrics.json").read_bytes().decode())["step"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            says = read_json(run / "metrics.json")["step"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise Violation("changed result",
-                            f"it counts as finished by a metrics.json that says nothing: {error!r}") from None
+                            f"it counts as finished by a metrics.json that says nothing: {str(error)[:200]}") from None
         if says != STEPS:
             raise Violation("changed result", f"it counts as finished after {says} steps")
-        expected, found = _rows(whole / "metrics.jsonl"), _rows(run / "metrics.jsonl")
         damaged = victim.name == "metrics.jsonl"
+        if damaged and kind == "whole":  # it was not read: nothing is left to do
+            return "equal"
+        expected, found = _rows(whole / "metrics.jsonl"), _rows(run / "metrics.jsonl")
         for step, row in expected.items():
-            if found.get(step) != row and not (damaged and (kind == "whole" or step <= 2)):
+            if found.get(step) != row and not (damaged and step <= 2):
                 raise Violation("changed result", f"metrics.jsonl, step {step}: {found.get(step)} instead of {row}")
         return "equal"
 

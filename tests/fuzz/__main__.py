@@ -20,9 +20,8 @@ from .workers import Limits, run_jobs  # noqa: E402
 
 #: shares of the inputs. What takes a whole run gets few.
 SHARES = {
-    "config": 256, "weights": 200, "tokenizer": 150, "sums": 70, "classifier": 120, "generate": 300, "decode": 300,
-    "arguments": 60,
-    "cli": 150, "cli-run": 6, "presets": 160, "data": 150, "run-folder": 14, "caches": 64,
+    "config": 300, "weights": 210, "tokenizer": 160, "sums": 80, "classifier": 130, "generate": 330, "decode": 330,
+    "arguments": 60, "cli": 100, "cli-run": 5, "presets": 105, "data": 120, "run-folder": 10, "caches": 60,
 }  # fmt: skip
 KINDS = ("refused", "equal", "accepted")
 

@@ -22,6 +22,10 @@ from .values import describe, hostile
 
 #: what becomes of the folder's sums: left as they were written, written anew over the harmed files, or taken away.
 SEALS = ("left", "left", "anew", "away")
+#: what a message about a file may name instead of it.
+_CONFIGS = (HBLLConfig, HBLLClassifierConfig)
+_NAMES = {"config.json": tuple(field.name for kind in _CONFIGS for field in dataclasses.fields(kind)),
+          "tokenizer.model": ("tokenizer",)}  # fmt: skip
 _TEXTS = ("the tree reads", " a  b\n\tc \r\n", "\ufb01 e\u0301 \U0001f600 \u5b57\u2581x", "XYZ 0123 \x00")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.float32, torch.float8_e4m3fn, torch.int32, torch.bool)
 
@@ -148,7 +152,7 @@ class Folders:
         elif seal == "away":
             (path.parent / SUMS_NAME).unlink(missing_ok=True)
         judge = self._same(kind) if seal == "left" else self._usable(kind)
-        names = (path.name, path.stem if path.stem != "model" else path.name)
+        names = (path.name, *_NAMES.get(path.name, ()))
         return Case(f"{path.name}, sums {seal}: {what}", lambda: loader.from_pretrained(path.parent), judge, names)
 
     # -- judging them

@@ -75,7 +75,7 @@ class Runs:
         pairs = {name: rng.choice(_WORDS) for name in rng.sample(self.fields, rng.choice((1, 1, 2, 3)))}
         extra = rng.choice(_EXTRA) if rng.random() < 0.2 else []
         argv = ["--preset", "debug", "--dry-run", *_flags(pairs), *extra]
-        names = (*_named(pairs), *(word.strip("-").split("=")[0][:50] for word in extra if word.strip("-")))
+        names = (*_named(pairs), *(_shown(word.strip("-").split("=")[0]) for word in extra if word.strip("-")))
         return Case(" ".join(argv)[:600], lambda: run_program(self.main, argv),
                     lambda ran: self._resolved(ran, folder, pairs), names)
 
@@ -119,7 +119,7 @@ class Runs:
         self._furnish(folder)
         names = rng.sample(sorted(set(self.fields) - _ONLY_DRY), rng.choice((0, 1, 1, 2)))
         pairs = {name: rng.choice(_WORDS) for name in names}
-        output = rng.choice(_OUTPUTS) if rng.random() < 0.7 else "new"
+        output = rng.choice(_OUTPUTS) if rng.random() < 0.5 else "new"
         argv = [*self.reference.options(cache_dir=folder / "cache", max_steps=1), *_flags(pairs), "--output-dir", output]
         argv += ["--overwrite"] * (rng.random() < 0.3)
         before = _contents(folder / "mine")
@@ -233,7 +233,12 @@ def _flags(pairs: dict[str, str]) -> list[str]:
 
 def _named(pairs: dict[str, str]) -> tuple[str, ...]:
     """What a message about them may name."""
-    return tuple(part[:50] for part in (*pairs, *_flags(pairs)) if part)
+    return tuple(_shown(part) for part in (*pairs, *_flags(pairs)) if part)
+
+
+def _shown(word: str) -> str:
+    """The start of a word as a message quotes it."""
+    return repr(word)[1:-1][:50]
 
 
 def _means(word: str, value: Any) -> bool:

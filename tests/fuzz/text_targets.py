@@ -69,7 +69,7 @@ def generate_case(reference: Reference, rng: random.Random) -> Case:
             raise Violation("changed result", f"{what}: another text than with {describe(plain)}")
         return "accepted"
 
-    return Case(f"{entry}: {what}", lambda: call(chosen), judge, tuple(chosen))
+    return Case(f"{entry}: {what}", lambda: call(chosen), judge, (*chosen, *["text"] * ("prompt" in chosen)))
 
 
 def _options(rng: random.Random) -> dict:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import random
 import shutil
@@ -91,7 +92,9 @@ class Campaign:
         """Kill, recover, compare: the findings."""
         folder, second, found = self._folder(scenario), point.second, []
         beside = Worker(scenario.act, folder) if scenario.beside else None
-        Worker(scenario.act, folder, point).wait()
+        ended = Worker(scenario.act, folder, point).wait()
+        if ended.code != -signal.SIGKILL and point.kind != "time" and not beside:
+            raise RuntimeError(f"{scenario.name!r} was not killed at {point}: {ended.output}")
         if beside and ((other := beside.wait()).code or other.value != expected.value):
             found.append(f"the other process fails: {other.last_line}")
 
@@ -111,13 +114,14 @@ class Campaign:
         shutil.rmtree(folder.parent)
         return found
 
-    def points(self, scenario: Scenario, operations: Outcome, n_points: int) -> list[Point]:
-        """Points spread over the operation, of all kinds."""
+    def points(self, scenario: Scenario, operations: Outcome, n_points: int | None) -> list[Point]:
+        """Points spread over the operation, of all kinds; without a number every operation with every kind."""
         rng = random.Random(f"{self.seed} {scenario.name}")
-        kinds = Counter(KINDS[(self.n_points + i) % len(KINDS)] for i in range(n_points))
         numbers = range(1, len(operations.labels) + 1)
         writes = [n for n in numbers if operations.labels[n - 1].startswith(("write", "weights"))]
-        points = []
+        if n_points is None:
+            return [Point(kind, n) for n in numbers for kind in ("before", "half", "power") if kind != "half" or n in writes]
+        kinds, points = Counter(KINDS[(self.n_points + i) % len(KINDS)] for i in range(n_points)), []
         for kind, n_kind in kinds.items():
             for i in range(n_kind):
                 spot = (i + rng.random()) / n_kind
@@ -132,12 +136,12 @@ class Campaign:
                 }[kind])
         return points
 
-    def run(self, scenario: Scenario, n_points: int, given: Point | None = None) -> None:
+    def run(self, scenario: Scenario, n_points: int | None, given: Point | None = None) -> None:
         """Try the points of one scenario; prints each finding and how to reproduce it."""
         whole, expected = self.unbroken(scenario)
         points = [given] if given else self.points(scenario, expected, n_points)
         start, good, classes = time.monotonic(), 0, Counter()
-        ways = [(point, way) for point in points for way in scenario.ways] if given else \
+        ways = [(point, way) for point in points for way in scenario.ways] if given or n_points is None else \
             [(point, scenario.ways[i % len(scenario.ways)]) for i, point in enumerate(points)]
         for point, way in ways:
             found = self.try_point(scenario, point, way, whole, expected)
@@ -167,6 +171,7 @@ class Campaign:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=100)
+    parser.add_argument("--every", action="store_true", help="every operation, every kind, every way: 30 minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", action="append", help="part of a name; default: all but 'broken'")
     parser.add_argument("--at", type=Point.parse, help="one point, such as before:17 or half:3+before:4")
@@ -175,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     intercept()
     import kill_scenarios  # after the interception, and it imports everything
+    gc.collect()
+    gc.freeze()  # what is imported: collections in the workers would copy its memory
 
     with tempfile.TemporaryDirectory() as scratch:
         wanted = kill_scenarios.scenarios(Path(scratch), arguments.scenario or [])
@@ -183,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.list:
                 print(scenario.name, *enumerate(campaign.unbroken(scenario)[1].labels, start=1), sep="\n")
             else:
-                campaign.run(scenario, max(1, round(arguments.points * scenario.weight / weights)), arguments.at)
+                share = None if arguments.every else max(1, round(arguments.points * scenario.weight / weights))
+                campaign.run(scenario, share, arguments.at)
         print(campaign.table())
         if arguments.json:
             arguments.json.write_text(json.dumps({"points": campaign.n_points, "findings": campaign.findings}, indent=1))

@@ -50,7 +50,8 @@ def other_run(whole: Path, folder: Path) -> list[str]:
     """How a finished run differs from the unbroken one, times left out."""
     found = left_over(whole, folder)
     try:
-        found += [f"another result: {difference}" for difference in kr.differences(whole, folder)]
+        if differences := kr.differences(whole, folder):
+            found.append(f"another result: {'; '.join(differences[:4])}")
         for path in (whole / name for name in sorted(names(whole))):
             twin = folder / path.relative_to(whole)
             exact = path.suffix in (".safetensors", ".yaml", ".model") or path.name == "config.json"
@@ -207,9 +208,9 @@ def _template(folder: Path, *actions: Callable[[], Any]) -> Path:
 
 
 def _runs(scratch: Path, text: str, wanted: Callable[[str], bool]) -> list[Scenario]:
-    plain = ["--preset", "debug", "--data", text, "--cache-dir", str(scratch / "cache"), "--threads", "1", "--save-every", "2",
-             "--eval-every", "4", "--sample-tokens", "0", "--eval-batches", "1", "--final-eval-batches", "1", "--output-dir",
-             "run"]
+    plain = ["--preset", "debug", "--data", text, "--cache-dir", str(scratch / "cache"), "--threads", "1", "--save-every",
+             "2", "--eval-every", "4", "--sample-tokens", "0", "--eval-batches", "1", "--final-eval-batches", "1",
+             "--output-dir", "run"]
     start, many = [*plain, "--max-steps", "6"], [*plain, "--max-steps", "6", "--keep-checkpoints", "9"]
     old, resume = [*plain, "--max-steps", "4", "--seed", "7"], ["--resume", "--output-dir", "run"]
     back, over = ["--resume", "2", "--output-dir", "run"], [*start, "--overwrite"]
@@ -244,7 +245,7 @@ def _saves(scratch: Path, wanted: Callable[[str], bool]) -> list[Scenario]:
         ("save over another shape", (0, 16, 2, True), (1, 8, 2, True), save, 2.0),
         ("save over the same shapes", (0, 8, 1, True), (1, 8, 2, False), save, 2.0),  # heads change no shape
         ("save over one without a tokenizer", (0, 16, 2, False), (1, 8, 2, True), save, 1.5),
-        ("broken save", (0, 8, 1, False), (1, 8, 2, False), save_in_place, 1.0),
+        ("broken save", (0, 8, 1, False), (1, 8, 2, False), save_in_place, 5.0),
     ]
     found = []
     for name, old, new, how, weight in rows:

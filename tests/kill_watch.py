@@ -110,6 +110,7 @@ class Watch:
     def _half_done(self) -> None:
         """Where the kill came while a file was written, it loses half of what was."""
         if self.at_half():
+            self.active = False
             if self._opened and os.path.exists(self._opened[0]):
                 path, size = self._opened
                 os.truncate(path, size + (os.path.getsize(path) - size) // 2)

@@ -121,6 +121,7 @@ class Campaign:
         writes = [n for n in numbers if operations.labels[n - 1].startswith(("write", "weights"))]
         if n_points is None:
             return [Point(kind, n) for n in numbers for kind in ("before", "half", "power") if kind != "half" or n in writes]
+        n_points = min(n_points, 3 * len(numbers))
         kinds, points = Counter(KINDS[(self.n_points + i) % len(KINDS)] for i in range(n_points)), []
         for kind, n_kind in kinds.items():
             for i in range(n_kind):

@@ -49,7 +49,8 @@ class Scenario:
         recover: called with a function that runs an action in a process there, the folder, the folder and the outcome of
             the unbroken operation, and a way; returns findings, each "class: what".
         ways: how users may go on.
-        beside: whether the same operation runs at the same time in another process, which must succeed.
+        beside: whether the outcome is right that the same operation has in another process at the same time, given that and
+            the unbroken one; None: there is no other process.
         weight: share of the points.
         equal: what the table calls a good result.
     """
@@ -59,7 +60,7 @@ class Scenario:
     act: Callable[[], Any]
     recover: Callable[[Run, Path, Path, Outcome, str], list[str]]
     ways: tuple[str, ...] = ("again",)
-    beside: bool = False
+    beside: Callable[[Outcome, Outcome], bool] | None = None
     weight: float = 1.0
     equal: str = "intact"
 
@@ -95,8 +96,8 @@ class Campaign:
         ended = Worker(scenario.act, folder, point).wait()
         if ended.code != -signal.SIGKILL and point.kind != "time" and not beside:
             raise RuntimeError(f"{scenario.name!r} was not killed at {point}: {ended.output}")
-        if beside and ((other := beside.wait()).code or other.value != expected.value):
-            found.append(f"the other process fails: {other.last_line}")
+        if beside and not scenario.beside(other := beside.wait(), expected):
+            found.append(f"the other process fails: exit {other.code}, {other.last_line}")
 
         def run(action: Callable, *arguments, killed_at: Point | None = None) -> Outcome:
             outcome = Worker(lambda: action(*arguments), folder, killed_at).wait()

@@ -68,9 +68,9 @@ def _campaign(folder, *options, timeout):
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
     """About 30 points beside the careless ones; what resume and export do is part of training and of winding back."""
-    parts = ["training", "winding back", "overwriting", "save", "cache", "lines"]
+    parts = ["training", "winding back", "overwriting", "two runs", "save", "cache", "lines"]
     options = [word for part in parts for word in ("--scenario", part)]
-    return _campaign(tmp_path_factory.mktemp("kills"), "--points", "34", *options, timeout=300)
+    return _campaign(tmp_path_factory.mktemp("kills"), "--points", "38", *options, timeout=300)
 
 
 def test_every_kill_leaves_the_unbroken_result_or_what_was_there(campaign):

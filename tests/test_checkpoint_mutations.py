@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.devices import make_accelerator
 from hbll_seq.training.random_state import rng_state, set_rng_state
-from hbll_seq.training.run_folder import check_identity
+from hbll_seq.training.resuming import check_identity
 from hbll_seq.training.settings import differences
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer

@@ -41,7 +41,7 @@ def model():
         (dict(stream=np.True_), {}),
         (dict(truncate_prompt=np.False_), {}),
     ],
-    ids=str,
+    ids=lambda options: str(options).partition(" at 0x")[0],
 )  # fmt: skip
 def test_numbers_of_numpy_are_numbers(model, options, equal):
     first, second = (model.generate("The city", **{**GREEDY, **values}) for values in (options, equal))

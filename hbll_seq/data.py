@@ -35,7 +35,7 @@ from .token_cache import (
     sweep,
 )
 from .tokenizer import MAX_VOCABULARY, Tokenizer, split_lines
-from .whole import whole
+from .values import as_whole
 from .windows import TokenWindows
 
 __all__ = ["TokenStream", "TokenWindows", "cache_folder", "load_tokenizer", "load_tokens"]
@@ -107,7 +107,7 @@ def load_tokens(
     missing column, a split without text, a cache that cannot be written, a Hub that cannot be reached, an argument of
     another type.
     """
-    num_proc = None if num_proc is None else whole("num_proc", num_proc, 1)
+    num_proc = None if num_proc is None else as_whole("num_proc", num_proc, 1)
     _check_tokenizer(tokenizer)
     cache = cache_folder(cache_dir)
     corpus = _open_corpus(source, split, column)
@@ -143,7 +143,7 @@ def load_tokenizer(
 
     Sources and errors: as for `load_tokens`; ValueError too when the text does not support the vocabulary size.
     """
-    vocab_size = whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
+    vocab_size = as_whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
     cache = cache_folder(cache_dir)
     corpus = _open_corpus(source, "train", column)
     key = hashlib.sha256(f"{FORMAT} {corpus.digest} {vocab_size}".encode()).hexdigest()

@@ -99,11 +99,10 @@ def describe_source(source: str) -> list[str]:
     Raises ValueError: there is no such source, or it lacks a split that cannot be held out.
     """
     found = _find(source)
+    if found.kind == "bundled":
+        return ["data: train, validation and test are those of the bundled WikiText-2"]
     lines = []
     for split in SPLITS:
-        if found.kind == "bundled":
-            lines.append(f"data: {split} is that of the bundled WikiText-2")
-            continue
         share = divide(found.name, list(found.splits), split, may_carve=not found.is_wikitext)
         if share.place is not None:
             lines.append(f"data: {split} is held out of the training text")

@@ -20,7 +20,7 @@ import sentencepiece
 
 from .atomic import atomic_write
 from .reading import possible_name, quote, read_bytes, shorten
-from .whole import whole
+from .values import as_whole
 
 DEFAULT_MODEL = "wikitext-2-bpe-4k.model"
 MAX_LINE = 1 << 16  # characters
@@ -155,7 +155,7 @@ class Tokenizer:
         """
         if not isinstance(lines, (list, tuple)):
             raise ValueError(f"lines is {quote(lines)}; it must be a list of str")
-        lines, num_threads = list(lines), whole("num_threads", num_threads, 1)
+        lines, num_threads = list(lines), as_whole("num_threads", num_threads, 1)
         for line in lines:
             if not isinstance(line, str):
                 raise ValueError(f"lines holds {quote(line)}; every item must be a str")

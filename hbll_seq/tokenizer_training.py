@@ -12,7 +12,7 @@ import sentencepiece
 
 from .reading import quote, shorten
 from .tokenizer import BLANK, EOS_PIECE, MAX_LINE, MAX_VOCABULARY, SURROGATE, UNK_PIECE, split_lines
-from .whole import whole
+from .values import as_whole
 
 _TOO_LARGE = re.compile(r"value <= (\d+)")
 _UNTRAINABLE = {0x0: None, 0x2585: None}  # SentencePiece drops NUL, and every line that holds U+2585
@@ -22,8 +22,8 @@ def train_model(
     texts: Iterable[str], vocab_size: int, symbols: Sequence[str], character_coverage: float, max_lines: int, seed: int
 ) -> bytes:
     """A model file's bytes; arguments and errors: see `Tokenizer.train`."""
-    vocab_size = whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
-    max_lines, seed = whole("max_lines", max_lines, 1), whole("seed", seed, -(1 << 63))
+    vocab_size = as_whole("vocab_size", vocab_size, 1, MAX_VOCABULARY)
+    max_lines, seed = as_whole("max_lines", max_lines, 1), as_whole("seed", seed, -(1 << 63))
     if not isinstance(symbols, (list, tuple)) or not all(isinstance(symbol, str) for symbol in symbols):
         raise ValueError(f"symbols is {quote(symbols)}; give a list of strings")
     if len(set(symbols)) != len(symbols) or any(not s or "\0" in s or SURROGATE.search(s) for s in symbols):

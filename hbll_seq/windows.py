@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .reading import quote
-from .whole import whole
+from .values import as_whole
 
 if TYPE_CHECKING:
     from .data import TokenStream
@@ -29,7 +29,7 @@ class TokenWindows:
     """
 
     def __init__(self, stream: TokenStream, block_size: int) -> None:
-        block_size = whole("block_size", block_size, 1)
+        block_size = as_whole("block_size", block_size, 1)
         tokens = getattr(stream, "tokens", None)
         if getattr(tokens, "ndim", None) != 1 or getattr(getattr(tokens, "dtype", None), "kind", None) not in ("i", "u"):
             raise ValueError(f"stream is {quote(stream)}; it must be a TokenStream of a 1-D array of whole numbers")
@@ -46,7 +46,7 @@ class TokenWindows:
 
     def epoch_order(self, seed: int, epoch: int) -> tuple[int, np.ndarray]:
         """(where the first window starts, order of the n_windows windows): a pure function of seed and epoch."""
-        seed, epoch = whole("seed", seed, 0), whole("epoch", epoch, 0)
+        seed, epoch = as_whole("seed", seed, 0), as_whole("epoch", epoch, 0)
         if (seed, epoch) not in self._orders:
             rng = np.random.default_rng([seed, epoch])
             offset, order = int(rng.integers(self._n_offsets)), rng.permutation(self.n_windows)
@@ -62,8 +62,9 @@ class TokenWindows:
         The ranks' batches of a step joined are the batch that one process with batch_size * world_size would get;
         consecutive steps walk through one epoch's order after the other, a batch may span two.
         """
-        step, batch_size, world_size = whole("step", step, 0), self._rows(batch_size), whole("world_size", world_size, 1)
-        rank = whole("rank", rank, 0, world_size - 1)
+        step, batch_size = as_whole("step", step, 0), self._rows(batch_size)
+        world_size = as_whole("world_size", world_size, 1)
+        rank = as_whole("rank", rank, 0, world_size - 1)
         first = (step * world_size + rank) * batch_size
         return torch.stack([self._window(*divmod(i, self.n_windows), seed) for i in range(first, first + batch_size)])
 
@@ -76,7 +77,7 @@ class TokenWindows:
 
         Raises ValueError: there are more rows than windows, or a row is not one of them.
         """
-        step, n_rows, seed = whole("step", step, 0), whole("n_rows", n_rows, 1), whole("seed", seed, 0)
+        step, n_rows, seed = as_whole("step", step, 0), as_whole("n_rows", n_rows, 1), as_whole("seed", seed, 0)
         if not isinstance(rows, range) or not 0 <= rows.start <= rows.stop <= n_rows or n_rows > self.n_windows:
             raise ValueError(
                 f"rows {quote(rows)} must be a range below n_rows {quote(n_rows)}, and that at most the {self.n_windows} "
@@ -90,7 +91,7 @@ class TokenWindows:
 
     def _rows(self, batch_size: int) -> int:
         """A number of windows that fit into memory at once."""
-        return whole("batch_size", batch_size, 1, max(1, MAX_BATCH // (self.block_size + 1)))
+        return as_whole("batch_size", batch_size, 1, max(1, MAX_BATCH // (self.block_size + 1)))
 
     def _window(self, epoch: int, position: int, seed: int) -> torch.Tensor:
         offset, order = self.epoch_order(seed, epoch)
@@ -106,7 +107,7 @@ class TokenWindows:
         Every token after the first is predicted exactly once. What is left over behind the last full window comes last,
         as one shorter row.
         """
-        batch_size = whole("batch_size", batch_size, 1)
+        batch_size = as_whole("batch_size", batch_size, 1)
         n_full = (self.stream.n_tokens - 1) // self.block_size
         for first in range(0, n_full, batch_size):
             rows = range(first, min(first + batch_size, n_full))
@@ -120,8 +121,8 @@ class TokenWindows:
         The windows (all, or the first ``max_windows``) lie in ``n_rows`` stretches side by side. What is left over behind
         them goes on from the last row, in batches of one row. Every token but the first is predicted exactly once.
         """
-        n_rows = whole("n_rows", n_rows, 1)
-        max_windows = None if max_windows is None else whole("max_windows", max_windows, 0)
+        n_rows = as_whole("n_rows", n_rows, 1)
+        max_windows = None if max_windows is None else as_whole("max_windows", max_windows, 0)
         n_full = (self.stream.n_tokens - 1) // self.block_size
         limited = max_windows is not None and max_windows <= n_full
         n_windows = max_windows if limited else n_full

@@ -307,13 +307,13 @@ def test_windows_refuse_bad_input() -> None:
     with pytest.raises(ValueError, match=r"has 8 tokens.*block_size \+ 1 = 9.*smaller block_size"):
         TokenWindows(counting_stream(8), 8)
     for block_size in (0, -3):
-        with pytest.raises(ValueError, match=f"block_size is {block_size}"):
+        with pytest.raises(ValueError, match=f"block_size={block_size}"):
             TokenWindows(counting_stream(8), block_size)
     windows = TokenWindows(counting_stream(100), 8)
     for arguments in [(-1, 4, 0), (0, 0, 0), (0, 4, 0, 2, 2), (0, 4, 0, -1, 2), (0, 4, -1)]:
         with pytest.raises(ValueError, match="must"):
             windows.batch(*arguments)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size=0"):
         next(windows.evaluation_batches(0))
 
 

@@ -38,10 +38,10 @@ def cache(tmp_path: Path) -> Path:
         ({"cache_dir": "x" * 300}, "too long for a file name"),
         ({"cache_dir": "a\0b"}, "NUL"),
         ({"cache_dir": 3}, "cache_dir is 3; it must name a folder"),
-        ({"num_proc": "x"}, "num_proc is 'x'; it must be a whole number of at least 1"),
-        ({"num_proc": 2.0}, r"num_proc is 2\.0"),
-        ({"num_proc": True}, "num_proc is True"),
-        ({"num_proc": 0}, "num_proc is 0"),
+        ({"num_proc": "x"}, "num_proc='x': must be a whole number of at least 1"),
+        ({"num_proc": 2.0}, r"num_proc=2\.0"),
+        ({"num_proc": True}, "num_proc=True"),
+        ({"num_proc": 0}, "num_proc=0"),
         ({"source": None}, "source is None"),
         ({"source": 3}, "source is 3"),
         ({"split": None}, "split is None"),
@@ -58,7 +58,7 @@ def test_arguments_of_load_tokens(arguments: dict, message: str, text: str, toke
 
 @pytest.mark.parametrize("vocab_size", [300.0, "300", None, True, 0, 1 << 31, pytest.param(10**400, id="huge")])
 def test_arguments_of_load_tokenizer(vocab_size: object, text: str, cache: Path) -> None:
-    with pytest.raises(ValueError, match="vocab_size is .*; it must be a whole number"):
+    with pytest.raises(ValueError, match="vocab_size=.*: must be a whole number"):
         load_tokenizer(text, vocab_size, cache_dir=cache)
     assert not cache.exists()
 

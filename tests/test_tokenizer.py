@@ -193,7 +193,7 @@ def test_bad_vocabulary_sizes(vocab_size: object) -> None:
         (["a"], {"symbols": [""]}, "symbols"),
         (["a"], {"symbols": ["\0"]}, "symbols"),
         (["a"], {"character_coverage": 0.1}, "character_coverage 0.1"),
-        (["a"], {"max_lines": 0}, "max_lines is 0"),
+        (["a"], {"max_lines": 0}, "max_lines=0"),
     ],
 )
 def test_bad_training_input(texts: list[str], options: dict, message: str) -> None:

@@ -44,7 +44,7 @@ def test_decode_takes_any_sequence_of_whole_numbers(tokenizer: Tokenizer) -> Non
 def test_encode_batch_takes_a_list_of_strings(tokenizer: Tokenizer, lines: object) -> None:
     with pytest.raises(ValueError, match="lines"):
         tokenizer.encode_batch(lines)
-    with pytest.raises(ValueError, match="num_threads is 0"):
+    with pytest.raises(ValueError, match="num_threads=0"):
         tokenizer.encode_batch(["x"], num_threads=0)
 
 
@@ -65,9 +65,9 @@ def test_a_model_is_bytes(proto: object) -> None:
         ({"character_coverage": "1"}, "character_coverage '1'"),
         ({"character_coverage": None}, "character_coverage None"),
         ({"character_coverage": float("nan")}, "character_coverage nan"),
-        ({"max_lines": 2.5}, r"max_lines is 2\.5"),
-        ({"max_lines": None}, "max_lines is None"),
-        ({"seed": "x"}, "seed is 'x'"),
+        ({"max_lines": 2.5}, r"max_lines=2\.5"),
+        ({"max_lines": None}, "max_lines=None"),
+        ({"seed": "x"}, "seed='x'"),
     ],
 )
 def test_types_of_training_arguments(options: dict, message: str) -> None:

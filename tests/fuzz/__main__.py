@@ -28,7 +28,7 @@ KINDS = ("refused", "equal", "accepted")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--target", action="append", help="one of %s, or broken:NAME; may be given again" % ", ".join(SHARES))
+    parser.add_argument("--target", action="append", help=f"{', '.join(SHARES)}, or broken:NAME; may be given again")
     parser.add_argument("--count", type=int, default=2000, help="inputs in all")
     parser.add_argument("--seed", type=int, help="this input of each target alone")
     parser.add_argument("--first", type=int, default=0, help="the first seed")

@@ -77,7 +77,7 @@ def as_classes(labels: object, n_classes: int, shape: torch.Size | tuple[int, ..
             low, high = labels[labels != IGNORE_INDEX].aminmax()
             raise ValueError(
                 f"labels from {int(low)} to {int(high)}: must be in 0 .. {n_classes - 1}, or {IGNORE_INDEX} where there is "
-                "none; number the classes from 0, or make a model of more classes (a larger vocabulary)"
+                "none; number the classes from 0, or make a model of larger n_classes (vocab_size)"
             )
     return labels
 

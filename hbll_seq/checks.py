@@ -69,7 +69,7 @@ def as_classes(labels: object, n_classes: int, shape: torch.Size | tuple[int, ..
     """
     if not isinstance(labels, Tensor) or not _is_whole(labels) or labels.shape != shape:
         given = f"of shape {tuple(labels.shape)} and {labels.dtype}" if isinstance(labels, Tensor) else quote(labels)
-        raise ValueError(f"labels {given}: must be class numbers of shape {tuple(shape)} and torch.int64")
+        raise ValueError(f"labels {given} do not fit: they must be class numbers {list(shape)} of torch.int64")
     labels = labels.long()
     if labels.device.type == "cpu" and labels.numel():
         wrong = ((labels < 0) | (labels >= n_classes)) & (labels != IGNORE_INDEX)
@@ -77,7 +77,7 @@ def as_classes(labels: object, n_classes: int, shape: torch.Size | tuple[int, ..
             low, high = labels[labels != IGNORE_INDEX].aminmax()
             raise ValueError(
                 f"labels from {int(low)} to {int(high)}: must be in 0 .. {n_classes - 1}, or {IGNORE_INDEX} where there is "
-                "none; number the classes from 0, or make a model of more classes (a larger vocabulary)"
+                "none; number the classes from 0, or make a model of larger n_classes (vocab_size)"
             )
     return labels
 

@@ -85,7 +85,7 @@ class Objective(nn.Module):
             raise ValueError(f"mix_weight={quote(mix_weight)}: must be a number above 0; mix='none' trains one path alone")
         self.path = model.resolve_path(path=path)
         if mix != "none" and len(self.path) < model.tree.n_nodes:
-            raise ValueError(f"path={quote(path)} with mix={quote(mix)}: a mix adds paths to the full one; leave one out")
+            raise ValueError(f"path={quote(path)} with mix={mix!r}: a mix adds paths to the full one; leave path out, or mix")
         seed, rank = as_whole("seed", seed, 0), as_whole("rank", rank, 0)
         self.model, self.seed, self.noise_seed = model, seed, mix_seeds(seed, rank)
         self.mix, self.mix_weight, self.graphs = mix, float(mix_weight), graphs

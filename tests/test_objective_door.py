@@ -228,3 +228,14 @@ def test_windows_of_one_token_to_predict_and_of_none():
 def test_a_step_is_a_whole_number(step):
     for objective in (*over_depth(small_lm()), *over_time(recurrent_lm())):
         refused("step=", objective, TOKENS, step=step)
+
+
+@pytest.mark.parametrize("options", [
+    dict(mix=["octaves"]), dict(mix=None), dict(graphs={}), dict(seed="a"), dict(seed=-1), dict(seed=1.0), dict(rank=-1),
+    dict(rank=None), dict(micro_batches=0), dict(micro_batches=2.0), dict(mix="octaves", mix_weight=10**400),
+    dict(mix="octaves", mix_weight=float("nan")), dict(path="46"), dict(path={4, 6}), dict(path=[4.0]), dict(path=[]),
+], ids=str)  # fmt: skip
+def test_options_that_are_none_are_named(options):
+    name = list(options)[-1]
+    for make in (BackpropObjective, lambda m, **o: LocalObjective(m, "sweeps", **o)):
+        refused(f"{name}=", make, small_lm(), **options)

@@ -117,7 +117,7 @@ def harm_place(path: Path, rng: random.Random, kinds: tuple[str, ...] = ()) -> s
 
 def _sparse(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(5 << 30)
+        file.truncate(3 << 30)  # more than an input may take of memory
 
 
 def _full_folder(path: Path) -> None:
@@ -138,7 +138,7 @@ def _socket(path: Path) -> None:
 PLACES: dict[str, Callable[[Path], None]] = {
     "missing": lambda path: None,
     "empty file": lambda path: path.touch(),
-    "sparse file of 5 GiB": _sparse,
+    "sparse file of 3 GiB": _sparse,
     "pipe": lambda path: os.mkfifo(path),
     "folder": lambda path: path.mkdir(),
     "folder with a file": _full_folder,

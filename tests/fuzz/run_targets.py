@@ -166,7 +166,8 @@ class Runs:
 
         return Case(f"{kind}, {victim.relative_to(run)}, sums {seal}: {what}",
                     lambda: run_program(self.main, argv, may_fail=loose),
-                    judge, (victim.name, run.name))  # fmt: skip
+                    judge,
+                    (victim.name, run.name, *(self.fields if victim.name == "state.json" else ())))  # fmt: skip
 
     def _victim(self, run: Path, kind: str, rng: random.Random) -> Path:
         if kind == "whole":

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import re
 import resource
 import shutil
 import tempfile
@@ -67,11 +68,14 @@ class Worker:
         return None
 
     def _where(self) -> str:
-        """What faulthandler wrote down when the time was nearly over, or at the crash; and the input in words."""
-        read = [(self.folder / name).read_text(errors="replace") for name in ("what",
-                                                                              "trace") if (self.folder / name).exists()]
-        lines = [line.strip() for text in read for line in text.splitlines() if line.strip()]
-        return " | ".join(lines[:8])[:1500]
+        """The input in words, and the frames of the main thread when the time was nearly over, or at the crash."""
+        paths = [path for name in ("what", "trace") if (path := self.folder / name).exists()]
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        if len(texts) == 2:
+            head, *threads = re.split(r"\n(?=(?:Current t|T)hread)", texts[1])  # the main thread comes last
+            texts[1:] = [head, threads[-1] if threads else ""]
+        lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[:9])[:1500]
 
     def end(self) -> None:
         """Kill it and remove what it left."""

@@ -11,7 +11,13 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 
 from hbll_seq.config import HBLLConfig
 from hbll_seq.console import say
@@ -32,7 +38,7 @@ T = TypeVar("T")
 
 def join_processes() -> PartialState:
     """The process group of the launch, before anything is known of the run; :func:`make_accelerator` goes on with it."""
-    return PartialState(timeout=_PATIENCE)
+    return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)  # the launcher's wish reaches an Accelerator without help
 
 
 def on_main(work: Callable[[], T]) -> T | None:
@@ -177,6 +183,10 @@ def default_threads() -> int:
     return max(1, cores // int(processes))
 
 
+def _on_cpu_alone() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def _choose_precision(wanted: str) -> str:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", "bf16"):
@@ -186,7 +196,7 @@ def _choose_precision(wanted: str) -> str:
         )
     if wanted != "auto":
         return wanted
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    on_gpu = torch.cuda.is_available() and not _on_cpu_alone()
     if launcher == "bf16" or on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32"

@@ -225,7 +225,7 @@ def test_a_mutated_state_never_ends_in_a_traceback(project, capsys):
     cases = [(name, changed) for name, changed in mutations(state) if not name.startswith("settings")]
     for name, changed in rng.sample(cases, 8):
         folder = Path(shutil.copytree(whole, project / "copy"))
-        folder.joinpath(*LAST).write_text(json.dumps(changed))
+        kr.write_state(folder.joinpath(*LAST).parent, changed)
         (folder / "metrics.json").unlink()
         capsys.readouterr()
         code, message = lm.main(["--resume", "--output-dir", str(folder)]), capsys.readouterr().err
@@ -239,6 +239,6 @@ def test_a_damaged_state_names_the_older_checkpoint(project, capsys):
     (project / "run" / "metrics.json").unlink()
     state = json.loads(path.read_text())
     del state["settings"]["lr"]
-    path.write_text(json.dumps(state))
-    kr.fails(["--resume", "--output-dir", "run"], capsys, "step 4", "--resume 2")
+    kr.write_state(path.parent, state)
+    kr.fails(["--resume", "--output-dir", "run"], capsys, "step 4", "lack lr", "--resume 2")
     assert go_on(project / "run") == 0 and ck.list_checkpoints(project / "run" / "checkpoints")[-1] == 4

@@ -71,6 +71,7 @@ def older(finished):
         for name in ("locations", "preset_sha256", "validation", "test", "sha256"):
             state.pop(name, None)
         path.write_text(json.dumps(state, indent=1) + "\n")
+        kr.as_of_old(path.parent)
     return finished
 
 

@@ -53,7 +53,7 @@ def test_a_wrong_value_of_any_setting(name):
 )  # fmt: skip
 def test_absurd_sizes_end_with_one_line(lm_options, tmp_path, capsys, options):
     said = kr.fails([*lm_options, "--output-dir", str(tmp_path / "run"), *options.split(" ")], capsys)
-    message = "".join(line for line in said.splitlines(True) if not line.startswith("data: "))  # what is read, if it got there
+    message = "".join(line for line in said.splitlines(True) if not line.startswith("data: "))  # if it got there
     assert len(message.strip()) <= 500 and message.count("\n") == 1, message
     assert not (tmp_path / "run").exists()
 

@@ -66,9 +66,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import kill_and_resume as kr
 script = kr.load_script()
 start = script.start
-def told(argv):
+def told(*arguments):
     try:
-        return start(argv)
+        return start(*arguments)
     except ValueError as error:
         sys.stderr.write(f"rank {{os.environ['RANK']}} is told: {{error}}\\n")
         raise

@@ -49,9 +49,10 @@ def check_place(folder: Path) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"{where} is not UTF-8: safetensors reads no file below such a name; choose another "
                          "--output-dir") from None
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise ValueError(f"{where}: {quote(str(nearest))} is a file; choose another --output-dir")
+        kind = "a file" if nearest.exists() else "a link to nothing"
+        raise ValueError(f"{where}: {quote(str(nearest))} is {kind}; choose another --output-dir")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{where}: {quote(str(nearest))} is not writable; choose another --output-dir")
 

@@ -158,3 +158,14 @@ def test_a_full_disk_does_not_keep_the_lock_from_holding(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     lock.release()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["nowhere", "nowhere/deeper", "link"])  # the last one leads to itself
+def test_a_link_to_nothing_is_refused_and_not_tried_for_ever(lm_options, tmp_path, capsys, target):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    kr.fails([*lm_options, "--output-dir", str(link)], capsys, "output_dir=", "link to nothing", "another --output-dir")
+    kr.fails([*lm_options, "--output-dir", str(link / "run")], capsys, "link to nothing")
+    with pytest.raises(ValueError, match="cannot be written"):
+        FolderLock(link)
+    assert os.listdir(tmp_path) == ["link"]

@@ -84,9 +84,10 @@ def leave_processes() -> None:
 
 def check_memory(config: HBLLConfig) -> None:
     """Raises ValueError for a model whose weights, gradients and Adam's moments cannot fit this machine's memory."""
-    if not hasattr(os, "sysconf"):
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, and other systems that do not tell
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     matrices = sum((4 if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
     n_parameters = matrices * config.n_embd**2 + config.vocab_size * config.n_embd
     needed = n_parameters * (4 if torch.cuda.is_available() else 16)  # on a GPU the weights alone pass through here

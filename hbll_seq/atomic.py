@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 #: start of the name under which something is written before it is whole.
 ASIDE = ".aside-"
+_HALF_WRITTEN = re.compile(re.escape(ASIDE) + r".+\.[0-9a-f]{8}")  # a file of atomic_write
 #: folder inside a folder: the version that counts, while another one is being put in its place.
 PINNED = ".previous-version"
 #: seconds that a save waits for another one of the same folder.
@@ -245,14 +246,30 @@ def _make_beside(folder: Path, made: list[Path], locks: ExitStack) -> Path:
         return _make_aside(parent, folder, locks)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed calls of :func:`atomic_write` and :func:`atomic_folder` left in ``folder``; what cannot be removed
+    stays. Only for the owner of a folder: another process may be writing there."""
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if _HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                path.unlink()
+            elif _is_version(path, folder):
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def _sweep(where: Path, folder: Path) -> None:
     """Remove what killed saves of ``folder`` left in ``where``; what a living one writes is held by it."""
-    pattern = re.compile(re.escape(_start_of_name(folder)) + r"[0-9a-f]{8}\.tmp")
-    for path in where.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir():
+    for path in list(where.iterdir()):
+        if _is_version(path, folder):
             with suppress(OSError), _locked(path, seconds=0) as is_held:
                 if is_held:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_version(path: Path, folder: Path) -> bool:
+    """Whether a version of ``folder`` was being written there."""
+    pattern = re.escape(_start_of_name(folder)) + r"[0-9a-f]{8}\.tmp"
+    return re.fullmatch(pattern, path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _start_of_name(folder: Path) -> str:

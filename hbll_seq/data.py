@@ -90,11 +90,10 @@ def load_tokens(
     """Tokenises one split of a source, or opens the cache of an earlier call.
 
     source: "bundled" (WikiText-2, token version); "wikitext-2" or "wikitext-103" (raw version, from the folder
-    $HBLL_DATA in the Hub's layout if it is there, else from the Hub); a .txt, .jsonl or .parquet file, or a folder of
-    such files; or a Hub id "owner/name" or "owner/name:config". split: "train", "validation" or "test".
-    A document is an article of WikiText, a text file, or a row (its `column`). Files of a folder belong to the split
-    that their name or folder names. A validation or test split that a source lacks is taken from its training split,
-    one document in 20 for each, or one twentieth of the lines of every text file when they are fewer than 20.
+    $HBLL_DATA in the Hub's layout if it is there, else from the Hub); a .txt, .jsonl (both also packed: .gz, .xz, .zst) or
+    .parquet file, or a folder of such files; or a Hub id "owner/name" or "owner/name:config". split: "train", "validation"
+    or "test". A document is an article of WikiText, a text file, or a row (its `column`). How files and missing splits are
+    divided: `hbll_seq.sources.open_corpus`.
     cache_dir: default $HBLL_CACHE, else $XDG_CACHE_HOME/hbll_seq, else ~/.cache/hbll_seq. num_proc: how many native
     threads tokenise; default: every core this process may use.
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from hbll_seq import atomic
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.failures import remedy_for
 
@@ -112,20 +113,22 @@ def test_older_checkpoints_that_cannot_be_removed_end_no_run(tmp_path, capsys):
 
 
 def test_what_a_killed_run_left_is_swept(tmp_path):
-    folder = tmp_path / "run"
-    for name in (".aside-3", ".run.0123abcd.tmp"):
+    """And nothing else, however alike it is called."""
+    folder = tmp_path / ("run" * 30)  # of a name that is cut in those of its versions
+    for name in (".aside-3", ".aside-old-2", f".{folder.name[:60]}.0123abcd.tmp", ".run.0123abcd.tmp"):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("half")
     (folder / ".aside-settings.yaml.0123abcd").write_text("half")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("kept")
-    (folder / ".aside-link").symlink_to(tmp_path / "mine")
-    for name in (".hidden", "notes.txt", ".other.0123abcd.tmp"):
+    (folder / ".aside-4").symlink_to(tmp_path / "mine")
+    kept = [".aside-4", ".aside-notes", ".hidden", ".run.0123abcd.tmp", "notes.txt"]
+    for name in (".aside-notes", ".hidden", "notes.txt"):
         (folder / name).write_text("kept")
-    ck.sweep(folder)
-    ck.sweep(tmp_path / "nowhere")
-    assert sorted(os.listdir(folder)) == [".hidden", ".other.0123abcd.tmp", "notes.txt"]
-    assert (tmp_path / "mine" / "file").exists()  # a link is removed, not what it leads to
+    for sweep in (ck.sweep, atomic.sweep):
+        sweep(folder)
+        sweep(tmp_path / "nowhere")
+    assert sorted(os.listdir(folder)) == kept and (tmp_path / "mine" / "file").exists()
 
 
 @pytest.mark.parametrize("number, word", [(errno.ENOSPC, "room"), (errno.EDQUOT, "room"), (errno.EACCES, "may write"),

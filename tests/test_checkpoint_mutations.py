@@ -25,7 +25,8 @@ STEP = 4
 NAN = "a number that is none"
 VALUES = [None, -1, 1.5, "x", [], {}, True, 10**30, NAN]
 LONG = ["a" * 100_000, [[[[]]]] * 1000]
-IDENTITY = ("preset", "num_processes", "precision", "device", "threads", "tokenizer", "data")
+IDENTITY = ("preset", "num_processes", "precision", "device", "threads", "tokenizer", "data", "validation", "test",
+            "settings")
 
 
 @pytest.fixture(scope="module")
@@ -173,23 +174,13 @@ def test_a_checkpoint_under_another_steps_name(run):
         shutil.rmtree(other)
 
 
-def as_of_old(checkpoint):
-    """What the version before the sums wrote."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    state["format"] = 1
-    for entry in state["files"].values():
-        del entry["tensors"]
-    (checkpoint / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    (checkpoint / "SHA256SUMS").unlink()
-
-
 def test_a_checkpoint_of_the_version_before_is_taken_with_a_line(run, tmp_path, capsys):
     checkpoint, _, resume = run
     expected = resume()
     shutil.copytree(checkpoint, tmp_path / "kept")
     capsys.readouterr()
     try:
-        as_of_old(checkpoint)
+        kr.as_of_old(checkpoint)
         assert same(resume(), expected)
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "step 4" in message and "older version" in message

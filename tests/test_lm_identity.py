@@ -197,12 +197,14 @@ def mutations(state: dict):
                 yield f"{where}.{name}={value!r:.20}", changed
 
 
-def test_a_mutated_state_is_refused_or_harmless(project, capsys):
-    """Reading a checkpoint, all mutations: a CheckpointError or ValueError of a single line, or settings that hold."""
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_mutated_state_is_refused_or_harmless(project, count):
+    """Reading a checkpoint: a ValueError of a single line, or settings that hold."""
     path, outcomes = (project / "run").joinpath(*LAST), {True: 0, False: 0}
     state = json.loads(path.read_text())
-    settings = resume_run({"output_dir": "run"}, None)[0]
-    for name, changed in mutations(state):
+    settings, cases = resume_run({"output_dir": "run"}, None)[0], list(mutations(state))
+    cases = random.Random(0).sample(cases, min(count, len(cases)))
+    for name, changed in cases:
         path.write_text(json.dumps(changed))
         try:
             found, preset, _ = resume_run({"output_dir": "run"}, None)
@@ -212,18 +214,18 @@ def test_a_mutated_state_is_refused_or_harmless(project, capsys):
         else:
             assert type(found) is type(settings) and isinstance(preset, str), name
             outcomes[True] += 1
-    assert outcomes[False] > 900, outcomes  # of 1,300
+    assert outcomes[False] > 0.7 * len(cases), outcomes
 
 
 def test_a_mutated_state_never_ends_in_a_traceback(project, capsys):
-    """Whole resumes, a sample of the mutations."""
+    """Whole resumes."""
     path = (project / "run").joinpath(*LAST)
     state, whole = json.loads(path.read_text()), project / "run"
     rng = random.Random(0)
     cases = [(name, changed) for name, changed in mutations(state) if not name.startswith("settings")]
-    for name, changed in rng.sample(cases, 25):
+    for name, changed in rng.sample(cases, 8):
         folder = Path(shutil.copytree(whole, project / "copy"))
-        folder.joinpath(*LAST).write_text(json.dumps(changed))
+        kr.write_state(folder.joinpath(*LAST).parent, changed)
         (folder / "metrics.json").unlink()
         capsys.readouterr()
         code, message = lm.main(["--resume", "--output-dir", str(folder)]), capsys.readouterr().err
@@ -237,6 +239,6 @@ def test_a_damaged_state_names_the_older_checkpoint(project, capsys):
     (project / "run" / "metrics.json").unlink()
     state = json.loads(path.read_text())
     del state["settings"]["lr"]
-    path.write_text(json.dumps(state))
-    kr.fails(["--resume", "--output-dir", "run"], capsys, "step 4", "--resume 2")
+    kr.write_state(path.parent, state)
+    kr.fails(["--resume", "--output-dir", "run"], capsys, "step 4", "lack lr", "--resume 2")
     assert go_on(project / "run") == 0 and ck.list_checkpoints(project / "run" / "checkpoints")[-1] == 4

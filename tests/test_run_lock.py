@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_dry_run_takes_no_lock(holder, lm_options):
 
 def test_the_lock_of_a_killed_run_is_no_hindrance(lm_options, tmp_path):
     folder = tmp_path / "run"
-    kr.kill_at(6, lm_options, folder)
+    kr.kill_at(6, [*lm_options, "--max-steps", "12", "--save-every", "2"], folder)
     assert (folder / LOCK).exists()  # nobody holds it now
     assert lm.main(["--resume", "--output-dir", str(folder)]) == 0
     assert is_finished(folder) and not (folder / LOCK).exists()
@@ -65,9 +66,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import kill_and_resume as kr
 script = kr.load_script()
 start = script.start
-def told(argv):
+def told(*arguments):
     try:
-        return start(argv)
+        return start(*arguments)
     except ValueError as error:
         sys.stderr.write(f"rank {{os.environ['RANK']}} is told: {{error}}\\n")
         raise
@@ -155,20 +156,25 @@ def test_where_the_file_system_has_no_locks_the_description_decides(tmp_path, mo
 
 
 def test_a_full_disk_does_not_keep_the_lock_from_holding(tmp_path):
-    """A limit on the size of files, in a process of its own, stands in for the full disk."""
-    code = f"""
-import resource, signal
-from pathlib import Path
-from hbll_seq.training.run_lock import FolderLock
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-lock = FolderLock(Path({str(tmp_path)!r}))
-try:
-    FolderLock(Path({str(tmp_path)!r}))
-except ValueError as error:
-    assert "has not said its name" in str(error), error
-else:
-    raise AssertionError
-"""
-    environment = {**os.environ, "PYTHONPATH": str(kr.ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    """A limit on the size of files stands in for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        lock = FolderLock(tmp_path)
+        with pytest.raises(ValueError, match="has not said its name"):
+            FolderLock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["nowhere", "nowhere/deeper", "link"])  # the last one leads to itself
+def test_a_link_to_nothing_is_refused_and_not_tried_for_ever(lm_options, tmp_path, capsys, target):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    kr.fails([*lm_options, "--output-dir", str(link)], capsys, "output_dir=", "link to nothing", "another --output-dir")
+    kr.fails([*lm_options, "--output-dir", str(link / "run")], capsys, "link to nothing")
+    with pytest.raises(ValueError, match="cannot be written"):
+        FolderLock(link)
+    assert os.listdir(tmp_path) == ["link"]

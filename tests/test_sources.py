@@ -370,7 +370,7 @@ def test_bad_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for split in ("valid", "dev", ""):
         with pytest.raises(ValueError, match=f"unknown split '{split}'; choose one of train, validation, test"):
             load_tokens("bundled", split, tokenizer)
-    with pytest.raises(ValueError, match="num_proc is 0"):
+    with pytest.raises(ValueError, match="num_proc=0"):
         load_tokens("bundled", "test", tokenizer, num_proc=0)
 
 

@@ -351,8 +351,9 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
             return 0, f"{folder} holds a finished run: nothing is left to do"
     check_place(folder)
     join_processes()
-    lock = on_main(lambda: FolderLock(folder))
+    lock = None
     try:
+        lock = on_main(lambda: FolderLock(folder))
         settings, origin, resumed = chosen(given, preset, resume)
         where = settings if resumed is None else located(settings, given, resumed)
         on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))

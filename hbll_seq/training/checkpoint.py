@@ -36,6 +36,7 @@ from hbll_seq.training.random_state import rng_state, set_rng_state  # noqa: F40
 FORMAT = 2
 _WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json
 _NAME = re.compile(r"step-([0-9]{8,18})")
+_HALF_DONE = re.compile(re.escape(ASIDE) + r"(old-)?[0-9]{1,18}")  # being written, or being removed
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors")
 _STATE = "state.json"
 _MAX_STATE = 1 << 26  # bytes of state.json; each process adds about 40,000 of its random generators
@@ -142,21 +143,14 @@ def remove_checkpoints(folder: str | os.PathLike, steps: Iterable[int]) -> None:
 
 
 def sweep(folder: str | os.PathLike) -> None:
-    """Remove what a run that was killed left half written or half deleted in ``folder`` itself.
+    """Remove the checkpoints that a run that was killed left half written or half deleted; what cannot be removed stays.
 
-    Only for the owner of a run's folder: another process may be writing there. What cannot be removed stays.
+    Only for the owner of a run's folder: another process may be writing there.
     """
-    folder = Path(folder)
-    export = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}\.tmp")  # of hbll_seq.atomic.atomic_folder
     with contextlib.suppress(OSError):
-        for entry in list(folder.iterdir()):
-            if entry.name.startswith(ASIDE) or export.fullmatch(entry.name):
-                _remove(entry)
-
-
-def _remove(entry: Path) -> None:
-    with contextlib.suppress(OSError):
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        for entry in list(Path(folder).iterdir()):
+            if _HALF_DONE.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)  # not through a link
 
 
 def _digest(file: Path) -> dict[str, Any]:

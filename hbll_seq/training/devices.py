@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TypeVar
@@ -36,9 +37,24 @@ _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.M
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """What Accelerate raises inside, of many types, as a ValueError: it alone checks the variables of a launcher."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"accelerate cannot start in this environment ({type(error).__name__}: {shorten(error)}); mend the "
+                         "variable that it names (ACCELERATE_..., RANK, WORLD_SIZE, MASTER_ADDR), or unset it") from None
+
+
 def join_processes() -> PartialState:
-    """The process group of the launch, before anything is known of the run; :func:`make_accelerator` goes on with it."""
-    return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)  # the launcher's wish reaches an Accelerator without help
+    """The process group of the launch, before anything is known of the run; :func:`make_accelerator` goes on with it.
+
+    Raises:
+        ValueError: Accelerate cannot start with the launcher's variables.
+    """
+    with _starting():
+        return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)  # the launcher's wish reaches an Accelerator unhelped
 
 
 def on_main(work: Callable[[], T]) -> T | None:
@@ -68,9 +84,10 @@ def leave_processes() -> None:
 
 def check_memory(config: HBLLConfig) -> None:
     """Raises ValueError for a model whose weights, gradients and Adam's moments cannot fit this machine's memory."""
-    if not hasattr(os, "sysconf"):
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows, and other systems that do not tell
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     matrices = sum((4 if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
     n_parameters = matrices * config.n_embd**2 + config.vocab_size * config.n_embd
     needed = n_parameters * (4 if torch.cuda.is_available() else 16)  # on a GPU the weights alone pass through here
@@ -92,7 +109,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     trackers = _trackers(settings.log_with)
     _speak_of_dynamo()
     bfloat16 = _choose_precision(settings.precision) == "bfloat16"
-    try:
+    with _starting():
         accelerator = Accelerator(
             mixed_precision="bf16" if bfloat16 else "no",
             dynamo_backend="no",
@@ -101,9 +118,6 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
-    except Exception as error:  # KeyError, RuntimeError and more: what a launcher's variables are is checked nowhere else
-        raise ValueError(f"accelerate cannot start in this environment ({type(error).__name__}: {shorten(error)}); mend the "
-                         "variable that it names (ACCELERATE_..., RANK, WORLD_SIZE, MASTER_ADDR), or unset it") from None
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             f"accelerate was told to use {accelerator.distributed_type.value}: local losses need each block whole on "

@@ -194,4 +194,5 @@ def _named(name: str, identity: dict[str, Any]) -> str:
     if name not in ("tokenizer", "data", "validation", "test"):
         return quote(identity[name])
     path = identity.get("locations", {}).get(setting) or identity["settings"].get(setting)
-    return f"{shorten(quote(path), 90)} ({shorten(identity[name], 12)})"
+    shown = quote(path) if len(str(path)) <= 90 else quote("..." + str(path)[-87:])  # the end of a path tells most
+    return f"{shown} ({shorten(identity[name], 12)})"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hbll_seq.atomic import ASIDE, atomic_write, roll_back
+from hbll_seq.atomic import atomic_write, roll_back, sweep
 from hbll_seq.console import say
 from hbll_seq.model_files import REPLACED
 from hbll_seq.reading import quote
@@ -38,7 +37,6 @@ from hbll_seq.training.settings import TrainingSettings, names_file
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
            "check_place", "exporting", "is_finished", "prepare_folder"]  # fmt: skip
-_HALF_WRITTEN = re.compile(re.escape(ASIDE) + r".+\.[0-9a-f]{8}")  # of atomic_write, where it was killed
 
 
 def check_place(folder: Path) -> None:
@@ -49,9 +47,10 @@ def check_place(folder: Path) -> None:
     except UnicodeEncodeError:
         raise ValueError(f"{where} is not UTF-8: safetensors reads no file below such a name; choose another "
                          "--output-dir") from None
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise ValueError(f"{where}: {quote(str(nearest))} is a file; choose another --output-dir")
+        kind = "a file" if nearest.exists() else "a link to nothing"
+        raise ValueError(f"{where}: {quote(str(nearest))} is {kind}; choose another --output-dir")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{where}: {quote(str(nearest))} is not writable; choose another --output-dir")
 
@@ -145,9 +144,7 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
                 JsonLines(folder / name).rewind(resumed_step)
         RunRecord().write(folder)
         atomic_write(folder / SETTINGS, settings.to_yaml())
-        for entry in folder.iterdir():
-            if _HALF_WRITTEN.fullmatch(entry.name) and entry.is_file():
-                entry.unlink()
+        sweep(folder)
     except OSError as error:
         raise cannot_write(folder, error, resuming=resumed_step is not None) from None
 

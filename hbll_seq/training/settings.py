@@ -59,7 +59,8 @@ class TrainingSettings:
     """
 
     data: str = _option("bundled", "data", "training text: bundled (WikiText-2), wikitext-2, wikitext-103, a .txt / "
-                        ".jsonl / .parquet file or folder, or a Hub id 'owner/name' or 'owner/name:config'",
+                        ".jsonl (also .gz, .xz, .zst) / .parquet file or folder, or a Hub id 'owner/name' or "
+                        "'owner/name:config'",
                         resume="resolved")
     column: str = _option("text", "data", "column (or JSON key) that holds the text", resume="resolved")
     tokenizer: str = _option("default", "data", "default (bundled, 4,096 pieces), train (train one on the data and "

@@ -31,7 +31,6 @@ from hbll_seq.training.checkpoint import (
     load_optimizer,
     optimizer_tensors,
     save_checkpoint,
-    sweep,
 )
 from hbll_seq.training.devices import track
 from hbll_seq.training.failures import RunFailed, remedy_for
@@ -235,8 +234,6 @@ class Trainer:
             RunFailed: the loss or the gradient is not finite, or a file cannot be written.
             Stopped: a signal came; the run is saved.
         """
-        if self.accelerator.is_main_process:
-            sweep(self.folder)
         if self.done == 0:  # so that --resume always finds something, and a disk too small shows now
             self.save()
         if evaluated < self.done:

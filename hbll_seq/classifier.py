@@ -23,7 +23,7 @@ from hbll_seq.padding import as_lengths, last_of, to_right
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.seeds import mix_seeds
-from hbll_seq.values import as_whole
+from hbll_seq.values import as_whole, check_choice
 
 #: the largest number of values, steps, classes and units: beyond any sensible classifier, and made in a second or two.
 MAX_SIZE = 1 << 20
@@ -69,8 +69,7 @@ class HBLLClassifierConfig(ModelConfig):
             )
         if self.n_classes < 2:
             raise ValueError(f"n_classes={self.n_classes}: must be at least 2, or there is nothing to tell apart")
-        if not isinstance(self.cell, str) or self.cell not in CELL_KINDS:
-            raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELL_KINDS)}")
+        check_choice("cell", self.cell, CELL_KINDS)
         seed = self.permutation_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
             raise ValueError(f"permutation_seed={quote(seed)}: must be a whole number of at least 0, or None to read the "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from hbll_seq.reading import quote, shorten
 from hbll_seq.readout import READOUTS
 from hbll_seq.tree import PATH_FAMILIES, DyadicTree
+from hbll_seq.values import check_choice
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
@@ -155,8 +156,7 @@ class HBLLConfig(ModelConfig):
             self._check_heads()
         choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={quote(getattr(self, name))}: allowed are {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         if self.readout_by != "jump" and not self.readout_rank:
             raise ValueError(f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
                              "such as 16, or leave readout_by out")  # fmt: skip

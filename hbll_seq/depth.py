@@ -14,7 +14,7 @@ from hbll_seq.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
 from hbll_seq.tree import DyadicTree
-from hbll_seq.values import whole_or_none
+from hbll_seq.values import check_choice, whole_or_none
 
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
 #: path and z_3 on another (METHOD 1.4).
@@ -143,8 +143,7 @@ class DepthHierarchy(nn.Module):
             ("state_family", state_family, STATE_FAMILIES),
             ("target_family", target_family, TARGET_FAMILIES),
         ):
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
+            check_choice(name, value, allowed)
         self.tree, self.width = DyadicTree(n_level, default_paths), width
         self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
         self.embed = embed if embed is not None else nn.Identity()

@@ -27,6 +27,7 @@ from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
 from hbll_seq.time_layer import TimeOptions, TimeSweptChain
 from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
+from hbll_seq.values import check_choice
 
 INFERENCES = ("sweeps", "multigrid", "tree")
 
@@ -107,8 +108,7 @@ class LocalObjective(Objective):
             model, path, mix=mix, mix_weight=mix_weight, graphs=graphs, seed=seed, rank=rank, micro_batches=micro_batches
         )
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
-        if inference not in INFERENCES:
-            raise ValueError(f"inference={quote(inference)}: allowed are {', '.join(INFERENCES)}")
+        check_choice("inference", inference, INFERENCES)
         _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
         _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
         if linearization == "secant" and inference != "sweeps":
@@ -348,16 +348,14 @@ def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
 def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk) -> None:
     check_dial(sweeps, corrections, damping, tolerance, chunk)
     for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
-        if value not in allowed:
-            raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
+        check_choice(name, value, allowed)
 
 
 def _check_time(sweeps, corrections, linearization, chunk) -> None:
     for name, value, low in (("time_sweeps", sweeps, 0), ("time_corrections", corrections, 0), ("time_chunk", chunk, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {low}")
-    if linearization not in TIME_LINEARIZATIONS:
-        raise ValueError(f"time_linearization={quote(linearization)}: allowed are {', '.join(TIME_LINEARIZATIONS)}")
+    check_choice("time_linearization", linearization, TIME_LINEARIZATIONS)
 
 
 def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:

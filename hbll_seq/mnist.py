@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbll_seq.values import check_choice
+
 _FILES = {"train": "train", "test": "t10k"}
 
 
@@ -44,8 +46,7 @@ def load_mnist(source: str = "ylecun/mnist", split: str = "train") -> tuple[Tens
     Raises:
         ValueError: the split is unknown, a file is missing or damaged, or the Hub cannot be reached.
     """
-    if split not in _FILES:
-        raise ValueError(f"split={split!r}: allowed are {', '.join(_FILES)}")
+    check_choice("split", split, _FILES)
     if Path(source).is_dir():
         images, labels = (
             read_idx(_find(Path(source), f"{_FILES[split]}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1")

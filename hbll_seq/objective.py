@@ -20,7 +20,7 @@ from hbll_seq.messages import Chain, Recomputed
 from hbll_seq.mix import MIX_WEIGHTS, MIXES, Route, paths_of_mix, routes_of_step
 from hbll_seq.reading import quote
 from hbll_seq.seeds import fork_rng_of, mix_seeds
-from hbll_seq.values import as_whole, number_or_none
+from hbll_seq.values import as_whole, check_choice, number_or_none
 
 GRAPHS = ("kept", "recomputed")
 
@@ -78,8 +78,7 @@ class Objective(nn.Module):
             raise ValueError(f"model={type(model).__name__} object: must be a DepthHierarchy, such as HBLLForCausalLM; of a "
                              "wrapped one (DistributedDataParallel) pass the model inside")  # fmt: skip
         for name, value, allowed in (("mix", mix, MIXES), ("graphs", graphs, GRAPHS)):
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
+            check_choice(name, value, allowed)
         mix_weight = MIX_WEIGHTS.get(mix, 1.0) if mix_weight is None else mix_weight
         if not is_number(mix_weight) or not 0 < mix_weight < float("inf"):
             raise ValueError(f"mix_weight={quote(mix_weight)}: must be a number above 0; mix='none' trains one path alone")

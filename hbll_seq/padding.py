@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.reading import quote
-from hbll_seq.values import whole_or_none
+from hbll_seq.values import check_choice, whole_or_none
 
 SIDES = ("right", "left")
 
@@ -42,8 +42,7 @@ def to_right(values: Tensor, lengths: Tensor, padding_side: str, fill: float = 0
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
-    if padding_side not in SIDES:
-        raise ValueError(f"padding_side={quote(padding_side)}: allowed are {', '.join(SIDES)}")
+    check_choice("padding_side", padding_side, SIDES)
     n_steps, lengths = values.shape[1], lengths.to(values.device)
     steps = torch.arange(n_steps, device=values.device)
     if padding_side == "left":

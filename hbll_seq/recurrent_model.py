@@ -15,7 +15,7 @@ from hbll_seq.checks import IGNORE_INDEX, as_token_ids, check_inputs, check_stat
 from hbll_seq.cross_entropy import linear_cross_entropy
 from hbll_seq.padding import as_lengths, is_real, last_of, to_right
 from hbll_seq.posterior import TARGET_FAMILIES, Categorical
-from hbll_seq.reading import quote
+from hbll_seq.values import check_choice
 
 READOUTS = ("every", "last")
 
@@ -46,8 +46,7 @@ class RecurrentModel(nn.Module):
     ):
         super().__init__()
         for name, value, allowed in (("readout", readout, READOUTS), ("target_family", target_family, TARGET_FAMILIES)):
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
+            check_choice(name, value, allowed)
         self.cell, self.head = cell, head
         self.embed = embed if embed is not None else nn.Identity()
         self.readout, self.target_family = readout, TARGET_FAMILIES[target_family]()

@@ -24,7 +24,7 @@ from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.time_secants import TimeSecants
 from hbll_seq.time_sweeps import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
-from hbll_seq.values import as_whole
+from hbll_seq.values import as_whole, check_choice
 
 RECURRENT_INFERENCES = ("sweeps", "tree")
 RECURRENT_LINEARIZATIONS = (*TIME_LINEARIZATIONS, "secant")
@@ -353,5 +353,4 @@ def _check_choices(inference: str, linearization: str, init: str) -> None:
         ("init", init, TIME_INITS),
     )
     for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
+        check_choice(name, value, allowed)

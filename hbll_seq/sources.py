@@ -24,7 +24,18 @@ from . import text_files
 from .integrity import sha256
 from .reading import possible_name, quote, shorten
 from .text_division import N_SLOTS, SPLITS, Share, divide, part_of_files, part_of_rows
-from .text_files import KINDS, DataFile, as_text, have_text, kind_of, no_column, read_lines, read_rows, rows_with_text
+from .text_files import (
+    KINDS,
+    DataFile,
+    as_text,
+    check_marks,
+    have_text,
+    kind_of,
+    no_column,
+    read_lines,
+    read_rows,
+    rows_with_text,
+)
 from .text_folder import find_folder, split_named
 from .tokenizer import split_lines
 
@@ -80,7 +91,7 @@ def open_corpus(source: str, split: str, column: str = "text") -> Corpus:
     Raises:
         ValueError: no such source or split, a file that cannot be read, text that is not UTF-8, a split without text.
     """
-    if split not in SPLITS:
+    if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"unknown split {quote(split)}; choose one of {', '.join(SPLITS)}")
     if not isinstance(column, str):
         raise ValueError(f"column is {quote(column)}; it must be the name of a column")
@@ -204,6 +215,8 @@ def split_articles(lines: Iterable[str]) -> Segments:
 
 def _open_files(found: _Found, share: Share, split: str, column: str) -> Corpus:
     files, wikitext, name = found.splits[share.split], found.is_wikitext, _printable(f"{found.name} {split}")
+    for file in files:
+        check_marks(file)
     measured = [file.measure() for file in files]
     n_bytes = sum(size for _, size in measured)
     if n_bytes == 0:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbll_seq.posterior import IGNORE_INDEX
+from hbll_seq.reading import quote
 from hbll_seq.seeds import mix_seeds
+from hbll_seq.values import check_choice
 
 SPLITS = ("train", "validation", "test")
 
@@ -42,8 +44,7 @@ class Task(ABC):
         """
         for argument, value, least in (("step", step, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             _check_int(argument, value, least)
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: allowed are {', '.join(SPLITS)}")
+        check_choice("split", split, SPLITS)
         # Not torch.Generator, which keeps 32 bits of the seed on the CPU: batches of a long run would come again.
         rng = np.random.default_rng(mix_seeds(seed, SPLITS.index(split), step))
         return self._draw(rng, batch_size)
@@ -285,8 +286,8 @@ def make_task(name: str, **options: int) -> Task:
     Raises:
         ValueError: there is no such task, or an option is out of range.
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r}: allowed are {', '.join(TASKS)}")
+    if not isinstance(name, str) or name not in TASKS:
+        raise ValueError(f"task {quote(name)}: allowed are {', '.join(TASKS)}")
     return TASKS[name](**options)
 
 

@@ -31,6 +31,7 @@ ENDINGS = (*KINDS, *(kind + packing for kind in KINDS[:2] for packing in PACKING
 BLOCK = 1 << 20  # bytes read at once
 MAX_ROW = 1 << 26  # bytes of a row of jsonl: parsed, small values take 24 times their text
 XZ_MEMORY = 1 << 29  # bytes that unpacking may take; `xz -9` asks for 65 MiB
+_PARQUET = b"PAR1"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = {  # in this order: UTF-32's mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -270,7 +271,7 @@ def _json_text(file: DataFile, number: int, offset: int, line: bytes, column: st
     except ValueError as error:
         raise ValueError(f"data file {where}: not JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
-        raise ValueError(f"data file {where}: not a JSON object but {type(row).__name__}")
+        raise ValueError(f"data file {where}: not a JSON object but {type(row).__name__}; write rows as {{\"text\": ..}}")
     if column not in row:
         raise no_column(where, column, row)
     if row[column] is None and b"null" not in line:  # it was read as such
@@ -284,6 +285,22 @@ def _json_text(file: DataFile, number: int, offset: int, line: bytes, column: st
     return text
 
 
+def check_marks(file: DataFile) -> None:
+    """Raises ValueError where a parquet file lacks the marks at its start and end: told before all of it is read."""
+    if file.kind != ".parquet" or not file.stamp[0]:
+        return
+    with file.open() as content:
+        start, size = content.read(4), file.stamp[0]
+        content.seek(max(0, size - 4))
+        end = content.read(4)
+    if size < 12 or start != _PARQUET or end != _PARQUET:
+        raise _no_parquet(file.path, f"it lacks the mark {_PARQUET.decode()} at its start or end")
+
+
+def _no_parquet(path: Path, reason: str) -> ValueError:
+    return ValueError(f"data file {quote(str(path))} is not a readable parquet file ({reason}); copy or write it again")
+
+
 def _parquet_arrays(file: DataFile, column: str) -> Iterator[Any]:
     import pyarrow.parquet
 
@@ -295,9 +312,7 @@ def _parquet_arrays(file: DataFile, column: str) -> Iterator[Any]:
                 yield from (batch.column(0) for batch in parquet.iter_batches(batch_size=1024, columns=[column]))
         # pyarrow raises what its parts raise: no number, no UTF-8, no memory for a size that is wrong
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
-            raise ValueError(
-                f"data file {quote(str(file.path))} is not a readable parquet file: {shorten(error)}"
-            ) from error
+            raise _no_parquet(file.path, shorten(error)) from error
         if column not in names:
             raise no_column(quote(str(file.path)), column, names)
 

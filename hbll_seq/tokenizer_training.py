@@ -28,7 +28,7 @@ def train_model(
         raise ValueError(f"symbols is {quote(symbols)}; give a list of strings")
     if len(set(symbols)) != len(symbols) or any(not s or "\0" in s or SURROGATE.search(s) for s in symbols):
         raise ValueError(f"symbols {quote(symbols)} must be distinct, not empty and valid Unicode without NUL")
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+    if isinstance(texts, str) or not _can_be_iterated(texts):
         kind = "one string" if isinstance(texts, str) else quote(texts)
         raise ValueError(f"texts is {kind}; give an iterable of strings, such as [text]")
     if not isinstance(character_coverage, Real) or not 0.9 <= character_coverage <= 1:
@@ -45,6 +45,14 @@ def train_model(
         return _train_with_blank(lines, options)
     except RuntimeError as error:
         raise ValueError(_explain_training_error(str(error), vocab_size)) from error
+
+
+def _can_be_iterated(texts: object) -> bool:
+    try:
+        iter(texts)
+    except TypeError:  # also of a tensor or array of no dimension, which has the method
+        return False
+    return True
 
 
 def _train_with_blank(lines: list[str], options: dict) -> bytes:

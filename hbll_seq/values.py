@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def as_whole(name: str, value: Any, least: int, most: int | None = None, remedy:
         allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}={quote(value)}: must be a whole number {allowed}{remedy}")
     return plain
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises ValueError unless ``value`` is one of these words. An array or a list is none, whatever it compares as."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(allowed)}")
 
 
 def as_flag(name: str, value: Any) -> bool:

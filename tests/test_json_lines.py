@@ -126,6 +126,16 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
         log.append({"step": 1})
 
 
+def test_a_file_larger_than_any_run_writes_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(json_lines.MAX_FILE + 1)
+    for attempt in (JsonLines(path).rows, lambda: JsonLines(path).rewind(1)):
+        with pytest.raises(ValueError, match="metrics.jsonl' has 1,073,741,825 bytes.*move it away"):
+            attempt()
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     """A limit on the size of files stands in for the full disk."""
     log = JsonLines(tmp_path / "m.jsonl")

@@ -58,6 +58,18 @@ def test_absurd_sizes_end_with_one_line(lm_options, tmp_path, capsys, options):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("options", [["--" + "x" * 3000], ["--resume", "x" * 3000], ["--seed"], ["x " * 3000],
+                                     ["--x\n"] * 99])  # fmt: skip
+def test_a_wrong_option_is_told_with_its_remedy(capsys, options):
+    message = kr.fails(["--preset", "debug", "--dry-run", *options], capsys, options[0][:20].strip()).strip()
+    assert len(message) <= 500 and message.endswith("(see --help)") and "\n" not in message
+
+
+@pytest.mark.parametrize("preset", ["", " ", "x" * 3000, "a\0b.yaml", "~nobody-of-that-name/x.yaml"])
+def test_an_impossible_name_of_a_preset_is_told_as_one(capsys, preset):
+    kr.fails(["--preset", preset, "--dry-run"], capsys, "error: preset: path ")
+
+
 def test_numbers_of_numpy_are_numbers():
     settings = st.TrainingSettings(max_steps=np.int64(3), lr=np.float32(0.5), data=np.str_("bundled"))
     assert settings == st.TrainingSettings(max_steps=3, lr=0.5)

@@ -4,14 +4,22 @@ import json
 import resource
 import struct
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 
-from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification
+from hbll_seq import (
+    HBLLClassifierConfig,
+    HBLLConfig,
+    HBLLForCausalLM,
+    HBLLForSequenceClassification,
+    LocalObjective,
+)
 from hbll_seq.classifier import MAX_SIZE
 from hbll_seq.config import BOUNDS
 from hbll_seq.model_files import CARD_NAME, CONFIG_NAME, SUMS_NAME, WEIGHTS_NAME
+from hbll_seq.tree import DyadicTree
 
 
 def model_of(**changes):
@@ -71,6 +79,23 @@ def test_every_key_with_every_odd_value_is_refused_or_loads(folder):
                  json.dumps({f"k{i}": i for i in range(10**4)}), json.dumps({"k" * 10**5: 1}), " " * (1 << 21)):
         assert refused(path, cls, text)
     assert refused(path, cls, json.dumps(config)) is None
+
+
+@pytest.mark.parametrize("value", [np.array([[1, 2]]), np.array(["jump", "depth"]), torch.tensor([1, 2]), ["jump"], 1, None])
+def test_choices_are_words(value):
+    """An array compares with a word to an array, which has no truth value."""
+    for name in ("norm", "default_paths", "readout_by", "cell"):
+        with pytest.raises(ValueError, match=f"{name}=.* ?allowed are "):
+            HBLLConfig(**{name: value})
+    model = model_of()
+    makers = {"cell": lambda v: HBLLClassifierConfig(cell=v), "inference": lambda v: LocalObjective(model, v),
+              "linearization": lambda v: LocalObjective(model, linearization=v),
+              "init": lambda v: LocalObjective(model, init=v),
+              "time_linearization": lambda v: LocalObjective(model, time_linearization=v),
+              "family": lambda v: DyadicTree(2, v)}
+    for name, make in makers.items():
+        with pytest.raises(ValueError, match=f"{name}=.*allowed are "):
+            make(value)
 
 
 @pytest.mark.parametrize("name", BOUNDS)

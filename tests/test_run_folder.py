@@ -117,6 +117,20 @@ def test_a_name_that_is_no_file_is_refused_too(quick, tmp_path, capsys, kind):
     assert os.path.lexists(path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "file", "link to nothing", "link to a device"])
+@pytest.mark.parametrize("more", [["--resume"], ["--overwrite"]])
+def test_what_lies_where_a_checkpoint_will_is_told_before_the_run(finished, quick, capsys, kind, more):
+    path = finished / "checkpoints" / "step-00000004"
+    shutil.rmtree(path)
+    (finished / "metrics.json").unlink()
+    {"pipe": lambda: os.mkfifo(path), "file": lambda: path.write_text("mine"),
+     "link to nothing": lambda: path.symlink_to("nowhere"), "link to a device": lambda: path.symlink_to("/dev/full")}[kind]()
+    before = everything(finished)
+    options = more if "--resume" in more else [*quick, *more]
+    kr.fails([*options, "--output-dir", str(finished)], capsys, "checkpoints/step-00000004", "Nothing was changed; move")
+    assert everything(finished) == before
+
+
 def test_files_that_a_run_does_not_touch_are_no_hindrance(quick, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)

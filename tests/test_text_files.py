@@ -172,8 +172,9 @@ def test_zero_bytes_are_text(tmp_path: Path) -> None:
      ('{"%s": 1}' % ("k" * 10**6), "no column 'text'"), (json.dumps({f"k{i}": 1 for i in range(9999)}), "no column"),
      ('{"text": ["%s"]}' % ("x" * 10**6), "holds a list"), ("x" * 10**6, "not JSON"),
      ('{"text": "a"} {"text": "b"}', "Extra data"), ('{"text": "a\tb"}', "not JSON"),
-     ("\ufeff" + '{"text": "a"}', "not JSON")],
-    ids=range(15),
+     ("\ufeff" + '{"text": "a"}', "not JSON"), ("3", "not a JSON object but int; write rows as"),
+     ('["a"]', "not a JSON object but list; write rows as")],
+    ids=range(17),
 )  # fmt: skip
 def test_hostile_rows_are_named_by_line(line: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -216,7 +217,19 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
         except ValueError as error:
             assert len(str(error)) <= 500 and "\n" not in str(error)
     (tmp_path / "cut.parquet").write_bytes(data[:-100])
-    refused(tmp_path / "cut.parquet", "not a readable parquet file")
+    refused(tmp_path / "cut.parquet", "not a readable parquet file.*write it again")
+
+
+def test_what_has_not_the_marks_of_parquet_is_not_read_whole(tmp_path: Path) -> None:
+    """Files as large as no disk: reading all of one would not end."""
+    for name, start in (("zeros", b""), ("started", b"PAR1")):
+        with open(tmp_path / f"{name}.parquet", "wb") as file:
+            file.write(start)
+            file.truncate(1 << 42)
+        refused(tmp_path / f"{name}.parquet", "lacks the mark PAR1")
+    for data in (b"PAR1", b"PAR1PAR1", b"x" * 12, b"PAR1" + bytes(20)):
+        (tmp_path / "small.parquet").write_bytes(data)
+        refused(tmp_path / "small.parquet", "lacks the mark PAR1")
 
 
 def test_parquet_of_names_that_are_no_unicode(tmp_path: Path) -> None:

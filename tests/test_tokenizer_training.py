@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+import torch
 
 from hbll_seq.tokenizer import MAX_LINE, Tokenizer
 
@@ -46,6 +48,12 @@ def test_messages_about_the_size_hold_without_blanks(texts: list[str]) -> None:
             Tokenizer.train(texts, size)
         named = int(str(info.value).split("value is ")[1].split(":")[0])
         assert Tokenizer.train(texts, named).vocab_size == named
+
+
+@pytest.mark.parametrize("texts", [torch.tensor(2), np.array("text"), 3, None, str, "text"])
+def test_what_cannot_be_gone_through_is_no_texts(texts: object) -> None:
+    with pytest.raises(ValueError, match="texts is .*; give an iterable of strings"):
+        Tokenizer.train(texts, 300)
 
 
 def test_a_text_with_blanks_gives_the_vocabulary_it_always_gave() -> None:

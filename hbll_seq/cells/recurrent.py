@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hbll_seq.cells.base import Cell
 from hbll_seq.reading import quote
 from hbll_seq.scan import affine_scan
+from hbll_seq.values import check_choice
 
 
 class Jacobian(NamedTuple):
@@ -208,8 +209,7 @@ class ElmanCell(RecurrentCell):
     """
 
     def __init__(self, input_size: int, hidden_size: int, nonlinearity: str = "tanh"):
-        if nonlinearity not in ("tanh", "sigmoid"):
-            raise ValueError(f"nonlinearity={quote(nonlinearity)}: allowed are tanh, sigmoid")
+        check_choice("nonlinearity", nonlinearity, ("tanh", "sigmoid"))
         super().__init__(input_size, hidden_size)
         self.nonlinearity = nonlinearity
 
@@ -424,7 +424,7 @@ def make_cell(kind: str, input_size: int, hidden_size: int, memory: float | None
     Raises:
         ValueError: the kind is unknown, a size out of range, or the memory not to be had.
     """
-    if kind not in CELL_KINDS:
+    if not isinstance(kind, str) or kind not in CELL_KINDS:
         raise ValueError(f"cell kind {quote(kind)}: allowed are {', '.join(CELL_KINDS)}")
     if kind.startswith("elman"):
         cell = ElmanCell(input_size, hidden_size, "sigmoid" if kind == "elman-sigmoid" else "tanh")

@@ -65,6 +65,13 @@ def list_checkpoints(folder: str | os.PathLike) -> list[int]:
     return sorted({step for step in steps if checkpoint_path(folder, step).is_dir()})
 
 
+def in_the_way(folder: str | os.PathLike) -> list[str]:
+    """Names in ``folder`` that a checkpoint may take and that are no folder: files, pipes, links that lead nowhere."""
+    folder = Path(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry.name for entry in entries if _NAME.fullmatch(entry.name) and not entry.is_dir())
+
+
 def save_checkpoint(
     folder: str | os.PathLike, step: int, groups: TensorGroups, state: dict[str, Any], keep: int = 2
 ) -> Path:

@@ -8,12 +8,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from hbll_seq.reading import shorten
 from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (see --help)")
+        raise ValueError(f"{shorten(message, 400)} (see --help)")
 
 
 def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:

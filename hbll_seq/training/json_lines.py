@@ -17,6 +17,8 @@ from hbll_seq.reading import check_regular, open_regular, parse_json, to_json
 
 #: bytes of a line that are read at most; an evaluation's line holds the sampled text.
 MAX_LINE = 1 << 24
+#: bytes of a file that is read at most: a line of a step has some 150, that of an evaluation some thousands.
+MAX_FILE = 1 << 30
 
 
 class _Read(NamedTuple):
@@ -77,7 +79,7 @@ class JsonLines:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is a folder, pipe or device.
+            ValueError: it is a folder, pipe or device, or larger than ``MAX_FILE``.
         """
         return self._read().rows
 
@@ -89,7 +91,7 @@ class JsonLines:
 
         Raises:
             OSError: the file cannot be read or written; it is unchanged.
-            ValueError: it is a folder, pipe or device.
+            ValueError: it is a folder, pipe or device, or larger than ``MAX_FILE``.
         """
         if not self.path.exists():
             return
@@ -108,7 +110,7 @@ class JsonLines:
         rows: dict[int, dict[str, Any]] = {}
         damaged = misplaced = 0
         newest = -1
-        with open_regular(self.path) as file:
+        with self._open() as file:
             for line, whole in _lines(file):
                 if line is not None and not line.strip():
                     continue
@@ -121,6 +123,12 @@ class JsonLines:
                 rows[row["step"]] = row
         return _Read([rows[step] for step in sorted(rows)], damaged, misplaced)
 
+    def _open(self) -> BinaryIO:
+        try:
+            return open_regular(self.path, MAX_FILE)
+        except ValueError as error:
+            raise ValueError(f"{error}; move it away, then give the same command again") from None
+
     def _keep_aside(self) -> Path:
         """A copy of the file under the first free name ``<name>.damaged-<number>``."""
         number = 1
@@ -132,7 +140,7 @@ class JsonLines:
                 number += 1
                 continue
             try:
-                with copy, open_regular(self.path) as file:
+                with copy, self._open() as file:
                     shutil.copyfileobj(file, copy)
                 fsync(aside)
             except BaseException:

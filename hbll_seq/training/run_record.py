@@ -20,7 +20,7 @@ from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.reading import read_bytes, read_json, read_yaml, to_json
-from hbll_seq.training.checkpoint import checkpoint_path, list_checkpoints
+from hbll_seq.training.checkpoint import checkpoint_path, in_the_way, list_checkpoints
 
 RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS, SUMMARY = "settings.yaml", "metrics.jsonl", "evaluations.jsonl", "metrics.json"
@@ -106,7 +106,7 @@ def foreign_files(folder: Path, record: RunRecord | None) -> list[str]:
         found += [name for name in kept if os.path.lexists(folder / name) and not _is_regular(folder / name)]
     if os.path.lexists(folder / CHECKPOINTS) and not (folder / CHECKPOINTS).is_dir():
         found.append(CHECKPOINTS)
-    return found
+    return found + [f"{CHECKPOINTS}/{name}" for name in in_the_way(folder / CHECKPOINTS)]
 
 
 def is_untouched(folder: Path) -> bool:

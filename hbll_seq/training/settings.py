@@ -256,7 +256,11 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such preset, not a YAML mapping, or an unknown key.
     """
-    path = possible_name(name) if name.endswith((".yaml", ".yml")) else folder / f"{possible_name(name)}.yaml"
+    try:
+        path = possible_name(name)
+    except ValueError as error:
+        raise ValueError(f"preset: {error}") from None
+    path = path if name.endswith((".yaml", ".yml")) else folder / f"{path}.yaml"
     try:
         values = read_yaml(path)
     except FileNotFoundError:

@@ -221,7 +221,7 @@ def possible_name(path: str | os.PathLike[str]) -> Path:
     """The path with ``~`` expanded, after checking that a file could bear it.
 
     Raises:
-        ValueError: it is empty, holds a NUL, or has a part of more than 255 bytes.
+        ValueError: it is empty, holds a NUL or a lone surrogate, or has a part of more than 255 bytes.
     """
     text = os.fspath(path)
     if isinstance(text, bytes):
@@ -230,7 +230,11 @@ def possible_name(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path {quote(text)} is empty; give the name of a file or folder")
     if "\0" in text:
         raise ValueError(f"path {quote(text)} holds a NUL character; no file can bear that name")
-    if any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(os.fsencode(text)) > 4000:
+    try:
+        lengths = [len(os.fsencode(part)) for part in text.split("/")]
+    except UnicodeEncodeError:
+        raise ValueError(f"path {quote(text)} holds a lone surrogate; no file can bear that name, choose another") from None
+    if max(lengths) > 255 or sum(lengths) + len(lengths) > 4000:
         raise ValueError(f"path {quote(text)} is too long for a file name; parts may have 255 bytes, choose a shorter one")
     try:
         return Path(text).expanduser()

@@ -111,6 +111,7 @@ def test_size_is_bounded_and_links_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name, problem", [("", "empty"), (" ", "empty"), ("a\0b", "NUL"), ("x" * 300, "too long"),
+                                           ("a\ud800", "holds a lone surrogate; no file"),
                                            ("a/" * 3000, "too long"), ("~nobody-of-that-name/x", "write the folder out")])
 def test_impossible_names_are_refused(name, problem):
     with pytest.raises(ValueError, match=problem) as raised:

@@ -13,7 +13,7 @@ from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.run_folder import RESULTS, is_finished, prepare_folder
 from hbll_seq.training.run_lock import LOCK
-from hbll_seq.training.run_record import RECORD, read_record
+from hbll_seq.training.run_record import RECORD, RunRecord, foreign_files, read_record
 from hbll_seq.training.settings import TrainingSettings
 
 lm = kr.load_script()
@@ -115,6 +115,13 @@ def test_a_name_that_is_no_file_is_refused_too(quick, tmp_path, capsys, kind):
     {"link to nothing": lambda: path.symlink_to("nowhere"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
     kr.fails([*quick, "--output-dir", str(folder)], capsys, "metrics.json")
     assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("state", [{}, {"exporting": True}, {"older": True}])
+def test_a_pipe_in_a_results_place_is_not_waited_for(tmp_path, name, state):
+    os.mkfifo(tmp_path / name)
+    assert foreign_files(tmp_path, RunRecord(**state)) == [name]
 
 
 def test_files_that_a_run_does_not_touch_are_no_hindrance(quick, tmp_path):

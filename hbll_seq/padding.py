@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hbll_seq.checks import holds_whole_numbers
 from hbll_seq.reading import quote
 from hbll_seq.values import check_choice, whole_or_none
 
@@ -27,7 +28,7 @@ def as_lengths(lengths: Tensor | Sequence[int], n_rows: int, n_steps: int, least
     """
     numbers = None
     if isinstance(lengths, Tensor):
-        if lengths.dim() == 1 and not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool):
+        if lengths.dim() == 1 and holds_whole_numbers(lengths):
             numbers = lengths.tolist()
     elif not isinstance(lengths, (str, bytes)) and hasattr(lengths, "__len__") and hasattr(lengths, "__iter__"):
         numbers = [whole_or_none(n) for n in lengths]

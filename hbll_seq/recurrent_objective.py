@@ -139,9 +139,7 @@ class RecurrentBackpropObjective(RecurrentObjective):
 
     def __init__(self, model: RecurrentModel, *, window: int | None = None):
         super().__init__(model)
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise ValueError(f"window={quote(window)}: must be a whole number of at least 1, or None for no truncation")
-        self.window = window
+        self.window = None if window is None else as_whole("window", window, 1, remedy=", or None for no truncation")
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
         cell, state, states = self.model.cell, s0, []
@@ -209,7 +207,7 @@ class RecurrentLocalObjective(RecurrentObjective):
     ):
         super().__init__(model)
         _check_choices(inference, linearization, init)
-        check_dial(sweeps, corrections, damping, tolerance, chunk)
+        sweeps, corrections, chunk = check_dial(sweeps, corrections, damping, tolerance, chunk)
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
         for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.cells.recurrent import RecurrentCell, make_cell
-from hbll_seq.reading import quote
 from hbll_seq.time_sweeps import forward_time_sweeps
-from hbll_seq.values import check_choice
+from hbll_seq.values import as_whole, check_choice
 
 SHARES = ("none", "capped", "all")
 
@@ -59,12 +58,11 @@ class RecurrentTree(nn.Module):
         share: str = "none",
     ):
         super().__init__()
-        for name, value in (("n_level", n_level), ("max_symbols", 1 if max_symbols is None else max_symbols)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={quote(value)}: must be a whole number of at least 1")
+        n_level = as_whole("n_level", n_level, 1)
+        max_symbols = 2**n_level if max_symbols is None else as_whole("max_symbols", max_symbols, 1)
         check_choice("share", share, SHARES)
         self.symbol_size, self.hidden_size, self.n_level, self.share = symbol_size, hidden_size, n_level, share
-        self.max_symbols = 2**n_level if max_symbols is None else max_symbols
+        self.max_symbols = max_symbols
         new_cell = partial(make_cell, cell) if isinstance(cell, str) else cell
         self.cells = nn.ModuleList()
         widths = [self.width(level) for level in range(n_level + 1)]

@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from hbll_seq.reading import quote
-from hbll_seq.values import check_choice, whole_or_none
+from hbll_seq.values import as_whole, check_choice, whole_or_none
 
 #: more paths than this are counted and sampled, never listed (n_level = 5 has 458,329).
 MAX_LISTED_PATHS = 100_000
@@ -43,8 +43,7 @@ class DyadicTree:
     """
 
     def __init__(self, n_level: int, family: str = "spine"):
-        if not isinstance(n_level, int) or isinstance(n_level, bool) or n_level < 1:
-            raise ValueError(f"n_level={quote(n_level)}: must be a whole number of at least 1")
+        n_level = as_whole("n_level", n_level, 1)
         check_choice("family", family, PATH_FAMILIES)
         self.n_level, self.family = n_level, family
         self.N = 2**n_level

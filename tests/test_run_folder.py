@@ -13,7 +13,7 @@ from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.run_folder import RESULTS, is_finished, prepare_folder
 from hbll_seq.training.run_lock import LOCK
-from hbll_seq.training.run_record import RECORD, read_record
+from hbll_seq.training.run_record import RECORD, RunRecord, foreign_files, read_record
 from hbll_seq.training.settings import TrainingSettings
 
 lm = kr.load_script()
@@ -129,6 +129,13 @@ def test_what_lies_where_a_checkpoint_will_is_told_before_the_run(finished, quic
     options = more if "--resume" in more else [*quick, *more]
     kr.fails([*options, "--output-dir", str(finished)], capsys, "checkpoints/step-00000004", "Nothing was changed; move")
     assert everything(finished) == before
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("state", [{}, {"exporting": True}, {"older": True}])
+def test_a_pipe_in_a_results_place_is_not_waited_for(tmp_path, name, state):
+    os.mkfifo(tmp_path / name)
+    assert foreign_files(tmp_path, RunRecord(**state)) == [name]
 
 
 def test_files_that_a_run_does_not_touch_are_no_hindrance(quick, tmp_path):

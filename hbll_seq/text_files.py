@@ -328,5 +328,6 @@ def as_text(value: Any, where: str, column: str) -> str:
 
 def no_column(where: str, column: str, columns: Iterable[str]) -> ValueError:
     """The error that a source has no such column."""
-    names = shorten(", ".join(quote(name) for name in itertools.islice(columns, 20)), 150)
-    return ValueError(f"data {where} has no column {shorten(quote(column), 80)}; its columns are {names}")
+    names = shorten(", ".join(quote(name) for name in itertools.islice(columns, 20)), 100)
+    return ValueError(f"data {where} has no column {shorten(quote(column), 80)}; its columns are {names}: name the one that "
+                      "holds the text, or give every row one")

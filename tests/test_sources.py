@@ -326,7 +326,7 @@ def test_no_network_and_no_copy(
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8: byte 0xe9 at byte offset 24 "),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("list.jsonl", b'["a"]\n', "line 1: not a JSON object but list"),
-        ("column.jsonl", b'{"body": "a", "id": 1}\n', "has no column 'text'; its columns are 'body', 'id'"),
+        ("column.jsonl", b'{"body": "a", "id": 1}\n', "has no column 'text'; its columns are 'body', 'id': name the one"),
         ("number.jsonl", b'{"text": 5}\n', "column 'text' holds a int"),
         ("surrogate.jsonl", b'{"text": "a \\ud800"}\n', "lone surrogate, U.D800"),
         ("bad.parquet", b"not parquet", "not a readable parquet file"),

@@ -30,8 +30,6 @@ from hbll_seq.console import is_first_process, say
 from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.reading import check_regular, parse_json, quote, read_bytes, shorten
 from hbll_seq.tensors import first_not_finite, module_tensors
-from hbll_seq.training.json_lines import JsonLines  # noqa: F401  others look for it here, and for the next two
-from hbll_seq.training.random_state import rng_state, set_rng_state  # noqa: F401
 
 FORMAT = 2
 _WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json

@@ -162,8 +162,8 @@ def located(settings: TrainingSettings, given: dict[str, Any], resumed: Resumed)
         if os.path.exists(path):
             found[name] = path
         elif name in ("data", "tokenizer") and not os.path.exists(getattr(settings, name)):
-            raise ValueError(f"cannot resume: {name}={shorten(quote(path), 300)} is no longer there; if it was moved, give its "
-                             f"new place by --{name}")
+            raise ValueError(f"cannot resume: {name}={shorten(quote(path), 300)} is no longer there; if it was moved, give "
+                             f"its new place by --{name}")
     return dataclasses.replace(settings, **found)
 
 

@@ -44,6 +44,10 @@ def resized(model):
     model.head.projection.weight = model.embed.weight
 
 
+def resized_alone(model):
+    model.embed = nn.Embedding(50, 8)
+
+
 def tied_by_hand(model):
     model.head.projection.weight = model.embed.weight
 
@@ -109,6 +113,7 @@ REFUSED = {
     "one memory": (tied_by_memory, dict(tie_embeddings=False), "'head.projection.weight' shares its memory"),
     "compiled": (compiled_block, {}, "_orig_mod.*block.compile"),
     "resized": (resized, {}, r"'embed.weight' has shape \[50, 8\], but a model of this config has \[40, 8\].*vocab_size"),
+    "resized and untied": (resized_alone, {}, r"'embed.weight' has shape \[50, 8\].*vocab_size"),
     "shared blocks": (shared_blocks, {}, "'blocks.1.*shares its memory with 'blocks.0.*copy.deepcopy"),
     "parameter": (added_parameter, {}, "it has 'scale', which a model of this config does not have"),
     "buffer": (added_buffer, {}, "it has 'blocks.0.seen'"),

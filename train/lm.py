@@ -302,18 +302,21 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, run, and return the exit code, whatever becomes of the output; 128 + n after signal n."""
     with forgiving_output(), StopSignal() as stop:
+        code = 0
         try:
             with stop.interruptible():
-                return run(argv, stop)
+                code = run(argv, stop)
         except StopNow:  # outside of training, which saves first
-            say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
-            return 128 + stop.received
+            if code == 0:  # else the run has told how it ended
+                say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
+                code = 128 + stop.received
         except KeyboardInterrupt:
-            return 130
+            code = 130
         finally:
             # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
             # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
             gc.collect()
+        return code
 
 
 def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:

@@ -154,9 +154,17 @@ def located(settings: TrainingSettings, given: dict[str, Any], resumed: Resumed)
     """The settings of a resumed run with the places where its files are now: for opening them, not for the record.
 
     A file that the command line does not name is looked for where it was, then from the current folder.
+    Raises ValueError where the text or the tokenizer is in neither place.
     """
-    known = resumed.state.get("locations", {})
-    found = {name: path for name, path in known.items() if name in PATHS and name not in given and os.path.exists(path)}
+    found = {}
+    for name, path in resumed.state.get("locations", {}).items():
+        if name not in PATHS or name in given:
+            continue
+        if os.path.exists(path):
+            found[name] = path
+        elif name in ("data", "tokenizer") and not os.path.exists(getattr(settings, name)):
+            raise ValueError(f"cannot resume: {name}={shorten(quote(path), 300)} is no longer there; if it was moved, give "
+                             f"its new place by --{name}")
     return dataclasses.replace(settings, **found)
 
 

@@ -127,9 +127,9 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
         _refuse_foreign_files(folder, record)
+        _set_damaged_summary_aside(folder)
         if resumed_step is not None and (removed := _later(folder, resumed_step)):
             say(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}")
-        _set_damaged_summary_aside(folder)
         roll_back(folder, REPLACED)  # an export that was killed: or its files would come back
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from hbll_seq.checks import as_classes, check_inputs
 from hbll_seq.config import ModelConfig, check_size
 from hbll_seq.hub import HubMixin
 from hbll_seq.model_card import CardText
-from hbll_seq.padding import as_lengths, last_of, to_right
+from hbll_seq.padding import as_lengths, check_side, last_of, to_right
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.seeds import mix_seeds
@@ -116,6 +116,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
             ValueError: inputs of another shape, not of floating point or on another device, or lengths that do not fit.
         """
         check_inputs("inputs", inputs, self)
+        check_side(padding_side, lengths)
         config, shape = self.config, tuple(inputs.shape)
         is_flat = inputs.dim() == 2 and shape[1] == config.n_inputs
         if not is_flat and (inputs.dim() != 3 or shape[1] < 1 or shape[2] != config.step_size):
@@ -180,6 +181,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         """
         batch_size = as_whole("batch_size", batch_size, 1)
         check_inputs("inputs", inputs, self)
+        check_side(padding_side, lengths)
         if lengths is None:
             return torch.cat([self(batch).argmax(-1) for batch in inputs.split(batch_size)])
         parts = as_lengths(lengths, *inputs.shape[:2]).split(batch_size)

@@ -37,13 +37,21 @@ def as_lengths(lengths: Tensor | Sequence[int], n_rows: int, n_steps: int, least
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+def check_side(padding_side: str, lengths: Tensor | Sequence[int] | None) -> None:
+    """Raises ValueError unless ``padding_side`` is "right" or "left", and for "left" without the lengths that it needs."""
+    check_choice("padding_side", padding_side, SIDES)
+    if padding_side == "left" and lengths is None:
+        raise ValueError("padding_side='left' without lengths: the padding would be read as steps; give lengths, how many "
+                         "steps of each row are real")  # fmt: skip
+
+
 def to_right(values: Tensor, lengths: Tensor, padding_side: str, fill: float = 0) -> Tensor:
     """``values`` [B, T, ...] with each row's real steps first and ``fill`` behind them, whatever stood in the padding.
 
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
-    check_choice("padding_side", padding_side, SIDES)
+    check_side(padding_side, lengths)
     n_steps, lengths = values.shape[1], lengths.to(values.device)
     steps = torch.arange(n_steps, device=values.device)
     if padding_side == "left":

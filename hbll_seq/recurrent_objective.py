@@ -18,7 +18,7 @@ from hbll_seq.checks import check_inputs
 from hbll_seq.depth import plain_module
 from hbll_seq.eager import eagerly
 from hbll_seq.objective import check_dial, check_local_losses_can_run, is_number
-from hbll_seq.padding import as_lengths, last_of
+from hbll_seq.padding import as_lengths, check_side, last_of
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
@@ -84,6 +84,7 @@ class RecurrentObjective(nn.Module, ABC):
         check_inputs("inputs", inputs, self.model)
         as_whole("step", step, 0)
         check_local_losses_can_run(self.model, inputs.device.type)
+        check_side(padding_side, lengths)
         padded = {} if lengths is None else {"lengths": lengths, "padding_side": padding_side}
         x, targets = self.model.prepare(inputs, labels, **padded)
         if state is None:

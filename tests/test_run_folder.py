@@ -10,6 +10,8 @@ from pathlib import Path
 import kill_and_resume as kr
 import pytest
 
+from hbll_seq.atomic import PINNED
+from hbll_seq.model_files import REPLACED
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.run_folder import RESULTS, is_finished, prepare_folder
@@ -256,6 +258,18 @@ def test_a_missing_result_is_made_again(finished, name):
     if name == "metrics.json":  # which names the folder, and this is a copy
         before[name], after[name] = ({**json.loads(text[name]), "settings": 0} for text in (before, after))
     assert after[name] == before[name]
+
+
+def test_a_card_that_was_edited_after_a_killed_export_stays(finished):
+    """The export pins the version before it, README.md included, and a killed one leaves it so."""
+    (finished / PINNED).mkdir()
+    for name in REPLACED:
+        os.link(finished / name, finished / PINNED / name)
+    (finished / "metrics.json").unlink()
+    (finished / "README.md").unlink()
+    (finished / "README.md").write_text("# my notes on this run")
+    assert lm.main(["--resume", "--output-dir", str(finished)]) == 0 and is_finished(finished)
+    assert (finished / "README.md").read_text() == "# my notes on this run" and not (finished / PINNED).exists()
 
 
 def test_results_are_made_again_without_the_history(finished):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification
+from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification, hub
 from hbll_seq.model_files import SUMS_NAME, WEIGHTS_NAME
 
 
@@ -264,3 +264,14 @@ def test_one_tensor_of_another_dtype_is_not_loaded(tmp_path, dtype, message):
     save_file(weights, tmp_path / "m" / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=message):
         HBLLForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_a_long_list_of_trained_paths_loads_and_one_that_would_not_is_not_written(tmp_path, monkeypatch):
+    model = model_of(n_level=5, trained_paths=[list(range(1, 32))] * 3500)
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").stat().st_size > 1 << 20
+    assert HBLLForCausalLM.from_pretrained(tmp_path / "model").config == model.config
+    monkeypatch.setattr(hub, "MAX_CONFIG", 1 << 20)
+    with pytest.raises(ValueError, match="fewer trained_paths.*Nothing was written"):
+        model.save_pretrained(tmp_path / "larger")
+    assert not (tmp_path / "larger").exists()

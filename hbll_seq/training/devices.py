@@ -54,7 +54,8 @@ def join_processes() -> PartialState:
         ValueError: Accelerate cannot start with the launcher's variables.
     """
     with _starting():
-        return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)  # the launcher's wish reaches an Accelerator unhelped
+        # an Accelerator asks ACCELERATE_USE_CPU by itself, a PartialState does not
+        return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)
 
 
 def on_main(work: Callable[[], T]) -> T | None:

@@ -1,4 +1,4 @@
-"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (METHOD 1.5).
+"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (method.md 1.5).
 
 Shapes: B batch, L values of a sequence, T steps (N where all values are read), I values a step, H hidden width,
 V classes.
@@ -86,7 +86,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     """One recurrent cell over the steps of a sequence, and a linear head on its last state.
 
     An objective of ``recurrent_objective.py`` around it trains it: half the loss is that of the last state and half the
-    mean over all states (METHOD 2.4). A tree that training needs is not part of it.
+    mean over all states (method.md 2.4). A tree that training needs is not part of it.
 
     Args:
         config: shape of the model.
@@ -105,7 +105,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
     ) -> Tensor:
         """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
-        first one where ``N * I`` is more than L (METHOD 1.5). Chunks [B, T, I] are returned as they are.
+        first one where ``N * I`` is more than L (method.md 1.5). Chunks [B, T, I] are returned as they are.
 
         Args:
             inputs: values or chunks.

@@ -36,19 +36,19 @@ class LocalObjective(Objective):
     """Local losses from messages: no loss is differentiated through more than two blocks (tree) or one (sweeps).
 
     What a message carries is another matter: with M corrections it holds exact products over M blocks, and the stand-in for
-    all others. It is truncated backpropagation, evaluated in parallel at approximate states (METHOD 2.2).
+    all others. It is truncated backpropagation, evaluated in parallel at approximate states (method.md 2.2).
 
     Inference ``"tree"`` is the paper's Algorithm 1: all blocks, and so all paths, at once. Node n's loss is
-    ``1/2 mean over positions of e_n`` (METHOD 1.3); it trains f_n, the block of its right parent (or the head, where that
+    ``1/2 mean over positions of e_n`` (method.md 1.3); it trains f_n, the block of its right parent (or the head, where that
     is y) and, on the left spine, the embedding. ``"sweeps"`` and ``"multigrid"`` train the main path, and those of the mix,
-    as chains (METHOD 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone. A path
+    as chains (method.md 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone. A path
     of the mix that leaves the main one for at most D blocks is a branch: its further blocks are walked one by one and
     their messages hold exact products over all of them, whatever K and M.
 
     Args:
         model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
         inference: ``"tree"``, ``"sweeps"``, or ``"multigrid"``: V-cycles over the tree's jump arcs instead of forward
-            sweeps (METHOD 2.2b); only with the full path.
+            sweeps (method.md 2.6); only with the full path.
         sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
             both at least the path's length minus one, the gradient of every parameter is backprop's.
         linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians
@@ -202,7 +202,7 @@ class LocalObjective(Objective):
     def _sweep_routes(
         self, x: Tensor, targets: Tensor, blocks: DepthChain, step: int, keep_graph: bool
     ) -> ObjectiveOutput:
-        """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
+        """Every route by K sweeps and M corrections (method.md 2.2). ``node_losses`` are by block; only a readout's loss has
         a value other than zero, and their gradients are the blocks' own."""
         z0, chain, routes = self.model.embed(x), self.kept(blocks), self.routes(step)
         branches, others = split_off(routes[0].path, routes[1:], self.model.tree.n_level)

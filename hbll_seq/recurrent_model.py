@@ -28,7 +28,7 @@ class RecurrentModel(nn.Module):
         head: module from a state [..., H] to the parameters of ``p(y | s)``, such as logits.
         embed: module from raw inputs [T, B, ...] to symbols [T, B, I]; None where they are symbols already.
         readout: ``"every"``: each step has a target; ``"last"``: one per sequence, whose loss is half that of the last
-            state and half the mean over all (METHOD 2.4).
+            state and half the mean over all (method.md 2.4).
         target_family: see :class:`hbll_seq.depth.DepthHierarchy`.
 
     Raises:

@@ -157,16 +157,16 @@ class RecurrentBackpropObjective(RecurrentObjective):
 class RecurrentLocalObjective(RecurrentObjective):
     """Local losses: nothing is differentiated through more than one transition of the cell.
 
-    Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
+    Inference ``"sweeps"`` (method.md 2.2): K forward sweeps, one differentiated call of the cell at all positions, M backward
     corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
     corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c
     at least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
-    With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
+    With a ``tree``, its states are the first estimate (method.md 2.4). It has cells of its own, trained to agree with the
     chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
     embedding nor head of the model.
 
-    Inference ``"tree"`` is the paper's HBLL-RNN (METHOD 1.5): task loss at the tree's states, arc losses against right
+    Inference ``"tree"`` is the paper's HBLL-RNN (method.md 1.5): task loss at the tree's states, arc losses against right
     parents, and a consistency stage (Eqs. 13-15) for the deployed cell, which is the tree's f_0.
 
     Args:
@@ -278,7 +278,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(swept.states.detach(), lengths))
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
-        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (METHOD 2.4)."""
+        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (method.md 2.4)."""
         own = self.tree.own_states(len(states)).to(states.device)
         if not own.any():
             return estimate.sum() * 0.0

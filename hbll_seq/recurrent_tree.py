@@ -1,4 +1,4 @@
-"""HBLL-RNN: the binary tree over time, with a cell for every span (METHOD 1.5, Eq. 12 and Eqs. 13-15).
+"""HBLL-RNN: the binary tree over time, with a cell for every span (method.md 1.5, Eq. 12 and Eqs. 13-15).
 
 The states are h_0 .. h_N with N = 2**D. Node n, with 2**l the largest power of two that divides it, folds its left input
 span into a state: ``h_n = f_l(h_{n - 2**l}, x_{n - 2**l} .. x_{n-1})``; the whole is ``h_N = f_D(h_0, x_0 .. x_{N-1})``. Its
@@ -37,7 +37,7 @@ class RecurrentTree(nn.Module):
         symbol_size: I.
         hidden_size: H, the same for all levels.
         n_level: D; sequences have at most ``2**D`` steps.
-        max_symbols: an arc reads at most this many of its last symbols (METHOD 2.1: where the tree only makes a first
+        max_symbols: an arc reads at most this many of its last symbols (method.md 2.1: where the tree only makes a first
             estimate, 8 suffice). None for all of them: inputs of the top cell then grow with N.
         share: ``"none"``: a cell for each level; ``"capped"``: one for all levels whose windows ``max_symbols`` cuts to
             the same width; ``"all"``: f_0 serves every arc, and must then read ``max_symbols`` symbols itself (a narrower
@@ -174,7 +174,7 @@ class RecurrentTree(nn.Module):
     # ----------------------------------------------------------------------------------------------- readouts
 
     def jump(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor) -> Tensor:
-        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (METHOD 1.5)."""
+        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (method.md 1.5)."""
         n_level = self._level_of(len(symbols))
         window = self._windows(symbols, n_level, 2**n_level - len(symbols))[n_level][0]
         cell = self.cell(n_level, f0)

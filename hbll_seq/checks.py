@@ -45,7 +45,7 @@ def as_token_ids(name: str, ids: object, vocab_size: int, module: nn.Module, *, 
     """
     if not isinstance(ids, Tensor):
         raise ValueError(f"{name}={quote(ids)}: must be a tensor [batch, T] of token ids; make one with torch.as_tensor")
-    if ids.dim() != 2 or not _is_whole(ids) or not ids.shape[1] or not (empty or len(ids)):
+    if ids.dim() != 2 or not holds_whole_numbers(ids) or not ids.shape[1] or not (empty or len(ids)):
         raise ValueError(
             f"{name} of shape {tuple(ids.shape)} and {ids.dtype}: must be [batch, T] token ids of int64, none of both zero"
         )
@@ -67,7 +67,7 @@ def as_classes(labels: object, n_classes: int, shape: torch.Size | tuple[int, ..
     Raises:
         ValueError: another shape or dtype, or a class that is neither in 0 .. ``n_classes`` - 1 nor ``IGNORE_INDEX``.
     """
-    if not isinstance(labels, Tensor) or not _is_whole(labels) or labels.shape != shape:
+    if not isinstance(labels, Tensor) or not holds_whole_numbers(labels) or labels.shape != shape:
         given = f"of shape {tuple(labels.shape)} and {labels.dtype}" if isinstance(labels, Tensor) else quote(labels)
         raise ValueError(f"labels {given} do not fit: they must be class numbers {list(shape)} of torch.int64")
     labels = labels.long()
@@ -121,5 +121,6 @@ def check_state(name: str, state: object, shape: tuple[int, ...], like: Tensor, 
         raise ValueError(f"{name} holds NaN or infinity: the step that made it broke down; start from None")
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def holds_whole_numbers(tensor: Tensor) -> bool:
+    """Whether its dtype is one of whole numbers; a bool is none."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -1,4 +1,4 @@
-"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (METHOD 1.5).
+"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (method.md 1.5).
 
 Shapes: B batch, L values of a sequence, T steps (N where all values are read), I values a step, H hidden width,
 V classes.
@@ -19,7 +19,7 @@ from hbll_seq.checks import as_classes, check_inputs
 from hbll_seq.config import ModelConfig, check_size
 from hbll_seq.hub import HubMixin
 from hbll_seq.model_card import CardText
-from hbll_seq.padding import as_lengths, last_of, to_right
+from hbll_seq.padding import as_lengths, check_side, last_of, to_right
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.seeds import mix_seeds
@@ -86,7 +86,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     """One recurrent cell over the steps of a sequence, and a linear head on its last state.
 
     An objective of ``recurrent_objective.py`` around it trains it: half the loss is that of the last state and half the
-    mean over all states (METHOD 2.4). A tree that training needs is not part of it.
+    mean over all states (method.md 2.4). A tree that training needs is not part of it.
 
     Args:
         config: shape of the model.
@@ -105,7 +105,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
     ) -> Tensor:
         """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
-        first one where ``N * I`` is more than L (METHOD 1.5). Chunks [B, T, I] are returned as they are.
+        first one where ``N * I`` is more than L (method.md 1.5). Chunks [B, T, I] are returned as they are.
 
         Args:
             inputs: values or chunks.
@@ -116,6 +116,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
             ValueError: inputs of another shape, not of floating point or on another device, or lengths that do not fit.
         """
         check_inputs("inputs", inputs, self)
+        check_side(padding_side, lengths)
         config, shape = self.config, tuple(inputs.shape)
         is_flat = inputs.dim() == 2 and shape[1] == config.n_inputs
         if not is_flat and (inputs.dim() != 3 or shape[1] < 1 or shape[2] != config.step_size):
@@ -180,6 +181,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         """
         batch_size = as_whole("batch_size", batch_size, 1)
         check_inputs("inputs", inputs, self)
+        check_side(padding_side, lengths)
         if lengths is None:
             return torch.cat([self(batch).argmax(-1) for batch in inputs.split(batch_size)])
         parts = as_lengths(lengths, *inputs.shape[:2]).split(batch_size)

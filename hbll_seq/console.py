@@ -108,6 +108,11 @@ def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     stream.flush()
 
 
+def is_first_process() -> bool:
+    """Whether this process is the only one of a launch, or the first: of several processes one speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def printable(text: str) -> str:
     """The text for a terminal: control characters, which could steer it, are shown as escapes; line ends and tabs stay."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)

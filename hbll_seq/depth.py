@@ -17,7 +17,7 @@ from hbll_seq.tree import DyadicTree
 from hbll_seq.values import check_choice, whole_or_none
 
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
-#: path and z_3 on another (METHOD 1.4).
+#: path and z_3 on another (method.md 1.4).
 Prefix = tuple[int, ...]
 
 

@@ -88,15 +88,16 @@ def generate_ids(
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """Lists of plain ids. Raises ValueError unless they are non-empty lists of ids of the vocabulary."""
+    """Lists of plain ids. Raises ValueError unless they are non-empty lists (or tensors) of ids of the vocabulary."""
     try:
-        rows = [[whole_or_none(token) for token in ids] for ids in prompts]
+        given = [ids.tolist() if isinstance(ids, Tensor) else list(ids) for ids in prompts]
     except TypeError:
-        rows = []
-    if not rows or not all(rows):
+        given = []
+    if not given or not all(isinstance(ids, list) and ids for ids in given):  # a tensor may have no dimension
         raise ValueError(f"prompts={quote(prompts)}: must be a non-empty list of non-empty lists of token ids")
-    for ids in rows:
-        if not all(token is not None and 0 <= token < vocab_size for token in ids):
+    rows = [[whole_or_none(token) for token in ids] for ids in given]
+    for ids, row in zip(given, rows):
+        if not all(token is not None and 0 <= token < vocab_size for token in row):
             raise ValueError(f"prompts hold {quote(ids)}: token ids must be whole numbers from 0 to {vocab_size - 1}")
     return rows
 

@@ -27,6 +27,7 @@ from hbll_seq.model_files import (
     CARD_NAME,
     CONFIG_NAME,
     FILES,
+    MAX_CONFIG,
     METRICS_NAME,
     REPLACED,
     SUMMED,
@@ -129,6 +130,10 @@ class HubMixin:
         }
         if self.tokenizer is not None:
             config["eos_token_id"] = self.tokenizer.eos_id
+        config_text = to_json(config, indent=2) + "\n"
+        if len(config_text) > MAX_CONFIG:
+            raise ValueError(f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
+                             f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written")  # fmt: skip
         is_of_user = _has_readme_of_user(folder)
         keep = (CARD_NAME,) if is_of_user else ()
         with atomic_folder(folder, REPLACED, keep) as aside:
@@ -139,7 +144,7 @@ class HubMixin:
                 kept = not metadata and self._card is not None and sha256(aside / WEIGHTS_NAME) == self._card[1]
                 card = with_location(self._card[0] if kept else model_card(self, metadata), location or _portable(folder))
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
-            (aside / CONFIG_NAME).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+            (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             summed = [name for name in SUMMED if (aside / name).exists()]
             (aside / SUMS_NAME).write_text(format_sums(aside, summed), encoding="utf-8")
 

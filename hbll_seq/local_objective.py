@@ -27,7 +27,7 @@ from hbll_seq.seeds import mix_seeds
 from hbll_seq.sweeps import INITS, LINEARIZATIONS, Swept, backward_sweeps, forward_sweeps
 from hbll_seq.time_layer import TimeOptions, TimeSweptChain
 from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
-from hbll_seq.values import check_choice
+from hbll_seq.values import as_whole, check_choice
 
 INFERENCES = ("sweeps", "multigrid", "tree")
 
@@ -36,19 +36,19 @@ class LocalObjective(Objective):
     """Local losses from messages: no loss is differentiated through more than two blocks (tree) or one (sweeps).
 
     What a message carries is another matter: with M corrections it holds exact products over M blocks, and the stand-in for
-    all others. It is truncated backpropagation, evaluated in parallel at approximate states (METHOD 2.2).
+    all others. It is truncated backpropagation, evaluated in parallel at approximate states (method.md 2.2).
 
     Inference ``"tree"`` is the paper's Algorithm 1: all blocks, and so all paths, at once. Node n's loss is
-    ``1/2 mean over positions of e_n`` (METHOD 1.3); it trains f_n, the block of its right parent (or the head, where that
+    ``1/2 mean over positions of e_n`` (method.md 1.3); it trains f_n, the block of its right parent (or the head, where that
     is y) and, on the left spine, the embedding. ``"sweeps"`` and ``"multigrid"`` train the main path, and those of the mix,
-    as chains (METHOD 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone. A path
+    as chains (method.md 2.2): node n's loss is ``<sg lambda_n, a_n>`` with its backward message, and trains f_n alone. A path
     of the mix that leaves the main one for at most D blocks is a branch: its further blocks are walked one by one and
     their messages hold exact products over all of them, whatever K and M.
 
     Args:
         model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
         inference: ``"tree"``, ``"sweeps"``, or ``"multigrid"``: V-cycles over the tree's jump arcs instead of forward
-            sweeps (METHOD 2.2b); only with the full path.
+            sweeps (method.md 2.6); only with the full path.
         sweeps, corrections: K forward sweeps (or V-cycles) before the differentiated call and M backward corrections. With
             both at least the path's length minus one, the gradient of every parameter is backprop's.
         linearization: ``"identity"``, ``"zero"``, ``"diagonal"`` or ``"secant"``: what stands for the blocks' Jacobians
@@ -109,8 +109,11 @@ class LocalObjective(Objective):
         )
         sigma = sigma if sigma is not None else getattr(getattr(model, "config", None), "sigma", 0.0)
         check_choice("inference", inference, INFERENCES)
-        _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk)
-        _check_time(time_sweeps, time_corrections, time_linearization, time_chunk)
+        sweeps, corrections, chunk = check_dial(sweeps, corrections, damping, tolerance, chunk)
+        _check_choices(linearization, init, time_linearization)
+        self.time = TimeOptions(as_whole("time_sweeps", time_sweeps, 0), as_whole("time_corrections", time_corrections, 0),
+                                time_linearization, as_whole("time_chunk", time_chunk, 1))  # fmt: skip
+        n_samples = as_whole("n_samples", n_samples, 1)
         if linearization == "secant" and inference != "sweeps":
             raise ValueError(f"linearization='secant' with inference={quote(inference)}: sweeps teach it; use 'identity'")
         if linearization == "diagonal" and not model.chain.has_diagonal:
@@ -118,7 +121,7 @@ class LocalObjective(Objective):
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
                 "do); use 'identity' or 'zero'"
             )
-        _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy)
+        _check_tree(model, inference, sigma, state_weight, clean_inputs, free_energy)
         if inference == "tree" and (path is not None or mix != "none"):
             given = f"path={quote(path)}" if path is not None else f"mix={quote(mix)}"
             raise ValueError(f"{given} with inference='tree': the tree trains all paths; use inference='sweeps'")
@@ -137,7 +140,6 @@ class LocalObjective(Objective):
             raise ValueError(f"n_samples={n_samples} with inference={quote(inference)}: only the tree samples; leave it out")
         self.inference, self.sigma, self.n_samples = inference, float(sigma), n_samples
         self.sweeps, self.corrections, self.linearization, self.init = sweeps, corrections, linearization, init
-        self.time = TimeOptions(time_sweeps, time_corrections, time_linearization, time_chunk)
         self.damping, self.tolerance, self.chunk = damping, tolerance, chunk
         self.secants: Secants | None = None
         if secant_rank is not None and linearization != "secant":
@@ -200,7 +202,7 @@ class LocalObjective(Objective):
     def _sweep_routes(
         self, x: Tensor, targets: Tensor, blocks: DepthChain, step: int, keep_graph: bool
     ) -> ObjectiveOutput:
-        """Every route by K sweeps and M corrections (METHOD 2.2). ``node_losses`` are by block; only a readout's loss has
+        """Every route by K sweeps and M corrections (method.md 2.2). ``node_losses`` are by block; only a readout's loss has
         a value other than zero, and their gradients are the blocks' own."""
         z0, chain, routes = self.model.embed(x), self.kept(blocks), self.routes(step)
         branches, others = split_off(routes[0].path, routes[1:], self.model.tree.n_level)
@@ -345,24 +347,16 @@ def _add(losses: dict[int, Tensor], n: int, loss: Tensor) -> None:
     losses[n] = losses[n] + loss if n in losses else loss
 
 
-def _check_sweeps(sweeps, corrections, linearization, init, damping, tolerance, chunk) -> None:
-    check_dial(sweeps, corrections, damping, tolerance, chunk)
-    for name, value, allowed in (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS)):
+def _check_choices(linearization, init, time_linearization) -> None:
+    choices = (("linearization", linearization, LINEARIZATIONS), ("init", init, INITS),
+               ("time_linearization", time_linearization, TIME_LINEARIZATIONS))  # fmt: skip
+    for name, value, allowed in choices:
         check_choice(name, value, allowed)
 
 
-def _check_time(sweeps, corrections, linearization, chunk) -> None:
-    for name, value, low in (("time_sweeps", sweeps, 0), ("time_corrections", corrections, 0), ("time_chunk", chunk, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {low}")
-    check_choice("time_linearization", linearization, TIME_LINEARIZATIONS)
-
-
-def _check_tree(model, inference, sigma, n_samples, state_weight, clean_inputs, free_energy) -> None:
+def _check_tree(model, inference, sigma, state_weight, clean_inputs, free_energy) -> None:
     if not is_number(sigma) or not 0 <= sigma < math.inf:
         raise ValueError(f"sigma={quote(sigma)}: must be a number of 0 or more (0 switches the noise off)")
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
-        raise ValueError(f"n_samples={quote(n_samples)}: must be a whole number of at least 1")
     if not is_number(state_weight) or not 0 < state_weight < math.inf:
         raise ValueError(f"state_weight={quote(state_weight)}: must be a number above 0, or most blocks would not be trained")
     if free_energy and inference != "tree":

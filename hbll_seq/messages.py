@@ -50,7 +50,7 @@ class Chain(ABC):
 class Recomputed(Chain):
     """A chain that keeps no graph inside a transition: what a product needs is computed again when it is asked for.
 
-    Alive at any time are the states between transitions and the inside of the one in flight (METHOD 2.5).
+    Alive at any time are the states between transitions and the inside of the one in flight (method.md 2.5).
     """
 
     def __init__(self, chain: Chain):
@@ -119,7 +119,7 @@ def tree_pass(
     clean_inputs: bool = True,
     posterior_at_leaves: bool = False,
 ) -> TreePass:
-    """Algorithm 1, level by level from the root; all nodes of a level in one call (METHOD 1.3).
+    """Algorithm 1, level by level from the root; all nodes of a level in one call (method.md 1.3).
 
     Args:
         chain: the blocks f_1 .. f_{N-1}.
@@ -130,7 +130,7 @@ def tree_pass(
         sigma: noise scale of the samples.
         noise: ``(node, like) -> standard normal noise`` of the shape of ``like``; needed where sigma > 0.
         clean_inputs: blocks read the forward message; False lets them read the corrected sample, which carries y: not
-            for language models, where it leaks the next token into what predicts it (METHOD 1.3, "No leak").
+            for language models, where it leaks the next token into what predicts it (method.md 1.3, "No leak").
         posterior_at_leaves: also correct the last level's states, which nothing but the free energy asks for.
     """
     result = TreePass(reads={0: z0})

@@ -1,4 +1,4 @@
-"""Which paths a training step reads besides the main one, so that every depth becomes useful (METHOD 2.3).
+"""Which paths a training step reads besides the main one, so that every depth becomes useful (method.md 2.3).
 
 A *route* is a path and the readouts along it. One route with several readouts serves several depths for one evaluation of
 its blocks: the right spine (4, 6, 7) read out after each block is the spine family's path of depths 1, 2 and 3.

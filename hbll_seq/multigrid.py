@@ -1,4 +1,4 @@
-"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (METHOD 2.2b; MGRIT, Falgout et al. 2014).
+"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (method.md 2.6; MGRIT, Falgout et al. 2014).
 
 The arc i -> j of length 2^l has a coarse propagator, the one block f_j applied to s_i, and a fine one, all blocks of
 the stretch, each at its own old input and composed with identity Jacobians. Going down the tree, a level corrects its

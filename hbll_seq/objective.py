@@ -222,15 +222,16 @@ def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:
         )
 
 
-def check_dial(sweeps: object, corrections: object, damping: object, tolerance: object, chunk: object) -> None:
-    """Raises ValueError for a K, M, damping, tolerance or chunk that is out of range."""
-    for name, value, least in (("sweeps", sweeps, 0), ("corrections", corrections, 0), ("chunk", chunk, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {least}")
+def check_dial(
+    sweeps: object, corrections: object, damping: object, tolerance: object, chunk: object
+) -> tuple[int, int, int]:
+    """K, M and chunk as ints. Raises ValueError where one of them, or damping or tolerance, is out of range."""
+    whole = as_whole("sweeps", sweeps, 0), as_whole("corrections", corrections, 0), as_whole("chunk", chunk, 1)
     if not is_number(damping) or not 0 < damping <= 2:
         raise ValueError(f"damping={quote(damping)}: must be above 0 and at most 2; 1 is the plain sweep")
     if not is_number(tolerance) or not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance={quote(tolerance)}: must be a number of 0 or more; 0 does all sweeps")
+    return whole
 
 
 def is_number(value: object) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hbll_seq.checks import holds_whole_numbers
 from hbll_seq.reading import quote
 from hbll_seq.values import check_choice, whole_or_none
 
@@ -27,7 +28,7 @@ def as_lengths(lengths: Tensor | Sequence[int], n_rows: int, n_steps: int, least
     """
     numbers = None
     if isinstance(lengths, Tensor):
-        if lengths.dim() == 1 and not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool):
+        if lengths.dim() == 1 and holds_whole_numbers(lengths):
             numbers = lengths.tolist()
     elif not isinstance(lengths, (str, bytes)) and hasattr(lengths, "__len__") and hasattr(lengths, "__iter__"):
         numbers = [whole_or_none(n) for n in lengths]
@@ -36,13 +37,21 @@ def as_lengths(lengths: Tensor | Sequence[int], n_rows: int, n_steps: int, least
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+def check_side(padding_side: str, lengths: Tensor | Sequence[int] | None) -> None:
+    """Raises ValueError unless ``padding_side`` is "right" or "left", and for "left" without the lengths that it needs."""
+    check_choice("padding_side", padding_side, SIDES)
+    if padding_side == "left" and lengths is None:
+        raise ValueError("padding_side='left' without lengths: the padding would be read as steps; give lengths, how many "
+                         "steps of each row are real")  # fmt: skip
+
+
 def to_right(values: Tensor, lengths: Tensor, padding_side: str, fill: float = 0) -> Tensor:
     """``values`` [B, T, ...] with each row's real steps first and ``fill`` behind them, whatever stood in the padding.
 
     Raises:
         ValueError: ``padding_side`` is neither "right" nor "left".
     """
-    check_choice("padding_side", padding_side, SIDES)
+    check_side(padding_side, lengths)
     n_steps, lengths = values.shape[1], lengths.to(values.device)
     steps = torch.arange(n_steps, device=values.device)
     if padding_side == "left":

@@ -231,10 +231,10 @@ def possible_name(path: str | os.PathLike[str]) -> Path:
     if "\0" in text:
         raise ValueError(f"path {quote(text)} holds a NUL character; no file can bear that name")
     try:
-        os.fsencode(text)
+        lengths = [len(os.fsencode(part)) for part in text.split("/")]
     except UnicodeEncodeError:
-        raise ValueError(f"path {quote(text)} is not valid Unicode; no file can bear that name, choose another") from None
-    if any(len(os.fsencode(part)) > 255 for part in text.split("/")) or len(os.fsencode(text)) > 4000:
+        raise ValueError(f"path {quote(text)} holds a lone surrogate; no file can bear that name, choose another") from None
+    if max(lengths) > 255 or sum(lengths) + len(lengths) > 4000:
         raise ValueError(f"path {quote(text)} is too long for a file name; parts may have 255 bytes, choose a shorter one")
     try:
         return Path(text).expanduser()

@@ -16,7 +16,7 @@ READOUTS = ("jump", "depth")
 class Readouts(nn.Module):
     """Low-rank linear corrections of a state before the head.
 
-    By ``"jump"``: the head is a transition too, shared by the arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (METHOD 1.1), and the
+    By ``"jump"``: the head is a transition too, shared by the arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (method.md 1.1), and the
     states that it reads there lie 2**l blocks before the output: one correction for each of the D lengths. By ``"depth"``:
     one for each number of blocks that a path has, N - 1 in all. Corrections start at zero.
 

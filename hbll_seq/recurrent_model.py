@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hbll_seq.cells.recurrent import RecurrentCell, RecurrentState
 from hbll_seq.checks import IGNORE_INDEX, as_token_ids, check_inputs, check_state, shifted_labels
 from hbll_seq.cross_entropy import linear_cross_entropy
-from hbll_seq.padding import as_lengths, is_real, last_of, to_right
+from hbll_seq.padding import as_lengths, check_side, is_real, last_of, to_right
 from hbll_seq.posterior import TARGET_FAMILIES, Categorical
 from hbll_seq.values import check_choice
 
@@ -28,7 +28,7 @@ class RecurrentModel(nn.Module):
         head: module from a state [..., H] to the parameters of ``p(y | s)``, such as logits.
         embed: module from raw inputs [T, B, ...] to symbols [T, B, I]; None where they are symbols already.
         readout: ``"every"``: each step has a target; ``"last"``: one per sequence, whose loss is half that of the last
-            state and half the mean over all (METHOD 2.4).
+            state and half the mean over all (method.md 2.4).
         target_family: see :class:`hbll_seq.depth.DepthHierarchy`.
 
     Raises:
@@ -81,6 +81,7 @@ class RecurrentModel(nn.Module):
         Raises:
             ValueError: there are no labels, or something does not fit.
         """
+        check_side(padding_side, lengths)
         if lengths is not None and isinstance(inputs, Tensor) and inputs.dim() > 1:
             lengths = as_lengths(lengths, *inputs.shape[:2])
             inputs = to_right(inputs, lengths, padding_side)
@@ -180,6 +181,7 @@ class RecurrentLM(RecurrentModel):
         ``labels`` defaults to ``inputs``; -100 where a token is not scored. ``lengths`` counts the tokens of each window, two
         or more; see :meth:`RecurrentModel.prepare`.
         """
+        check_side(padding_side, lengths)
         if lengths is not None and isinstance(inputs, Tensor) and inputs.dim() == 2:
             lengths = as_lengths(lengths, *inputs.shape, least=2)
             if labels is not None and labels.shape == inputs.shape:

@@ -18,7 +18,7 @@ from hbll_seq.checks import check_inputs
 from hbll_seq.depth import plain_module
 from hbll_seq.eager import eagerly
 from hbll_seq.objective import check_dial, check_local_losses_can_run, is_number
-from hbll_seq.padding import as_lengths, last_of
+from hbll_seq.padding import as_lengths, check_side, last_of
 from hbll_seq.reading import quote
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_tree import RecurrentTree
@@ -84,6 +84,7 @@ class RecurrentObjective(nn.Module, ABC):
         check_inputs("inputs", inputs, self.model)
         as_whole("step", step, 0)
         check_local_losses_can_run(self.model, inputs.device.type)
+        check_side(padding_side, lengths)
         padded = {} if lengths is None else {"lengths": lengths, "padding_side": padding_side}
         x, targets = self.model.prepare(inputs, labels, **padded)
         if state is None:
@@ -139,9 +140,7 @@ class RecurrentBackpropObjective(RecurrentObjective):
 
     def __init__(self, model: RecurrentModel, *, window: int | None = None):
         super().__init__(model)
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise ValueError(f"window={quote(window)}: must be a whole number of at least 1, or None for no truncation")
-        self.window = window
+        self.window = None if window is None else as_whole("window", window, 1, remedy=", or None for no truncation")
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
         cell, state, states = self.model.cell, s0, []
@@ -158,16 +157,16 @@ class RecurrentBackpropObjective(RecurrentObjective):
 class RecurrentLocalObjective(RecurrentObjective):
     """Local losses: nothing is differentiated through more than one transition of the cell.
 
-    Inference ``"sweeps"`` (METHOD 2.2): K forward sweeps, one differentiated call of the cell over all positions, M backward
+    Inference ``"sweeps"`` (method.md 2.2): K forward sweeps, one differentiated call of the cell at all positions, M backward
     corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
     corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c
     at least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
-    With a ``tree``, its states are the first estimate (METHOD 2.4). It has cells of its own and is trained to agree with the
+    With a ``tree``, its states are the first estimate (method.md 2.4). It has cells of its own, trained to agree with the
     chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
     embedding nor head of the model.
 
-    Inference ``"tree"`` is the paper's HBLL-RNN (METHOD 1.5): task loss at the tree's states, arc losses against right
+    Inference ``"tree"`` is the paper's HBLL-RNN (method.md 1.5): task loss at the tree's states, arc losses against right
     parents, and a consistency stage (Eqs. 13-15) for the deployed cell, which is the tree's f_0.
 
     Args:
@@ -209,7 +208,7 @@ class RecurrentLocalObjective(RecurrentObjective):
     ):
         super().__init__(model)
         _check_choices(inference, linearization, init)
-        check_dial(sweeps, corrections, damping, tolerance, chunk)
+        sweeps, corrections, chunk = check_dial(sweeps, corrections, damping, tolerance, chunk)
         weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
         for name, value in weights:
             if not is_number(value) or not 0 <= value < math.inf:
@@ -279,7 +278,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(swept.states.detach(), lengths))
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
-        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (METHOD 2.4)."""
+        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (method.md 2.4)."""
         own = self.tree.own_states(len(states)).to(states.device)
         if not own.any():
             return estimate.sum() * 0.0

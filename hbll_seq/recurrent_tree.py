@@ -1,4 +1,4 @@
-"""HBLL-RNN: the binary tree over time, with a cell for every span (METHOD 1.5, Eq. 12 and Eqs. 13-15).
+"""HBLL-RNN: the binary tree over time, with a cell for every span (method.md 1.5, Eq. 12 and Eqs. 13-15).
 
 The states are h_0 .. h_N with N = 2**D. Node n, with 2**l the largest power of two that divides it, folds its left input
 span into a state: ``h_n = f_l(h_{n - 2**l}, x_{n - 2**l} .. x_{n-1})``; the whole is ``h_N = f_D(h_0, x_0 .. x_{N-1})``. Its
@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.cells.recurrent import RecurrentCell, make_cell
-from hbll_seq.reading import quote
 from hbll_seq.time_sweeps import forward_time_sweeps
-from hbll_seq.values import check_choice
+from hbll_seq.values import as_whole, check_choice
 
 SHARES = ("none", "capped", "all")
 
@@ -38,7 +37,7 @@ class RecurrentTree(nn.Module):
         symbol_size: I.
         hidden_size: H, the same for all levels.
         n_level: D; sequences have at most ``2**D`` steps.
-        max_symbols: an arc reads at most this many of its last symbols (METHOD 2.1: where the tree only makes a first
+        max_symbols: an arc reads at most this many of its last symbols (method.md 2.1: where the tree only makes a first
             estimate, 8 suffice). None for all of them: inputs of the top cell then grow with N.
         share: ``"none"``: a cell for each level; ``"capped"``: one for all levels whose windows ``max_symbols`` cuts to
             the same width; ``"all"``: f_0 serves every arc, and must then read ``max_symbols`` symbols itself (a narrower
@@ -59,12 +58,11 @@ class RecurrentTree(nn.Module):
         share: str = "none",
     ):
         super().__init__()
-        for name, value in (("n_level", n_level), ("max_symbols", 1 if max_symbols is None else max_symbols)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={quote(value)}: must be a whole number of at least 1")
+        n_level = as_whole("n_level", n_level, 1)
+        max_symbols = 2**n_level if max_symbols is None else as_whole("max_symbols", max_symbols, 1)
         check_choice("share", share, SHARES)
         self.symbol_size, self.hidden_size, self.n_level, self.share = symbol_size, hidden_size, n_level, share
-        self.max_symbols = 2**n_level if max_symbols is None else max_symbols
+        self.max_symbols = max_symbols
         new_cell = partial(make_cell, cell) if isinstance(cell, str) else cell
         self.cells = nn.ModuleList()
         widths = [self.width(level) for level in range(n_level + 1)]
@@ -176,7 +174,7 @@ class RecurrentTree(nn.Module):
     # ----------------------------------------------------------------------------------------------- readouts
 
     def jump(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor) -> Tensor:
-        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (METHOD 1.5)."""
+        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (method.md 1.5)."""
         n_level = self._level_of(len(symbols))
         window = self._windows(symbols, n_level, 2**n_level - len(symbols))[n_level][0]
         cell = self.cell(n_level, f0)

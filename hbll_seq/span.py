@@ -2,7 +2,7 @@
 
 The count follows the data, not the program: every tensor carries the number of block evaluations behind it, the largest
 of those it was made from, and passing a block adds to it. What could run in parallel so counts once, however the
-evaluations are queued on this machine. Unit (METHOD 2.5): one block forward or one input-only vector-Jacobian product is
+evaluations are queued on this machine. Unit (method.md 2.5): one block forward or one input-only vector-Jacobian product is
 1, a full backward (input and weights) is 2.
 """
 

@@ -1,4 +1,4 @@
-"""Messages composed along a chain: K forward sweeps and M backward corrections (METHOD 2.2).
+"""Messages composed along a chain: K forward sweeps and M backward corrections (method.md 2.2).
 
 A chain s_n = f_n(s_{n-1}), n = 1 .. L, is linearised around an estimate of its states with a cheap stand-in A_n for the
 Jacobian of f_n. A whole sweep is then one parallel call of the transitions and one scan. Lists are over transitions:
@@ -78,7 +78,7 @@ def forward_sweeps(
         linearization: one of ``LINEARIZATIONS``.
         start: first estimate of s_1 .. s_{L-1}; goes before ``init``.
         init: ``"input"`` or ``"first"``. The latter is one call more, and makes one more state exact: for chains whose
-            first transition changes the state most (METHOD 2.2b).
+            first transition changes the state most (method.md 2.6).
         damping: each sweep moves so far from the old estimate to the new one; 1 is the plain sweep, and the only one that
             ever makes a state exact.
         tolerance: stop early once the residual is at most this (waits for the device).
@@ -179,7 +179,7 @@ def backward_sweeps(
     chunk: int = 1,
     observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Messages lambda_1 .. lambda_L of a loss on some of the states: a scan, then M corrections of it (METHOD 2.2).
+    """Messages lambda_1 .. lambda_L of a loss on some of the states: a scan, then M corrections of it (method.md 2.2).
 
     Each correction is one batched vector-Jacobian product and a scan:
     ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= L - 1 they are exact.
@@ -255,7 +255,7 @@ def _scan(b: Tensor, factors: Factors, initial: Tensor, *, reverse: bool = False
 
 
 def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Factors) -> list[Tensor]:
-    """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
+    """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (method.md 2.2)."""
     if isinstance(factors, float) and factors == 0.0:
         return list(outputs)
     return list(_scan(_subtract(torch.stack(list(outputs)), factors, inputs), factors, inputs[0]).unbind(0))

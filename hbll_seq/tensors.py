@@ -84,16 +84,17 @@ def tensors_to_save(module: nn.Module, fresh: nn.Module) -> dict[str, Tensor]:
     _check_names(set(module.state_dict()), set(fresh.state_dict()))
     if bare := [name for name, tensor in module.state_dict().items() if tensor.device.type == "meta"]:
         raise ValueError(f"weight {_name(bare[0])} is on the meta device and has no values; load or initialise them first")
+    wanted = fresh.state_dict()
+    for name, tensor in module.state_dict().items():
+        if tensor.shape != wanted[name].shape:  # before the ties: what was resized cannot be tied
+            raise ValueError(
+                f"weight {_name(name)} has shape {quote(list(tensor.shape))}, but a model of this config has "
+                f"{quote(list(wanted[name].shape))}; make a model of a config that fits (vocab_size for a resized "
+                "embedding) and copy the weights into it"
+            )
     _check_ties(module, fresh)
     expected = module_tensors(fresh)
     tensors = {name: _plain(name, tensor) for name, tensor in module_tensors(module).items()}
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"weight {_name(name)} has shape {quote(list(tensor.shape))}, but a model of this config has "
-                f"{quote(list(expected[name].shape))}; make a model of a config that fits (vocab_size for a resized "
-                "embedding) and copy the weights into it"
-            )
     _check_dtypes("", {name: tensor.dtype for name, tensor in tensors.items()}, expected, "make them one by model.to(dtype)")
     return {name: own_memory(tensor) for name, tensor in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""A recurrent block trained over time by messages: the time x depth grid (METHOD 2.2).
+"""A recurrent block trained over time by messages: the time x depth grid (method.md 2.2).
 
 The chain over depth asks a block for its output and, as often as it likes, for products with its Jacobian. Here both are
 made of messages along time (``time_sweeps.py``), so that the engine over depth stays as it is: a block's output is that of

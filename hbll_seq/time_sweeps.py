@@ -1,4 +1,4 @@
-"""Messages along time: K forward sweeps and M backward corrections over one recurrent cell (METHOD 2.2).
+"""Messages along time: K forward sweeps and M backward corrections over one recurrent cell (method.md 2.2).
 
 It is the scheme of ``sweeps.py``, with the same indices and the same limit, for the chain whose transitions are all one
 cell: N is in the hundreds or thousands and a transition is tiny, so that a list of N tensors and N calls would cost more
@@ -161,7 +161,7 @@ def backward_time_sweeps(
     swept: TimeSwept, errors: Tensor, *, corrections: int, chunk: int = 1, secants: TimeSecants | None = None,
     learn: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (METHOD 2.2).
+    """Messages lambda_1 .. lambda_N [N, B, H] of a loss on the states: a scan, then M corrections of it (method.md 2.2).
 
     Learned maps take no part in the first scan, so that messages begin as the errors, and none in the last correction: it
     takes two for them to be used.
@@ -310,7 +310,7 @@ def _factors(jacobian: Jacobian, clip: float) -> Tensor:
 
 
 def _compose(outputs: Tensor, inputs: Tensor, factors: Tensor | None) -> Tensor:
-    """States of ``sbar_n = f(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (METHOD 2.2)."""
+    """States of ``sbar_n = f(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact (method.md 2.2)."""
     if factors is None:
         return outputs
     return affine_scan(torch.addcmul(outputs, factors, inputs, value=-1.0), factors, inputs[0])

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ META, TOKENS = "meta.json", "tokens.bin"
 IN_MEMORY = 1 << 28  # bytes; a larger token file is read slice by slice
 STALE_AFTER_S = 24 * 3600.0  # what was written so long ago, by a process that holds no lock, belongs to nobody
 _META_SUM = "meta_sha256"
+_KEY = re.compile(r"[0-9a-f]{32}")  # of an entry: what is called otherwise is not the cache's to remove
 
 
 class NotUsable(Exception):
@@ -167,7 +169,7 @@ def sweep(target: Path) -> None:
         other = path.name.removeprefix(ASIDE).partition(".")[0]
         if other == key:
             remove(path)
-        elif time.time() - _last_written(path) > STALE_AFTER_S:
+        elif _KEY.fullmatch(other) and time.time() - _last_written(path) > STALE_AFTER_S:
             with _all_locks(target.parent, other) as free:
                 if free:
                     remove(path)

@@ -7,7 +7,7 @@ The chain is z_0 -> z_1 -> ... -> z_N. The nodes are 1 .. N-1; 0 and N are the b
     level 2     1       3       5       7        (boundaries 0 and 8)
 
 An *arc* i -> j is a dyadic interval: j = i + 2**l with 2**l dividing i. A *path* walks 0 -> N over arcs and is named by
-the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (METHOD 1.4).
+the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (method.md 1.4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from hbll_seq.reading import quote
-from hbll_seq.values import check_choice, whole_or_none
+from hbll_seq.values import as_whole, check_choice, whole_or_none
 
 #: more paths than this are counted and sampled, never listed (n_level = 5 has 458,329).
 MAX_LISTED_PATHS = 100_000
@@ -43,8 +43,7 @@ class DyadicTree:
     """
 
     def __init__(self, n_level: int, family: str = "spine"):
-        if not isinstance(n_level, int) or isinstance(n_level, bool) or n_level < 1:
-            raise ValueError(f"n_level={quote(n_level)}: must be a whole number of at least 1")
+        n_level = as_whole("n_level", n_level, 1)
         check_choice("family", family, PATH_FAMILIES)
         self.n_level, self.family = n_level, family
         self.N = 2**n_level
@@ -92,7 +91,7 @@ class DyadicTree:
 
     @property
     def n_paths(self) -> int:
-        """Number of paths with at least one block: T(D) - 1, T(0) = 1, T(l) = 1 + T(l-1)**2 (METHOD 1.4)."""
+        """Number of paths with at least one block: T(D) - 1, T(0) = 1, T(l) = 1 + T(l-1)**2 (method.md 1.4)."""
         return self._count(self.n_level) - 1
 
     def paths(self) -> tuple[tuple[int, ...], ...]:

@@ -1,8 +1,9 @@
-"""Fixtures of the training script's tests."""
+"""Fixtures of several test files: of the training script's, and of those that read text."""
 
 import os
 import random
 import signal
+from pathlib import Path
 
 # before torch loads OpenMP: beside a program that keeps a core busy, spinning threads made these small tensors crawl
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from hbll_seq.tokenizer import Tokenizer  # noqa: E402
 from hbll_seq.training import checkpoint as ck  # noqa: E402
 
 torch.set_num_threads(1)
@@ -60,3 +62,21 @@ def stopped_run(lm_options, tmp_path, monkeypatch):
         assert kr.load_script().main([*lm_options, "--output-dir", str(folder)]) == 143
     assert ck.list_checkpoints(folder / "checkpoints") == [10, 12]
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.default()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A text file of some 20 kB."""
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f" The {i} th line has words , {i * i} .\n" for i in range(500)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"

@@ -25,7 +25,8 @@ from hbll_seq.config import HBLLConfig
 from hbll_seq.data import load_tokenizer, load_tokens
 from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.training.checkpoint import JsonLines, list_checkpoints
+from hbll_seq.training.checkpoint import list_checkpoints
+from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.trainer import Trainer
 
 PICTURE_END = b"IEND\xaeB`\x82"

@@ -13,6 +13,7 @@ from torch import nn
 
 from hbll_seq.integrity import read_sums
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training.random_state import rng_state, set_rng_state
 
 
 class Tied(nn.Module):
@@ -167,7 +168,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     _train(module, optimizer, 3)
     parts = {"model": ck.module_tensors(module), "optimizer": ck.optimizer_tensors(optimizer, module)}
     assert "embed.weight|exp_avg" in parts["optimizer"] and "embed.weight|step" in parts["optimizer"]
-    ck.save_checkpoint(tmp_path, 3, parts, {"rng": ck.rng_state()})
+    ck.save_checkpoint(tmp_path, 3, parts, {"rng": rng_state()})
     _train(module, optimizer, 3)
     torch.manual_seed(1)
     resumed = Tied()
@@ -175,7 +176,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     tensors, state = ck.load_checkpoint(tmp_path, 3)
     ck.load_module(resumed, tensors["model"])
     ck.load_optimizer(resumed_optimizer, resumed, tensors["optimizer"])
-    ck.set_rng_state(state["rng"])
+    set_rng_state(state["rng"])
     _train(resumed, resumed_optimizer, 3)
     assert_equal(ck.module_tensors(resumed), ck.module_tensors(module))
 
@@ -192,10 +193,10 @@ def test_every_random_generator_is_restored():
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
 
     draw()
-    state = json.loads(json.dumps(ck.rng_state()))
+    state = json.loads(json.dumps(rng_state()))
     expected = draw()
     assert draw() != expected
-    ck.set_rng_state(state)
+    set_rng_state(state)
     assert draw() == expected
 
 

@@ -12,25 +12,6 @@ from hbll_seq.data import TokenStream, TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.default()
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A text file of some 20 kB."""
-    path = tmp_path / "t.txt"
-    path.write_text("".join(f" The {i} th line has words , {i * i} .\n" for i in range(500)), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

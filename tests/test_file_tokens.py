@@ -10,51 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from token_entries import entry, flip, load, same
 
 from hbll_seq import token_cache
-from hbll_seq.data import TokenStream, TokenWindows, load_tokens
+from hbll_seq.data import TokenStream, TokenWindows
 from hbll_seq.file_tokens import FileTokens
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training.recurrent_comparison import StreamProblem
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.default()
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A text file of some 20 kB."""
-    path = tmp_path / "t.txt"
-    path.write_text("".join(f" The {i} th line has words , {i * i} .\n" for i in range(500)), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def load(text: str, tokenizer: Tokenizer, cache: Path) -> TokenStream:
-    return load_tokens(text, "train", tokenizer, cache_dir=cache)
-
-
-def entry(cache: Path) -> Path:
-    return next(path for path in (cache / "tokens").iterdir() if path.is_dir())
-
-
-def same(one: TokenStream, other: TokenStream) -> bool:
-    return (one.n_words, one.n_bytes, one.fingerprint) == (other.n_words, other.n_bytes, other.fingerprint) and (
-        np.array_equal(one.tokens, other.tokens)
-    )
-
-
-def flip(path: Path, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
 
 
 def test_small_caches_are_in_memory(text: str, tokenizer: Tokenizer, cache: Path) -> None:

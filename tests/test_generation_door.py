@@ -126,7 +126,9 @@ def test_nothing_is_allocated_ahead_of_the_tokens(model):
         (dict(prompts=[[]]), r"prompts=\[\[\]\]"),
         (dict(prompts=[[1], []]), "non-empty lists"),
         (dict(prompts=[5]), r"prompts=\[5\]"),
-        (dict(prompts=[[1.0]]), "whole numbers from 0 to"),
+        (dict(prompts=[[1.0]]), r"prompts hold \[1.0\]: token ids must be whole numbers from 0 to"),
+        (dict(prompts=torch.tensor([5])), r"prompts=tensor\(\[5\]\)"),
+        (dict(prompts=torch.tensor([[1.5]])), r"prompts hold \[1.5\]"),
         (dict(prompts=[[-1]]), "whole numbers from 0 to"),
         (dict(prompts=[[10**9]]), "whole numbers from 0 to"),
         (dict(prompts=["ab"]), "whole numbers from 0 to"),
@@ -143,10 +145,9 @@ def test_ids_are_checked_at_the_call(model, changes, message):
 
 
 @torch.no_grad()
-def test_ids_may_be_numpys(model):
-    first, second = (
-        list(generate_ids(model, ids, (4,), max_new_tokens=3, temperature=0)) for ids in (np.array([[5, 6]]), [[5, 6]])
-    )
+@pytest.mark.parametrize("ids", [np.array([[5, 6]]), torch.tensor([[5, 6]]), [torch.tensor([5, 6])]], ids=str)
+def test_ids_may_be_numpys_or_torchs(model, ids):
+    first, second = (list(generate_ids(model, ids, (4,), max_new_tokens=3, temperature=0)) for ids in (ids, [[5, 6]]))
     assert first == second
 
 

@@ -54,11 +54,15 @@ def test_resume_from_another_folder(project, tmp_path, monkeypatch):
     assert str(project) not in (project / "run" / "README.md").read_text()  # where it lies is nobody's business
 
 
-def test_resume_of_moved_text_and_tokenizer(project, tmp_path):
+def test_resume_of_moved_text_and_tokenizer(project, tmp_path, capsys):
     before = (project / "run" / "model.safetensors").read_bytes()
     (project / "text.txt").rename(tmp_path / "moved.txt")
     (project / "own.model").rename(tmp_path / "moved.model")
+    (project / "cache").rename(tmp_path / "cache")  # a cache that is gone is made again
     options = ["--data", str(tmp_path / "moved.txt"), "--tokenizer", str(tmp_path / "moved.model")]
+    resume = ["--resume", "2", "--output-dir", str(project / "run")]
+    kr.fails(resume, capsys, "cannot resume: data=", str(project / "text.txt"), "no longer there", "by --data")
+    kr.fails([*resume, *options[:2]], capsys, "cannot resume: tokenizer=", str(project / "own.model"), "by --tokenizer")
     assert go_on(project / "run", *options) == 0 and (project / "run" / "model.safetensors").read_bytes() == before
     state = last_state(project / "run")
     assert state["settings"]["data"] == state["locations"]["data"] == str(tmp_path / "moved.txt")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hbll_seq.local_objective import LocalObjective
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.run_folder import EVALUATIONS, RESULTS
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
@@ -248,7 +249,7 @@ def test_full_disk_leaves_nothing_half_written(whole_run, lm_options, tmp_path, 
 
 @pytest.mark.parametrize("step", [20, 60])
 def test_evaluation_that_cannot_be_written(whole_run, lm_options, tmp_path, monkeypatch, capsys, step):
-    folder, original = tmp_path / "run", ck.JsonLines.append
+    folder, original = tmp_path / "run", JsonLines.append
 
     def full(self, row):
         if self.path.name == EVALUATIONS and row["step"] == step:
@@ -256,7 +257,7 @@ def test_evaluation_that_cannot_be_written(whole_run, lm_options, tmp_path, monk
         original(self, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ck.JsonLines, "append", full)
+        patch.setattr(JsonLines, "append", full)
         options = [*lm_options, "--output-dir", str(folder)]
         kr.fails(options, capsys, "evaluations.jsonl cannot be written", "No space left", "--resume", code=1)
     assert ck.list_checkpoints(folder / "checkpoints")[-1] == step  # saved first, so that no step is lost

@@ -388,7 +388,7 @@ def test_dry_run_checks_the_settings(capsys):
 def test_presets_are_valid(path):
     settings = st.resolve(st.read_preset(path.stem, lm.PRESETS))
     lm.model_config(settings, 4096)
-    if path.stem == "wikitext-103":  # METHOD.md 3
+    if path.stem == "wikitext-103":  # the paper's setting
         assert (settings.n_level, settings.n_embd, settings.n_head, settings.block_size) == (3, 768, 12, 1024)
         assert (settings.batch_size, settings.lr, settings.weight_decay, settings.epochs) == (2, 1e-4, 0.01, 10)
         assert (settings.sigma, settings.vocab_size, settings.objective) == (0.005, 16384, "tree")

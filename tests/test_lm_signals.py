@@ -1,6 +1,7 @@
 """Signals at any time: saved where there is something to save, 128 + the number, no traceback, and --resume goes on."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -39,12 +40,31 @@ def sends(number, original=None):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_closed_terminal_and_slurm_save_the_run(short, unbroken, tmp_path, monkeypatch, number):
+def test_a_closed_terminal_and_slurm_save_the_run(short, unbroken, tmp_path, monkeypatch, capsys, number):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         kr.at_step(patch, 2, sends(number))
         assert lm.main([*short, "--output-dir", str(folder)]) == 128 + number
+    said = capsys.readouterr().err
+    assert "stopped after step 2, saved" in said and "outside of training" not in said  # told once how it ended
     assert ck.list_checkpoints(folder / "checkpoints") == [0, 2]
+    assert lm.main(["--resume", "--output-dir", str(folder)]) == 0 and kr.differences(unbroken, folder) == []
+
+
+def test_a_save_that_fails_after_a_signal_is_a_failure(short, unbroken, tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stands in for the full disk: of two answers, the failure is the one that counts."""
+    folder, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def signal_on_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with monkeypatch.context() as patch:
+            kr.at_step(patch, 2, signal_on_a_full_disk)
+            kr.fails([*short, "--output-dir", str(folder)], capsys, "error: ", "--resume", code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert lm.main(["--resume", "--output-dir", str(folder)]) == 0 and kr.differences(unbroken, folder) == []
 
 

@@ -183,6 +183,8 @@ def test_vectors_as_targets(family, readout):
         ("37174", "right", "lengths='37174'"),
         (LENGTHS, "both", "padding_side='both'.*right, left"),
         (LENGTHS, None, "padding_side=None"),
+        (None, "left", "padding_side='left' without lengths.*give lengths"),
+        (None, "both", "padding_side='both'.*right, left"),
     ],
     ids=str,
 )

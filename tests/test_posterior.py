@@ -93,7 +93,7 @@ def test_theorem_1_tree_factorisation_is_the_exact_posterior(n, width):
 
 
 def test_one_block_for_every_arc_is_not_the_exact_posterior():
-    """Why 2.2 of METHOD exists: the one-step transition in place of the multi-step one misses the posterior."""
+    """Why method.md 2.2 exists: the one-step transition in place of the multi-step one misses the posterior."""
     transitions, covariances = random_chain(4, 2)
     z0, zN = torch.randn(2), torch.randn(2)
     mean, _ = dense_posterior(transitions, covariances, z0, zN)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import kill_and_resume as kr
 import pytest
 
+from hbll_seq.atomic import PINNED
+from hbll_seq.model_files import REPLACED
 from hbll_seq.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.run_folder import RESULTS, is_finished, prepare_folder
 from hbll_seq.training.run_lock import LOCK
-from hbll_seq.training.run_record import RECORD, read_record
+from hbll_seq.training.run_record import RECORD, RunRecord, foreign_files, read_record
 from hbll_seq.training.settings import TrainingSettings
 
 lm = kr.load_script()
@@ -131,6 +134,13 @@ def test_what_lies_where_a_checkpoint_will_is_told_before_the_run(finished, quic
     assert everything(finished) == before
 
 
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("state", [{}, {"exporting": True}, {"older": True}])
+def test_a_pipe_in_a_results_place_is_not_waited_for(tmp_path, name, state):
+    os.mkfifo(tmp_path / name)
+    assert foreign_files(tmp_path, RunRecord(**state)) == [name]
+
+
 def test_files_that_a_run_does_not_touch_are_no_hindrance(quick, tmp_path):
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -231,7 +241,9 @@ def test_a_damaged_summary_is_no_finished_run(finished, capsys, content):
     model = (finished / "model.safetensors").read_bytes()
     (finished / "metrics.json").write_bytes(content)
     assert lm.main(["--resume", "--output-dir", str(finished)]) == 0
-    assert "metrics.json is damaged: kept as metrics.json.damaged-1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "metrics.json is damaged: kept as metrics.json.damaged-1" in said
+    assert not re.search(r"removed.*metrics\.json\b", said)
     assert (finished / "metrics.json.damaged-1").read_bytes() == content
     assert is_finished(finished) and (finished / "model.safetensors").read_bytes() == model
 
@@ -246,6 +258,18 @@ def test_a_missing_result_is_made_again(finished, name):
     if name == "metrics.json":  # which names the folder, and this is a copy
         before[name], after[name] = ({**json.loads(text[name]), "settings": 0} for text in (before, after))
     assert after[name] == before[name]
+
+
+def test_a_card_that_was_edited_after_a_killed_export_stays(finished):
+    """The export pins the version before it, README.md included, and a killed one leaves it so."""
+    (finished / PINNED).mkdir()
+    for name in REPLACED:
+        os.link(finished / name, finished / PINNED / name)
+    (finished / "metrics.json").unlink()
+    (finished / "README.md").unlink()
+    (finished / "README.md").write_text("# my notes on this run")
+    assert lm.main(["--resume", "--output-dir", str(finished)]) == 0 and is_finished(finished)
+    assert (finished / "README.md").read_text() == "# my notes on this run" and not (finished / PINNED).exists()
 
 
 def test_results_are_made_again_without_the_history(finished):

@@ -166,6 +166,6 @@ def test_a_link_to_nothing_is_refused_and_not_tried_for_ever(lm_options, tmp_pat
     link.symlink_to(tmp_path / target)
     kr.fails([*lm_options, "--output-dir", str(link)], capsys, "output_dir=", "link to nothing", "another --output-dir")
     kr.fails([*lm_options, "--output-dir", str(link / "run")], capsys, "link to nothing")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="link to nothing; remove the link"):
         FolderLock(link)
     assert os.listdir(tmp_path) == ["link"]

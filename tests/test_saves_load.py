@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification
+from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification, hub
 from hbll_seq.model_files import SUMS_NAME, WEIGHTS_NAME
 
 
@@ -42,6 +42,10 @@ def compiled_block(model):
 def resized(model):
     model.embed = nn.Embedding(50, 8)
     model.head.projection.weight = model.embed.weight
+
+
+def resized_alone(model):
+    model.embed = nn.Embedding(50, 8)
 
 
 def tied_by_hand(model):
@@ -109,6 +113,7 @@ REFUSED = {
     "one memory": (tied_by_memory, dict(tie_embeddings=False), "'head.projection.weight' shares its memory"),
     "compiled": (compiled_block, {}, "_orig_mod.*block.compile"),
     "resized": (resized, {}, r"'embed.weight' has shape \[50, 8\], but a model of this config has \[40, 8\].*vocab_size"),
+    "resized and untied": (resized_alone, {}, r"'embed.weight' has shape \[50, 8\].*vocab_size"),
     "shared blocks": (shared_blocks, {}, "'blocks.1.*shares its memory with 'blocks.0.*copy.deepcopy"),
     "parameter": (added_parameter, {}, "it has 'scale', which a model of this config does not have"),
     "buffer": (added_buffer, {}, "it has 'blocks.0.seen'"),
@@ -259,3 +264,14 @@ def test_one_tensor_of_another_dtype_is_not_loaded(tmp_path, dtype, message):
     save_file(weights, tmp_path / "m" / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=message):
         HBLLForCausalLM.from_pretrained(tmp_path / "m")
+
+
+def test_a_long_list_of_trained_paths_loads_and_one_that_would_not_is_not_written(tmp_path, monkeypatch):
+    model = model_of(n_level=5, trained_paths=[list(range(1, 32))] * 3500)
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").stat().st_size > 1 << 20
+    assert HBLLForCausalLM.from_pretrained(tmp_path / "model").config == model.config
+    monkeypatch.setattr(hub, "MAX_CONFIG", 1 << 20)
+    with pytest.raises(ValueError, match="fewer trained_paths.*Nothing was written"):
+        model.save_pretrained(tmp_path / "larger")
+    assert not (tmp_path / "larger").exists()

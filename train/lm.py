@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from hbll_seq.config import HBLLConfig
-from hbll_seq.console import forgiving_output, say
+from hbll_seq.console import forgiving_output, is_first_process, say
 from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
 from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
 from hbll_seq.local_objective import LocalObjective
@@ -106,7 +106,7 @@ class Data(NamedTuple):
 
 def data(settings: TrainingSettings) -> Data:
     """Tokenizer and packed windows of the three splits. Raises ValueError when the text cannot be used."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if is_first_process():
         say("\n".join(describe_source(settings.data)))
     if settings.tokenizer == "default":
         tokenizer = Tokenizer.default()
@@ -303,18 +303,21 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, run, and return the exit code, whatever becomes of the output; 128 + n after signal n."""
     with forgiving_output(), StopSignal() as stop:
+        code = 0
         try:
             with stop.interruptible():
-                return run(argv, stop)
+                code = run(argv, stop)
         except StopNow:  # outside of training, which saves first
-            say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
-            return 128 + stop.received
+            if code == 0:  # else the run has told how it ended
+                say(f"\nstopped by signal {stop.received} outside of training: no step is lost")
+                code = 128 + stop.received
         except KeyboardInterrupt:
-            return 130
+            code = 130
         finally:
             # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
             # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
             gc.collect()
+        return code
 
 
 def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:
@@ -339,7 +342,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         raise ValueError("--resume and --overwrite exclude each other: give one of the two")
     if dry_run:
         settings, origin, _ = chosen(given, preset, resume)
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(f"# resolved from preset {origin['preset']}\n{settings.to_yaml()}", end="")
         return 0, None
     if resume is None:
@@ -392,7 +395,7 @@ def run(argv: list[str] | None, stop: StopSignal) -> int:
             raise
         else:
             code, message = 2, f"error: {shorten(error, 490)}"
-    if message and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if message and is_first_process():
         say(message)
     return code
 

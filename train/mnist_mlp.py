@@ -2,7 +2,7 @@
 
     python train/mnist_mlp.py --data FOLDER_OF_IDX_FILES
 
-The paper's table (METHOD part 3; 100 epochs there). States are Bernoulli variables given as logits (Eq. 28), so a block
+The paper's table (100 epochs there). States are Bernoulli variables given as logits (Eq. 28), so a block
 is a sigmoid followed by a linear map. With N layers, N - 1 are blocks of the tree and the last is the head; a further
 linear map brings the pixels to the hidden width.
 """

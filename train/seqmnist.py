@@ -3,7 +3,7 @@
     python train/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16
     python train/seqmnist.py --data FOLDER_OF_IDX_FILES --quick      # a minute or so, too short to mean much
 
-The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, METHOD 1.5
+The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5
 and 3; --n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Sides, with options as
 in "sweeps:sweeps=2,corrections=2,lr=1e-3":
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hbll_seq.cells.base import Cell
 from hbll_seq.reading import quote
 from hbll_seq.scan import affine_scan
-from hbll_seq.values import check_choice
+from hbll_seq.values import as_whole, check_choice
 
 
 class Jacobian(NamedTuple):
@@ -100,9 +100,7 @@ class RecurrentCell(Cell):
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={quote(value)}: must be a whole number of at least 1")
+        input_size, hidden_size = as_whole("input_size", input_size, 1), as_whole("hidden_size", hidden_size, 1)
         self.input_size, self.hidden_size = input_size, hidden_size
         width = self.n_gates * hidden_size
         self.weight_ih = nn.Parameter(torch.empty(width, input_size))  # names and layout of torch.nn.GRUCell, RNNCell

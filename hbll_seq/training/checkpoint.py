@@ -26,19 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hbll_seq.atomic import ASIDE, atomic_write, fsync
-from hbll_seq.console import say
+from hbll_seq.console import is_first_process, say
 from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.reading import check_regular, parse_json, quote, read_bytes, shorten
 from hbll_seq.tensors import first_not_finite, module_tensors
-from hbll_seq.training.json_lines import JsonLines  # noqa: F401  others look for it here, and for the next two
-from hbll_seq.training.random_state import rng_state, set_rng_state  # noqa: F401
 
 FORMAT = 2
 _WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _HALF_DONE = re.compile(re.escape(ASIDE) + r"(old-)?[0-9]{1,18}")  # being written, or being removed
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors")
-_STATE = "state.json"
+STATE = "state.json"
 _MAX_STATE = 1 << 26  # bytes of state.json; each process adds about 40,000 of its random generators
 ADAM_STATES = {"step", "exp_avg", "exp_avg_sq"}
 TensorGroups = dict[str, dict[str, Tensor]]
@@ -115,8 +113,8 @@ def save_checkpoint(
             files[file.name] = {**_digest(file), "tensors": len(cpu)}
         document = {"format": FORMAT, "step": step, "files": files, **state}
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        atomic_write(aside / _STATE, text)
-        sums = {**{name: entry["sha256"] for name, entry in files.items()}, _STATE: sha256(aside / _STATE)}
+        atomic_write(aside / STATE, text)
+        sums = {**{name: entry["sha256"] for name, entry in files.items()}, STATE: sha256(aside / STATE)}
         atomic_write(aside / SUMS_NAME, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
         os.replace(aside, final)
     except BaseException:
@@ -170,7 +168,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups,
             outside the folder, another step or an unknown format. The message names the file.
     """
     groups, state = _load(checkpoint_path(Path(folder), step), step)
-    if state["format"] == _WITHOUT_SUMS and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if state["format"] == _WITHOUT_SUMS and is_first_process():
         say(f"the checkpoint of step {step} in {folder} was made by an older version: no sum covers its state.json")
     return groups, state
 
@@ -210,10 +208,10 @@ def _check_file(file: Path, expected: dict[str, Any]) -> None:
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     """The state.json of a checkpoint, whose sum, format, step and list of files are right."""
-    damaged = f"checkpoint {path} is damaged: {_STATE}"
-    text = _read(path, _STATE, lambda file: read_bytes(file, _MAX_STATE))
+    damaged = f"checkpoint {path} is damaged: {STATE}"
+    text = _read(path, STATE, lambda file: read_bytes(file, _MAX_STATE))
     sums = _read(path, SUMS_NAME, read_sums) if os.path.lexists(path / SUMS_NAME) else None
-    if sums is not None and sums.get(_STATE) != hashlib.sha256(text).hexdigest():
+    if sums is not None and sums.get(STATE) != hashlib.sha256(text).hexdigest():
         raise CheckpointError(f"{damaged} was changed after it was saved")
     try:
         state = parse_json(text)
@@ -230,8 +228,8 @@ def _read_state(path: Path, step: int) -> dict[str, Any]:
     if type(state.get("step")) is not int or state["step"] != step:
         raise CheckpointError(f"{damaged} is that of step {quote(state.get('step'))}")
     _check_list(path, state["files"])
-    if sums is not None and sums != {_STATE: sums[_STATE], **{n: entry["sha256"] for n, entry in state["files"].items()}}:
-        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} and {_STATE} list different files or sums")
+    if sums is not None and sums != {STATE: sums[STATE], **{n: entry["sha256"] for n, entry in state["files"].items()}}:
+        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} and {STATE} list different files or sums")
     return state
 
 
@@ -246,7 +244,7 @@ def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
 
 def _check_list(path: Path, files: dict[str, Any]) -> None:
     """Raises CheckpointError unless ``files`` names the folder's own safetensors files, all of them, with size and sum."""
-    damaged = f"checkpoint {path} is damaged: {_STATE}"
+    damaged = f"checkpoint {path} is damaged: {STATE}"
     for name, entry in files.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{damaged} lists the file {quote(name)}; file names in state.json may not leave the "
@@ -259,7 +257,7 @@ def _check_list(path: Path, files: dict[str, Any]) -> None:
                                   "sha256 text")
     present = {name for name in _read(path, ".", os.listdir) if name.endswith(".safetensors")}
     if extra := present - set(files):
-        raise CheckpointError(f"checkpoint {path} is damaged: {quote(min(extra))} lies in it and {_STATE} does not list it")
+        raise CheckpointError(f"checkpoint {path} is damaged: {quote(min(extra))} lies in it and {STATE} does not list it")
 
 
 def sound_checkpoints(folder: str | os.PathLike) -> list[int]:

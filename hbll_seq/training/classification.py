@@ -1,4 +1,4 @@
-"""Parts of a comparison of ways to train a recurrent classifier: one run and its figures (METHOD 1.5, 2.4, 3).
+"""Parts of a comparison of ways to train a recurrent classifier: one run and its figures (method.md 1.5, 2.4, 3).
 
 As in ``comparison.py`` every run of a comparison sees the same batches in the same order and starts from the same weights.
 """
@@ -27,7 +27,7 @@ from hbll_seq.training.trainer import learning_rate
 
 @dataclass(frozen=True)
 class Length:
-    """Steps of every run of a comparison, and how they are done (METHOD 2.4)."""
+    """Steps of every run of a comparison, and how they are done (method.md 2.4)."""
 
     batch_size: int
     steps: int
@@ -122,7 +122,7 @@ def accuracies(
 
     Returns:
         ``"deployed"``: f_0 as an ordinary recurrent network; with a tree also ``"tree"``, its readout along
-        0 -> N/2 -> 3N/4 -> .. -> N, and ``"top"``, f_D alone, a feed-forward net on the whole input (METHOD 1.5).
+        0 -> N/2 -> 3N/4 -> .. -> N, and ``"top"``, f_D alone, a feed-forward net on the whole input (method.md 1.5).
     """
     predicted: dict[str, list[Tensor]] = {"deployed": []}
     for batch in values.split(batch_size):

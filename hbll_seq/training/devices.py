@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 
 from hbll_seq.config import HBLLConfig
-from hbll_seq.console import say
+from hbll_seq.console import is_first_process, say
 from hbll_seq.reading import quote, shorten
 from hbll_seq.training.settings import TrainingSettings
 
@@ -54,7 +54,8 @@ def join_processes() -> PartialState:
         ValueError: Accelerate cannot start with the launcher's variables.
     """
     with _starting():
-        return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)  # the launcher's wish reaches an Accelerator unhelped
+        # an Accelerator asks ACCELERATE_USE_CPU by itself, a PartialState does not
+        return PartialState(cpu=_on_cpu_alone(), timeout=_PATIENCE)
 
 
 def on_main(work: Callable[[], T]) -> T | None:
@@ -130,13 +131,9 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 def _speak_of_dynamo() -> None:
     """An objective asks autograd for gradients inside its forward pass, which no compiler of whole modules follows."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() != "no" and _speaks():
+    if backend.lower() != "no" and is_first_process():
         say(f"ACCELERATE_DYNAMO_BACKEND={quote(backend)} is left aside: an objective takes gradients inside its forward pass "
             "and is not compiled as a whole; the losses are the same")
-
-
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # of several processes one speaks
 
 
 def start_trackers(accelerator: Accelerator, settings: TrainingSettings) -> None:

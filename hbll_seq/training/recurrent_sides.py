@@ -30,7 +30,7 @@ _TYPES: dict[str, dict[str, type]] = {
     "tree": {"sweeps": int, "arc_weight": float, "consistency_weight": float, **_TREE_TYPES},
 }  # fmt: skip
 #: written out in what a run is stored under, so that a later default is not taken for this one. The dial of sweeps is what
-#: permuted MNIST takes with N = 64 (README, "Results"), a tree that starts them reads the last 8 symbols (METHOD 2.1).
+#: permuted MNIST takes with N = 64 (README, "Results"), a tree that starts them reads the last 8 symbols (method.md 2.1).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bptt": {},
     "one-step": {},

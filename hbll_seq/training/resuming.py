@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hbll_seq.console import say
+from hbll_seq.console import is_first_process, say
 from hbll_seq.reading import quote, shorten
 from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
 from hbll_seq.training.run_record import CHECKPOINTS
@@ -32,7 +32,8 @@ from hbll_seq.training.settings import (
     resolve,
 )
 
-NEWEST = -1
+NEWEST = -1  # of the checkpoints
+
 
 class Resumed(NamedTuple):
     """A checkpoint that a run goes on from: file -> tensor name -> tensor, and its state.json."""
@@ -135,7 +136,7 @@ def preset_fingerprint(values: dict[str, Any]) -> str:
 def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str) -> None:
     names = differences(now, stored)
     if names:
-        pairs = ", ".join(f"{name}={now.get(name)!r} (there {stored.get(name)!r})" for name in names)
+        pairs = ", ".join(f"{name}={quote(now.get(name))} (there {quote(stored.get(name))})" for name in names)
         raise ValueError(f"other settings than {where}: {pairs}; leave them out, or start a new run in another "
                          f"--output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
 
@@ -153,9 +154,17 @@ def located(settings: TrainingSettings, given: dict[str, Any], resumed: Resumed)
     """The settings of a resumed run with the places where its files are now: for opening them, not for the record.
 
     A file that the command line does not name is looked for where it was, then from the current folder.
+    Raises ValueError where the text or the tokenizer is in neither place.
     """
-    known = resumed.state.get("locations", {})
-    found = {name: path for name, path in known.items() if name in PATHS and name not in given and os.path.exists(path)}
+    found = {}
+    for name, path in resumed.state.get("locations", {}).items():
+        if name not in PATHS or name in given:
+            continue
+        if os.path.exists(path):
+            found[name] = path
+        elif name in ("data", "tokenizer") and not os.path.exists(getattr(settings, name)):
+            raise ValueError(f"cannot resume: {name}={shorten(quote(path), 300)} is no longer there; if it was moved, give "
+                             f"its new place by --{name}")
     return dataclasses.replace(settings, **found)
 
 
@@ -183,7 +192,7 @@ def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
             raise ValueError(f"cannot resume: {name} is {_named(name, now)} and was {_named(name, state)} in the checkpoint "
                              f"of step {state['step']}; {remedy}, or start a new run in another --output-dir")
     for name in ("device", "threads"):
-        if now[name] != state[name] and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        if now[name] != state[name] and is_first_process():
             say(f"warning: {name} is {now[name]!r} and was {quote(state[name])} in the checkpoint of step {state['step']}: "
                 "the result is not bit for bit that of the unbroken run")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hbll_seq.atomic import atomic_write, roll_back, sweep
 from hbll_seq.console import say
-from hbll_seq.model_files import REPLACED
+from hbll_seq.model_files import CARD_NAME, REPLACED
 from hbll_seq.reading import quote
 from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
 from hbll_seq.training.failures import cannot_write
@@ -127,10 +127,10 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
         _refuse_foreign_files(folder, record)
+        _set_damaged_summary_aside(folder)
         if resumed_step is not None and (removed := _later(folder, resumed_step)):
             say(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}")
-        _set_damaged_summary_aside(folder)
-        roll_back(folder, REPLACED)  # an export that was killed: or its files would come back
+        roll_back(folder, REPLACED, keep=(CARD_NAME,))  # after an export that was killed, or its files would come back
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
         checkpoints = folder / CHECKPOINTS

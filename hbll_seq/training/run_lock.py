@@ -83,10 +83,8 @@ class FolderLock:
             return self._take_by_library()
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            if os.path.islink(self._folder):  # to nothing: trying again would never end
-                raise
-            return False  # a run that has just ended took its folder away
+        except FileNotFoundError:  # a run that has just ended took its folder away
+            return False
         try:
             self._check_kind(handle)
             self._lock(handle)

@@ -19,18 +19,19 @@ from safetensors import SafetensorError, safe_open
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from hbll_seq.model_files import METRICS_NAME as SUMMARY
 from hbll_seq.reading import read_bytes, read_json, read_yaml, to_json
-from hbll_seq.training.checkpoint import checkpoint_path, in_the_way, list_checkpoints
+from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.values import number_or_none
 
 RECORD = "run.json"
-SETTINGS, METRICS, EVALUATIONS, SUMMARY = "settings.yaml", "metrics.jsonl", "evaluations.jsonl", "metrics.json"
+SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
 CURVE, BY_DEPTH, CHECKPOINTS = "training_curve.png", "perplexity_by_depth.png", "checkpoints"
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.model"
 #: what the export writes, in the order in which it is removed: without metrics.json a run does not count as finished
-RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS, CONFIG, TOKENIZER, SUMS_NAME)
-_COMPLETE = (SUMMARY, WEIGHTS, CONFIG, TOKENIZER)
+RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME)
+_COMPLETE = (SUMMARY, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME)
 _WHAT = "a folder of a run of hbll_seq"
 _OF_OLDER_RUNS = {"data", "tokenizer", "n_level", "n_embd", "max_steps", "lr", "seed", "output_dir"}  # in settings.yaml
 
@@ -56,6 +57,8 @@ class RunRecord:
 
     def owns(self, folder: Path, name: str) -> bool:
         """Whether the result ``name``, which exists in ``folder``, was written by the run."""
+        if not _is_regular(folder / name):  # what looks into files would wait for a pipe
+            return False
         try:
             expected = self.files.get(name)
             if expected is not None and digest(folder / name) == expected:
@@ -167,23 +170,23 @@ def _looks_written(folder: Path, name: str) -> bool:
         return summary_is_valid(folder)
     if name in (CURVE, BY_DEPTH):
         return b"Matplotlib" in read_bytes(path)[:1024]
-    if name == CONFIG:
+    if name == CONFIG_NAME:
         values = read_json(path)
         return isinstance(values, dict) and values.get("model_type") == HBLLConfig.model_type
-    if name == WEIGHTS:
+    if name == WEIGHTS_NAME:
         with safe_open(path, framework="pt") as file:
             return any(key.startswith("blocks.") for key in file.keys())
-    if name == TOKENIZER:
+    if name == TOKENIZER_NAME:
         fingerprints = [state.get("tokenizer") for state in _states(folder)]  # SHA-256 of the file
-        return sha256(path) in fingerprints or summary_is_valid(folder) and _looks_written(folder, CONFIG)
-    return set(read_sums(path)) <= {*RESULTS, "README.md"}
+        return sha256(path) in fingerprints or summary_is_valid(folder) and _looks_written(folder, CONFIG_NAME)
+    return set(read_sums(path)) <= {*RESULTS, CARD_NAME}
 
 
 def _states(folder: Path) -> Iterator[dict[str, Any]]:
     """What the checkpoints hold beside their tensors, as far as it can be read."""
     for step in list_checkpoints(folder / CHECKPOINTS):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            state = read_json(checkpoint_path(folder / CHECKPOINTS, step) / "state.json")
+            state = read_json(checkpoint_path(folder / CHECKPOINTS, step) / STATE)
             if state.get("settings", {}).keys() >= _OF_OLDER_RUNS:
                 yield state
 

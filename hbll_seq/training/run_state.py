@@ -14,7 +14,7 @@ from hbll_seq.training.random_state import check_rng_state
 
 _TEXTS = ("preset", "precision", "device", "tokenizer", "data")
 _COUNTS = ("num_processes", "threads")
-_LONGEST = 128  # characters of a name or fingerprint; a preset may be the path of a file
+_LONGEST, _LONGEST_PATH = 128, 4096  # characters of a name or fingerprint; a preset may be the path of a file
 _MOST_SECONDS = 1e12
 _CARRIED = re.compile(r"([0-9]{1,6})\|([0-9]{1,6}(?:,[0-9]{1,6})*)")
 
@@ -27,8 +27,9 @@ def check_run_state(state: dict[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint's state.json is damaged: {name} {found}; it must be {allowed}")
 
     for name in _TEXTS:
-        if not isinstance(state.get(name), str) or len(state[name]) > (4096 if name == "preset" else _LONGEST):
-            refuse(name, f"text of at most {_LONGEST} characters")
+        longest = _LONGEST_PATH if name == "preset" else _LONGEST
+        if not isinstance(state.get(name), str) or len(state[name]) > longest:
+            refuse(name, f"text of at most {longest} characters")
     for name in _COUNTS:
         if type(state.get(name)) is not int or state[name] < 1:
             refuse(name, "a whole number above 0")

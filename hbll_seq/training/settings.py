@@ -2,7 +2,7 @@
 
 A value is looked up in three layers, the later one wins: the defaults below, a preset (a YAML file of some of these
 keys), the command line. ``resume`` says whether a resumed run may change a setting: "fixed" no, "free" yes, because no
-weight depends on it, "resolved": what came of it is compared (``run_folder.check_identity``).
+weight depends on it, "resolved": what came of it is compared (``resuming.check_identity``).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from hbll_seq.training.devices import track
 from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.random_state import rng_state, set_rng_state
-from hbll_seq.training.run_record import METRICS, lines_of
+from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
@@ -142,7 +142,7 @@ class Trainer:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def tokens(self) -> int:

@@ -280,6 +280,43 @@ def test_results_are_made_again_without_the_history(finished):
     assert summary["loss"] is None and summary["tokens"] == 4 * 2 * 16 and summary["test"]
 
 
+@pytest.mark.parametrize("harm", [
+    {"validation": None}, {"validation": [3]}, {"validation": [{"name": "depth 1"}]}, {"test": {}}, {"test": None},
+    {"samples": 7}, {"validation": [{"name": [], "depth": 1, "loss": 1.0, "perplexity": 2.0}]}, {"step": 4.0},
+    {"test": "a table"},
+])  # fmt: skip
+def test_an_evaluation_that_no_run_wrote_is_made_again(finished, capsys, harm):
+    before = json.loads((finished / "metrics.json").read_text())
+    (finished / "metrics.json").unlink()
+    path = finished / "evaluations.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, **harm}) + "\n")
+    assert lm.main(["--resume", "--output-dir", str(finished)]) == 0
+    assert "evaluations.jsonl holds 1 damaged line, missing from now on" in capsys.readouterr().err
+    after = json.loads((finished / "metrics.json").read_text())
+    assert after["test"] == before["test"] and json.loads(path.read_text()) == row
+
+
+def test_lines_of_steps_that_no_run_wrote_are_kept_aside(finished, capsys):
+    (finished / "metrics.json").unlink()
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    harmed = [{**rows[0], "ce": "low"}, {**rows[1], "lr": [1]}, {**rows[2], "loss": 10**400}, {"step": 4, "loss": 2.5}]
+    (finished / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in harmed))
+    assert lm.main(["--resume", "--output-dir", str(finished)]) == 0
+    message = capsys.readouterr().err
+    assert "metrics.jsonl holds 3 damaged lines" in message and "not drawn" not in message
+    assert json.loads((finished / "metrics.json").read_text())["loss"] == 2.5
+
+
+def test_a_last_evaluation_without_the_test_split_is_made_again(finished):
+    (finished / "metrics.json").unlink()
+    path = finished / "evaluations.jsonl"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in row.items() if name != "test"}) + "\n")
+    assert lm.main(["--resume", "--output-dir", str(finished)]) == 0
+    assert json.loads((finished / "metrics.json").read_text())["test"] == row["test"]
+
+
 @pytest.mark.parametrize(
     "point", ["model.safetensors", *(pytest.param(name, marks=pytest.mark.slow) for name in
                                      ("training_curve.png", "config.json", "metrics.json"))],

@@ -50,7 +50,6 @@ from hbll_seq.training.devices import (
     track,
 )
 from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full, remedy_for
-from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
 from hbll_seq.training.resuming import (
     NEWEST,
@@ -72,6 +71,7 @@ from hbll_seq.training.run_folder import (
     check_place,
     exporting,
     is_finished,
+    lines_of,
     prepare_folder,
 )
 from hbll_seq.training.run_lock import FolderLock
@@ -197,7 +197,7 @@ def training(
     objective, paths = make_objective(settings, model, accelerator.process_index)
     model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
-    evaluations = JsonLines(folder / EVALUATIONS)
+    evaluations = lines_of(folder, EVALUATIONS)
 
     def evaluate(step: int) -> None:
         if accelerator.is_main_process:
@@ -217,7 +217,8 @@ def training(
         if accelerator.is_main_process:
             say(describe(model, data, trainer))
         start_trackers(accelerator, settings)
-        evaluated = max((row["step"] for row in evaluations.rows()), default=0)
+        evaluated = max((row["step"] for row in evaluations.rows() if "test" in row or row["step"] < trainer.total_steps),
+                        default=0)  # fmt: skip
         trainer.run(evaluated)
         if evaluated < trainer.total_steps:
             try:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,13 +34,15 @@ class JsonLines:
 
     Args:
         path: the file; it is created by the first line.
+        is_row: whether an object can be a line of this file; any other counts as damaged.
         flush_seconds: lines are flushed to the disk when the last flush is so long ago; 0 flushes each line. A flush costs
             milliseconds, as much as a step of a tiny model. Nothing is lost by a pause where :meth:`flush` is called before
             each checkpoint: what is newer than a checkpoint is written again by the run that goes on from it.
     """
 
-    def __init__(self, path: str | os.PathLike, flush_seconds: float = 0.0):
-        self.path, self.flush_seconds = Path(path), flush_seconds
+    def __init__(self, path: str | os.PathLike, flush_seconds: float = 0.0,
+                 is_row: Callable[[dict[str, Any]], bool] = lambda row: True):  # fmt: skip
+        self.path, self.flush_seconds, self.is_row = Path(path), flush_seconds, is_row
         self._flushed = -float("inf")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -115,7 +117,7 @@ class JsonLines:
                 if line is not None and not line.strip():
                     continue
                 row = None if line is None else _row(line)
-                if row is None:
+                if row is None or not self.is_row(row):
                     damaged += whole  # a last line without an end was cut short by a crash: nothing to speak of
                     continue
                 misplaced += row["step"] <= newest

@@ -14,7 +14,6 @@ from hbll_seq.model_files import CARD_NAME, REPLACED
 from hbll_seq.reading import quote
 from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
 from hbll_seq.training.failures import cannot_write
-from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.run_record import (
     BY_DEPTH,
     CHECKPOINTS,
@@ -30,13 +29,14 @@ from hbll_seq.training.run_record import (
     foreign_files,
     is_finished,
     is_untouched,
+    lines_of,
     read_record,
     summary_is_valid,
 )
 from hbll_seq.training.settings import TrainingSettings, names_file
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
-           "check_place", "exporting", "is_finished", "prepare_folder"]  # fmt: skip
+           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]  # fmt: skip
 
 
 def check_place(folder: Path) -> None:
@@ -141,7 +141,7 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
             if resumed_step is None:
                 (folder / name).unlink(missing_ok=True)
             else:
-                JsonLines(folder / name).rewind(resumed_step)
+                lines_of(folder, name).rewind(resumed_step)
         RunRecord().write(folder)
         atomic_write(folder / SETTINGS, settings.to_yaml())
         sweep(folder)
@@ -156,7 +156,7 @@ def _later(folder: Path, step: int) -> list[str]:
     if steps:
         found.append(f"the checkpoints of steps {', '.join(steps)}")
     for name in (METRICS, EVALUATIONS):
-        if count := sum(row["step"] > step for row in JsonLines(folder / name).rows()):
+        if count := sum(row["step"] > step for row in lines_of(folder, name).rows()):
             found.append(f"{count} line{'s' * (count > 1)} of {name}")
     return found + [name for name in RESULTS if (folder / name).exists()]
 

@@ -23,6 +23,8 @@ from hbll_seq.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS
 from hbll_seq.model_files import METRICS_NAME as SUMMARY
 from hbll_seq.reading import read_bytes, read_json, read_yaml, to_json
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
+from hbll_seq.training.json_lines import JsonLines
+from hbll_seq.values import number_or_none
 
 RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
@@ -134,6 +136,31 @@ def summary_is_valid(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.keys() >= {"step", "settings", "n_parameters"}
+
+
+def lines_of(folder: Path, name: str, flush_seconds: float = 0.0) -> JsonLines:
+    """The lines of METRICS or EVALUATIONS; what no run can have written there counts as damaged."""
+    return JsonLines(folder / name, flush_seconds, {METRICS: _is_step, EVALUATIONS: _is_evaluation}[name])
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    return all(_is_figure(row.get(name)) for name in ("loss", "ce", "lr"))  # what is drawn and summed up
+
+
+def _is_evaluation(row: dict[str, Any]) -> bool:
+    tables = [row.get("validation"), *([row["test"]] if "test" in row else [])]
+    are_tables = all(isinstance(rows, list) and all(map(_is_of_path, rows)) for rows in tables)
+    return are_tables and isinstance(row.get("samples"), list)
+
+
+def _is_of_path(row: Any) -> bool:
+    """Whether it can be a row of ``evaluate_paths``."""
+    return (isinstance(row, dict) and isinstance(row.get("name"), str) and type(row.get("depth")) is int
+            and all(name in row and _is_figure(row[name]) for name in ("loss", "perplexity")))
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or number_or_none(value) is not None  # null: it was not finite
 
 
 def _looks_written(folder: Path, name: str) -> bool:

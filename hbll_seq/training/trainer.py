@@ -36,7 +36,7 @@ from hbll_seq.training.devices import track
 from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.random_state import rng_state, set_rng_state
-from hbll_seq.training.run_record import CHECKPOINTS, METRICS
+from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
@@ -131,7 +131,7 @@ class Trainer:
                 "or --block-size, or more text"
             )
         self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
-        self.metrics = JsonLines(folder / METRICS, FLUSH_SECONDS)
+        self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
         self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.done = 0
         self.states: list[States] = [{} for _ in range(settings.grad_accum)]  # carried, of the rows of each micro batch

@@ -153,8 +153,11 @@ class Runs:
     def resume(self, rng: random.Random, folder: Path) -> Case:
         """A run's folder with one harmed file, taken up again."""
         _enter(folder)
-        kind = rng.choice(("stopped", "stopped", "stopped", "whole"))
-        run = Path(shutil.copytree(self.reference.root / kind, folder / "run", symlinks=True))
+        kind = rng.choice(("stopped", "stopped", "stopped", "whole", "trained"))
+        source = "stopped" if kind == "stopped" else "whole"
+        run = Path(shutil.copytree(self.reference.root / source, folder / "run", symlinks=True))
+        if kind == "trained":  # killed before the end of its export
+            (run / "metrics.json").unlink()
         victim = self._victim(run, kind, rng)
         what = _harm(victim, rng)
         seal = self._seal(victim, rng)
@@ -172,6 +175,8 @@ class Runs:
     def _victim(self, run: Path, kind: str, rng: random.Random) -> Path:
         if kind == "whole":
             return run / rng.choice(("metrics.json", "metrics.json", "metrics.jsonl", "settings.yaml"))
+        if kind == "trained":
+            return run / rng.choice(("evaluations.jsonl", "evaluations.jsonl", "metrics.jsonl"))
         step = run / "checkpoints" / "step-00000002"
         others = sorted(path for path in run.rglob("*") if not path.is_dir() or path.name.startswith("step"))
         return rng.choice((step / "state.json", step / "state.json", step / "state.json", run / "metrics.jsonl",
@@ -204,8 +209,9 @@ class Runs:
         if damaged and kind == "whole":  # it was not read: nothing is left to do
             return "equal"
         expected, found = _rows(whole / "metrics.jsonl"), _rows(run / "metrics.jsonl")
+        before = STEPS if kind == "trained" else 2  # the steps whose lines were there
         for step, row in expected.items():
-            if found.get(step) != row and not (damaged and step <= 2):
+            if found.get(step) != row and not (damaged and step <= before):
                 raise Violation("changed result", f"metrics.jsonl, step {step}: {found.get(step)} instead of {row}")
         return "equal"
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,12 @@ lm = kr.load_script()
 
 @pytest.fixture(scope="module")
 def holder(lm_options, tmp_path_factory):
-    """A run that goes on in a process of its own."""
+    """A run in a process of its own, held in the middle: it would take a core from the other tests."""
     folder = tmp_path_factory.mktemp("holder") / "held"
     options = ["--max-steps", "100000", "--save-every", "5", "--eval-every", "0", "--output-dir", str(folder)]
     process = kr.start([*lm_options, *options], stdout=-3, stderr=-3)
     kr.wait_for_step(process, folder, 6)
+    process.send_signal(signal.SIGSTOP)
     yield process, folder
     process.kill()
     process.wait()

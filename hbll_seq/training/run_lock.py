@@ -76,9 +76,13 @@ class FolderLock:
         """Whether the lock is held now; False where its file, or the folder, went while it was being taken."""
         missing = [path for path in (self._folder, *self._folder.absolute().parents) if not os.path.exists(path)]
         for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):
+            try:
                 folder.mkdir()
                 self._made.append(folder)
+            except FileExistsError:  # another run has just made it, or it is a link that leads nowhere
+                if os.path.islink(folder) and not os.path.exists(folder):
+                    raise ValueError(f"output_dir={quote(str(self._folder))}: {quote(str(folder))} is a link to nothing; "
+                                     "remove the link, or choose another --output-dir") from None
         if fcntl is None:
             return self._take_by_library()
         try:

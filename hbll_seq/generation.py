@@ -275,9 +275,11 @@ class GenerationMixin:
             return
         warned.add(path)
         named = f"depth {len(path)} (path {quote(list(path))})"
+        mixed = self.config.trained_paths == "default"
+        remedy = "choose one of these" if mixed else "choose one of these, or train all depths (train/lm.py --mix octaves)"
         warnings.warn(
-            f"{named} of this model was not trained, so that its text is worse; trained: {self.config.trained_depths}. "
-            "Choose one of these, or train all depths with a mix (train/lm.py --mix octaves)",
+            f"{named} of this model was not trained, so that its text is worse; trained: {self.config.trained_depths}; "
+            f"{remedy}",
             UserWarning,
             stacklevel=4,  # the caller of generate or stream
         )

@@ -80,7 +80,8 @@ def on_main(work: Callable[[], T]) -> T | None:
 
 def leave_processes() -> None:
     """End the process group, where one is left."""
-    PartialState().destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # asking Accelerate could start a new one
+        torch.distributed.destroy_process_group()
 
 
 def check_memory(config: HBLLConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -171,6 +172,10 @@ def end(accelerator: Accelerator) -> None:
         except Exception as error:
             say(f"warning: the tracker {quote(tracker.name)} could not be finished ({shorten(error)})")
     accelerator.trackers.clear()
+    if accelerator.num_processes > 1:
+        # gloo's threads need the GIL to drop the tensors of the last collective: the group's destructor, which holds it, would
+        # wait for them, and they for it
+        time.sleep(0.5)
     accelerator.end_training()
 
 

@@ -173,8 +173,8 @@ def end(accelerator: Accelerator) -> None:
             say(f"warning: the tracker {quote(tracker.name)} could not be finished ({shorten(error)})")
     accelerator.trackers.clear()
     if accelerator.num_processes > 1:
-        # gloo's threads need the GIL to drop the tensors of the last collective: the group's destructor, which holds it, would
-        # wait for them, and they for it
+        # gloo's threads need the GIL to drop the tensors of the last collective: the group's destructor holds it, waits for
+        # them, and they for it
         time.sleep(0.5)
     accelerator.end_training()
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from hbll_seq.data.tokenizer_training import train_model
 from hbll_seq.data.pieces import BLANK, SURROGATE, split_lines
+from hbll_seq.data.tokenizer_training import train_model
 from hbll_seq.utils.atomic import atomic_write
 from hbll_seq.utils.reading import possible_name, quote, read_bytes, shorten
 from hbll_seq.utils.values import as_whole

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from hbll_seq.engine.chain import Chain
-from hbll_seq.engine.linearization.low_rank import LowRank, Secants, low_rank_scan
+from hbll_seq.engine.linearization.low_rank import LowRankMaps, Secants, low_rank_scan
 from hbll_seq.engine.scan import affine_scan
 
 #: stand-ins A for the Jacobians: identity (residual blocks: Picard), zero (Jacobi), and the chain's own diagonals
 #: (gated cells: quasi-Newton), or the identity and a learned map of low rank (see ``secants.py``).
 LINEARIZATIONS = ("identity", "zero", "diagonal", "secant")
 #: what stands for the Jacobians of a chain: a number for all, diagonals [L, ...], or maps.
-Factors = float | Tensor | LowRank
+Factors = float | Tensor | LowRankMaps
 #: first estimates: the chain's input everywhere, the first transition's output everywhere, or the tree's jump arcs.
 INITS = ("input", "first", "tree")
 
@@ -243,14 +243,14 @@ def _factors(chain: Chain, linearization: str, indices, inputs, outputs, secants
 
 def _between(factors: Factors, low: int, high: int | None) -> Factors:
     """Those of the transitions low .. high - 1."""
-    if isinstance(factors, LowRank):
+    if isinstance(factors, LowRankMaps):
         return factors.between(low, high)
     return factors[low:high] if isinstance(factors, Tensor) else factors
 
 
 def _scan(b: Tensor, factors: Factors, initial: Tensor, *, reverse: bool = False) -> Tensor:
     """``s_n = A_n s_{n-1} + b_n`` for all n."""
-    scan = low_rank_scan if isinstance(factors, LowRank) else affine_scan
+    scan = low_rank_scan if isinstance(factors, LowRankMaps) else affine_scan
     return scan(b, factors, initial, reverse=reverse)
 
 
@@ -269,7 +269,7 @@ def _subtract(b: Tensor, factors: Factors, states: Sequence[Tensor] | Tensor) ->
     elif factors != 0.0:
         for n, (row, s) in enumerate(zip(b, states)):
             row.sub_(s)
-            if isinstance(factors, LowRank):
+            if isinstance(factors, LowRankMaps):
                 row.sub_(factors.branch(n, s))
     return b
 

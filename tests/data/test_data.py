@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from hbll_seq.data import text_files
-from hbll_seq.data import tokens as data
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import TokenStream, load_tokenizer, load_tokens
+from hbll_seq.data.tokens import TokenStream, load_tokenizer, load_tokens, text_files
+from hbll_seq.data.tokens import tokens as data
 from hbll_seq.data.windows import TokenWindows
 
 
@@ -93,7 +92,7 @@ def test_batches_bound_memory_and_change_nothing(
 
 def test_endless_line_is_cut(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file without newlines is not held in memory, counts its words right and survives."""
-    from hbll_seq.data import tokenizer as module
+    from hbll_seq.data import pieces as module
 
     for owner in (module, text_files):
         monkeypatch.setattr(owner, "MAX_LINE", 10)
@@ -176,7 +175,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_build_the_same_cache(tmp_path: Path, tokenizer: Tokenizer, private_cache: Path) -> None:
     make_text(tmp_path / "t.txt", 4000)
     code = (
-        "import sys; from hbll_seq import data; from hbll_seq.data.tokenizer import Tokenizer\n"
+        "import sys; from hbll_seq.data import tokens as data; from hbll_seq.data.tokenizer import Tokenizer\n"
         "write = data._write_cache\n"
         "data._write_cache = lambda *a: (print('built'), write(*a))\n"
         "data.BATCH_CHARS = 2000\n"

@@ -85,7 +85,7 @@ def test_a_packed_empty_file_is_empty(tmp_path: Path) -> None:
 PROGRAM = """
 import sys
 from pathlib import Path
-from hbll_seq.sources import open_corpus
+from hbll_seq.data.sources import open_corpus
 
 def most():  # of getrusage a child inherits its parent's figure
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

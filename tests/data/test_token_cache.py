@@ -17,11 +17,10 @@ import pytest
 from filelock import FileLock
 from token_entries import entry, flip, load, same
 
-from hbll_seq.data import token_cache
-from hbll_seq.data import tokens as data
 from hbll_seq.data.sources import Corpus
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import load_tokenizer
+from hbll_seq.data.tokens import load_tokenizer, token_cache
+from hbll_seq.data.tokens import tokens as data
 
 
 def change_meta(folder: Path, **values: object) -> None:
@@ -247,7 +246,7 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 from hbll_seq import data
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tokenizer import Tokenizer
 
 data.BATCH_CHARS = 500
 text, cache = sys.argv[1], sys.argv[2]

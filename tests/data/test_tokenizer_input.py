@@ -99,7 +99,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path) -> None:
 
 FLIPPED = r"""
 import random, resource
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tokenizer import Tokenizer
 texts = ["abc \u00e9t\u00e9 \u6f22\u5b57 <x> \U0001f600 z\n", "some words and some other words \n"]
 proto = Tokenizer.train(texts * 30, 310, symbols=("\n", " \n", "<x>")).model_proto
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))

@@ -40,7 +40,7 @@ def test_the_kinds_are_the_cells():
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
 def test_a_new_block_is_the_identity_and_then_residual(kind):
-    block = RecurrentBlock(HBLLConfig(n_embd=16, n_head=2), kind)
+    block = RecurrentBlock(16, kind)
     x = torch.randn(2, 5, 16)
     assert torch.equal(block(x)[0], x)
     torch.nn.init.eye_(block.cell_out.weight)

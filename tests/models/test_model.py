@@ -34,7 +34,7 @@ def test_causality_at_every_path(norm):
 def test_step_is_forward(length):
     """One token at a time, in chunks and at once; beyond the window (12) too."""
     torch.manual_seed(0)
-    block = TransformerBlock(HBLLConfig(n_embd=16, n_head=2, block_size=12))
+    block = TransformerBlock(16, 2, window=12)
     torch.nn.init.normal_(block.attention_out.weight, std=0.3)
     torch.nn.init.normal_(block.mlp_out.weight, std=0.3)
     x = torch.randn(3, length, 16)
@@ -55,7 +55,7 @@ def test_step_is_forward(length):
 def test_attention_against_the_written_out_sum():
     """The fused kernel against softmax(q k / sqrt(d)) v over the window, position by position."""
     torch.manual_seed(0)
-    block = TransformerBlock(HBLLConfig(n_embd=8, n_head=1, block_size=4)).double()
+    block = TransformerBlock(8, 1, window=4).double()
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     attended, _ = block._attend(x, block.initial_state())
     q, k, v = block.qkv(x)[0].chunk(3, dim=-1)

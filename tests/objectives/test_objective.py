@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hbll_seq.engine import chain as messages
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.tree import inference
 from hbll_seq.tree.inference import tree_pass
 from hbll_seq.tree.posterior import Gaussian
 
@@ -112,7 +112,7 @@ def train_on_random_tokens(objective, steps=120):
 
 def strong_correction(monkeypatch):
     """Corrections a thousand times the right size, so that whatever they leak would be seen within a few steps."""
-    monkeypatch.setattr(messages, "posterior_mean", lambda a, gradient: a - 250.0 * gradient)
+    monkeypatch.setattr(inference, "posterior_mean", lambda a, gradient: a - 250.0 * gradient)
 
 
 @pytest.mark.parametrize("objective", ["tree", "tree, 2 samples, no noise", "tree, strong correction", "backprop"])

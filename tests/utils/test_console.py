@@ -11,7 +11,7 @@ from hbll_seq.utils.console import ForgivingStream, forgiving_output, printable,
 
 PROGRAM = """
 import sys
-from hbll_seq.console import forgiving_output
+from hbll_seq.utils.console import forgiving_output
 with forgiving_output():
     for i in range(3000):
         print("line", i, "\\u4e2d\\u6587 \\U0001f600")

@@ -13,12 +13,15 @@ Shapes: N transitions, C width, r rank; states are rows, ``[..., C]``, so a map 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hbll_seq.engine.linearization.base import Linearization
 from hbll_seq.engine.linearization.regression import RunningFits, full_precision, ridge_factor
+from hbll_seq.utils.options import check_options, option
 
 #: rank of the learned maps; more explains hardly more (README, "What we tried").
 SECANT_RANK = 8
@@ -28,15 +31,30 @@ STRIDE = 5
 ITERATIONS = 2
 
 
-class LowRank(NamedTuple):
+@dataclass(frozen=True)
+class LowRank(Linearization):
+    """The identity plus a learned map of low rank for each transition (Broyden-like), over depth.
+
+    Attributes:
+        rank: of the maps; None is ``SECANT_RANK``, or the width where that is less.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    rank: int | None = option(None, "rank of the learned maps", low=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+
+class LowRankMaps(NamedTuple):
     """The maps ``x -> x + (x @ left_n) @ right_n`` of N transitions: left [N, C, r], right [N, r, C]."""
 
     left: Tensor
     right: Tensor
 
-    def between(self, low: int, high: int | None = None) -> LowRank:
+    def between(self, low: int, high: int | None = None) -> LowRankMaps:
         """Those of the transitions low .. high - 1."""
-        return LowRank(self.left[low:high], self.right[low:high])
+        return LowRankMaps(self.left[low:high], self.right[low:high])
 
     def branch(self, n: int, x: Tensor) -> Tensor:
         """``(x @ left_n) @ right_n``, what the n-th map adds to ``x`` [..., C]."""
@@ -45,7 +63,7 @@ class LowRank(NamedTuple):
             return ((x.to(work) @ self.left[n].to(work)) @ self.right[n].to(work)).to(x.dtype)
 
 
-def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = False) -> Tensor:
+def low_rank_scan(b: Tensor, maps: LowRankMaps, initial: Tensor, *, reverse: bool = False) -> Tensor:
     """All s_n of ``s_n = A_n s_{n-1} + b_n`` with s_0 = ``initial``, and A_n the n-th map.
 
     With c_n the sums of b alone, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear system
@@ -61,12 +79,12 @@ def low_rank_scan(b: Tensor, maps: LowRank, initial: Tensor, *, reverse: bool = 
         [N, ..., C] in the dtype of ``b``.
     """
     if reverse:
-        return low_rank_scan(b.flip(0), LowRank(maps.left.flip(0), maps.right.flip(0)), initial).flip(0)
+        return low_rank_scan(b.flip(0), LowRankMaps(maps.left.flip(0), maps.right.flip(0)), initial).flip(0)
     with full_precision(b):
         return _scan_maps(b, maps, initial)
 
 
-def _scan_maps(b: Tensor, maps: LowRank, initial: Tensor) -> Tensor:
+def _scan_maps(b: Tensor, maps: LowRankMaps, initial: Tensor) -> Tensor:
     left, right = (t.to(torch.promote_types(b.dtype, torch.float32)) for t in maps)
     n_steps, width, rank = left.shape
     sums = torch.cat((initial[None].to(left.dtype), b.to(left.dtype))).cumsum_(0)  # c_0 .. c_N
@@ -109,10 +127,10 @@ class Secants(RunningFits):
             self.register_buffer(f"{way}_left", torch.zeros(n_blocks, width, rank))
             self.register_buffer(f"{way}_right", torch.eye(width)[:rank].repeat(n_blocks, 1, 1))
 
-    def maps(self, numbers: Sequence[int], way: str) -> LowRank:
+    def maps(self, numbers: Sequence[int], way: str) -> LowRankMaps:
         """Of the blocks of these numbers, ``way`` being ``"forward"`` or ``"backward"`` (of the transposed Jacobians)."""
         rows = torch.tensor([n - 1 for n in numbers], device=self.n_steps.device)
-        return LowRank(getattr(self, f"{way}_left")[rows], getattr(self, f"{way}_right")[rows])
+        return LowRankMaps(getattr(self, f"{way}_left")[rows], getattr(self, f"{way}_right")[rows])
 
     @staticmethod
     def sample(state: Tensor) -> Tensor:

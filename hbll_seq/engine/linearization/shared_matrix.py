@@ -14,16 +14,25 @@ Shapes: n chunks, B batch, H hidden width; states are rows.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from hbll_seq.engine.linearization.base import Linearization
 from hbll_seq.engine.linearization.regression import RunningFits, full_precision, ridge_factor
 from hbll_seq.engine.scan import shared_scan
 
 #: squarings of a map from whose size its spectral radius is taken.
 SQUARINGS = 8
+
+
+@dataclass(frozen=True)
+class SharedMatrix(Linearization):
+    """One learned matrix for all segments of time (a learned coarse propagator, as in parareal)."""
+
+    name: ClassVar[str] = "shared_matrix"
 
 
 class TimeSecants(RunningFits):

@@ -20,6 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hbll_seq.data import text_files
 from hbll_seq.data.pieces import split_lines
 from hbll_seq.data.text_division import N_SLOTS, SPLITS, Share, divide, part_of_files, part_of_rows
 from hbll_seq.data.text_files import (
@@ -35,7 +36,6 @@ from hbll_seq.data.text_files import (
     rows_with_text,
 )
 from hbll_seq.data.text_folder import find_folder, split_named
-from hbll_seq.data.tokens import text_files
 from hbll_seq.utils.integrity import sha256
 from hbll_seq.utils.reading import possible_name, quote, shorten
 

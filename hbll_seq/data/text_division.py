@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import BinaryIO, NamedTuple
 
+from hbll_seq.data import text_files
 from hbll_seq.data.text_files import DataFile
-from hbll_seq.data.tokens import text_files
 from hbll_seq.utils.reading import quote
 
 SPLITS = ("train", "validation", "test")

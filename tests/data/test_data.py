@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from hbll_seq.data import text_files
+from hbll_seq.data import tokens as data
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import TokenStream, load_tokenizer, load_tokens, text_files
-from hbll_seq.data.tokens import tokens as data
+from hbll_seq.data.tokens import TokenStream, load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from token_entries import entry, flip, load, same
 
+from hbll_seq.data import token_cache
 from hbll_seq.data.file_tokens import FileTokens
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import TokenStream, token_cache
+from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.training.recurrent_comparison import StreamProblem
 

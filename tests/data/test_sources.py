@@ -17,8 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hbll_seq.data import sources, text_files
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import TokenStream, load_tokens, sources, text_files
+from hbll_seq.data.tokens import TokenStream, load_tokens
 
 BUNDLED = {
     "train": ("train", 10_797_148, 2_088_628, 600),

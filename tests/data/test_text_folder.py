@@ -9,8 +9,8 @@ from pathlib import Path
 import kill_and_resume as kr
 import pytest
 
+from hbll_seq.data import sources
 from hbll_seq.data.sources import open_corpus
-from hbll_seq.data.tokens import sources
 
 
 def text_of(source: str | Path, split: str, column: str = "text") -> str:

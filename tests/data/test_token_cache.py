@@ -17,10 +17,11 @@ import pytest
 from filelock import FileLock
 from token_entries import entry, flip, load, same
 
+from hbll_seq.data import token_cache
+from hbll_seq.data import tokens as data
 from hbll_seq.data.sources import Corpus
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import load_tokenizer, token_cache
-from hbll_seq.data.tokens import tokens as data
+from hbll_seq.data.tokens import load_tokenizer
 
 
 def change_meta(folder: Path, **values: object) -> None:
@@ -245,7 +246,7 @@ KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
-from hbll_seq import data
+from hbll_seq.data import tokens as data
 from hbll_seq.data.tokenizer import Tokenizer
 
 data.BATCH_CHARS = 500

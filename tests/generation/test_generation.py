@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.generation import decoding as generation
 from hbll_seq.generation.decoding import decode_one_token, prefill, sample
-from hbll_seq.generation.decoding import decoding as generation
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,9 +198,14 @@ def make_all(folder: Path, kind: str = "svg") -> list[Path]:
     return written
 
 
-if __name__ == "__main__":
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the files (default: the script's own)")
     parser.add_argument("--kind", choices=("svg", "png"), default="svg", help="png: to look at (default: svg)")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse(None)
     print(*make_all(args.output, args.kind), sep="\n")

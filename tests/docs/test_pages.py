@@ -112,3 +112,11 @@ def test_pictures_are_drawn_alike_twice_and_for_both_backgrounds(tmp_path, monke
     assert all(
         f"{name}-{theme}.svg" in {path.name for path in first} for name in module.PICTURES for theme in ("light", "dark")
     )
+
+
+def test_code_names_no_section_that_left_the_readme():
+    """They are in docs/results.md and docs/lab-log.md."""
+    files = [*CODE, *(ROOT / "train" / "presets").glob("*.yaml")]
+    left = re.compile(r'README, "?(What we tried|Results)|see README')
+    own = ROOT / "tests" / "docs" / "test_pages.py"
+    assert [named(path) for path in files if path != own and left.search(path.read_text("utf-8"))] == []

@@ -1,20 +1,22 @@
 """Sequence models trained without backpropagation through depth or time, and run at the depth you choose."""
 
-from hbll_seq.cells import make_cell
-from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
-from hbll_seq.config import HBLLConfig
-from hbll_seq.data import TokenStream, TokenWindows, load_tokens
-from hbll_seq.depth import DepthHierarchy
-from hbll_seq.evaluation import evaluate_paths
-from hbll_seq.generation import generate
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, ObjectiveOutput
-from hbll_seq.recurrent_model import RecurrentLM, RecurrentModel
-from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentOutput
-from hbll_seq.recurrent_tree import RecurrentTree
-from hbll_seq.tokenizer import Tokenizer
-from hbll_seq.tree import DyadicTree
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import TokenStream, load_tokens
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.evaluation.perplexity import evaluate_paths
+from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.generate import generate
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
+from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import ObjectiveOutput
+from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentOutput
+from hbll_seq.tree.topology import DyadicTree
 
 __version__ = "0.1.0"
 

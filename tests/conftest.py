@@ -13,7 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from hbll_seq.tokenizer import Tokenizer  # noqa: E402
+from hbll_seq.data.tokenizer import Tokenizer  # noqa: E402
 from hbll_seq.training import checkpoint as ck  # noqa: E402
 
 torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hbll_seq.integrity import SUMS_NAME, format_sums
+from hbll_seq.utils.integrity import SUMS_NAME, format_sums
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train" / "lm.py"

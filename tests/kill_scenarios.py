@@ -21,10 +21,10 @@ from kill_points import Run, Scenario
 from kill_watch import Outcome, Worker
 from safetensors.torch import save_file
 
-from hbll_seq.config import HBLLConfig
-from hbll_seq.data import load_tokenizer, load_tokens
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokenizer, load_tokens
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training.checkpoint import list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.trainer import Trainer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hbll_seq.data import TokenStream, load_tokens
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import TokenStream, load_tokens
 
 
 def load(text: str, tokenizer: Tokenizer, cache: Path) -> TokenStream:

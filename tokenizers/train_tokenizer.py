@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from hbll_seq.console import forgiving_output, say
-from hbll_seq.reading import possible_name, quote
-from hbll_seq.sources import open_corpus
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.sources import open_corpus
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.utils.console import forgiving_output, say
+from hbll_seq.utils.reading import possible_name, quote
 
 SAMPLE_LINES = 5000  # of the validation split, to report how well the tokenizer compresses
 

@@ -16,7 +16,8 @@ The first one is compared: parameter gradients are the same for every form, and 
 On a GPU it is the allocator's count. On a CPU every storage that an operation returns is counted from its making to its
 end; what a kernel allocates and frees inside itself is not seen.
 
-Span and work are counted, not timed (``hbll_seq.span``): of small residual blocks in the same form at the same depth.
+Span and work are counted, not timed (``hbll_seq.evaluation.span``): of small residual blocks in the same form and
+depth.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.config import HBLLConfig
-from hbll_seq.depth import DepthHierarchy
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import GRAPHS, BackpropObjective, Objective
-from hbll_seq.span import measure_span, small_hierarchy
+from hbll_seq.evaluation.span import measure_span, small_hierarchy
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import GRAPHS, Objective
+from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.plots import new_figure, save_figure
+from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMES = ("backprop", "sweeps", "tree")

@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
-from hbll_seq.mnist import load_mnist
-from hbll_seq.secants import ridge_factor
-from hbll_seq.time_secants import TimeSecants
-from hbll_seq.time_sweeps import forward_time_sweeps
+from hbll_seq.chains.time import forward_time_sweeps
+from hbll_seq.data.mnist import load_mnist
+from hbll_seq.engine.linearization.regression import ridge_factor
+from hbll_seq.engine.linearization.shared_matrix import TimeSecants
+from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.training.classification import Length, train_classifier
 from hbll_seq.training.recurrent_sides import RecurrentSide
+from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 PERMUTATION_SEED = 0  # as in seqmnist.py

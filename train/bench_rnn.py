@@ -38,17 +38,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.cells.recurrent import CELL_KINDS, ElmanCell, GRUCell, make_cell
-from hbll_seq.recurrent_model import RecurrentModel
-from hbll_seq.recurrent_objective import (
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.layers.recurrent import CELL_KINDS, ElmanCell, GRUCell, make_cell
+from hbll_seq.models.recurrent import RecurrentModel
+from hbll_seq.objectives.recurrent import (
     RecurrentBackpropObjective,
     RecurrentLocalObjective,
     RecurrentObjective,
     RecurrentOutput,
 )
-from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.training.plots import new_figure, save_figure
+from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 N_PIXELS, N_CLASSES = 784, 10

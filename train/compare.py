@@ -31,11 +31,12 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 
 import torch
 
-from hbll_seq.config import CELLS, HBLLConfig
-from hbll_seq.data import TokenWindows, load_tokens
-from hbll_seq.mix import DEFAULT_MIX, MIXES
-from hbll_seq.tasks import make_task
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tasks import make_task
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokens
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.models.config import CELLS, HBLLConfig
+from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIXES
 from hbll_seq.training.comparison import Problem, Shape, TaskProblem, TextProblem, train
 from hbll_seq.training.plots import plot_comparison
 from hbll_seq.training.results import Results, deepest, tune

@@ -29,10 +29,10 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import numpy as np
 import torch
 
-from hbll_seq.cells.recurrent import CELL_KINDS
-from hbll_seq.data import load_tokens
-from hbll_seq.sources import open_corpus
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.sources import open_corpus
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokens
+from hbll_seq.layers.recurrent import CELL_KINDS
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.recurrent_comparison import (
     CopyProblem,

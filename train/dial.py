@@ -29,16 +29,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.config import HBLLConfig
-from hbll_seq.data import TokenWindows, load_tokens
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, Objective
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokens
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = dict(steps=30, warmup_steps=5, n_level=2, n_embd=64, block_size=64, train_sweeps=1, train_corrections=1,

@@ -26,16 +26,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from hbll_seq.config import HBLLConfig
-from hbll_seq.console import forgiving_output, is_first_process, say
-from hbll_seq.data import TokenWindows, load_tokenizer, load_tokens
-from hbll_seq.evaluation import default_paths, evaluate_paths, format_table
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, Objective
-from hbll_seq.reading import shorten, to_json
-from hbll_seq.sources import describe_source
-from hbll_seq.tokenizer import Tokenizer
+from hbll_seq.data.sources import describe_source
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokenizer, load_tokens
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.evaluation.perplexity import default_paths, evaluate_paths, format_table
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import (
     check_memory,
@@ -77,7 +77,9 @@ from hbll_seq.training.run_lock import FolderLock
 from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset, resolve
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import Stopped, Trainer, append_line
-from hbll_seq.tree import DyadicTree
+from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.utils.console import forgiving_output, is_first_process, say
+from hbll_seq.utils.reading import shorten, to_json
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 EPILOG = """\

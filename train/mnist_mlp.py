@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hbll_seq.depth import DepthHierarchy
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.mnist import load_mnist
-from hbll_seq.objective import BackpropObjective
+from hbll_seq.data.mnist import load_mnist
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.local import LocalObjective
 
 
 def sigmoid_mlp(n_layers: int, width: int, n_classes: int = 10) -> DepthHierarchy:

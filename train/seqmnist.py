@@ -38,14 +38,14 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import torch
 from torch import Tensor
 
-from hbll_seq.atomic import whole_folder
-from hbll_seq.cells.recurrent import CELL_KINDS
-from hbll_seq.classifier import HBLLClassifierConfig
-from hbll_seq.mnist import load_mnist
-from hbll_seq.recurrent_objective import RECURRENT_LINEARIZATIONS
+from hbll_seq.data.mnist import load_mnist
+from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.models.sequence_classification import HBLLClassifierConfig
+from hbll_seq.objectives.recurrent import RECURRENT_LINEARIZATIONS
 from hbll_seq.training.classification import Length, train_classifier
 from hbll_seq.training.recurrent_sides import DEFAULTS, INITS, RecurrentSide, check_rate, dial_of
 from hbll_seq.training.results import Results, tune
+from hbll_seq.utils.atomic import whole_folder
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=4"]

@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hbll_seq.atomic import ASIDE, atomic_write, fsync
-from hbll_seq.console import is_first_process, say
-from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
-from hbll_seq.reading import check_regular, parse_json, quote, read_bytes, shorten
-from hbll_seq.tensors import first_not_finite, module_tensors
+from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
+from hbll_seq.utils.console import is_first_process, say
+from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.utils.reading import check_regular, parse_json, quote, read_bytes, shorten
+from hbll_seq.utils.tensors import first_not_finite, module_tensors
 
 FORMAT = 2
 _WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json

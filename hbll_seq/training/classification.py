@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
-from hbll_seq.recurrent_objective import RecurrentBackpropObjective
-from hbll_seq.recurrent_tree import RecurrentTree
-from hbll_seq.seeds import mix_seeds
-from hbll_seq.tensors import first_not_finite, module_tensors
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective
 from hbll_seq.training.comparison import fidelity, now
 from hbll_seq.training.recurrent_sides import RecurrentSide
 from hbll_seq.training.trainer import learning_rate
+from hbll_seq.utils.seeds import mix_seeds
+from hbll_seq.utils.tensors import first_not_finite, module_tensors
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from hbll_seq.reading import shorten
 from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset
+from hbll_seq.utils.reading import shorten
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hbll_seq.config import HBLLConfig
-from hbll_seq.data import TokenWindows
-from hbll_seq.evaluation import evaluate_paths
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective
-from hbll_seq.tasks import Task, count_correct
+from hbll_seq.data.tasks import Task, count_correct
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.evaluation.perplexity import evaluate_paths
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.training.settings import TrainingSettings, block_cells
 from hbll_seq.training.sides import Side
 from hbll_seq.training.trainer import learning_rate, make_optimizer

@@ -22,10 +22,10 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from hbll_seq.config import HBLLConfig
-from hbll_seq.console import is_first_process, say
-from hbll_seq.reading import quote, shorten
+from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.utils.console import is_first_process, say
+from hbll_seq.utils.reading import quote, shorten
 
 if torch.distributed.is_available():
     import torch.distributed.nn  # noqa: F401  its default arguments keep the process group that exists when it is imported

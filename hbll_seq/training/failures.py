@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from hbll_seq.reading import quote, shorten
+from hbll_seq.utils.reading import quote, shorten
 
 
 class RunFailed(RuntimeError):

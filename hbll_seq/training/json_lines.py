@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from hbll_seq.atomic import atomic_write, fsync
-from hbll_seq.console import say
-from hbll_seq.reading import check_regular, open_regular, parse_json, to_json
+from hbll_seq.utils.atomic import atomic_write, fsync
+from hbll_seq.utils.console import say
+from hbll_seq.utils.reading import check_regular, open_regular, parse_json, to_json
 
 #: bytes of a line that are read at most; an evaluation's line holds the sampled text.
 MAX_LINE = 1 << 24

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from hbll_seq.reading import possible_name, quote
+from hbll_seq.utils.reading import possible_name, quote
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}

@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.console import printable, say
-from hbll_seq.reading import shorten
+from hbll_seq.utils.atomic import atomic_write
+from hbll_seq.utils.console import printable, say
+from hbll_seq.utils.reading import shorten
 
 
 def plot_training_curve(

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hbll_seq.cells.recurrent import make_cell
-from hbll_seq.posterior import IGNORE_INDEX
-from hbll_seq.recurrent_model import RecurrentLM
-from hbll_seq.recurrent_objective import RecurrentBackpropObjective
-from hbll_seq.seeds import mix_seeds
-from hbll_seq.tasks import SPLITS
+from hbll_seq.data.tasks import SPLITS
+from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.models.recurrent import RecurrentLM
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective
 from hbll_seq.training.comparison import fidelity, now
 from hbll_seq.training.recurrent_sides import RecurrentSide
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.tree.posterior import IGNORE_INDEX
+from hbll_seq.utils.seeds import mix_seeds
 
 # ------------------------------------------------------------------------------------------------------------ problems
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hbll_seq.cells.recurrent import make_cell
-from hbll_seq.recurrent_model import RecurrentModel
-from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
-from hbll_seq.recurrent_tree import RecurrentTree
-from hbll_seq.time_sweeps import TIME_INITS
+from hbll_seq.chains.time import TIME_INITS
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.models.recurrent import RecurrentModel
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
 from hbll_seq.training.sides import parse_options
 
 #: shape of a tree, which RecurrentTree takes; all other options are the objective's own.

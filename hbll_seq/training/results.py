@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hbll_seq.atomic import atomic_write
+from hbll_seq.utils.atomic import atomic_write
 
 
 class Results:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hbll_seq.console import is_first_process, say
-from hbll_seq.reading import quote, shorten
 from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
 from hbll_seq.training.run_record import CHECKPOINTS
 from hbll_seq.training.run_state import check_run_state
@@ -31,6 +29,8 @@ from hbll_seq.training.settings import (
     read_preset,
     resolve,
 )
+from hbll_seq.utils.console import is_first_process, say
+from hbll_seq.utils.reading import quote, shorten
 
 NEWEST = -1  # of the checkpoints
 

@@ -8,10 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hbll_seq.atomic import atomic_write, roll_back, sweep
-from hbll_seq.console import say
-from hbll_seq.model_files import CARD_NAME, REPLACED
-from hbll_seq.reading import quote
+from hbll_seq.models.model_files import CARD_NAME, REPLACED
 from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
 from hbll_seq.training.failures import cannot_write
 from hbll_seq.training.run_record import (
@@ -34,6 +31,9 @@ from hbll_seq.training.run_record import (
     summary_is_valid,
 )
 from hbll_seq.training.settings import TrainingSettings, names_file
+from hbll_seq.utils.atomic import atomic_write, roll_back, sweep
+from hbll_seq.utils.console import say
+from hbll_seq.utils.reading import quote
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
            "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]  # fmt: skip

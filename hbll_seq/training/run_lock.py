@@ -18,9 +18,9 @@ from typing import Any
 
 import filelock
 
-from hbll_seq.console import say
-from hbll_seq.reading import parse_json, quote
 from hbll_seq.training.failures import cannot_write
+from hbll_seq.utils.console import say
+from hbll_seq.utils.reading import parse_json, quote
 
 try:
     import fcntl

@@ -16,15 +16,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hbll_seq.atomic import atomic_write
-from hbll_seq.config import HBLLConfig
-from hbll_seq.integrity import SUMS_NAME, read_sums, sha256
-from hbll_seq.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
-from hbll_seq.model_files import METRICS_NAME as SUMMARY
-from hbll_seq.reading import read_bytes, read_json, read_yaml, to_json
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from hbll_seq.models.model_files import METRICS_NAME as SUMMARY
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
-from hbll_seq.values import number_or_none
+from hbll_seq.utils.atomic import atomic_write
+from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.utils.reading import read_bytes, read_json, read_yaml, to_json
+from hbll_seq.utils.values import number_or_none
 
 RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"

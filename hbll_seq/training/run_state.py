@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hbll_seq.depth import Prefix
-from hbll_seq.reading import quote
+from hbll_seq.chains.depth import Prefix
 from hbll_seq.training.checkpoint import CheckpointError
 from hbll_seq.training.random_state import check_rng_state
+from hbll_seq.utils.reading import quote
 
 _TEXTS = ("preset", "precision", "device", "tokenizer", "data")
 _COUNTS = ("num_processes", "threads")

@@ -17,17 +17,17 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.config import CELLS
-from hbll_seq.mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
-from hbll_seq.objective import GRAPHS
-from hbll_seq.reading import possible_name, quote, read_yaml, shorten
-from hbll_seq.readout import READOUTS
-from hbll_seq.secants import SECANT_RANK
-from hbll_seq.sweeps import INITS
-from hbll_seq.time_layer import TimeOptions
-from hbll_seq.time_sweeps import TIME_LINEARIZATIONS
+from hbll_seq.chains.layer import TimeOptions
+from hbll_seq.chains.time import TIME_LINEARIZATIONS
+from hbll_seq.engine.linearization.low_rank import SECANT_RANK
+from hbll_seq.engine.solve import INITS
+from hbll_seq.models.config import CELLS
+from hbll_seq.models.exits import READOUTS
+from hbll_seq.objectives.base import GRAPHS
+from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.training.option_values import PRECISIONS, check_range, coerce, expand_path
-from hbll_seq.tree import PATH_FAMILIES
+from hbll_seq.tree.topology import PATH_FAMILIES
+from hbll_seq.utils.reading import possible_name, quote, read_yaml, shorten
 
 DEFAULT_PRESET = "small"
 #: settings that may name a file or folder

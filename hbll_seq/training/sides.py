@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from hbll_seq.config import HBLLConfig
-from hbll_seq.depth import DepthChain, DepthHierarchy
-from hbll_seq.evaluation import default_paths
-from hbll_seq.local_objective import LocalObjective
-from hbll_seq.mix import OF_PREFIXES
-from hbll_seq.model import HBLLForCausalLM
-from hbll_seq.objective import BackpropObjective, Objective
-from hbll_seq.span import measure_span, small_hierarchy
+from hbll_seq.chains.depth import DepthChain
+from hbll_seq.evaluation.perplexity import default_paths
+from hbll_seq.evaluation.span import measure_span, small_hierarchy
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.depth_mix import OF_PREFIXES
+from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.settings import block_cells
 
 _TYPES = {"sweeps": int, "corrections": int, "chunk": int, "secant_rank": int, "depth": int, "readout_rank": int,

@@ -19,10 +19,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
-from hbll_seq.data import TokenWindows
-from hbll_seq.depth import Prefix
-from hbll_seq.reading import quote, shorten
-from hbll_seq.tensors import module_tensors
+from hbll_seq.chains.depth import Prefix
+from hbll_seq.data.windows import TokenWindows
 from hbll_seq.training.checkpoint import (
     CheckpointError,
     check_module,
@@ -40,6 +38,8 @@ from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
+from hbll_seq.utils.reading import quote, shorten
+from hbll_seq.utils.tensors import module_tensors
 
 States = dict[Prefix, torch.Tensor]
 #: seconds between two flushes of metrics.jsonl to the disk, beside the one before each checkpoint.

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from hbll_seq import load_tokens
-from hbll_seq.data import load_tokenizer
+from hbll_seq.data.tokens import load_tokenizer
 
 from . import documents, files
 from .oracle import Case, Violation

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification, Tokenizer
-from hbll_seq.integrity import SUMS_NAME
+from hbll_seq.utils.integrity import SUMS_NAME
 
 from . import documents, files
 from .oracle import Case, Violation

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification, Tokenizer, load_tokens
-from hbll_seq.data import load_tokenizer
-from hbll_seq.integrity import SUMS_NAME, format_sums, read_sums
+from hbll_seq.data.tokens import load_tokenizer
+from hbll_seq.utils.integrity import SUMS_NAME, format_sums, read_sums
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import kill_and_resume as kr  # noqa: E402

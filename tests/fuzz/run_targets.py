@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.integrity import SUMS_NAME
-from hbll_seq.reading import read_json
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.utils.integrity import SUMS_NAME
+from hbll_seq.utils.reading import read_json
 
 from . import documents, files
 from .oracle import Case, Violation

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from hbll_seq import HBLLForCausalLM, Tokenizer, TokenWindows, generate, load_tokens
-from hbll_seq.data import TokenStream
-from hbll_seq.hub import find_latest_run
+from hbll_seq.data.tokens import TokenStream
+from hbll_seq.models.hub import find_latest_run
 
 from .oracle import Case, Violation
 from .reference import PROMPT, Reference

@@ -1,0 +1,1 @@
+"""Layers as chains for the engine: over depth, over time, and both."""

@@ -1,0 +1,81 @@
+"""The hierarchy over depth: any list of blocks between an embedding and a head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hbll_seq.engine.chain import Chain
+from hbll_seq.layers.base import Cell
+from hbll_seq.layers.recurrent import RecurrentState
+from hbll_seq.layers.recurrent_block import RecurrentBlock
+from hbll_seq.utils.modules import plain_module
+from hbll_seq.utils.seeds import fork_rng_of, mix_seeds
+
+#: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
+#: path and z_3 on another (method.md 1.4).
+Prefix = tuple[int, ...]
+
+
+def prefixes(path: Sequence[int]) -> list[Prefix]:
+    """The beginnings of a path, the shortest first and the path itself last."""
+    return [tuple(path[:i]) for i in range(1, len(path) + 1)]
+
+
+class DepthChain(Chain):
+    """The blocks as transitions; f_n is ``blocks[n - 1]``.
+
+    A transition is named by its block's number n, or by the blocks walked up to it, a :data:`Prefix` that ends in n. With
+    the latter, recurrent blocks start from the state carried for it and leave their last one in ``last``; with a number
+    they start from zero.
+
+    The blocks of one call do not depend on each other. On one device they are queued one after the other here.
+
+    Args:
+        blocks: f_1, f_2, ..
+        dropout_seed: each block draws the same dropout at all its evaluations: a sweep refines a state, not its noise. None
+            draws from torch's global generator.
+        carried: states [B, C] that recurrent blocks start from; none is zero.
+
+    Attributes:
+        last: states [B, C] after the last token, detached, of what was evaluated.
+    """
+
+    def __init__(
+        self, blocks: nn.ModuleList, dropout_seed: int | None = None, carried: Mapping[Prefix, Tensor] | None = None
+    ):
+        self.blocks, self.dropout_seed, self.carried = blocks, dropout_seed, dict(carried or {})
+        self.last: dict[Prefix, Tensor] = {}
+
+    def apply(self, indices: Sequence[Prefix | int], states: Sequence[Tensor]) -> list[Tensor]:
+        """See :meth:`Chain.apply`; states are [batch, ..., width]."""
+        calls = [self.bind(index) for index in indices]
+        return [call(state) for call, state in zip(calls, states)]
+
+    def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
+        """See :meth:`Chain.bind`."""
+        return lambda state: self._run(index, state)
+
+    def _run(self, index: Prefix | int, state: Tensor, *hints: Tensor | None) -> Tensor:
+        n = self.number(index)
+        block = self.blocks[n - 1]
+        kind = plain_module(block)
+        with fork_rng_of(state) if self.dropout_seed is not None else contextlib.nullcontext():
+            if self.dropout_seed is not None:
+                torch.manual_seed(mix_seeds(self.dropout_seed, n))
+            if isinstance(kind, RecurrentBlock):
+                return self._recurrence(block, index, state, *hints)
+            return block(state)[0] if isinstance(kind, Cell) else block(state)
+
+    def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor) -> Tensor:
+        output, state = block(x, RecurrentState(self.carried.get(index)))
+        self._keep(index, state.hidden)
+        return output
+
+    def _keep(self, index: Prefix | int, state: Tensor) -> None:
+        if isinstance(index, tuple):
+            self.last[index] = state.detach().clone()  # a row of all states, which a view would keep alive
+

@@ -1,0 +1,1 @@
+"""Text, tokens, windows, and synthetic tasks."""

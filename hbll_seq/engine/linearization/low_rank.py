@@ -1,0 +1,161 @@
+"""Learned stand-ins for the Jacobians of residual blocks: the identity plus a low-rank map, from secants.
+
+Between two sweeps a block is evaluated at two estimates of its input. What its output changed by beyond the input's own
+change is a secant of its residual branch, which costs nothing to look at; a linear map fitted to many of them stands for the
+branch's Jacobian between later sweeps (a quasi-Newton method whose Jacobians are regressions over tokens and steps:
+Broyden's idea, with one map for all positions). A few directions carry nearly all that such a map can say, so it is kept at
+low rank r, and a chain of maps ``A_n = I + U_n V_n`` is composed by one cumulative sum, one small linear solve that all
+positions share, and another sum: no more span than the identity's.
+
+Shapes: N transitions, C width, r rank; states are rows, ``[..., C]``, so a map is ``x + (x @ left) @ right``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.engine.linearization.regression import RunningFits, full_precision, ridge_factor
+from hbll_seq.utils.options import check_options, option
+
+#: rank of the learned maps; more explains hardly more (README, "What we tried").
+SECANT_RANK = 8
+#: of the positions of a step every so manyth is looked at; prime to most window lengths, so that rows differ.
+STRIDE = 5
+#: steps of subspace iteration a fit; it goes on from the last fit's directions.
+ITERATIONS = 2
+
+
+@dataclass(frozen=True)
+class LowRank(Linearization):
+    """The identity plus a learned map of low rank for each transition (Broyden-like), over depth.
+
+    Attributes:
+        rank: of the maps; None is ``SECANT_RANK``, or the width where that is less.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    rank: int | None = option(None, "rank of the learned maps", low=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+
+class LowRankMaps(NamedTuple):
+    """The maps ``x -> x + (x @ left_n) @ right_n`` of N transitions: left [N, C, r], right [N, r, C]."""
+
+    left: Tensor
+    right: Tensor
+
+    def between(self, low: int, high: int | None = None) -> LowRankMaps:
+        """Those of the transitions low .. high - 1."""
+        return LowRankMaps(self.left[low:high], self.right[low:high])
+
+    def branch(self, n: int, x: Tensor) -> Tensor:
+        """``(x @ left_n) @ right_n``, what the n-th map adds to ``x`` [..., C]."""
+        work = torch.promote_types(x.dtype, torch.float32)
+        with full_precision(x):
+            return ((x.to(work) @ self.left[n].to(work)) @ self.right[n].to(work)).to(x.dtype)
+
+
+def low_rank_scan(b: Tensor, maps: LowRankMaps, initial: Tensor, *, reverse: bool = False) -> Tensor:
+    """All s_n of ``s_n = A_n s_{n-1} + b_n`` with s_0 = ``initial``, and A_n the n-th map.
+
+    With c_n the sums of b alone, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear system
+    of N r unknowns whose matrix is the same at all positions and triangular.
+
+    Args:
+        b: [N, ..., C].
+        maps: one per transition.
+        initial: [..., C].
+        reverse: from the end, ``s_n = A_n s_{n+1} + b_n``.
+
+    Returns:
+        [N, ..., C] in the dtype of ``b``.
+    """
+    if reverse:
+        return low_rank_scan(b.flip(0), LowRankMaps(maps.left.flip(0), maps.right.flip(0)), initial).flip(0)
+    with full_precision(b):
+        return _scan_maps(b, maps, initial)
+
+
+def _scan_maps(b: Tensor, maps: LowRankMaps, initial: Tensor) -> Tensor:
+    left, right = (t.to(torch.promote_types(b.dtype, torch.float32)) for t in maps)
+    n_steps, width, rank = left.shape
+    sums = torch.cat((initial[None].to(left.dtype), b.to(left.dtype))).cumsum_(0)  # c_0 .. c_N
+    seen = torch.einsum("n...c,ncr->...nr", sums[:-1], left).flatten(-2)  # c_{n-1} left_n
+    coupling = torch.einsum("mrc,ncs->mrns", right, left)
+    later = torch.arange(n_steps, device=b.device)
+    coupling = coupling * (later[:, None, None, None] < later[None, None, :, None])
+    coupling = coupling.reshape(n_steps * rank, n_steps * rank)
+    identity = torch.eye(n_steps * rank, dtype=left.dtype, device=b.device)
+    solved = torch.linalg.solve_triangular(identity - coupling, identity, upper=True)
+    v = (seen @ solved).unflatten(-1, (n_steps, rank))
+    added = torch.einsum("...nr,nrc->n...c", v, right).cumsum_(0)
+    return added.add_(sums[1:]).to(b.dtype)
+
+
+class Secants(RunningFits):
+    """Running regressions of every block's branch on the change of its input, and of its transpose on messages.
+
+    Buffers hold 4 C^2 numbers a block.
+
+    Args:
+        n_blocks: blocks, numbered from 1.
+        width: C.
+        rank: r; None is ``SECANT_RANK``, or C where that is less.
+        decay, every: see :class:`RunningFits`.
+
+    Raises:
+        ValueError: the rank does not lie in 1 .. width, or another argument is out of range.
+    """
+
+    def __init__(self, n_blocks: int, width: int, rank: int | None = None, *, decay: float = 0.98, every: int = 10):
+        super().__init__(decay, every)
+        rank = min(SECANT_RANK, width) if rank is None else rank
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
+            raise ValueError(f"rank={rank!r}: must be a whole number from 1 to the width of the states, {width}")
+        self.rank = rank
+        for way in ("forward", "backward"):
+            self.register_buffer(f"{way}_change", torch.zeros(n_blocks, width, width))
+            self.register_buffer(f"{way}_response", torch.zeros(n_blocks, width, width))
+            self.register_buffer(f"{way}_left", torch.zeros(n_blocks, width, rank))
+            self.register_buffer(f"{way}_right", torch.eye(width)[:rank].repeat(n_blocks, 1, 1))
+
+    def maps(self, numbers: Sequence[int], way: str) -> LowRankMaps:
+        """Of the blocks of these numbers, ``way`` being ``"forward"`` or ``"backward"`` (of the transposed Jacobians)."""
+        rows = torch.tensor([n - 1 for n in numbers], device=self.n_steps.device)
+        return LowRankMaps(getattr(self, f"{way}_left")[rows], getattr(self, f"{way}_right")[rows])
+
+    @staticmethod
+    def sample(state: Tensor) -> Tensor:
+        """Some positions of a state [..., C], [n, C] in float32: a copy, since sweeps go on to work in place."""
+        return state.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def observe(self, number: int, way: str, change: Tensor, response: Tensor) -> None:
+        """A block's branch responds to ``change`` [n, C] with ``response`` [n, C]."""
+        moments = (getattr(self, f"{way}_{name}")[number - 1] for name in ("change", "response"))
+        self._average(change, response, *moments)
+
+    @property
+    def looks_at_last(self) -> bool:
+        """Whether this step is to evaluate the last block once more, whose output no sweep needs: one in ``every``."""
+        return int(self.n_steps) % self.every == 0
+
+    def _fit(self, way: str) -> None:
+        change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))
+        left, right = (getattr(self, f"{way}_{name}") for name in ("left", "right"))
+        factor, sound = ridge_factor(change)
+        # Reduced-rank regression: of the whole map W = (X^T X)^-1 X^T Y the part within the r directions of the response
+        # that it explains most of, the leading eigenvectors of W^T X^T X W; found by iteration from the last fit's.
+        kept = right.double().mT
+        for _ in range(ITERATIONS):
+            kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]
+        left.copy_(torch.where(sound, torch.cholesky_solve(response @ kept, factor), left))
+        right.copy_(torch.where(sound, kept.mT, right))

@@ -1,0 +1,76 @@
+"""Running regressions: what the learned Jacobian approximations share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """No autocast inside: its products would round what sums and solves have to keep."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class RunningFits(nn.Module, ABC):
+    """What learned stand-ins share: second moments averaged over steps, in buffers, and maps fitted to them now and then.
+
+    The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
+    train, DistributedDataParallel gives all of them the first one's whenever it synchronises; that one learns from its own
+    text alone. A look that holds a NaN or an infinity teaches nothing.
+
+    Args:
+        decay: of the averages, per look.
+        every: steps (micro batches) between two fits.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, decay: float, every: int):
+        super().__init__()
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1 or not 0 < decay < 1:
+            raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
+        self.decay, self.every = decay, every
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn, *args, **kwargs):
+        """Moves as modules do, but never to half precision, in which moments cannot be solved."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+    @torch.no_grad()
+    def _average(self, change: Tensor, response: Tensor, *moments: Tensor) -> None:
+        """Takes the second moments of ``change`` [n, C] and of it with ``response`` [n, C] into the averages."""
+        with full_precision(change):
+            values = [value / len(change) for value in (change.T @ change, change.T @ response)]
+            # a tensor that nothing asks for its value, so that no GPU is waited for
+            finite = torch.isfinite(values[0]).all() & torch.isfinite(values[1]).all()
+            for average, value in zip(moments, values):
+                average.copy_(torch.where(finite, average.lerp(value.to(average.dtype), 1.0 - self.decay), average))
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Fits the maps anew when it is time."""
+        self.n_steps += 1
+        if int(self.n_steps) % self.every:
+            return
+        with full_precision(self.n_steps):
+            for way in ("forward", "backward"):
+                self._fit(way)
+
+    @abstractmethod
+    def _fit(self, way: str) -> None:
+        """Fits the maps of ``"forward"`` or ``"backward"`` to their moments."""
+
+
+def ridge_factor(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors of second moments [..., C, C] with a little added to their diagonals, and whether they are sound."""
+    ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
+    factor, failed = torch.linalg.cholesky_ex(change + ridge[..., None, None] * torch.eye(change.shape[-1]).to(change))
+    return factor, (failed == 0)[..., None, None]

@@ -1,0 +1,1 @@
+"""Perplexity by path, and the count of dependent evaluations."""

@@ -1,0 +1,119 @@
+"""Perplexity of a language model along paths of its hierarchy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hbll_seq.chains.depth import DepthChain
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.tree.posterior import Categorical
+from hbll_seq.utils.modules import evaluation_mode
+from hbll_seq.utils.values import as_flag, as_whole
+
+
+def default_paths(model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+    """The paths of a report: every depth up to 7, then the powers of two minus one, by name ``"depth k"``."""
+    n = model.tree.n_nodes
+    depths = [k for k in range(1, n + 1) if k <= 7 or k & (k + 1) == 0]
+    return {f"depth {k}": model.tree.path_for_depth(k) for k in depths}
+
+
+def evaluate_paths(
+    model: HBLLForCausalLM,
+    windows: TokenWindows,
+    paths: Mapping[str, Sequence[int]] | None = None,
+    *,
+    batch_size: int = 16,
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+    carry_state: bool = False,
+) -> list[dict]:
+    """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
+
+    Args:
+        model: the model; the training mode of each of its modules is restored afterwards.
+        windows: the split, packed.
+        paths: name -> block numbers; None takes :func:`default_paths`.
+        batch_size: windows per batch.
+        max_batches: stop after so many batches; None evaluates the whole split.
+        device: where the windows go; None takes the model's device.
+        carry_state: recurrent blocks go on from their states after the window before; the text is then read in
+            ``batch_size`` stretches side by side, each from zero; attention still looks back within its window only. False
+            starts every window from zero.
+
+    Returns:
+        One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
+        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one: with
+        ``max_batches`` an extrapolation), ``tokens`` that were scored.
+
+    Raises:
+        ValueError: an option is out of range, or states are to be carried and there are none.
+    """
+    batch_size, carry_state = as_whole("batch_size", batch_size, 1), as_flag("carry_state", carry_state)
+    if max_batches is not None:
+        max_batches = as_whole("max_batches", max_batches, 1, remedy=", or None for all")
+    if carry_state and not model.config.has_recurrence:
+        raise ValueError(f"carry_state=True with cell={model.config.cell!r}: only recurrent blocks have a state to carry")
+    paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
+    device = device if device is not None else next(model.parameters()).device
+    # Paths in lexicographic order share prefixes with their neighbours, as in a trie walked depth first.
+    order = sorted(paths.items(), key=lambda item: item[1])
+    nats, n_tokens, carried = dict.fromkeys(paths, 0.0), 0, {}
+    if carry_state:
+        limit = None if max_batches is None else max_batches * batch_size
+        batches = windows.contiguous_evaluation_batches(batch_size, limit)
+    else:
+        batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
+    with evaluation_mode(model):
+        for batch in batches:
+            # what is left over behind the last row is read alone, and goes on from there
+            chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
+            x, targets = model.prepare(batch.to(device))
+            n_tokens += targets.numel()
+            states = [((), model.embed(x))]  # (prefix, state), the current branch of the trie
+            for name, path in order:
+                while states[-1][0] != path[: len(states[-1][0])]:
+                    states.pop()
+                for n in path[len(states[-1][0]) :]:
+                    prefix, state = states[-1]
+                    states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
+                logits = model.read_out(states[-1][1], path)
+                nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
+            if carry_state:
+                carried = chain.last
+    if not n_tokens:
+        raise ValueError("no tokens were evaluated: max_batches must be at least 1")
+    tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)
+    return [
+        {
+            "name": name,
+            "path": list(path),
+            "depth": len(path),
+            "loss": nats[name] / n_tokens,
+            "perplexity": _exp(nats[name] / n_tokens),
+            "word_perplexity": _exp(nats[name] / n_tokens * tokens_per_word),
+            "tokens": n_tokens,
+        }
+        for name, path in paths.items()
+    ]
+
+
+def format_table(rows: list[dict]) -> str:
+    """The rows of :func:`evaluate_paths` as a table in plain text."""
+    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  path"]
+    for row in rows:
+        lines.append(
+            f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {row['word_perplexity']:>10.2f}  "
+            + "-".join(map(str, [0, *row["path"]]))
+            + "-head"
+        )
+    return "\n".join(lines)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf  # an untrained model must not end a run with OverflowError

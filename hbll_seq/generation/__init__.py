@@ -1,0 +1,1 @@
+"""Tokens drawn along any path: sampling, caches, decoding."""

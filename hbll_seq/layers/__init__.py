@@ -1,0 +1,1 @@
+"""Blocks and cells with plain arguments."""

@@ -1,0 +1,53 @@
+"""A recurrent layer as a block of the hierarchy over depth: the time x depth grid.
+
+Shapes: B batch, T tokens, C width of the stream and of the cell, G gates.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hbll_seq.layers.recurrent import RecurrentState, make_cell
+from hbll_seq.layers.residual import ResidualBlock, make_norm
+
+
+class RecurrentBlock(ResidualBlock):
+    """``x + out(cell(norm(x)))``, then ``+ mlp(norm(.))``: the Transformer block with a recurrence in place of attention.
+
+    Its memory is one vector [B, C], however long the text. ``forward`` walks the recurrence transition by transition:
+    differentiated it is backpropagation through time. Training by messages evaluates the same recurrence through
+    :meth:`enter` and :meth:`leave` (``time_layer.py``).
+
+    Args:
+        width: C, of the stream and of the cell.
+        kind: of the cell, see :func:`hbll_seq.layers.recurrent.make_cell`.
+        mlp_ratio: hidden width of the MLP in units of C; 0 leaves the branch out.
+        norm: one of ``residual.NORMS``.
+        dropout: probability of dropping a unit of a branch in training.
+    """
+
+    def __init__(self, width: int, kind: str, *, mlp_ratio: int = 4, norm: str = "rmsnorm", dropout: float = 0.0):
+        super().__init__()
+        self.norm_cell = make_norm(norm, width)
+        self.cell = make_cell(kind, width, width)
+        self.cell_out = nn.Linear(width, width, bias=False)
+        self._add_mlp(width, mlp_ratio, norm, dropout)
+        self._start([self.mlp_in] if self.has_mlp else [], [self.cell_out, *([self.mlp_out] if self.has_mlp else [])])
+
+    def initial_state(self, start: Tensor | None = None) -> RecurrentState:
+        """See :meth:`Cell.initial_state`."""
+        return self.cell.initial_state(start)
+
+    def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
+        """See :meth:`Cell.forward`."""
+        hidden, state = self.cell(self.norm_cell(x), state)
+        return self._add_branches(x, self.cell_out(hidden)), state
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the recurrence reads of ``x`` [B, T, C], time first [T, B, G * C], and the state zero [B, C] in its dtype."""
+        normed = self.norm_cell(x)
+        return self.cell.project(normed.transpose(0, 1)), normed.new_zeros((len(x), self.cell.hidden_size))
+
+    def leave(self, x: Tensor, states: Tensor) -> Tensor:
+        """The block's output [B, T, C] of its input ``x`` and the recurrence's states s_1 .. s_T, time first [T, B, C]."""
+        return self._add_branches(x, self.cell_out(states.transpose(0, 1)))

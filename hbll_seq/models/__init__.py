@@ -1,0 +1,1 @@
+"""Models with a configuration: what is saved, shared and deployed."""

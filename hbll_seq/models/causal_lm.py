@@ -1,0 +1,174 @@
+"""The language model: embedding, hierarchy of blocks, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.generation.decoding import GenerationMixin
+from hbll_seq.layers.attention import TransformerBlock
+from hbll_seq.layers.cross_entropy import linear_cross_entropy
+from hbll_seq.layers.recurrent_block import RecurrentBlock
+from hbll_seq.layers.residual import ResidualBlock, make_norm
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.exits import Readouts
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.models.hub import HubMixin
+from hbll_seq.models.model_card import CardText
+from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
+
+
+class CausalLMOutput(NamedTuple):
+    """``loss``: mean cross-entropy in nats per token, or None without labels; ``logits`` [B, T, V]."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token ids [B, T] -> vectors [B, T, C] of root mean square 1.
+
+    The rows are normalised on reading: then z_0 has the scale of the states that every block also reads, whatever the
+    tied head makes of the matrix.
+    """
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__(vocab_size, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``input_ids`` [B, T] of int64 -> [B, T, C]."""
+        return F.rms_norm(super().forward(input_ids), (self.embedding_dim,), eps=1e-8)
+
+
+class LMHead(nn.Module):
+    """Normalises a state and projects it onto the vocabulary: [..., C] -> logits [..., V]."""
+
+    def __init__(self, config: HBLLConfig, embedding: nn.Embedding):
+        super().__init__()
+        self.norm = make_norm(config.norm, config.n_embd)
+        self.projection = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.projection.weight = embedding.weight
+        else:
+            nn.init.zeros_(self.projection.weight)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """``state`` [..., C] -> logits [..., V]."""
+        return self.projection(self.norm(state))
+
+
+def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
+    """Block n = 1 .. ``config.n_layer`` of the kind that the configuration names for it."""
+    kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
+    if kind != "transformer":
+        return RecurrentBlock(config.n_embd, kind, **common)
+    return TransformerBlock(
+        config.n_embd, config.n_head, window=config.block_size, rope_base=config.rope_base, **common
+    )
+
+
+class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
+    """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
+
+    Args:
+        config: shape of the model.
+        tokenizer: needed for text in and text out; saved and loaded with the model.
+
+    Raises:
+        ValueError: the tokenizer has more pieces than the configuration has tokens.
+    """
+
+    config_class = HBLLConfig
+    has_tokenizer = True
+
+    def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces but vocab_size={config.vocab_size}: "
+                f"set vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
+            )
+        embed = TokenEmbedding(config.vocab_size, config.n_embd)
+        blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
+        super().__init__(
+            blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
+        )
+        self.readouts: Readouts | None = None
+        if config.readout_rank:
+            self.readouts = Readouts(self.tree, config.n_embd, config.readout_rank, config.readout_by)
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def prepare(self, inputs: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Token windows [B, T + 1] -> what is read [B, T] and the token that follows each position [B, T].
+
+        ``labels`` is as in :meth:`forward` and defaults to ``inputs``.
+
+        Raises:
+            ValueError: an id or label is outside the vocabulary, or shapes do not agree.
+        """
+        inputs = as_token_ids("inputs", inputs, self.config.vocab_size, self)
+        labels = shifted_labels(inputs, labels, self.config.vocab_size)
+        return inputs[:, :-1], labels[:, 1:]
+
+    def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
+        """See :meth:`DepthHierarchy.before_head`."""
+        return state if self.readouts is None else self.readouts(state, path)
+
+    def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
+        """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
+        if not isinstance(self.head, LMHead):  # wrapped, as to count its evaluations
+            return super().score(state, targets, path)
+        hidden = self.head.norm(self.before_head(state, path)).flatten(0, -2)
+        return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None
+    ) -> CausalLMOutput:
+        """The plain network along ``path`` (default: full).
+
+        Args:
+            input_ids: [B, T] of int64, or of another whole-number dtype.
+            labels: [B, T], the Hugging Face convention: the same ids again, shifted inside (position t is scored on
+                ``labels[:, t + 1]``), -100 where a position is not to be scored; where none is, the loss is 0.
+            path: block numbers in order, such as ``(4, 6, 7)``.
+
+        Raises:
+            ValueError: the path is not dyadic, an id is outside the vocabulary, or shapes do not agree.
+        """
+        input_ids = as_token_ids("input_ids", input_ids, self.config.vocab_size, self, empty=labels is None)
+        logits = self.run(input_ids, path)
+        if labels is None:
+            return CausalLMOutput(None, logits)
+        _, targets = self.prepare(input_ids, labels)
+        scored = logits[:, :-1].flatten(0, 1)
+        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))  # half precision would round the sum
+        total = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = total / self.n_scored(logits[:, :-1], targets)
+        return CausalLMOutput(loss, logits)
+
+    def n_parameters(self, path: Sequence[int] | None = None) -> int:
+        """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
+        parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
+        shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+        return shared + 2 * self.config.readout_rank * self.config.n_embd
+
+    def card_text(self) -> CardText:
+        """See :meth:`HubMixin.card_text`."""
+        n_layer, n_parameters = self.config.n_layer, sum(p.numel() for p in self.parameters())
+        about = (
+            f"A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any "
+            f"dyadic\npath of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks; "
+            "those that\nit was trained and measured as are listed below."
+        )
+        usage = f'print(model.generate("The history of the city", depth={min(3, n_layer)}, max_new_tokens=50))'
+        return CardText("text-generation", "HBLL language model", about, usage)
+
+    def extra_repr(self) -> str:
+        """The configuration, for ``print(model)``."""
+        return f"{self.config}"

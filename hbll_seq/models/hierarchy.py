@@ -1,0 +1,125 @@
+"""The hierarchy over depth: any list of blocks between an embedding and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from hbll_seq.chains.depth import DepthChain, Prefix
+from hbll_seq.layers.recurrent_block import RecurrentBlock
+from hbll_seq.tree.posterior import STATE_FAMILIES, TARGET_FAMILIES
+from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.utils.modules import plain_module
+from hbll_seq.utils.reading import quote
+from hbll_seq.utils.values import check_choice, whole_or_none
+
+
+class DepthHierarchy(nn.Module):
+    """``N - 1`` blocks of equal input and output width, an embedding before them and a prediction head behind.
+
+    Args:
+        blocks: ``2**D - 1`` modules, each a map of [batch, ..., width] to the same shape (or a :class:`Cell`).
+        head: module from a state to the parameters of ``p(y | z_{N-1})``, such as logits; shared by all depths.
+        embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
+        state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
+        default_paths: which path a depth names, ``"spine"`` or ``"prefix"``; see :meth:`DyadicTree.path_for_depth`.
+        width: of the states; only ``linearization="secant"`` asks for it.
+        target_family: what y is and the head predicts: ``"categorical"`` (class numbers, logits), ``"gaussian"`` (vectors,
+            their means) or ``"bernoulli"`` (vectors of bits, logits).
+
+    Raises:
+        ValueError: the number of blocks is not ``2**D - 1``, or a family is unknown.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        head: nn.Module,
+        embed: nn.Module | None = None,
+        *,
+        state_family: str = "gaussian",
+        target_family: str = "categorical",
+        default_paths: str = "spine",
+        width: int | None = None,
+    ):
+        super().__init__()
+        blocks = nn.ModuleList(blocks)
+        n_level = (len(blocks) + 1).bit_length() - 1
+        if len(blocks) < 1 or 2**n_level - 1 != len(blocks):
+            raise ValueError(
+                f"{len(blocks)} blocks: a binary tree needs 2**D - 1 of them (1, 3, 7, 15, ..); "
+                f"use {2**n_level - 1} or {2 ** (n_level + 1) - 1}"
+            )
+        for name, value, allowed in (
+            ("state_family", state_family, STATE_FAMILIES),
+            ("target_family", target_family, TARGET_FAMILIES),
+        ):
+            check_choice(name, value, allowed)
+        self.tree, self.width = DyadicTree(n_level, default_paths), width
+        self.state_family, self.target_family = STATE_FAMILIES[state_family](), TARGET_FAMILIES[target_family]()
+        self.embed = embed if embed is not None else nn.Identity()
+        self.blocks = blocks
+        self.head = head
+        self.chain = DepthChain(blocks)
+
+    def resolve_path(self, depth: int | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The path that ``depth`` or ``path`` names; the full one where both are None.
+
+        Raises:
+            ValueError: both are given, or the one given is not possible in this tree.
+        """
+        if depth is not None and path is not None:
+            raise ValueError(f"depth={quote(depth)} and path={quote(path)} are both given: choose one of them")
+        if path is not None:
+            return self.tree.validate_path(path)
+        return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)
+
+    def state_width(self, prefix: Prefix) -> int:
+        """Width of the state that a recurrent block keeps after these blocks.
+
+        Raises:
+            ValueError: it is no beginning of a path that ends in a recurrent block.
+        """
+        numbers = tuple(whole_or_none(n) for n in prefix) if isinstance(prefix, tuple) else ()
+        is_walk = all(n is not None for n in numbers) and all(self.tree.is_arc(i, j) for i, j in zip((0, *numbers), numbers))
+        block = plain_module(self.blocks[numbers[-1] - 1]) if numbers and is_walk and numbers[-1] < self.tree.N else None
+        if not isinstance(block, RecurrentBlock):
+            raise ValueError(
+                f"states of {quote(prefix)}: no recurrent block is reached so; their keys are tuples of the block numbers "
+                "walked up to one, as the step before returned them"
+            )
+        return block.cell.hidden_size
+
+    def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the chain reads and what its head is scored on; a language model shifts here."""
+        if labels is None:
+            raise ValueError("labels=None: this model needs labels to be scored on; pass them")
+        return inputs, labels
+
+    def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
+        """What the head reads of the state after the blocks ``path``: the state itself, unless a model says otherwise."""
+        return state
+
+    def read_out(self, state: Tensor, path: Sequence[int]) -> Tensor:
+        """The head's output for the state after the blocks ``path``."""
+        return self.head(self.before_head(state, path))
+
+    def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
+        """Discrepancy of the prediction after the blocks ``path``, summed over positions (classes: -2 log p(y | state))."""
+        return self.target_family.discrepancy(self.read_out(state, path), targets).sum()
+
+    def n_scored(self, state: Tensor, targets: Tensor) -> Tensor | int:
+        """How many positions of ``state`` [..., width] have a target."""
+        return self.target_family.n_scored(state.shape[:-1].numel(), targets)
+
+    def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
+        """The plain network along ``path`` (default: full): raw inputs -> the head's output."""
+        state, path = self.embed(inputs), self.resolve_path(path=path)
+        for n in path:
+            (state,) = self.chain.apply((n,), (state,))
+        return self.read_out(state, path)
+
+    def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
+        """Same as :meth:`run`."""
+        return self.run(inputs, path)

@@ -1,0 +1,373 @@
+"""Models as folders and on the Hub: save_pretrained, from_pretrained, push_to_hub. Strict, atomic, nothing pickled.
+
+A thin layer over huggingface_hub and safetensors rather than ``PyTorchModelHubMixin``, which (version 2.4) drops
+unknown config keys, leaves missing weights random by default, falls back to a pickle file, and writes in place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.models.config import ModelConfig
+from hbll_seq.models.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.models.model_files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    FILES,
+    MAX_CONFIG,
+    METRICS_NAME,
+    REPLACED,
+    SUMMED,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    WHAT_TO_LOAD,
+    ModelFiles,
+    called,
+    find_latest_run,
+    read_card,
+    read_unchanged,
+)
+from hbll_seq.utils.atomic import atomic_folder
+from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
+from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
+from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
+
+__all__ = ["FILES", "METRICS_NAME", "HubMixin", "find_latest_run"]
+
+#: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
+_HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+#: arguments of transformers' from_pretrained, and what takes their place here.
+_ELSEWHERE = {
+    "torch_dtype": "load the model, then model.to(torch.bfloat16)",
+    "dtype": "load the model, then model.to(torch.bfloat16)",
+    "device_map": "name one device by device=",
+    "use_auth_token": "give it as token=",
+    "trust_remote_code": "leave it out: no code is ever loaded",
+    "force_download": "leave it out: files are checked; delete the cached ones to download them again",
+    "tokenizer": "it is loaded with the model; set model.tokenizer afterwards for another one",
+    "config": "it is read from config.json",
+}
+
+T = TypeVar("T", bound="HubMixin")
+
+
+class HubMixin:
+    """Gives a model with a ``config`` its Hugging Face layout: config.json, model.safetensors and README.md (the model
+    card), and tokenizer.model where it has a tokenizer.
+
+    Attributes:
+        config_class: of ``config``; the model is made by ``cls(config)``.
+        has_tokenizer: whether the model takes ``tokenizer=`` as well.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    has_tokenizer: ClassVar[bool] = False
+    config: ModelConfig
+    tokenizer: Tokenizer | None = None
+    _card: tuple[str, str] | None = None  # (text, SHA-256 of the weights it was written for), from from_pretrained
+
+    def card_text(self) -> CardText:
+        """What the model card says of this kind of model."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        data: str | None = None,
+        settings: dict[str, Any] | None = None,
+        perplexity: list[dict[str, Any]] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Write the model into a folder, which is made where it is missing. Other files in it are left alone.
+
+        The new version takes the old one's place in one step: whatever ends a save, the whole old or the whole new model
+        loads. A README.md that this library has not written, or whose marker line was removed, is left alone. Without any
+        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for.
+        SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit, on the Hub's web page
+        too.
+
+        Args:
+            save_directory: the folder; ``~`` is the user's home.
+            data: what the model was trained on.
+            settings: the run's options, name -> value.
+            perplexity: of a language model, rows as ``evaluation.evaluate_paths`` makes them.
+            metadata: anything more to list in the model card; ``license``, ``language``, ``datasets`` (Hub ids) and
+                ``model_name`` go to its header.
+
+        Raises:
+            ValueError: the folder cannot be written or is a file; metadata of a wrong type; a weight is NaN or infinite; or
+                what would be written could not be loaded: weights of other names, shapes, dtypes or ties than those of a
+                new model of this config.
+        """
+        metadata = {"data": data, "settings": settings, "perplexity": perplexity, **metadata}
+        try:
+            folder = possible_name(save_directory)
+        except TypeError:
+            raise ValueError(f"save_directory={quote(save_directory)}: must be the name of a folder") from None
+        self._save(folder, {name: value for name, value in metadata.items() if value is not None})
+
+    def _save(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
+        check_metadata(metadata)
+        weights = self._tensors_to_save()
+        config = {
+            "model_type": self.config.model_type,
+            "architectures": [type(self).__name__],
+            "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
+            **self.config.to_dict(),
+        }
+        if self.tokenizer is not None:
+            config["eos_token_id"] = self.tokenizer.eos_id
+        config_text = to_json(config, indent=2) + "\n"
+        if len(config_text) > MAX_CONFIG:
+            raise ValueError(f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
+                             f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written")  # fmt: skip
+        is_of_user = _has_readme_of_user(folder)
+        keep = (CARD_NAME,) if is_of_user else ()
+        with atomic_folder(folder, REPLACED, keep) as aside:
+            save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+            if self.tokenizer is not None:
+                self.tokenizer.save(aside / TOKENIZER_NAME)
+            if not is_of_user:
+                kept = not metadata and self._card is not None and sha256(aside / WEIGHTS_NAME) == self._card[1]
+                card = with_location(self._card[0] if kept else model_card(self, metadata), location or _portable(folder))
+                (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
+            (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+            summed = [name for name in SUMMED if (aside / name).exists()]
+            (aside / SUMS_NAME).write_text(format_sums(aside, summed), encoding="utf-8")
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        """The weights, after checking that they would load. Raises ValueError."""
+        name = type(self).__name__
+        try:
+            fresh = on_meta(lambda: type(self)(self.config))
+        except Exception as error:  # whatever a subclass's constructor raises
+            raise ValueError(
+                f"this {name} cannot be saved: {name}(config), by which it is loaded again, fails ({type(error).__name__}: "
+                f"{shorten(error, 150)}); give its further arguments defaults. Nothing was written"
+            ) from error
+        try:
+            weights = tensors_to_save(self, fresh)
+        except ValueError as error:
+            raise ValueError(f"this {name} would not load again: {error}. Nothing was written") from None
+        _check_finite(weights, f"this {name}", "nothing was written; restore weights that are finite")
+        return weights
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "cpu",
+        **unknown: Any,
+    ) -> T:
+        """The model of a folder or of the Hub, in evaluation mode, with the dtypes it was saved in.
+
+        A folder may hold anything else beside the files of :meth:`save_pretrained`: a training output folder is fine.
+        Files are compared with SHA256SUMS; where there is none, or a file is not in it, one line on stderr says so. The
+        global random state is left as it was.
+
+        Args:
+            pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
+            revision: branch, tag or commit of the Hub repository.
+            token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
+            device: where the model goes.
+            unknown: refused; transformers has more arguments.
+
+        Raises:
+            ValueError: there is no such model, an argument is unknown or of a wrong type, or the files do not hold exactly
+                this model: a damaged file, an unknown or missing config key, a missing or unexpected weight, a wrong shape,
+                a file cut short, a NaN or infinite weight, several dtypes.
+        """
+        if unknown:
+            raise ValueError(_explain_unknown(unknown))
+        source = _checked_source(pretrained_model_name_or_path)
+        _check_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
+        device = _checked_device(device)
+        folder = _find_folder(source, revision, token, cache_dir, local_files_only)
+        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device).eval()
+
+    @classmethod
+    def _read(cls: type[T], folder: Path, source: str) -> T:
+        """The model of a folder that no process writes to meanwhile."""
+        files = ModelFiles(folder, source)
+        config = files.config(cls.__name__, cls.config_class)
+        tokenizer = files.tokenizer(config.vocab_size) if cls.has_tokenizer else None
+        make = lambda: cls(config) if tokenizer is None else cls(config, tokenizer=tokenizer)
+        weights = files.weights(module_tensors(on_meta(make)))
+        remedy = "training broke down before it was saved; load an earlier checkpoint"
+        _check_finite(weights, f"{called(source)}: {WEIGHTS_NAME}", remedy)
+        with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+            model = make()
+        for name, own in module_tensors(model).items():
+            own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
+        card = files.card()
+        if card is not None and is_model_card(card):
+            model._card = (card, files.weights_sha256())
+        return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        create_pr: bool = False,
+        **metadata: Any,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, in one commit; the repository is made where it is missing.
+
+        Args:
+            repo_id: such as ``owner/name``.
+            private, token, create_pr: as in ``huggingface_hub.HfApi``.
+            revision: branch to write to; None is the main one.
+            metadata: as in :meth:`save_pretrained`.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: the id is not valid, the Hub refuses or cannot be reached; or as :meth:`save_pretrained`.
+        """
+        _check_options(repo_id=repo_id, revision=revision, token=token, private=private)
+        _check_options(create_pr=create_pr, commit_message=commit_message)
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"repo_id={quote(repo_id)}: {shorten(error)}; give one such as 'owner/name'") from None
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "model"
+            self._save(folder, metadata, location=repo_id)
+            try:
+                api = HfApi(token=token)
+                repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
+                    create_pr=create_pr,
+                )  # fmt: skip
+            except _HUB_ERRORS as error:
+                raise ValueError(
+                    f"the Hub did not take {quote(repo_id)}: {shorten(error)}. Log in with `hf auth login` (or pass "
+                    "token=...) as someone who may write there, and see that this machine reaches the network"
+                ) from error
+        return str(commit)
+
+
+def _explain_unknown(unknown: dict[str, Any]) -> str:
+    names = ", ".join(shorten(name, 40) for name in list(unknown)[:4])
+    advice = "; ".join(f"{name}: {_ELSEWHERE[name]}" for name in list(unknown)[:2] if name in _ELSEWHERE)
+    return (
+        f"from_pretrained does not know {names}: known are revision, token, cache_dir, local_files_only and device; "
+        f"{advice or 'leave it out'}"
+    )
+
+
+def _checked_source(source: Any) -> str:
+    try:
+        text = os.fsdecode(source)
+    except TypeError:
+        text = None
+    if text is None or "\0" in text or len(text) > 4000:
+        raise ValueError(f"there is no folder {quote(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
+    return text
+
+
+def _check_options(**options: Any) -> None:
+    """Raises ValueError for an option of from_pretrained or push_to_hub of another type than it has."""
+    types = {
+        "token": ((str, bool, type(None)), "a token, True, False or None"),
+        "local_files_only": ((bool,), "True or False"),
+        "create_pr": ((bool,), "True or False"),
+        "private": ((bool, type(None)), "True, False or None"),
+        "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
+        "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
+        "commit_message": ((str,), "a text"),
+        "repo_id": ((str,), "an id such as 'owner/name'"),
+    }
+    for name, value in options.items():
+        allowed, words = types[name]
+        if not isinstance(value, allowed):
+            shown = type(value).__name__ if name == "token" else quote(value)  # a secret in odd clothes is one too
+            raise ValueError(f"{name}={shown}: must be {words}")
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises errors of several types for a device that it does not have
+        reason = shorten(error, 150)
+        raise ValueError(f"device={quote(device)}: {reason}; choose one that this machine has, such as 'cpu'") from None
+    return device
+
+
+def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
+    name = first_not_finite(tensors)
+    if name is not None:
+        tensor = tensors[name]
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
+
+
+def _find_folder(
+    source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool
+) -> Path:
+    if source.startswith("~"):
+        source = os.fspath(possible_name(source))
+    if os.path.isdir(source):
+        if revision is not None:
+            raise ValueError(f"revision={quote(revision)} with the local folder {called(source)}: only Hub models have one")
+        return Path(source)
+    if os.path.lexists(source):
+        raise ValueError(f"{called(source)} is a file. {WHAT_TO_LOAD}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise ValueError(f"there is no folder {called(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+                allow_patterns=list(FILES),
+            )  # fmt: skip
+        )
+    except _HUB_ERRORS as error:
+        raise ValueError(
+            f"there is no folder {called(source)} here, and no such model could be read from the Hub "
+            f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
+        ) from error
+
+
+def _has_readme_of_user(folder: Path) -> bool:
+    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
+    known."""
+    try:
+        return not may_overwrite(read_card(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # no regular file, or too large for a card
+        return True
+    except OSError as error:
+        raise ValueError(f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+                         "changed there; make it readable, or choose another folder") from error  # fmt: skip
+
+
+def _portable(folder: Path) -> str:
+    """A name for the folder that tells nothing about the machine it is on."""
+    return folder.name if folder.is_absolute() else folder.as_posix()

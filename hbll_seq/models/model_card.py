@@ -1,0 +1,150 @@
+"""README.md of a saved model: what it is, how to load it, perplexity by path, data and settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCardData
+
+from hbll_seq.utils.reading import quote
+
+LIBRARY = "hbll_seq"
+MARKER = "<!-- Written by hbll_seq. Remove this line to keep your edits when a model is saved here again. -->"
+#: metadata that the Hub reads from the card's header.
+HEADER_KEYS = ("license", "datasets", "language", "model_name")
+#: characters of one value, of those that a card shows.
+MAX_CELL = 20_000
+
+_CARD = """\
+---
+{header}
+---
+{marker}
+
+# {title}
+
+{about} The architecture is that of
+*Breaking chains with trees: Deep learning with O(log N) parallel time complexity*
+([arXiv 2606.21497](https://arxiv.org/abs/2606.21497)); how this model was trained is listed below.
+
+## How to load it
+
+```python
+from hbll_seq import {architecture}
+
+model = {architecture}.from_pretrained({location})
+{usage}
+```
+
+{sections}"""
+
+
+class CardText(NamedTuple):
+    """What a card says of one kind of model.
+
+    pipeline_tag: the Hub's name of the task; None where it has none.
+    title: heading, where ``model_name`` gives none.
+    about: first paragraph.
+    usage: Python lines that use ``model``.
+    """
+
+    pipeline_tag: str | None
+    title: str
+    about: str
+    usage: str
+
+
+def model_card(model: Any, metadata: dict[str, Any]) -> str:
+    """The card of ``model``, filled from its ``card_text()`` and from ``metadata`` (the keywords of ``save_pretrained``);
+    "." is its location."""
+    text = model.card_text()
+    header = ModelCardData(
+        library_name=LIBRARY,
+        pipeline_tag=text.pipeline_tag,
+        tags=["hbll"],
+        **{key: metadata[key] for key in HEADER_KEYS if key in metadata},
+    )
+    sections = []
+    if rows := metadata.get("perplexity"):
+        sections.append(f"## Perplexity by path\n\n{_table(rows)}")
+    training = []
+    if trained := getattr(model.config, "trained_depths", ""):
+        training.append(f"Trained paths: {trained}.")
+    if "data" in metadata:
+        training.append(f"Data: {_cell(metadata['data'])}")
+    if settings := metadata.get("settings"):
+        training.append(_table([{"setting": key, "value": value} for key, value in settings.items()]))
+    shown = {"data", "settings", "perplexity", *HEADER_KEYS}
+    if more := {key: value for key, value in metadata.items() if key not in shown}:
+        training.append(_table([{"": key.replace("_", " "), "value": value} for key, value in more.items()]))
+    if training:
+        sections.append("## Training\n\n" + "\n\n".join(training))
+    config = [{"key": key, "value": value} for key, value in model.config.to_dict().items()]
+    sections.append(f"## Configuration\n\n{_table(config)}")
+    return _CARD.format(
+        header=header.to_yaml(),
+        marker=MARKER,
+        title=metadata.get("model_name", text.title),
+        about=text.about,
+        architecture=type(model).__name__,
+        location='"."',
+        usage=text.usage,
+        sections="\n\n".join(sections) + "\n",
+    )
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raises ValueError for metadata that the card's header or tables cannot take."""
+    for key in HEADER_KEYS:
+        value = metadata.get(key, "")
+        texts = value if isinstance(value, (list, tuple)) and key != "model_name" else [value]
+        if not all(isinstance(text, str) and len(text) <= MAX_CELL for text in texts) or len(texts) > 100:
+            many = "" if key == "model_name" else " or a list of them"
+            raise ValueError(f"{key}={quote(value)}: must be a text{many}, which goes to the card's header")
+    if not isinstance(settings := metadata.get("settings", {}), dict):
+        raise ValueError(f"settings={quote(settings)}: must be a dictionary, name -> value")
+    rows = metadata.get("perplexity", [])
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"perplexity={quote(rows)}: must be a list of dictionaries, as evaluate_paths makes them")
+
+
+def is_model_card(text: str) -> bool:
+    """Whether the text is a model card of this library, edited by hand or not."""
+    header = re.match(r"---\r?\n(.*?)\n---", text, flags=re.DOTALL)
+    return header is not None and f"library_name: {LIBRARY}" in header.group(1)
+
+
+def may_overwrite(text: str) -> bool:
+    """Whether the text is a model card that nobody has claimed by removing the marker."""
+    return is_model_card(text) and MARKER in text
+
+
+def with_location(card: str, location: str) -> str:
+    """The card with the place to load from put into its example."""
+    return re.sub(r'from_pretrained\("[^"\n]*"\)', lambda _: f"from_pretrained({json.dumps(location)})", card)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table with a column for each key that a row has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[_cell(str(column).replace("_", " ")) for column in columns], ["---"] * len(columns)]
+    lines += [[_cell(row.get(column, ""), column) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any, column: str = "") -> str:
+    if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
+        value = "-".join(map(str, [0, *value])) + "-head"
+    if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
+        return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
+    if isinstance(value, str) and os.path.isabs(value):  # where it lies on the machine is nobody's business
+        value = os.path.basename(value.rstrip(os.sep))
+    try:
+        text = str(value)
+    except Exception:  # of a whole number with thousands of digits, or somebody else's __str__
+        text = quote(value)
+    text = text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
+    return text.replace("|", "\\|").replace("\n", " ").replace("\r", " ")

@@ -1,0 +1,1 @@
+"""Training objectives: modules around a model whose forward returns one loss."""

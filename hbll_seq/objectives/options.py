@@ -1,0 +1,259 @@
+"""Options of training objectives, as objects that check themselves: how states and adjoints are found, which depths train.
+
+A field left at None takes the default of the axis that the object is used for; ``resolved`` writes it out. Names turn into
+these objects in ``registry.py``, for the command line, presets and comparisons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.engine.linearization.base import Diagonal, Identity, Linearization, Zero
+from hbll_seq.engine.linearization.low_rank import LowRank
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
+from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES
+from hbll_seq.utils.options import check_options, option
+from hbll_seq.utils.reading import quote
+
+#: every linearization by its name
+LINEARIZATIONS: dict[str, type[Linearization]] = {
+    kind.name: kind for kind in (Zero, Identity, Diagonal, LowRank, SharedMatrix)
+}
+#: more iterations than this would be an endless loop
+MOST = 10_000
+
+
+def as_linearization(name: str, value: Linearization | str) -> Linearization:
+    """A linearization, from its name or as it is. Raises ValueError for anything else."""
+    if isinstance(value, Linearization):
+        return value
+    if isinstance(value, str) and value in LINEARIZATIONS:
+        return LINEARIZATIONS[value]()
+    raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(LINEARIZATIONS)}")
+
+
+@dataclass(frozen=True)
+class TreeGuess:
+    """States of the paper's tree over time as the first estimate of a chain's (docs/method.md 2.4).
+
+    Attributes:
+        tree: a tree with cells of its own, which are trained to agree with the chain.
+        weight: of the losses that train them.
+
+    Raises:
+        ValueError: the tree has no cells of its own, or the weight is out of range.
+    """
+
+    tree: RecurrentTree
+    weight: float = option(0.1, "weight of the losses that train the tree to agree with the chain", low=0)
+
+    def __post_init__(self):
+        check_options(self)
+        if not isinstance(self.tree, RecurrentTree):
+            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree")
+        if not self.tree.has_own_cells:
+            raise ValueError("a tree with share='all' has no cells of its own to start from: share 'none' or 'capped'")
+
+
+class Inference:
+    """How an objective finds states and adjoints; the subclasses hold the options of each way."""
+
+    name: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What sweeps along one axis take where nothing is said, and what they can do there."""
+
+    forward: int
+    backward: int
+    chunk_size: int
+    linearization: Linearization
+    init: str
+    linearizations: tuple[type[Linearization], ...]
+    inits: tuple[str, ...]
+
+
+#: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy
+AXES = {
+    "depth": Axis(3, 4, 1, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
+    "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
+    "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
+}
+
+
+@dataclass(frozen=True)
+class Sweeps(Inference):
+    """K parallel forward iterations, one differentiated call of every transition, M backward (adjoint) iterations.
+
+    With K and M at least the chain's length less one, every gradient is backpropagation's; see docs/method.md 2.2.
+
+    Attributes:
+        forward: K; None is the axis's own (over depth 3, over time 1).
+        backward: M (4; 1).
+        chunk_size: c, transitions that one iteration takes one after the other (1; 8).
+        linearization: what stands for the Jacobians between iterations, an object or its name (identity; zero).
+        init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
+            ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
+        damping: an iteration moves so far from the old estimate to the new one; only 1 ever makes a state exact.
+        tolerance: stop early once the states change by at most this, relative to their size (waits for the device).
+        clip: over time, diagonals are held within -clip .. clip; None is 1, infinity clips nothing.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "sweeps"
+    forward: int | None = option(None, "K, parallel forward iterations", low=0, high=MOST)
+    backward: int | None = option(None, "M, parallel backward iterations of the adjoints", low=0, high=MOST)
+    chunk_size: int | None = option(None, "transitions that an iteration takes one after the other", low=1)
+    linearization: Linearization | str | None = option(None, "stands for the Jacobians between iterations")
+    init: TreeGuess | str | None = option(None, "first estimate of the states")
+    damping: float = option(1.0, "an iteration moves so far from the old estimate to the new one", above=0, high=2)
+    tolerance: float = option(0.0, "stop iterating once the states change by at most this; 0 does all", low=0)
+    clip: float | None = option(None, "over time: diagonals are held within it", above=0)
+
+    def __post_init__(self):
+        check_options(self)
+        if self.linearization is not None:
+            object.__setattr__(self, "linearization", as_linearization("linearization", self.linearization))
+        known = dict.fromkeys(init for axis in AXES.values() for init in axis.inits)
+        if not isinstance(self.init, (TreeGuess, type(None))) and self.init not in known:
+            raise ValueError(f"init={quote(self.init)}: allowed are {', '.join(known)}, over time also a TreeGuess")
+
+    def resolved(self, axis: str) -> Sweeps:
+        """The same with every None written out, for ``"depth"``, ``"time"`` or ``"layer"``.
+
+        Raises:
+            ValueError: the axis has no such linearization or first estimate.
+        """
+        own = AXES[axis]
+        names = ("forward", "backward", "chunk_size", "linearization", "init")
+        found = replace(self, **{name: getattr(own, name) for name in names if getattr(self, name) is None})
+        if not isinstance(found.linearization, own.linearizations):
+            allowed = ", ".join(kind.name for kind in own.linearizations)
+            raise ValueError(f"linearization={found.linearization.name!r} over {axis}: allowed are {allowed}")
+        if axis != "time" and (isinstance(found.init, TreeGuess) or self.clip is not None):
+            given = "init=TreeGuess(..)" if self.clip is None else f"clip={self.clip}"
+            raise ValueError(f"{given} over {axis}: it belongs to a recurrent model's own steps; leave it out")
+        if isinstance(found.init, str) and found.init not in own.inits:
+            raise ValueError(f"init={found.init!r} over {axis}: allowed are {', '.join(own.inits)}")
+        return replace(found, clip=1.0) if axis == "time" and found.clip is None else found
+
+
+@dataclass(frozen=True)
+class Tree(Inference):
+    """The paper's Algorithm 1 over depth: all blocks, and so all paths, at once (docs/method.md 1.3).
+
+    Attributes:
+        sigma: noise scale of the sampled states; None takes the model's, or 0 where it has none.
+        n_samples: Monte-Carlo samples S of the states per input (Eq. 11).
+        state_weight: weight of the losses whose target is a state; those of the head have weight 1.
+        clean_inputs: blocks read forward messages. False lets them read the corrected samples, which hold y: only for
+            models whose y is not their own next input.
+        free_energy: also report F (Eq. 10) and its parts, for N - 1 further block evaluations without gradient.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "tree"
+    sigma: float | None = option(None, "tree: noise scale of the sampled states", low=0)
+    n_samples: int = option(1, "tree: Monte-Carlo samples a step", low=1, high=MOST)
+    state_weight: float = option(0.1, "tree: weight of the losses on hidden states", above=0)
+    clean_inputs: bool = option(True, "tree: blocks read forward messages, never corrected states")
+    free_energy: bool = option(False, "tree: also log the free energy F (Eq. 10) and its parts per level; costs one more "
+                               "evaluation of every block")  # fmt: skip
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class VCycles(Inference):
+    """V-cycles over the tree's jump arcs in place of forward iterations (docs/method.md 2.6); full path only.
+
+    Attributes:
+        cycles: V-cycles before the differentiated call.
+        backward: M, as in :class:`Sweeps`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "v_cycles"
+    cycles: int = option(3, "V-cycles before the differentiated call", low=0, high=MOST)
+    backward: int = option(4, "M, parallel backward iterations of the adjoints", low=0, high=MOST)
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TimeTree(Inference):
+    """The paper's HBLL-RNN: a tree of cells over the spans of time (docs/method.md 1.5).
+
+    Attributes:
+        tree: the cells.
+        consistency: iterations of the consistency stage (Eqs. 13-15), the differentiated one included; 0 leaves it out.
+        arc_weight, consistency_weight: weights of the arc losses and of that stage.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: ClassVar[str] = "tree"
+    tree: RecurrentTree
+    consistency: int = option(1, "iterations of the consistency stage; 0 leaves it out", low=0, high=MOST)
+    arc_weight: float = option(0.1, "weight of the arc losses", low=0)
+    consistency_weight: float = option(1.0, "weight of the consistency stage", low=0)
+
+    def __post_init__(self):
+        check_options(self)
+        if not isinstance(self.tree, RecurrentTree):
+            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree")
+
+
+@dataclass(frozen=True)
+class DepthMix:
+    """Which further paths a step trains beside the full one (docs/method.md 2.5; see ``depth_mix.MIXES``).
+
+    Attributes:
+        name: of the mix; ``"none"`` trains the main path alone.
+        weight: total weight of the further paths' losses, the main one's being 1; None is the mix's own.
+
+    Raises:
+        ValueError: the name is unknown, or the weight is not above 0.
+    """
+
+    name: str = option(DEFAULT_MIX, "further paths that are trained in each step, so that every depth is useful",
+                       choices=tuple(MIXES))  # fmt: skip
+    weight: float | None = option(None, "weight of the mix's losses beside the main path's 1", above=0)
+
+    def __post_init__(self):
+        check_options(self)
+
+    @property
+    def total_weight(self) -> float:
+        """The weight, written out."""
+        return MIX_WEIGHTS.get(self.name, 1.0) if self.weight is None else self.weight
+
+
+def as_depth_mix(value: DepthMix | str | None) -> DepthMix:
+    """A mix, from its name or as it is; None is ``"none"``. Raises ValueError for anything else."""
+    if isinstance(value, DepthMix):
+        return value
+    return DepthMix("none" if value is None else value)
+
+
+def written_out(options: Any) -> dict[str, Any]:
+    """The fields of an options object as plain values, linearizations by their name and rank."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Linearization):
+            return {"name": value.name, **{f.name: getattr(value, f.name) for f in fields(value)}}
+        return type(value).__name__ if isinstance(value, TreeGuess) else value
+
+    return {field.name: plain(getattr(options, field.name)) for field in fields(options)}

@@ -1,0 +1,1 @@
+"""The binary tree over a chain: topology, posterior, and the paper's Algorithm 1."""

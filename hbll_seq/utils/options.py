@@ -1,0 +1,82 @@
+"""Options as fields of a dataclass: what each means and may be stands beside its default, once, for all who ask."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from hbll_seq.utils.reading import quote
+from hbll_seq.utils.values import as_flag, check_choice, number_or_none, whole_or_none
+
+
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
+    below: float | None = None, choices: tuple[str, ...] | None = None, **more: Any,
+) -> Any:  # fmt: skip
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value where nothing is said.
+        help: what it means, for ``--help``.
+        low, high: the least and the largest value. above, below: values that it must exceed, and stay under.
+        choices: the words that it may be.
+        more: further metadata, as a command line's group.
+    """
+    metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, **more)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Checks every plain option of a frozen dataclass (numbers, flags, words), and makes NumPy's numbers Python's.
+
+    Args:
+        options: an instance; fields that hold objects of other kinds check themselves.
+        prefix: goes before an option's name in messages.
+
+    Raises:
+        ValueError: a value has the wrong type or is out of range; the message names it and what is allowed.
+    """
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        kinds = _kinds(hints[field.name])
+        value = getattr(options, field.name)
+        if "help" not in field.metadata or (value is None and type(None) in kinds):
+            continue
+        if not isinstance(value, str) and not {bool, int, float} & kinds and str in kinds and len(kinds - {str, type(None)}):
+            continue  # an object, where a word would be sugar for one
+        object.__setattr__(options, field.name, _checked(prefix + field.name, value, kinds, field.metadata))
+
+
+def _kinds(hint: Any) -> set[type]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return set(typing.get_args(hint)) if union else {hint}
+
+
+def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[str, Any]) -> Any:
+    if bool in kinds:
+        return as_flag(name, value)
+    if float in kinds or int in kinds:
+        plain = number_or_none(value) if float in kinds else whole_or_none(value)
+        if plain is None or not _is_within(plain, allowed):
+            what = "a number" if float in kinds else "a whole number"
+            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}")
+        return plain
+    if allowed["choices"]:
+        check_choice(name, value, allowed["choices"])
+    return value
+
+
+def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
+    low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
+    return (
+        (low is None or value >= low) and (high is None or value <= high)
+        and (above is None or value > above) and (below is None or value < below)
+    )  # fmt: skip
+
+
+def _range(allowed: typing.Mapping[str, Any]) -> str:
+    words = (("of at least", "low"), ("above", "above"), ("of at most", "high"), ("below", "below"))
+    parts = [f"{word} {allowed[key]:g}" for word, key in words if allowed[key] is not None]
+    return " " + " and ".join(parts) if parts else ""

@@ -1,0 +1,419 @@
+"""Messages along time: BPTT in the limit and not before, one batched call a sweep, no graph over two transitions."""
+
+import pytest
+import torch
+from torch import nn
+
+from hbll_seq.chains.time import TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
+from hbll_seq.layers.recurrent import CELL_KINDS, RecurrentState, make_cell
+from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
+
+N = 9
+
+
+def double_lm(kind="gru", n_steps=N, gain=3.0):
+    """Weights large enough that no sweep is exact by chance."""
+    torch.manual_seed(0)
+    model = RecurrentLM(11, make_cell(kind, 5, 6)).double()
+    with torch.no_grad():
+        for p in model.cell.parameters():
+            p.mul_(gain)
+    return model, torch.randint(11, (2, n_steps + 1)), 0.5 * torch.randn(2, 6, dtype=torch.float64)
+
+
+def gradients(objective, tokens, state=None):
+    objective.zero_grad()
+    output = objective(tokens, state=state)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in objective.model.named_parameters()}
+
+
+def difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def exact_states(cell, projected, s0):
+    states = [s0]
+    for p in projected:
+        states.append(cell.transition(states[-1], p))
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("init", ["zeros", "state", "diagonal", "tree"])
+@pytest.mark.parametrize("n_steps", [1, 2, 3, N])
+def test_bptt_in_the_limit_and_not_before(kind, linearization, init, n_steps):
+    model, tokens, state = double_lm(kind, n_steps)
+    exact, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    tree = RecurrentTree(kind, 5, 6, 4).double() if init == "tree" else None
+    options = dict(linearization=linearization, init="state" if init == "tree" else init, tree=tree, chunk=1)
+    output, ours = gradients(
+        RecurrentLocalObjective(model, sweeps=n_steps - 1, corrections=n_steps - 1, **options), tokens, state
+    )
+    assert difference(ours, reference) < 1e-9
+    assert abs(output.metrics["ce"] - exact.loss) < 1e-12
+    torch.testing.assert_close(output.state, exact.state, rtol=0, atol=1e-12)
+    if n_steps < N or (kind == "mingru" and "diagonal" in (linearization, init)):  # the latter need one sweep at most
+        return
+    fewer = [(N - 2 - (init in ("diagonal", "tree")), N - 1), (N - 1, N - 2)]  # a first estimate may be exact at s_1
+    for sweeps, corrections in fewer:
+        objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
+        assert difference(gradients(objective, tokens, state)[1], reference) > 1e-9, (sweeps, corrections)
+
+
+@pytest.mark.parametrize("n_steps", [63, 64])
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+def test_long_sequences_reach_the_limit_too(n_steps, linearization):
+    model, tokens, state = double_lm("gru", n_steps)
+    _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    objective = RecurrentLocalObjective(model, sweeps=n_steps, corrections=n_steps, linearization=linearization)
+    assert difference(gradients(objective, tokens, state)[1], reference) < 1e-9
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+def test_after_k_sweeps_the_first_k_states_are_exact(kind, linearization):
+    model, tokens, s0 = double_lm(kind)
+    projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
+    exact = exact_states(model.cell, projected, s0).detach()
+    for sweeps in range(N):
+        swept = forward_time_sweeps(model.cell, projected, s0, sweeps=sweeps, linearization=linearization)
+        errors = (swept.inputs - exact[:-1]).abs().amax(dim=(1, 2))
+        assert errors[: sweeps + 1].max() < 1e-12
+        if not (kind == "mingru" and linearization == "diagonal"):
+            assert errors[sweeps + 1 :].min() > 1e-12 if sweeps < N - 1 else swept.residual == 0
+        elif sweeps > 0:
+            assert errors.max() < 1e-12
+
+
+def test_min_gru_is_exact_after_one_sweep_without_corrections():
+    model, tokens, state = double_lm("mingru", 63)
+    _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    options = dict(linearization="diagonal", clip=0.3, chunk=1)
+    objective = RecurrentLocalObjective(model, sweeps=1, corrections=0, **options)
+    assert difference(gradients(objective, tokens, state)[1], reference) < 1e-9
+    none = RecurrentLocalObjective(model, sweeps=0, corrections=0, **options)
+    assert difference(gradients(none, tokens, state)[1], reference) > 1e-9
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("n_steps", [1, 2, N, 16, 23])
+@pytest.mark.parametrize("chunk", [2, 3, 8, 40])
+def test_chunks_reach_bptt_in_a_fraction_of_the_sweeps_and_not_before(kind, linearization, n_steps, chunk):
+    model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 3.0)
+    _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    sweeps, corrections = -(-n_steps // chunk) - 1, -(-(n_steps - 1) // chunk)  # the differentiated sweep is one too
+    options = dict(linearization=linearization, chunk=chunk)
+    objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
+    assert difference(gradients(objective, tokens, state)[1], reference) < 1e-11
+    if kind == "mingru" and linearization == "diagonal":
+        return
+    for fewer in ((sweeps - 1, corrections), (sweeps, corrections - 1)):
+        if min(fewer) >= 0:
+            objective = RecurrentLocalObjective(model, sweeps=fewer[0], corrections=fewer[1], **options)
+            assert difference(gradients(objective, tokens, state)[1], reference) > 1e-11, fewer
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("n_steps", [16, 23])
+def test_chunked_sweeps_equal_their_written_out_form(kind, linearization, n_steps):
+    """Every chunk is one long transition whose Jacobian is stood for by the product of its diagonals (or by zero)."""
+    model, tokens, s0 = double_lm(kind, n_steps, gain=1.5)
+    cell, chunk = model.cell, 4
+    projected = cell.project(model.symbols(tokens[:, :-1])).detach()
+    old = [s0, *torch.randn(n_steps - 1, *s0.shape, dtype=torch.float64)]
+    for damping in (1.0, 0.6):
+        new, corrected = list(old), s0
+        for first in range(0, n_steps - 1, chunk):
+            s, product = old[first], torch.ones_like(s0)
+            off = corrected - old[first]  # what this chunk's first state has turned out to be off by
+            for n in range(first, min(first + chunk, n_steps - 1)):
+                product = product * cell.diagonal(s, projected[n]).clamp(-1, 1) if linearization == "diagonal" else 0.0
+                s = cell.transition(s, projected[n])
+                new[n + 1] = s + product * off
+            corrected = new[min(first + chunk, n_steps - 1)]
+        expected = [o + damping * (n - o) for o, n in zip(old, new)]
+        options = dict(linearization=linearization, clip=1.0 if kind != "mingru" else 10.0, damping=damping, chunk=chunk)
+        swept = forward_time_sweeps(cell, projected, s0, sweeps=1, start=torch.stack(old[1:]), **options)
+        starts = torch.stack(expected)[::chunk]  # within the chunks the differentiated sweep has gone on from these
+        torch.testing.assert_close(swept.inputs[::chunk], starts, rtol=0, atol=1e-12)
+        for n in range(n_steps - 1):
+            expected[n] = swept.inputs[n]
+            if (n + 1) % chunk:
+                expected[n + 1] = cell.transition(expected[n], projected[n])
+        torch.testing.assert_close(swept.inputs, torch.stack(expected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(swept.outputs, cell.transition(swept.inputs, projected), rtol=0, atol=1e-12)
+
+    errors = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
+    factors = swept.factors if swept.factors is not None else torch.zeros_like(errors)
+    old = list(errors)  # lambda_1 .. before the correction: the scan
+    for n in reversed(range(n_steps - 1)):
+        old[n] = errors[n] + factors[n + 1] * old[n + 1]
+    new, corrected = list(old), old[-1]
+    for last in range(n_steps - 1, 0, -chunk):
+        message, product, off = old[last], torch.ones_like(s0), corrected - old[last]
+        for n in range(last - 1, max(last - chunk, 0) - 1, -1):
+            message = errors[n] + swept.jacobian.between(n + 1, n + 2).vjp(message[None])[0]
+            product = product * factors[n + 1]
+            new[n] = message + product * off
+        corrected = new[max(last - chunk, 0)]
+    messages = backward_time_sweeps(swept, errors, corrections=1, chunk=chunk)
+    if not (kind == "mingru" and linearization == "diagonal"):  # exact before
+        assert (torch.stack(new) - torch.stack(old)).abs().max() > 1e-6
+    torch.testing.assert_close(messages, torch.stack(new), rtol=0, atol=1e-12)
+
+
+def test_a_chunked_step_spans_the_chunk_and_no_more():
+    """Calls of the cell that follow each other do not grow with the sequence, and their batches add up to one pass each."""
+    for n_steps in (64, 1024):
+        model, tokens, state = double_lm("gru", n_steps, gain=1.0)
+        log = instrument(model.cell)
+        RecurrentLocalObjective(model, sweeps=2, corrections=2, chunk=8, linearization="zero")(tokens, state=state)
+        assert log["calls"] == (2 + 1) * 8
+
+
+class TimeChain(Chain):
+    """The same recurrence for the engine of the depth axis, one call per transition."""
+
+    has_diagonal = True
+
+    def __init__(self, cell, projected):
+        self.cell, self.projected = cell, projected
+
+    def apply(self, indices, states):
+        return [self.cell.transition(s, self.projected[n]) for n, s in zip(indices, states)]
+
+    def diagonal(self, indices, states, outputs):
+        return [self.cell.diagonal(s, self.projected[n]) for n, s in zip(indices, states)]
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
+    model, tokens, s0 = double_lm(kind, gain=1.0)
+    projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
+    errors = torch.randn(N, 2, 6, dtype=torch.float64)
+    dials = ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2))
+    for sweeps, corrections, damping, chunk in dials:
+        options = dict(sweeps=sweeps, linearization=linearization, damping=damping, chunk=chunk)
+        ours = forward_time_sweeps(model.cell, projected, s0, **options)
+        theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)
+        torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
+        torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
+        if chunk == 1:  # else it is that of the states at the chunks' beginnings alone
+            torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
+        messages = backward_time_sweeps(ours, errors, corrections=corrections, chunk=chunk)
+        expected = backward_sweeps(theirs, list(errors), corrections=corrections, chunk=chunk)
+        torch.testing.assert_close(messages, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+def instrument(cell):
+    """Counts calls of the cell, and notes which of them a backward pass goes through, by the gradient of which output."""
+    log = dict(calls=0, differentiated=[], passed=[])
+
+    def wrap(method):
+        def call(state, projected):
+            number = log["calls"]
+            log["calls"] += 1
+            if torch.is_grad_enabled():
+                log["differentiated"].append((number, state.requires_grad, state.grad_fn))
+            result = method(state, projected)
+            output = result[0] if isinstance(result, tuple) else result
+            if output.requires_grad:
+                output.register_hook(lambda g: log["passed"].append(number))
+            return result
+
+        return call
+
+    cell.transition, cell.differentiate = wrap(cell.transition), wrap(cell.differentiate)
+    return log
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("with_tree", [False, True])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_no_graph_spans_two_transitions(kind, linearization, with_tree, chunk):
+    model, tokens, state = double_lm(kind)
+    tree = RecurrentTree(kind, 5, 6, 4).double() if with_tree else None
+    objective = RecurrentLocalObjective(
+        model, sweeps=3, corrections=3, linearization=linearization, tree=tree, chunk=chunk
+    )
+    # differentiate() calls transition() or its own gates: whatever is called inside counts as one call
+    log = instrument(model.cell)
+    output = objective(tokens, state=state)
+    assert len({number for number, *_ in log["differentiated"]}) >= 1
+    for _, requires_grad, grad_fn in log["differentiated"]:
+        assert not requires_grad and grad_fn is None  # what a differentiated call reads has no history
+    output.loss.backward()
+    outermost = [number for number, *_ in log["differentiated"]]
+    assert set(log["passed"]) <= set(outermost)
+    n_calls = len(set(outermost)) // (2 if kind.startswith("elman") else 1)  # Elman's go through its transition
+    assert n_calls == chunk
+
+
+def test_the_instrument_sees_bptt():
+    model, tokens, state = double_lm("gru")
+    log = instrument(model.cell)
+    RecurrentBackpropObjective(model)(tokens, state=state).loss.backward()
+    assert len(set(log["passed"])) == N and any(requires_grad for _, requires_grad, _ in log["differentiated"])
+    log["passed"].clear(), log["differentiated"].clear()
+    RecurrentBackpropObjective(model, window=1)(tokens, state=state).loss.backward()
+    assert not any(requires_grad for _, requires_grad, _ in log["differentiated"])
+
+
+@pytest.mark.parametrize("n_steps", [4, 64, 1024])
+def test_calls_of_the_cell_do_not_grow_with_the_sequence(n_steps):
+    model, tokens, state = double_lm("gru", n_steps, gain=1.0)
+    log = instrument(model.cell)
+    RecurrentLocalObjective(model, sweeps=2, corrections=3, chunk=1)(tokens, state=state)
+    assert log["calls"] == 3
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+def test_states_are_causal(kind):
+    model, tokens, s0 = double_lm(kind, 16)
+    for linearization in TIME_LINEARIZATIONS:
+        changed = tokens.clone()
+        changed[:, 7] = (changed[:, 7] + 1) % 11
+        states = []
+        for ids in (tokens, changed):
+            projected = model.cell.project(model.symbols(ids[:, :-1]))
+            states.append(forward_time_sweeps(model.cell, projected, s0, sweeps=2, linearization=linearization).states)
+        assert torch.equal(states[0][:7], states[1][:7])  # s_1 .. s_7 have read x_0 .. x_6
+        assert (states[0][7] - states[1][7]).abs().max() > 1e-6
+
+
+def test_a_first_state_and_an_input_that_need_gradients_get_them():
+    """As where the recurrence is one layer of several."""
+    model, tokens, state = double_lm("gru")
+    symbols = model.symbols(tokens[:, :-1]).detach()
+    errors = torch.randn(N, 2, 6, dtype=torch.float64)
+    leaves = [state.requires_grad_(True), symbols.requires_grad_(True)]
+    exact = exact_states(model.cell, model.cell.project(symbols), state)[1:]
+    expected = torch.autograd.grad((exact * errors).sum(), leaves)
+    swept = forward_time_sweeps(model.cell, model.cell.project(symbols), state, sweeps=N - 1)
+    messages = backward_time_sweeps(swept, errors, corrections=N - 1)
+    for ours, theirs in zip(torch.autograd.grad(swept.outputs, leaves, messages), expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", CELL_KINDS)
+@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+def test_bfloat16_gradients_are_whole_and_near(kind, linearization):
+    model, tokens, state = double_lm(kind, 33, gain=1.0)
+    model.float()
+    state = state.float()
+    tree = RecurrentTree(kind, 5, 6, 6)
+    objective = RecurrentLocalObjective(model, sweeps=8, corrections=12, linearization=linearization, tree=tree)
+    _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
+    objective.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(tokens, state=state)
+    output.loss.backward()
+    assert output.loss.isfinite() and output.state.dtype == torch.float32
+    for name, p in model.named_parameters():
+        cosine = nn.functional.cosine_similarity(p.grad.flatten(), reference[name].flatten(), dim=0)
+        assert cosine > 0.98, (name, cosine)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tree.parameters())
+
+
+@pytest.mark.parametrize("readout", ["every", "last"])
+def test_other_tasks_than_language(readout):
+    """Vectors in, classes out: one per step, or one per sequence."""
+    torch.manual_seed(0)
+    model = RecurrentModel(make_cell("gru", 3, 6), nn.Linear(6, 4), readout=readout).double()
+    x = torch.randn(5, N, 3, dtype=torch.float64)
+    y = torch.randint(4, (5, N) if readout == "every" else (5,))
+    results = []
+    for objective in (
+        RecurrentBackpropObjective(model), RecurrentLocalObjective(model, sweeps=N - 1, corrections=N - 1),
+    ):  # fmt: skip
+        model.zero_grad()
+        output = objective(x, y)
+        output.loss.backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert difference(*results) < 1e-9
+    logits, last = model(x)
+    torch.testing.assert_close(last, output.state, rtol=0, atol=1e-10)
+    if readout == "last":
+        nats = [nn.functional.cross_entropy(logits[:, t], y) for t in range(N)]
+        torch.testing.assert_close(output.metrics["ce"], 0.5 * (nats[-1] + torch.stack(nats).mean()))
+    with pytest.raises(ValueError, match="labels=None"):
+        RecurrentBackpropObjective(model)(x)
+
+
+def test_carried_state_joins_windows():
+    model, tokens, _ = double_lm("gru", 2 * N)
+    whole = RecurrentBackpropObjective(model)(tokens)
+    objective = RecurrentLocalObjective(model, sweeps=N - 1, corrections=0)
+    first = objective(tokens[:, : N + 1])
+    second = objective(tokens[:, N:], state=first.state)
+    assert not first.state.requires_grad
+    torch.testing.assert_close(second.state, whole.state, rtol=0, atol=1e-12)
+    torch.testing.assert_close((first.metrics["ce"] + second.metrics["ce"]) / 2, whole.metrics["ce"])
+    with torch.no_grad():  # evaluation gives the same numbers
+        evaluated = objective(tokens[:, N:], state=first.state)
+    torch.testing.assert_close(evaluated.loss, second.metrics["ce"])
+    assert not evaluated.loss.requires_grad
+    logits, last = model(tokens[:, :-1])  # and so does the deployed network
+    torch.testing.assert_close(last, whole.state, rtol=0, atol=1e-12)
+    one, outputs = RecurrentState(), []
+    for t in range(2 * N):
+        y, one = model.cell.step(model.embed(tokens[:, t]), one)
+        outputs.append(model.head(y))
+    torch.testing.assert_close(torch.stack(outputs, dim=1), logits, rtol=0, atol=1e-12)
+
+
+def test_early_stop_damping_and_clip():
+    model, tokens, s0 = double_lm("gru", 64)
+    projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
+    log = instrument(model.cell)
+    forward_time_sweeps(model.cell, projected, s0, sweeps=50, tolerance=1e3)
+    assert log["calls"] == 2  # one sweep and the differentiated call
+    whole = forward_time_sweeps(model.cell, projected, s0, sweeps=1).inputs
+    half = forward_time_sweeps(model.cell, projected, s0, sweeps=1, damping=0.5).inputs
+    torch.testing.assert_close(half[1:], 0.5 * (whole + s0)[1:])
+    assert forward_time_sweeps(model.cell, projected, s0, sweeps=1, clip=0.25).factors.abs().max() <= 0.25
+    zero = forward_time_sweeps(model.cell, projected, s0, sweeps=2, linearization="zero").inputs
+    almost = forward_time_sweeps(model.cell, projected, s0, sweeps=2, clip=1e-15).inputs
+    torch.testing.assert_close(zero, almost, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(sweeps=-1), "sweeps=-1"),
+        (dict(corrections=True), "corrections=True"),
+        (dict(linearization="identity"), "linearization='identity'.*zero, diagonal"),
+        (dict(init="first"), "init='first'.*zeros, state, diagonal"),
+        (dict(inference="multigrid"), "inference='multigrid'.*sweeps, tree"),
+        (dict(damping=0.0), "damping=0.0"),
+        (dict(clip=0.0), "clip=0.0"),
+        (dict(tolerance=-1.0), "tolerance=-1.0"),
+        (dict(chunk=0), "chunk=0.*at least 1"),
+        (dict(tree_weight=-1.0), "tree_weight=-1.0"),
+        (dict(inference="tree"), "without a tree"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentLocalObjective(double_lm()[0], **options)
+
+
+def test_what_a_step_refuses():
+    model, tokens, _ = double_lm()
+    with torch.inference_mode(), pytest.raises(ValueError, match="torch.no_grad"):
+        RecurrentLocalObjective(model)(tokens)
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16 is refused"):
+        RecurrentLocalObjective(model)(tokens)
+    with pytest.raises(ValueError, match=r"\(2, 1\).*\[batch, T \+ 1\]"):
+        RecurrentLocalObjective(model)(tokens[:, :1])

@@ -1,0 +1,252 @@
+"""Learned low-rank stand-ins: composed as the written-out chain, fitted as the regression, and exact in the limit."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from hbll_seq.engine.linearization.low_rank import LowRankMaps, Secants, low_rank_scan
+from hbll_seq.engine.solve import forward_sweeps
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training.comparison import fidelity
+from hbll_seq.training.settings import TrainingSettings, resolve
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 7])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
+    torch.manual_seed(0)
+    b, initial = torch.randn(n_steps, 2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    maps = LowRankMaps(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
+    given, state, expected = b.clone(), initial, [None] * n_steps
+    for n in reversed(range(n_steps)) if reverse else range(n_steps):
+        state = state + maps.branch(n, state) + b[n]
+        expected[n] = state
+    found = low_rank_scan(b, maps, initial, reverse=reverse)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=1e-10)
+    assert torch.equal(b, given)
+
+
+def test_the_fit_is_the_reduced_rank_regression():
+    """Of responses that a map of low rank makes, that map is found; of others, no map of that rank explains more."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 12, generator=generator) * torch.linspace(0.3, 2.0, 12)
+    down, up, full = (torch.randn(shape, generator=generator) for shape in ((12, 3), (3, 12), (12, 12)))
+    low = down @ up
+    secants = Secants(2, 12, rank=3, every=5)
+    for _ in range(200):
+        secants.observe(1, "forward", x, x @ low)
+        secants.observe(2, "backward", x, x @ full)
+        secants.end_step()
+    found = secants.maps([1], "forward")
+    torch.testing.assert_close(found.left[0] @ found.right[0], low, rtol=0, atol=0.05)  # of entries of size 2: the ridge
+    found = secants.maps([2], "backward")
+    error = (x @ full - (x @ found.left[0]) @ found.right[0]).square().sum()
+    singular = torch.linalg.svdvals(x @ full)  # Eckart and Young: the least error of any map of rank 3
+    assert 1.0 <= error / singular[3:].square().sum() < 1.01
+    assert not secants.maps([2], "forward").left.any()  # what was not seen is the identity
+
+
+@pytest.mark.parametrize("rank", [0, 13, True, 2.0])
+def test_bad_ranks(rank):
+    with pytest.raises(ValueError, match="rank=.*from 1 to the width of the states, 12"):
+        Secants(3, 12, rank=rank)
+
+
+class Branch(nn.Module):
+    """A residual block whose branch is linear and of rank 2."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, 2), nn.Linear(2, width)
+
+    def forward(self, x):
+        return x + self.up(self.down(x))
+
+
+def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
+    """And a message needs no correction: it is Newton's method where the Jacobians are of the rank that is learned."""
+    torch.manual_seed(0)
+    model = DepthHierarchy([Branch(16) for _ in range(7)], nn.Linear(16, 5), nn.Linear(3, 16), width=16).double()
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=1, linearization="secant", secant_rank=2, init="input")
+    objective.secants.decay = 0.5  # float64, and every batch says the same
+    objective.double()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        x, y = torch.randn(64, 3, generator=generator, dtype=torch.float64), torch.randint(5, (64,), generator=generator)
+        objective(x, y)
+    z0, path = model.embed(x).detach(), model.resolve_path()
+    states = [z0]
+    for n in path:
+        states += model.chain.apply((n,), (states[-1],))
+
+    def error(linearization):
+        secants = objective.secants if linearization == "secant" else None
+        swept = forward_sweeps(model.chain, path, z0, sweeps=1, linearization=linearization, secants=secants)
+        return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
+
+    assert error("secant") < 0.02 * error("identity")
+    exact = BackpropObjective(model)
+    cosines = {}
+    for linearization in ("identity", "secant"):
+        rank = 2 if linearization == "secant" else None
+        few = LocalObjective(model, "sweeps", sweeps=6, corrections=0, linearization=linearization, secant_rank=rank).double()
+        if few.secants is not None:
+            few.secants.load_state_dict(objective.secants.state_dict())
+        ours, theirs = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, list(model.parameters()))])
+            for each in (few, exact)
+        )
+        cosines[linearization] = nn.functional.cosine_similarity(ours, theirs, dim=0).item()
+    assert cosines["secant"] > 0.999 > cosines["identity"]
+
+
+def double_lm(seed=0):
+    torch.manual_seed(seed)
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=16, n_head=2, block_size=12)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+    return model, torch.randint(17, (2, 13))
+
+
+def gradients(objective, tokens):
+    objective.model.zero_grad()
+    objective(tokens).loss.backward()
+    return torch.cat([p.grad.flatten().clone() for p in objective.model.parameters()])
+
+
+@pytest.mark.parametrize("mix", ["none", "octaves", "sandwich"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
+    model, tokens = double_lm()
+    exact = gradients(BackpropObjective(model, mix=mix), tokens)
+    options = dict(linearization="secant", mix=mix, chunk=chunk)
+
+    def error(sweeps, corrections):
+        objective = LocalObjective(model, "sweeps", sweeps=sweeps, corrections=corrections, **options).double()
+        with torch.no_grad():
+            for name, buffer in objective.secants.named_buffers():
+                if name.endswith(("left", "right")):
+                    buffer.normal_(std=0.3)
+        return (gradients(objective, tokens) - exact).abs().max()
+
+    assert error(6, 6) < 1e-9
+    if chunk == 1 and mix == "none":
+        assert error(4, 6) > 1e-7 and error(6, 5) > 1e-7
+
+
+def test_other_paths_of_a_mix_teach_nothing():
+    """Their blocks read other states."""
+    model, tokens = double_lm()
+    options = dict(sweeps=1, corrections=1, linearization="secant", init="input")
+    mixed, alone = (LocalObjective(model, "sweeps", mix=mix, **options).double() for mix in ("random", "none"))
+    paths = {route.path for step in range(8) for route in mixed.routes(step)[1:]}
+    assert max(len(path) for path in paths - {mixed.path}) > 3  # long enough to be swept and looked at
+    for step in range(8):
+        mixed(tokens, step=step), alone(tokens, step=step)
+    for name, buffer in alone.secants.named_buffers():
+        if name in ("forward_change", "forward_response"):
+            torch.testing.assert_close(dict(mixed.secants.named_buffers())[name], buffer)
+
+
+def test_what_is_looked_at_is_a_copy_in_full_precision():
+    state = torch.randn(2, 20, 8)
+    kept = Secants.sample(state)
+    before = kept.clone()
+    state.zero_()  # sweeps go on to work in place
+    assert torch.equal(kept, before) and kept.abs().min() > 0
+    secants, reference = Secants(1, 8), Secants(1, 8)
+    reference.observe(1, "forward", kept, 2 * kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        secants.observe(1, "forward", kept, 2 * kept)
+    assert torch.equal(secants.forward_change, reference.forward_change) and secants.forward_change.any()
+
+
+def test_only_training_steps_on_the_main_path_are_learned_from():
+    model, tokens = double_lm()
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant", mix="sandwich").double()
+
+    def moments():
+        return {name: b.clone() for name, b in objective.secants.named_buffers()}
+
+    before = moments()
+    with torch.no_grad():
+        objective(tokens)
+    objective.eval()  # with gradients, as where a gradient is looked at
+    objective(tokens)
+    fidelity(objective.train(), BackpropObjective(model, mix="sandwich"), list(model.parameters()), tokens, None, 0)
+    assert objective.training
+    assert all(torch.equal(b, before[name]) for name, b in moments().items())
+    objective(tokens)
+    after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()
+    alone(tokens)
+    assert after["n_steps"] == 1
+    for name, buffer in alone.secants.named_buffers():
+        if name.startswith("forward"):  # the mix adds errors to the messages, but no states
+            torch.testing.assert_close(after[name], buffer)
+    for n in range(2, 8):
+        assert after["backward_change"][n - 1].any(), n
+    assert not after["backward_change"][0].any()  # no message is carried through the first block
+    seen = [n for n in range(1, 8) if after["forward_change"][n - 1].any()]
+    assert seen == [3, 4, 5, 6, 7]  # the second is exact before it is evaluated twice
+
+
+def test_under_autocast_sums_and_fits_keep_their_precision():
+    torch.manual_seed(0)
+    b, initial = torch.randn(5, 2, 3, 8), torch.randn(2, 3, 8)
+    maps = LowRankMaps(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
+    expected = low_rank_scan(b, maps, initial), maps.branch(1, initial)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = low_rank_scan(b, maps, initial), maps.branch(1, initial)
+    assert all(map(torch.equal, found, expected))
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, block_size=12))
+    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+    for step in range(21):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = objective(torch.randint(17, (2, 13)), step=step).loss
+        loss.backward()
+    left = objective.secants.forward_left
+    assert left.dtype == torch.float32 and left.isfinite().all() and left[4].any()
+    assert all(b.dtype != torch.bfloat16 for b in objective.to(torch.bfloat16).secants.buffers())
+    objective.secants.forward_change[3] = float("nan")  # a broken step leaves the maps as they were
+    before = objective.secants.forward_left.clone()
+    objective.secants.n_steps.fill_(9)
+    objective.secants.end_step()
+    assert torch.equal(objective.secants.forward_left[3], before[3])
+
+
+def test_it_needs_to_know_the_width_and_sweeps():
+    blocks = [nn.Linear(4, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match="secant.*unknown width.*give DepthHierarchy the width"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
+    with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")
+    with pytest.raises(ValueError, match="secant_rank=2 with linearization='identity'"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "sweeps", secant_rank=2)
+    with pytest.raises(ValueError, match="'secant' needs its maps"):
+        chain = DepthHierarchy(blocks, nn.Linear(4, 2)).chain
+        forward_sweeps(chain, [1, 2], torch.zeros(1, 4), sweeps=1, linearization="secant")
+    with pytest.raises(ValueError, match="every=0"):
+        Secants(3, 12, every=0)
+
+
+def test_a_run_takes_them_where_they_were_measured_to_help():
+    """On the full path alone; what it came to is stored, so that a later default changes nothing."""
+
+    def of(**options):
+        return TrainingSettings(max_steps=1, **options).linearization
+
+    assert of(mix="none") == of(path="4,6,7") == "secant"
+    assert of() == of(mix="sandwich") == of(objective="backprop") == of(mix="none", cell="gru") == "identity"
+    stored = dataclasses.asdict(TrainingSettings(max_steps=1, mix="none"))
+    assert resolve(stored, {"cell": "gru"}).linearization == "identity"  # a run's settings as a preset of another
+    assert of(mix="none", linearization="identity") == "identity" and of(linearization="secant") == "secant"

@@ -1,0 +1,346 @@
+"""The comparison script: resumable, its table and ratio, and that both sides start from the same weights."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hbll_seq.data.tasks import make_task
+from hbll_seq.evaluation.perplexity import evaluate_paths
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training import comparison, plots
+from hbll_seq.training.comparison import Shape, TaskProblem, train
+from hbll_seq.training.results import Results, tune
+from hbll_seq.training.settings import read_preset
+from hbll_seq.training.sides import Side
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train" / "compare.py"
+TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "2", "--steps", "3",
+        "--lrs", "1e-3", "1e-2", "--seeds", "0", "1", "--eval-batches", "1",
+        "--eval-every", "2", "--probe-every", "2", "--threads", "1"]  # fmt: skip
+
+
+@pytest.fixture()
+def compare():
+    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+SIDES = ["tree", "backprop-1", "backprop-3", "sweeps", "mix", "backprop-mix"]
+
+
+def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
+    output = tmp_path / "results.json"
+    argv = [*TINY, "--data", str(text), "--output", str(output), "--sides", *SIDES]
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    compare.main(argv)
+    first = capsys.readouterr().out
+    runs = json.loads(output.read_text())["runs"]
+    tried = {side: {run["lr"] for run in runs if run["side"] == side} for side in SIDES}
+    assert all({1e-3, 1e-2} < lrs for lrs in tried.values())  # the best of two rates lies at an edge
+    assert sum(run["seed"] == 1 for run in runs) == len(SIDES)  # each side's best rate is kept for the second seed
+    by_side = {run["side"]: run for run in runs}
+    assert [row["depth"] for row in by_side["tree"]["test"]] == [1, 2, 3]
+    assert [row["depth"] for row in by_side["sweeps"]["test"]] == [3]
+    assert by_side["backprop-3"]["work"] == 9 < by_side["sweeps"]["work"] < by_side["mix"]["work"]
+    assert by_side["sweeps"]["probes"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
+    assert [step for step, _ in by_side["mix"]["evaluations"]] == [2]
+    for side in ("mix", "backprop-mix"):
+        assert [row["path"] for row in by_side[side]["test"]] == [[2], [1, 2], [1, 2, 3]]  # the prefix family
+    assert by_side["mix"]["probes"][0][4] == pytest.approx(1, abs=1e-3)  # of the full path alone
+    assert first.splitlines()[-1].startswith("ratio of perplexity on the full path to 3-block backprop at equal steps: tree ")
+    assert (tmp_path / "results.png").stat().st_size > 5000
+
+    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("a finished run was done again"))
+    compare.main(argv)
+    assert capsys.readouterr().out == first
+    compare.main([*argv, "--report-only"])
+    assert capsys.readouterr().out == first
+    compare.main([*argv, "--report-only", "--sides", "sweeps", "mix"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "the file also holds, for --sides: tree backprop-1 backprop-3 backprop-mix"
+    with pytest.raises(ValueError, match="other settings \\(steps\\).*--output"):
+        compare.main([*argv, "--steps", "4"])
+
+
+def test_a_synthetic_task(compare, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    compare.main([*TINY, "--task", "induction", "--output", str(output), "--sides", "backprop-1", "sweeps:sweeps=0",
+                  "--seeds", "0", "--lrs", "1e-3"])
+    rows = {run["side"]: run["test"] for run in json.loads(output.read_text())["runs"]}
+    assert {row["depth"] for row in rows["sweeps:sweeps=0"]} == {3} and 0 <= rows["backprop-1"][0]["accuracy"] <= 100
+    assert "test accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("forward", "side 'forward': allowed are backprop-N"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, corrections"),
+        ("sweeps:depth=3", "has no option 'depth'"),
+        ("tree:sweeps=2", "tree has no option 'sweeps'; it has graphs, state_weight"),
+        ("sweeps:sweeps=x", "sweeps='x' must be a number"),
+    ],
+)
+def test_bad_sides(name, message):
+    with pytest.raises(ValueError, match=message):
+        Side.parse(name, "random")
+
+
+def test_tuning_goes_past_the_edge_and_stops():
+    assert tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
+    assert tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
+    assert tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
+    assert tune(lambda lr: lr, [4]) == 4
+    assert tune(lambda lr: float("nan") if lr < 2 else abs(lr - 2), [1, 2, 4]) == 2
+
+
+def test_sides_start_from_the_same_weights_and_read_the_same_batches(compare, monkeypatch):
+    """With a learning rate of next to nothing, one seed is one model, whatever the side."""
+    problem = compare.problem_of(compare.parse(["--task", "induction"]))
+    shape = Shape(2, 16, 2, 2, steps=2, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=9)
+    losses = {name: train(Side.parse(name, "random"), 1e-12, 3, problem, shape) for name in ("tree", "sweeps", "backprop-3")}
+    first, *others = ([row["loss"] for row in run["test"] if row["depth"] == 3] for run in losses.values())
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others)
+    assert losses["sweeps"]["curve"][0][1] == pytest.approx(losses["backprop-3"]["curve"][0][1], abs=1e-4)
+
+
+def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
+    one, two = (Results(tmp_path / "r.json", {"a": 1}) for _ in range(2))
+    one.add({"side": "tree", "lr": 1.0, "seed": 0})
+    two.add({"side": "mix", "lr": 1.0, "seed": 0})
+    assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
+    assert one.find("mix", 1.0, 0) is not None
+    mix = Side.parse("mix", "octaves")
+    assert dict(mix.config) == {"default_paths": "prefix", "readout_rank": 16} and "'mix_weight': 9.0" in mix.method(3)
+    preset = read_preset("small", SCRIPT.parent / "presets")
+    assert {name: value for name, value in mix.options if name in preset} == {k: preset[k] for k in ("sweeps", "corrections")}
+    assert Side.parse("sweeps", "all").method(3) != Side.parse("sweeps:sweeps=4", "all").method(3)
+    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 3"})
+    assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
+    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 4"})
+    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["method"] for k in (3, 4)] == ["K = 3", "K = 4"]
+
+
+STORED = [p for p in sorted(SCRIPT.parent.glob("results/compare*.json")) if not p.stem.startswith("compare-rnn")]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_runs_are_still_those_of_the_sides_that_they_name(path):
+    """Otherwise the README's report would be empty, and a comparison would make all runs anew."""
+    stored = json.loads(path.read_text())
+    for run in stored["runs"]:
+        shape = [stored["setting"][name] for name in ("n_level", "cell") if name in stored["setting"]]
+        assert Side.parse(run["side"], stored["setting"]["mix"]).method(*shape) == run["method"]
+
+
+@pytest.mark.parametrize("path", [p for p in STORED if "-tree-" not in p.stem], ids=lambda path: path.stem)
+def test_stored_settings_are_still_those_of_the_same_command(compare, path):
+    """A setting that came later is written only where it is not what every run before it had."""
+    stored = json.loads(path.read_text())["setting"]
+    options = {k: v for k, v in stored.items() if k != "text"}
+    argv = [text for k, v in options.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+    argv = ["--carry-state" if text == "True" else text for text in argv if text != "--carry-state"]
+    Results(path, {**compare.setting_of(compare.parse(argv)), "text": stored["text"]})
+    with pytest.raises(ValueError, match="other settings \\(cell\\)"):
+        Results(path, {**stored, "cell": "elman"})
+
+
+def test_the_main_path_of_a_mix_is_looked_at_with_what_the_side_has_learned(monkeypatch):
+    seen = []
+
+    def look(objective, *_):
+        seen.append((objective.mix, objective.secants, int(objective.secants.n_steps)))
+        return [1.0, 1.0, 0.0]
+
+    monkeypatch.setattr(comparison, "fidelity", look)
+    shape = Shape(2, 16, 2, batch_size=2, steps=4, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=4)
+    side = Side.parse("sweeps:linearization=secant,mix=octaves,paths=prefix", "octaves")
+    train(side, 1e-3, 0, TaskProblem(make_task("induction", n_symbols=8, block_size=12)), shape)
+    (mix, learned, n_steps), (alone, same, _) = seen
+    assert (mix, alone, n_steps) == ("octaves", "none", 3) and same is learned
+
+
+# ---------------------------------------------------------------------------------------------- recurrent stacks
+
+#: every sweep and correction that there can be, over 3 blocks and 8 tokens; taken one by one along time
+EXACT = "sweeps:sweeps=2,corrections=2,time_sweeps=7,time_corrections=7,time_chunk=1,time_linearization=zero"
+GRU = Shape(2, 16, 2, batch_size=2, steps=5, warmup_steps=1, eval_batches=3, eval_every=1, probe_every=3, cell="gru")
+
+
+@pytest.fixture()
+def stretches(tmp_path, compare, monkeypatch):
+    """The problem of a recurrent stack, given further options: a text in windows of 8 tokens."""
+    text = tmp_path / "text.txt"
+    text.write_text("The town lies on the river , and the river runs to the sea , past nine more towns .\n" * 300)
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    options = ["--data", str(text), "--block-size", "8", "--cell", "gru", "--n-level", "2"]
+    return lambda *more: compare.problem_of(compare.parse([*options, *more]))
+
+
+def test_sides_of_a_recurrent_stack_start_from_the_same_weights(stretches):
+    shape = dataclasses.replace(GRU, steps=2)
+    names = ("backprop-3", "sweeps", "sweeps:time_sweeps=0,time_chunk=2", "mix")
+    losses = [train(Side.parse(name, "random"), 1e-12, 3, stretches(), shape)["test"][-1]["loss"] for name in names]
+    assert losses == pytest.approx([losses[0]] * len(names), rel=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["gru", "elman", "gru,transformer,mingru"])
+def test_sweeps_without_end_learn_what_backprop_learns(stretches, cell):
+    shape = dataclasses.replace(GRU, steps=9, eval_every=2, cell=cell)
+    names = ("backprop-3", EXACT, EXACT.replace("=7", "=0"))
+    backprop, exact, less = (train(Side.parse(name, "random"), 2e-2, 0, stretches(), shape) for name in names)
+    curves = [[row["depth 3"] for _, row in run["evaluations"]] for run in (backprop, exact, less)]
+    assert len(curves[0]) == 4 and curves[0][-1] < 0.3 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert exact["test"][0]["loss"] == pytest.approx(backprop["test"][0]["loss"], rel=1e-5)
+    assert [probe[1] for probe in exact["probes"]] == pytest.approx([1] * 3, abs=1e-5)  # at carried states, by both
+    assert curves[2] != pytest.approx(curves[0], rel=2e-4)  # or the comparison above would say nothing
+    assert all(probe[1] < 1 - 5e-5 for probe in less["probes"])
+
+
+@pytest.mark.parametrize("name, objective", [("sweeps", LocalObjective), ("mix", LocalObjective),
+                                             ("backprop-3", BackpropObjective)])  # fmt: skip
+def test_a_window_starts_from_the_state_of_the_one_before(stretches, monkeypatch, name, objective):
+    seen, looks, forward, fidelity = [], [], objective.forward, comparison.fidelity
+
+    def spy(self, inputs, labels=None, step=0, states=None):
+        given = {p: s.clone() for p, s in (states or {}).items()}
+        output = forward(self, inputs, labels, step, states)
+        if isinstance(self.model, HBLLForCausalLM) and not looking:  # neither a probe nor what counts the work
+            seen.append((inputs, given, output.states))
+        return output
+
+    looking = []
+
+    def look(*args, **carried):
+        looking.append(True)
+        before = {p: s.clone() for p, s in carried["states"].items()}
+        found = fidelity(*args, **carried)
+        looking.pop()
+        looks.append((before, carried["states"]))
+        return found
+
+    monkeypatch.setattr(objective, "forward", spy)
+    monkeypatch.setattr(comparison, "fidelity", look)
+    train(Side.parse(name, "random"), 1e-3, 0, stretches(), GRU)
+    assert len(seen) == GRU.steps and seen[0][1] == {} and (1, 2, 3) in seen[1][1]
+    for (inputs, _, ends), (following, starts, _) in itertools.pairwise(seen):
+        assert torch.equal(inputs[:, -1], following[:, 0])  # each row reads on
+        assert starts.keys() == ends.keys() and all(torch.equal(starts[p], ends[p]) for p in ends)
+    assert len(looks) == {"sweeps": 1, "mix": 2, "backprop-3": 0}[name]
+    for before, after in looks:
+        assert before.keys() == after.keys() == seen[2][1].keys()
+        assert all(torch.equal(before[p], after[p]) and torch.equal(before[p], seen[2][1][p]) for p in before)
+
+
+def test_looks_at_the_gradient_change_nothing_with_states(stretches):
+    often, never = (train(Side.parse("mix", "random"), 1e-3, 0, stretches(), dataclasses.replace(GRU, probe_every=n))
+                    for n in (1, 99))  # fmt: skip
+    assert len(often["probes"]) == GRU.steps and often["test"] == never["test"]
+
+
+def test_evaluation_reads_on_where_training_does(stretches):
+    """Trained alike (not at all), evaluated as deployed: with what was read before, or without."""
+    shape = dataclasses.replace(GRU, steps=1)
+    rows = {}
+    for options in ((), ("--no-carry-state",)):
+        problem = stretches(*options)
+        torch.manual_seed(0)
+        model = HBLLForCausalLM(HBLLConfig(vocab_size=problem.vocab_size, n_level=2, n_embd=16, cell="gru", block_size=8))
+        carry = problem.carry_state
+        expected = evaluate_paths(model, problem.windows["test"], {"full": (1, 2, 3)}, max_batches=3, carry_state=carry)
+        rows[carry] = problem.evaluate(model, "test", {"full": (1, 2, 3)}, 3)
+        assert rows[carry] == expected
+        run = train(Side.parse("sweeps", "random"), 1e-3, 0, problem, shape)
+        assert run["test"][0]["tokens"] == expected[0]["tokens"]
+    assert rows[True][0]["loss"] != rows[False][0]["loss"]
+
+
+def test_a_comparison_of_recurrent_stacks(compare, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "results.json"
+    argv = [*TINY, "--data", str(text), "--output", str(output), "--cell", "gru", "--lrs", "1e-2", "--seeds", "0"]
+    compare.main(argv)
+    stored = json.loads(output.read_text())
+    assert stored["setting"]["cell"] == "gru" and stored["setting"]["carry_state"] is True
+    runs = {run["side"]: run for run in stored["runs"]}
+    assert list(runs) == ["backprop-3", "sweeps", "mix"]  # what a recurrent stack compares of itself
+    assert "'time_chunk': 8" in runs["sweeps"]["method"] and "time" not in runs["backprop-3"]["method"]
+    assert runs["sweeps"]["work"] > Side.parse("sweeps", "random").work(2)  # estimates of the last block too
+    shown = capsys.readouterr().out
+    assert "states carried from window to window" in shown
+    bits = {side: math.log2(run["test"][-1]["perplexity"]) for side, run in runs.items()}
+    for side in ("sweeps", "mix"):
+        assert f"{side} {bits[side]:.4f}" in shown and f"{side} {bits[side] - bits['backprop-3']:+.4f}" in shown
+    for more in (["--no-carry-state"], ["--cell", "transformer"]):  # left out is not the same as equal
+        with pytest.raises(ValueError, match="other settings \\(.*carry_state"):
+            compare.main([*argv, *more, "--sides", "sweeps"])
+
+
+def test_names_and_defaults_of_recurrent_stacks(compare):
+    def name(*argv):
+        return compare.parse(argv).output.name
+
+    assert name() == "compare.json" and name("--n-level", "2") == "compare-2.json" and name("--quick") == "compare-quick.json"
+    assert name("--cell", "gru") == "compare-gru-3.json"
+    assert name("--cell", "gru, transformer,gru", "--n-level", "2", "--quick") == "compare-gru+transformer+gru-2-quick.json"
+    carried = {cell: compare.parse(["--cell", cell, "--n-level", "2"]).carry_state
+               for cell in ("transformer", "gru", "gru,gru,elman", "gru,transformer,gru")}  # fmt: skip
+    assert list(carried.values()) == [False, True, True, False]
+    assert compare.parse(["--cell", "gru,transformer,gru", "--n-level", "2", "--carry-state"]).carry_state
+    assert not compare.parse(["--cell", "gru", "--task", "induction"]).carry_state
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--carry-state"], "carry_state=True with cell='transformer'"),
+        (["--cell", "gru", "--task", "induction", "--carry-state"], "carry_state=True with task='induction'"),
+        (["--cell", "lstm"], "cell='lstm'"),
+        (["--cell", "gru,gru", "--n-level", "2"], "names 2 blocks"),
+        (["--sides", "sweeps:time_chunk=4"], "time_chunk.*cell='transformer'"),
+        (["--cell", "gru", "--sides", "tree"], "tree.*carry_state"),
+        (["--cell", "gru", "--sides", "multigrid"], "multigrid"),
+        (["--cell", "gru", "--sides", "sweeps:time_linearization=identity"], "time_linearization='identity'"),
+    ],
+)
+def test_recurrent_stacks_that_cannot_be_compared(compare, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("told only after the first run"))
+    with pytest.raises(ValueError, match=message):
+        compare.main([*argv, "--output", str(tmp_path / "r.json"), "--threads", "1"])
+
+
+def test_induction_is_learned_by_three_blocks_and_not_by_one():
+    """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
+    problem = TaskProblem(make_task("induction", n_symbols=8, block_size=24))
+    shape = Shape(2, 32, 2, batch_size=32, steps=200, warmup_steps=20, eval_batches=4, eval_every=999, probe_every=999)
+    reached = {name: train(Side.parse(name, "random"), 5e-3, 0, problem, shape)["test"][-1]["accuracy"]
+               for name in ("backprop-1", "backprop-3", "sweeps:sweeps=1,corrections=1")}  # fmt: skip
+    assert reached["backprop-1"] < 60 < 85 < min(reached["backprop-3"], reached["sweeps:sweeps=1,corrections=1"]), reached
+
+
+def test_a_run_with_one_evaluation_is_seen_in_the_figure(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    run = {"test": [{"depth": 3, "accuracy": 50.0}], "evaluations": [[10, {"depth 3": 40.0}]], "work": 9.0}
+    plots.plot_comparison("unused.png", {"sweeps": [run]}, "accuracy")
+    _, by_step, by_work = figures[0].axes
+    assert by_step.lines[0].get_marker() == by_work.lines[0].get_marker() == "o"
+    assert list(by_work.lines[0].get_xdata()) == [90.0]  # block evaluations

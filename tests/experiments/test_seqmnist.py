@@ -1,0 +1,258 @@
+"""The script on digits pixel by pixel: every side in one run from the same start, resumed, saved, and reported."""
+
+import importlib.util
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from test_mnist import synthetic
+
+from hbll_seq import HBLLClassifierConfig, HBLLForSequenceClassification, RecurrentBackpropObjective, RecurrentTree
+from hbll_seq.data.mnist import load_mnist
+from hbll_seq.training.classification import Length, accuracies, batches, train_classifier
+from hbll_seq.training.recurrent_sides import RecurrentSide
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train" / "seqmnist.py"
+SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=2"]
+LABELS = {side: side.replace(":", "-") for side in SIDES} | {"sweeps": "sweeps-chunk=1-corrections=1-sweeps=1"}
+TINY = ["--n", "4", "--hidden", "16", "--steps", "6", "--batch-size", "32", "--warmup-steps", "2", "--sides", *SIDES,
+        "--sweeps", "1", "--corrections", "1", "--threads", "1"]  # fmt: skip
+
+
+@pytest.fixture()
+def seqmnist():
+    spec = importlib.util.spec_from_file_location("seqmnist", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    synthetic(folder)
+    return folder
+
+
+def runs_of(path):
+    return {(run["side"], run["lr"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+
+
+def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, digits, tmp_path, capsys, monkeypatch):
+    output, models = tmp_path / "results.json", tmp_path / "models"
+    argv = [*TINY, "--data", str(digits), "--permuted", "--output", str(output), "--save", str(models)]
+    seqmnist.main([*argv, "--sides", "bptt", "--seeds", "0"])
+    kept = output.read_text().splitlines()
+    assert capsys.readouterr().out.splitlines()[-1] == "deployed minus BPTT in points: no other side"
+    seqmnist.main([*argv, "--seeds", "0", "1"])
+    first = capsys.readouterr().out
+    assert output.read_text().splitlines()[2].startswith(kept[2])  # results accumulate
+    runs = runs_of(output)
+    assert list(runs) == [(side, 2e-3, seed) for seed in (0, 1) for side in SIDES]
+    for (side, _, _), run in runs.items():
+        assert set(run["test"]) == ({"deployed", "tree", "top"} if side.startswith("tree") else {"deployed"})
+        assert run["curve"][-1][0] == 6 and run["finite"]
+    assert "psMNIST, N = 4 steps of 196 pixels" in first
+    shown = first.splitlines()[-1]
+    assert shown.startswith("deployed minus BPTT in points: one-step ") and shown.count(";") == 3
+    expected = runs["sweeps", 2e-3, 1]["test"]["deployed"] - runs["bptt", 2e-3, 1]["test"]["deployed"]
+    assert f"; sweeps {runs['sweeps', 2e-3, 0]['test']['deployed'] - runs['bptt', 2e-3, 0]['test']['deployed']:+.2f}" in shown
+    assert f" {expected:+.2f}; tree:sweeps=0" in shown
+
+    monkeypatch.setattr(seqmnist, "train_classifier", lambda *a: pytest.fail("a finished run was done again"))
+    seqmnist.main([*argv, "--seeds", "0", "1"])
+    assert capsys.readouterr().out == first
+    seqmnist.main(["--report-only", "--output", str(output), "--sides", *SIDES, "--seeds", "0", "1", "--sweeps", "1",
+                   "--corrections", "1", "--data", "nowhere"])  # fmt: skip
+    assert capsys.readouterr().out == first
+    seqmnist.main(["--report-only", "--output", str(output), "--sweeps", "1", "--corrections", "1"])  # all that is stored
+    assert capsys.readouterr().out == first
+
+    pixels, labels = load_mnist(str(digits), "test")
+    for (side, _, seed), run in runs.items():
+        folder = models / "results" / f"{LABELS[side]}-lr=0.002-seed={seed}"
+        loaded = HBLLForSequenceClassification.from_pretrained(folder)
+        assert loaded.config == HBLLClassifierConfig(n_steps=4, hidden_size=16, permutation_seed=0)
+        assert (loaded.predict(pixels) == labels).double().mean().item() * 100 == pytest.approx(run["test"]["deployed"])
+        assert "permuted sequential MNIST" in (folder / "README.md").read_text()
+
+    with pytest.raises(ValueError, match="other settings \\(n_steps\\).*--output"):
+        seqmnist.main([*argv, "--n", "8"])
+    monkeypatch.undo()
+    (models / "results" / "bptt-lr=0.002-seed=0" / "config.json").unlink()
+    with pytest.raises(ValueError, match="bptt lr=0.002 seed=0.*was stored without its model.*--output.*--save"):
+        seqmnist.main(argv)
+
+
+def test_learning_rates_are_chosen_on_held_out_images(seqmnist, digits, tmp_path):
+    output = tmp_path / "results.json"
+    argv = [*TINY, "--data", str(digits), "--output", str(output), "--sides", "bptt", "one-step:lr=3e-3", "--seeds", "0"]
+    with pytest.raises(ValueError, match="--lr of 2 rates with validation-images=0.*such as 5000"):
+        seqmnist.main([*argv, "--lr", "1e-3", "2e-3"])
+    assert not output.exists()
+    seqmnist.main([*argv, "--lr", "1e-3", "2e-3", "--validation-images", "100", "--eval-every", "4"])
+    runs = runs_of(output)
+    tried = [lr for side, lr, _ in runs if side == "bptt"]
+    assert {1e-3, 2e-3} < set(tried)  # the better of two lies at an edge
+    assert [lr for side, lr, _ in runs if side.startswith("one-step")] == [3e-3]
+    run = runs["bptt", 1e-3, 0]
+    assert set(run["validation"]) == {"deployed"} and [step for step, _ in run["evaluations"]] == [4]
+
+
+def test_steps_come_from_epochs_and_quick_is_short(seqmnist, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def fake(side, lr, seed, config, data, length):
+        seen.append((config, length, {split: len(labels) for split, (_, labels) in data.items()}))
+        if "validation" in data:  # the last images, and none that is trained on
+            assert torch.equal(torch.cat((data["train"][0], data["validation"][0])), load_mnist(str(digits), "train")[0])
+        return None, {"side": side.name, "method": side.method, "lr": lr, "seed": seed, "seconds": 1.0, "finite": True,
+                      "curve": [[length.steps, 1.0]], "probes": [], "test": {"deployed": 50.0}}  # fmt: skip
+
+    monkeypatch.setattr(seqmnist, "train_classifier", fake)
+    argv = ["--data", str(digits), "--sides", "bptt", "--seeds", "0", "--output"]
+    seqmnist.main([*argv, str(tmp_path / "a.json"), "--epochs", "3", "--batch-size", "100", "--validation-images", "40"])
+    pixel_by_pixel = ["--n", "784", "--cell", "elman", "--epochs", "1", "--train-images", "256"]
+    seqmnist.main([*argv, str(tmp_path / "b.json"), *pixel_by_pixel])
+    seqmnist.main([*argv, str(tmp_path / "c.json"), "--quick"])
+    seqmnist.main([*argv, str(tmp_path / "d.json"), "--quick", "--epochs", "1"])
+    seqmnist.main([*argv, str(tmp_path / "e.json")])
+    (_, three, counts), (elman, one, few), (small, quick, _), (_, quick_epoch, _), (_, default, _) = seen
+    assert (quick_epoch.steps, default.steps) == (640 // 128, 5 * (640 // 128))
+    assert three.steps == 18 and counts == {"train": 600, "test": 200, "validation": 40}
+    assert (elman.n_steps, elman.step_size, elman.cell, elman.permutation_seed) == (784, 1, "elman", None)
+    assert one.steps == 2 and few == {"train": 256, "test": 200}
+    assert quick.steps < 100 and small.hidden_size < 64
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--n", "785"], "n_steps=785 of n_inputs=784.*at most 784"),
+        (["--hidden", "0"], "hidden_size=0"),
+        (["--train-images", "641"], "train-images=641.*640 images.*at most 640"),
+        (["--train-images", "0"], "train-images=0.*at least 1"),
+        (["--train-images", "600", "--validation-images", "41"], "train-images=600.*at most 599"),
+        (["--validation-images", "640"], "validation-images=640.*639"),
+        (["--batch-size", "641"], "batch-size=641.*640 training images: choose 1 to 640"),
+        (["--epochs", "0", "--batch-size", "8"], "epochs=0: must be a whole number of at least 1"),
+        (["--steps", "0"], "steps=0: must be a whole number of at least 1"),
+        (["--lr", "0"], "--lr=0.0: must be a number above 0"),
+        (["--warmup-steps", "-1"], "warmup_steps=-1"),
+        (["--corrections", "-1"], "corrections=-1"),
+        (["--threads", "0"], "threads=0: must be a whole number of at least 1"),
+        (["--sides", "bppt"], "side 'bppt': allowed are bptt, one-step, truncated, sweeps, tree"),
+        (["--report-only"], "there is no results file .*leave --report-only out"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(seqmnist, "train_classifier", lambda *a: pytest.fail("a run was started"))
+    base = ["--data", str(digits), "--output", str(tmp_path / "r.json"), "--batch-size", "32"]
+    with pytest.raises(ValueError, match=message):
+        seqmnist.main([*base, *argv])
+    assert not (tmp_path / "r.json").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- sides
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, clip, corrections"),
+        ("bptt:sweeps=3", "bptt has no option 'sweeps'; it has lr"),
+        ("tree:sweeps=x", "sweeps='x' must be a number"),
+        ("tree:lr=-1", "lr=-1.0: must be a number above 0"),
+        ("sweeps:init=full", "init='full': allowed are tree, zeros, state, diagonal"),
+        ("sweeps:init=state,share=none", "share needs init=tree"),
+        ("tree:share=all", "share='all' needs a deployed cell.*allowed are none, capped"),
+        ("sweeps:linearization=identity", "linearization='identity': allowed are zero, diagonal, secant"),
+        ("tree:max_symbols=0", "max_symbols=0"),
+        ("tree:share=half", "share='half'"),
+    ],
+)
+def test_bad_sides(name, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentSide.parse(name).check("gru", 16)
+
+
+def test_a_side_is_stored_under_all_that_it_does():
+    parse = RecurrentSide.parse
+    assert parse("sweeps").method == parse("sweeps:sweeps=4,lr=1").method != parse("sweeps:sweeps=2").method
+    assert parse("sweeps", {"sweeps": 2}).method == parse("sweeps:sweeps=2").method
+    assert parse("sweeps:sweeps=3", {"sweeps": 2}).method == parse("sweeps:sweeps=3").method
+    assert parse("tree", {"sweeps": 2}).method == parse("tree:sweeps=4").method != parse("tree:sweeps=0").method
+    assert "max_symbols" not in parse("sweeps").method and parse("tree:lr=1e-3").lr == 1e-3
+    assert "'max_symbols': 8" in parse("sweeps:init=tree").method
+    assert parse("sweeps:sweeps=4,lr=1").label == "sweeps" and parse("tree:sweeps=4").label == "tree"
+    assert parse("sweeps:init=tree", {"sweeps": 2}).label == "sweeps-init=tree-sweeps=2"
+
+
+def test_every_side_starts_from_the_same_weights_and_reads_the_same_batches(digits):
+    """At a learning rate of next to nothing one seed is one model, whatever the side."""
+    data = {split: load_mnist(str(digits), split) for split in ("train", "test")}
+    config, length = HBLLClassifierConfig(n_steps=4, hidden_size=8), Length(batch_size=32, steps=3)
+    models, curves = {}, {}
+    for name in (*SIDES, "sweeps:sweeps=3,corrections=3,init=state"):
+        model, run = train_classifier(RecurrentSide.parse(name), 1e-12, 5, config, data, length)
+        models[name], curves[name] = model.state_dict(), run["curve"]
+    for weights in models.values():
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, models["bptt"][name], atol=1e-8, rtol=0)
+    bptt, one_step, *_, full_sweeps = (curve[0][1] for curve in curves.values())
+    assert one_step == bptt == pytest.approx(full_sweeps, abs=1e-4)
+
+
+def test_full_sweeps_train_as_bptt_and_the_truncation_does_not(digits):
+    data = {split: load_mnist(str(digits), split) for split in ("train", "test")}
+    config, length = HBLLClassifierConfig(n_steps=4, hidden_size=8), Length(32, steps=12, warmup_steps=2, probe_every=6)
+    runs = {name: train_classifier(RecurrentSide.parse(name), 1e-2, 0, config, data, length)[1]
+            for name in ("bptt", "sweeps:sweeps=3,corrections=3", "one-step")}  # fmt: skip
+    exact, sweeps, truncated = (run["curve"][-1][1] for run in runs.values())
+    assert sweeps == pytest.approx(exact, abs=1e-3) and abs(truncated - exact) > 2e-3
+    probes = runs["sweeps:sweeps=3,corrections=3"]["probes"]
+    assert [probe[0] for probe in probes] == [6, 12] and all(probe[1] > 0.999 for probe in probes)
+
+
+def test_an_epoch_holds_every_image_once():
+    order = list(islice(batches(10, 3, seed=1), 9))
+    first, second = torch.cat(order[:3]), torch.cat(order[3:6])
+    assert len(set(first.tolist())) == len(set(second.tolist())) == 9 and first.tolist() != second.tolist()
+    again = list(islice(batches(10, 3, seed=1), 9))
+    assert all(map(torch.equal, order, again)) and not torch.equal(next(batches(10, 3, seed=2)), order[0])
+
+
+def test_the_three_readouts_are_different_networks():
+    """With f_0 at zero the deployed network is blind, and f_D, which never calls it, is not."""
+    torch.manual_seed(0)
+    model = HBLLForSequenceClassification(HBLLClassifierConfig(n_steps=4, hidden_size=12, n_classes=2))
+    side = RecurrentSide.parse("tree")
+    objective = side.objective(model, "gru", 4)
+    assert isinstance(objective.tree, RecurrentTree) and objective.tree.width(2) == 4
+    with torch.no_grad():
+        for p in model.cell.parameters():
+            p.zero_()
+    values = torch.rand(64, 784)
+    state = objective.tree.jump(model.cell, model.symbols(model.chunks(values)), model.initial_state(64))
+    labels = model.head(state).argmax(-1)
+    found = accuracies(model, values, labels, objective.tree, batch_size=10)
+    blind = model.head(torch.zeros(12)).argmax()
+    assert found["top"] == 100
+    assert found["deployed"] == pytest.approx(100 * (labels == blind).double().mean().item(), abs=1e-3)
+    assert 0 < found["deployed"] < 100 and set(found) == {"deployed", "tree", "top"}
+    for name, window in (("bptt", None), ("one-step", 1), ("truncated", 16), ("truncated:window=3", 3)):
+        baseline = RecurrentSide.parse(name).objective(model, "gru", 4)
+        assert isinstance(baseline, RecurrentBackpropObjective) and baseline.window == window
+
+
+@pytest.mark.parametrize("cell, linearization", [("gru", "secant"), ("mingru", "diagonal")])
+def test_the_default_dial_follows_length_and_cell(seqmnist, digits, tmp_path, cell, linearization):
+    output = tmp_path / "results.json"
+    seqmnist.main(["--n", "16", "--hidden", "8", "--steps", "1", "--batch-size", "16", "--cell", cell, "--sides", "sweeps",
+                   "--seeds", "0", "--data", str(digits), "--output", str(output)])  # fmt: skip
+    method = json.loads(output.read_text())["runs"][0]["method"]
+    assert "'chunk': 2," in method and f"'linearization': '{linearization}'" in method

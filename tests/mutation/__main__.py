@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from pathlib import Path
 from .mutants import Mutant, mutants_of
 from .targets import ROOT, files_of, modules_of
 
+OUTPUT = "output.txt"  # of the tests, in the copy
+
 
 def copy_tree(folder: Path) -> None:
     """What git has or would take of the working tree."""
@@ -33,24 +36,11 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-class Recorder:
-    """A pytest plugin that writes the name of the first failed test to a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.failed and not self.path.exists():
-            self.path.write_text(report.nodeid)
-
-
 def run_tests(folder: Path, tests: list[str], limit: float) -> dict:
     """Run tests in the copy, in a fork of this process, which has imported torch: what came of it, as a result says it."""
-    failed, start = folder / "failed.txt", time.monotonic()
-    failed.unlink(missing_ok=True)
-    child = os.fork()
+    start, child = time.monotonic(), os.fork()
     if child == 0:
-        _in_child(folder, tests, failed)
+        _in_child(folder, tests)
     try:
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() - start < limit:
             time.sleep(0.05)
@@ -59,16 +49,17 @@ def run_tests(folder: Path, tests: list[str], limit: float) -> dict:
             os.killpg(child, signal.SIGKILL)  # also what a test has left behind
     if ended[0] == 0:
         os.waitpid(child, 0)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", (folder / OUTPUT).read_text(errors="replace"), re.MULTILINE)
     return {"outcome": "timeout" if ended[0] == 0 else "killed" if ended[1] else "survived",
-            "by": failed.read_text() if failed.exists() else None, "seconds": round(time.monotonic() - start, 1)}
+            "by": failed[-1] if failed else None, "seconds": round(time.monotonic() - start, 1)}
 
 
-def _in_child(folder: Path, tests: list[str], failed: Path) -> None:
+def _in_child(folder: Path, tests: list[str]) -> None:
     code = 70
     try:
         os.setsid()
         os.chdir(folder)
-        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.path[:] = [str(folder), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, folder))]
         for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "hbll_seq")]:
@@ -78,7 +69,7 @@ def _in_child(folder: Path, tests: list[str], failed: Path) -> None:
         sys.dont_write_bytecode = True
         import pytest
 
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [Recorder(failed)]))
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -105,7 +96,7 @@ class Trial:
     def _measure(self, tests: list[str]) -> float:
         own = run_tests(self.folder, tests, 3600)
         if own["outcome"] != "survived":
-            said = (self.folder / "output.txt").read_text()[-2000:]
+            said = (self.folder / OUTPUT).read_text()[-2000:]
             raise SystemExit(f"{said}\n{' '.join(tests)} fail on the code as it is: mend that first ({own})")
         self._limits[repr(tests)] = 3 * own["seconds"] + 30
         return self._limits[repr(tests)]
@@ -131,7 +122,6 @@ def known(results: Path) -> dict[str, dict]:
 
 
 def line_of(row: dict) -> str:
-    """One result for a person."""
     return (f"{row['outcome']} ({row['seconds']:.0f} s) {row['file']}:{row['line']} {row['kind']}: {row['before'][:80]!r} -> "
             f"{row['after'][:80]!r}")
 

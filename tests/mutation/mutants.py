@@ -37,6 +37,9 @@ _DROPPED = ("detach", "clone", "contiguous", "clamp", "float", "unsqueeze")
 _SWAPPED = {"sum": "mean", "mean": "sum", "min": "max", "max": "min", "no_grad": "enable_grad", "enable_grad": "no_grad",
             "zeros": "ones", "zeros_like": "ones_like", "ones": "zeros", "all": "any", "any": "all"}  # fmt: skip
 
+#: expressions that may need parentheses where they stand
+_LOOSE = (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp, ast.IfExp)
+
 
 def mutants_of(source: str) -> list[Mutant]:
     """All mutants, in the order of the text. Messages (of ``raise``, and f-strings), annotations and docstrings have none."""
@@ -62,10 +65,6 @@ def _changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
             yield from _of_statement(node)
 
 
-#: expressions that may need parentheses where they stand
-_LOOSE = (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp, ast.IfExp)
-
-
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes whose change can matter."""
     yield node
@@ -73,18 +72,15 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
         if name in ("annotation", "returns") or isinstance(node, ast.Raise):
             continue
         for child in value if isinstance(value, list) else [value]:
-            skipped = isinstance(child, ast.JoinedStr) or _is_text(child) or _for_types(child)
-            if isinstance(child, ast.AST) and not skipped:
+            if isinstance(child, ast.AST) and not _says_nothing(child):
                 yield from _walk(child)
 
 
-def _is_text(node: object) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _for_types(node: object) -> bool:
-    """An import for annotations alone, or the name of a type."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" or isinstance(node, ast.Import)
+def _says_nothing(node: object) -> bool:
+    """A text: a docstring, an f-string, or imports for annotations."""
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _copy(node: ast.AST, **fields) -> ast.AST:

@@ -6,7 +6,6 @@ command line. The parts are in the library: settings, trainer, checkpoint, objec
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -40,9 +39,9 @@ from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import (
     check_memory,
-    end,
+    end_trackers,
     join_processes,
-    leave_processes,
+    leaving_processes,
     make_accelerator,
     on_main,
     precision_name,
@@ -307,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     with forgiving_output(), StopSignal() as stop:
         code = 0
         try:
-            with stop.interruptible():
+            with leaving_processes(), stop.interruptible():
                 code = run(argv, stop)
         except StopNow:  # outside of training, which saves first
             if code == 0:  # else the run has told how it ended
@@ -315,10 +314,6 @@ def main(argv: list[str] | None = None) -> int:
                 code = 128 + stop.received
         except KeyboardInterrupt:
             code = 130
-        finally:
-            # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
-            # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
-            gc.collect()
         return code
 
 
@@ -369,19 +364,18 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
             training(settings, opened, accelerator, {**origin, "locations": locations(where)}, stop, resumed)
         finally:
-            end(accelerator)
+            end_trackers(accelerator)
     except Stopped as stopped:
         code = 128 + (stopped.signal_number or 15)
         return code, f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {folder}"
     finally:
         if lock is not None:
             lock.release()
-        leave_processes()
     return 0, None
 
 
 def run(argv: list[str] | None, stop: StopSignal) -> int:
-    """What `main` does, before the process group's threads are waited for."""
+    """What `main` does, before the process group is left."""
     message = None
     try:
         code, message = start(argv, stop)

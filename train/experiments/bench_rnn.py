@@ -1,125 +1,85 @@
 """Seconds of a training step over time: HBLL-RNN beside backpropagation through time (BPTT) and torch's fused layers.
 
-    python train/bench_rnn.py                                # CPU: half an hour; goes on where it was stopped
-    python train/bench_rnn.py --quick                        # less than a minute, too few points to mean much
-    python train/bench_rnn.py --device cuda --bf16 --hidden-size 2048 --batch-sizes 128     # the paper's setting
+    python train/experiments/bench_rnn.py             # CPU: half an hour; goes on where it was stopped
+    python train/experiments/bench_rnn.py --quick     # less than a minute, too few points to mean much
+    python train/experiments/bench_rnn.py --device cuda --bf16 --hidden-size 2048 --batch-sizes 128     # the paper's setting
 
 A step is forward and backward of the loss (with --optimizer also one step of AdamW) of a classifier of 784 pixels that
 are read in N steps of ceil(784 / N), as in the paper's sequential MNIST, into 10 classes; the inputs are random. The head
-is so small that the recurrence is what is measured. All sides have the same weights, inputs and loss:
+is so small that the recurrence is what is measured. All methods have the same weights, inputs and loss:
 
     bptt          backpropagation through time, an explicit loop over the same unfused cell
     one-step      the same loop with the state detached before every transition
     fused         torch.nn.GRU (or nn.RNN for an Elman cell), whose loop and gates are one kernel each
-    sweeps:...    RecurrentLocalObjective of these options, such as sweeps:sweeps=4,corrections=4,linearization=zero
-    tree+sweeps:...   the same started from a tree's states; the tree is trained in the step too, and takes the options
-                  max_symbols (default 8) and share (default capped)
-    paper:...     the paper's tree, a cell for every span (max_symbols=none, share=none), and its consistency stage of
-                  sweeps=K (0: none)
+    sweeps:...    local losses with these options, such as sweeps:forward=4,backward=4,linearization=zero; with init=tree
+                  started from a tree's states, which is trained in the step too and takes the options max_symbols
+                  (default 8) and share (default capped)
+    tree:...      the paper's tree, a cell for every span, and its consistency stage of consistency=K (0: none)
 
-Options are those of RecurrentLocalObjective and RecurrentTree by name. The sides of one point (N and batch size) are
-timed by turns, a step of each in a round, so that what else the machine does falls on all of them. Speed-ups are ratios
-of the shortest steps. On a shared machine even the shortest step may hold a pause for another process, therefore steps on
-one CPU thread are compared in processor time, which has no pauses; the JSON file holds both times, and medians.
+The methods of one point (N and batch size) are timed by turns, a step of each in a round, so that what else the machine
+does falls on all of them. Speed-ups are ratios of the shortest steps. On a shared machine even the shortest step may hold a
+pause for another process, therefore steps on one CPU thread are compared in processor time, which has no pauses; the JSON
+file holds both times, and medians.
+
+New names in version 0.2: --methods (was --sides), and of methods "sweeps:init=tree" ("tree+sweeps"), "tree" ("paper").
+Files of results and names of methods from before are read as they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
+from comparisons.fused import FusedMethod
+from comparisons.plots import plot_speedups
+from comparisons.time_methods import TimeMethod
+from comparisons.words import current_points
 from torch import Tensor, nn
 
 from hbll_seq.atomic import atomic_write
-from hbll_seq.cells.recurrent import CELL_KINDS, ElmanCell, GRUCell, make_cell
+from hbll_seq.cells.recurrent import CELL_KINDS, make_cell
 from hbll_seq.recurrent_model import RecurrentModel
-from hbll_seq.recurrent_objective import (
-    RecurrentBackpropObjective,
-    RecurrentLocalObjective,
-    RecurrentObjective,
-    RecurrentOutput,
-)
-from hbll_seq.recurrent_tree import RecurrentTree
-from hbll_seq.training.plots import new_figure, save_figure
+from hbll_seq.recurrent_objective import RecurrentObjective
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 N_PIXELS, N_CLASSES = 784, 10
 #: Speed-up of HBLL-RNN over BPTT as published (arXiv 2606.21497): GPU, unfused GRU, H = 2048, bf16.
 PUBLISHED = dict(zip((2, 4, 8, 16, 32, 64, 128, 256), (0.47, 0.28, 0.39, 0.37, 0.86, 1.67, 2.58, 3.6)))
-COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # of our sides; the grey among them is the published curve's
 BASELINES = ("bptt", "one-step", "fused")
-FAMILIES = ("sweeps", "tree+sweeps", "paper")
-SIDES = (
-    "sweeps:sweeps=1,corrections=1,linearization=zero,chunk=8",  # the objective's defaults
-    "sweeps:sweeps=2,corrections=2,linearization=secant,chunk=8",  # what copying over 64 steps takes
-    "sweeps:sweeps=4,corrections=3,linearization=secant,chunk=8",  # what permuted MNIST in 64 steps takes
-    "sweeps:sweeps=4,corrections=4,linearization=diagonal,chunk=1",
-    "tree+sweeps:sweeps=1,corrections=1,linearization=zero,chunk=1",
-    "tree+sweeps:sweeps=4,corrections=4,linearization=zero,chunk=1",
-    "paper:sweeps=0",
-    "paper:sweeps=4",
+OURS = ("sweeps", "tree")
+#: what a method "sweeps" does where it does not say otherwise, as RecurrentLocalObjective does
+SWEEPS = {"forward": 1, "backward": 1, "chunk_size": 8, "linearization": "zero", "init": "state"}
+METHODS = (
+    "sweeps:forward=1,backward=1,linearization=zero,chunk_size=8",  # the objective's defaults
+    "sweeps:forward=2,backward=2,linearization=shared_matrix,chunk_size=8",  # what copying over 64 steps takes
+    "sweeps:forward=4,backward=3,linearization=shared_matrix,chunk_size=8",  # what permuted MNIST in 64 steps takes
+    "sweeps:forward=4,backward=4,linearization=diagonal,chunk_size=1",
+    "sweeps:init=tree,forward=1,backward=1,linearization=zero,chunk_size=1",
+    "sweeps:init=tree,forward=4,backward=4,linearization=zero,chunk_size=1",
+    "tree:consistency=0",
+    "tree:consistency=4",
 )
-QUICK = dict(steps=[2, 16, 128], batch_sizes=[4], repeats=3, sides=[SIDES[0], SIDES[4], SIDES[-1]])
+QUICK = dict(steps=[2, 16, 128], batch_sizes=[4], repeats=3, methods=[METHODS[0], METHODS[4], METHODS[-1]])
 #: with device and torch, what a result holds for.
 DECISIVE = ("cell", "hidden_size", "input_size", "threads", "bf16", "optimizer")
-OTHER_NAMES = ("self", "model", "inference", "tree")  # arguments of the objective that no option names
 
 
-class Side(NamedTuple):
-    """What is timed.
-
-    name: as it was given; ``family``: the part before the colon.
-    options: of the objective; ``tree``: of the tree, where there is one.
-    """
-
-    name: str
-    family: str
-    options: dict[str, object]
-    tree: dict[str, object]
-
-
-class FusedObjective(RecurrentObjective):
-    """Backprop through torch's fused layer with the weights of the model's cell, which it copies.
-
-    Args:
-        model: its cell is a GRU, or an Elman cell with tanh.
-
-    Raises:
-        ValueError: the cell is another one.
-    """
-
-    def __init__(self, model: RecurrentModel):
-        super().__init__(model)
-        cell = model.cell
-        if type(cell) is not GRUCell and not (type(cell) is ElmanCell and cell.nonlinearity == "tanh"):
-            raise ValueError("side 'fused': torch has layers for the cells gru and elman alone; leave it out of --baselines")
-        self.layer = (nn.GRU if type(cell) is GRUCell else nn.RNN)(cell.input_size, cell.hidden_size)
-        with torch.no_grad():
-            for name, parameter in cell.named_parameters():
-                getattr(self.layer, f"{name}_l0").copy_(parameter)
-
-    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
-        states, last = self.layer(self.model.symbols(x), s0[None])
-        loss = self.model.nats(states, targets)
-        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, last[0].detach())
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def options() -> argparse.ArgumentParser:
+    """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, nargs="+", default=[2**d for d in range(1, 11)], help="N, steps of a sequence "
         "(default: 2 4 8 .. 1024)")  # fmt: skip
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 32, 128], help="sequences of a step (default: 1 4 32 128)")
-    add("--sides", nargs="+", default=list(SIDES), help=f"settings of HBLL-RNN, see above (default: {' '.join(SIDES)})")
+    add("--methods", nargs="+", default=list(METHODS), help="settings of HBLL-RNN, see above (default: "
+        f"{' '.join(METHODS)})")  # fmt: skip
     add("--baselines", nargs="+", default=["bptt", "fused"], help=f"among {', '.join(BASELINES)}; bptt, which speed-ups "
         "are over, is always timed (default: bptt fused)")  # fmt: skip
     add("--cell", choices=CELL_KINDS, default="gru", help="recurrent cell (default: gru)")
@@ -139,21 +99,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--output", type=Path, help="JSON file, written after every point and gone on with; a figure goes beside it "
         "(default: train/results/bench_rnn.json, or bench_rnn-quick.json)")  # fmt: skip
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked; ``methods`` become :class:`TimeMethod` of some length, see :func:`method_of`.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such method or device.
+    """
+    parser = options()
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     args.output = args.output or RESULTS / f"bench_rnn{'-quick' if args.quick else ''}.json"
-    for name in ("hidden_size", "input_size", "repeats", "threads", "steps", "batch_sizes"):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [1 if value is None else value]:
-            if number < 1:
-                raise ValueError(f"{name}={number}: must be at least 1")
-    for name in ("warmup", "point_seconds"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"{name}={getattr(args, name)}: must be at least 0")
+    check_numbers(args)
     for name in args.baselines:
         if name not in BASELINES:
-            raise ValueError(f"baseline {name!r}: allowed are {', '.join(BASELINES)}; settings of ours go to --sides")
+            raise ValueError(f"baseline {name!r}: allowed are {', '.join(BASELINES)}; settings of ours go to --methods")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -163,52 +126,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"clock='processor' with device={args.device!r}: counts the work of a CPU alone; pass --clock wall")
     args.clock = args.clock or ("processor" if args.device == "cpu" and args.threads == 1 else "wall")
     args.steps, args.batch_sizes = sorted(set(args.steps)), sorted(set(args.batch_sizes))
-    args.sides = [parse_side(text) for text in dict.fromkeys(["bptt", *args.baselines, *args.sides])]
-    for side in args.sides:  # an option's range is the objective's to check, before hours of timing rather than after
+    args.methods = [method_of(name, args) for name in dict.fromkeys(["bptt", *args.baselines, *args.methods])]
+    for method in args.methods:  # an option's range is the objective's to check, before hours of timing rather than after
         model = make_model(4, args, hidden_size=2)
-        make_objective(side, model, 4, args)(*make_batch(4, 1, args))
+        make_objective(method, model, 4, args)(*make_batch(4, 1, args))
     return args
 
 
-def parse_side(text: str) -> Side:
-    """``family:name=value,name=value`` -> a side.
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError where a number is out of range."""
+    for name in ("hidden_size", "input_size", "repeats", "threads", "steps", "batch_sizes"):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [1 if value is None else value]:
+            if number < 1:
+                raise ValueError(f"{name}={number}: must be at least 1")
+    for name in ("warmup", "point_seconds"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"{name}={getattr(args, name)}: must be at least 0")
+
+
+def method_of(name: str, args: argparse.Namespace) -> TimeMethod:
+    """The method of that name; of which length is said by :func:`make_objective`.
 
     Raises:
-        ValueError: family or option is unknown, or an option has no value.
+        ValueError: kind or option is unknown.
     """
-    family, _, rest = text.partition(":")
-    if family not in BASELINES + FAMILIES:
-        allowed = ", ".join(BASELINES + FAMILIES)
-        raise ValueError(f"side {text!r}: allowed are {allowed}; options follow a colon, as in {SIDES[0]}")
-    objective, tree = ({}, {}) if family in BASELINES else (_arguments(RecurrentLocalObjective), {})
-    if family in ("tree+sweeps", "paper"):
-        tree = {"max_symbols": None, "share": "none"} if family == "paper" else {"max_symbols": 8, "share": "capped"}
-    side = Side(text, family, {}, tree)
-    for item in filter(None, rest.split(",")):
-        name, _, value = item.partition("=")
-        if name not in objective and name not in tree or not value:
-            allowed = ", ".join([*objective, *tree]) or "none"
-            raise ValueError(f"side {text!r}, option {item!r}: allowed are {allowed}; write name=value, as in {SIDES[0]}")
-        (side.tree if name in tree else side.options)[name] = _value(value)
-    return side
-
-
-def _arguments(function: Callable) -> list[str]:
-    return [name for name in inspect.signature(function).parameters if name not in OTHER_NAMES]
-
-
-def _value(text: str) -> object:
-    """A whole number, another number, or the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    if name == "fused":
+        return FusedMethod(name, name, ())
+    return TimeMethod.named(name, SWEEPS, args.cell)
 
 
 def make_model(n_steps: int, args: argparse.Namespace, hidden_size: int | None = None) -> RecurrentModel:
-    """The classifier, the same weights for every side of a point."""
+    """The classifier, the same weights for every method of a point."""
     torch.manual_seed(0)
     hidden_size = hidden_size or args.hidden_size
     cell = make_cell(args.cell, args.input_size or -(-N_PIXELS // n_steps), hidden_size)
@@ -222,24 +171,16 @@ def make_batch(n_steps: int, batch_size: int, args: argparse.Namespace) -> tuple
     return x.to(args.device), torch.randint(N_CLASSES, (batch_size,)).to(args.device)
 
 
-def make_objective(side: Side, model: RecurrentModel, n_steps: int, args: argparse.Namespace) -> RecurrentObjective:
-    """A side around a model."""
-    if side.family in ("bptt", "one-step"):
-        return RecurrentBackpropObjective(model, window=1 if side.family == "one-step" else None)
-    if side.family == "fused":
-        return FusedObjective(model).to(args.device)
-    tree, cell = None, model.cell
-    if side.tree:
-        options = {**side.tree, "max_symbols": None if side.tree["max_symbols"] == "none" else side.tree["max_symbols"]}
-        n_level = max(1, (n_steps - 1).bit_length())
-        tree = RecurrentTree(args.cell, cell.input_size, cell.hidden_size, n_level, **options)
-    inference = "tree" if side.family == "paper" else "sweeps"
-    return RecurrentLocalObjective(model, inference, tree=tree, **side.options).to(args.device)
+def make_objective(
+    method: TimeMethod, model: RecurrentModel, n_steps: int, args: argparse.Namespace
+) -> RecurrentObjective:
+    """A method around a model that reads so many steps."""
+    return replace(method, n_steps=n_steps).objective(model).to(args.device)
 
 
-def make_step(side: Side, n_steps: int, x: Tensor, labels: Tensor, args: argparse.Namespace) -> Callable[[], Tensor]:
-    """One training step of a side with a model of its own; returns the cross-entropy that the side reports."""
-    objective = make_objective(side, make_model(n_steps, args), n_steps, args)
+def make_step(method: TimeMethod, n_steps: int, x: Tensor, labels: Tensor, args: argparse.Namespace) -> Callable[[], Tensor]:
+    """One training step of a method with a model of its own; returns the cross-entropy that the method reports."""
+    objective = make_objective(method, make_model(n_steps, args), n_steps, args)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3) if args.optimizer else None
 
@@ -256,10 +197,10 @@ def make_step(side: Side, n_steps: int, x: Tensor, labels: Tensor, args: argpars
     return step
 
 
-def measure(n_steps: int, batch_size: int, sides: Iterable[Side], args: argparse.Namespace) -> dict:
-    """One point: all sides by turns."""
+def measure(n_steps: int, batch_size: int, methods: Iterable[TimeMethod], args: argparse.Namespace) -> dict:
+    """One point: all methods by turns."""
     x, labels = make_batch(n_steps, batch_size, args)
-    steps = {side.name: make_step(side, n_steps, x, labels, args) for side in sides}
+    steps = {method.name: make_step(method, n_steps, x, labels, args) for method in methods}
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
     losses = {name: step().item() for name, step in steps.items()}  # before an optimizer has moved a weight
     for _ in range(args.warmup - 1):
@@ -277,54 +218,53 @@ def measure(n_steps: int, batch_size: int, sides: Iterable[Side], args: argparse
             wait()
             times[name].append((time.perf_counter() - start, time.process_time() - processor))
     results = {}
-    for name, of_side in times.items():
-        results[name] = {"ce": losses[name], "rounds": len(of_side)}
-        for clock, seconds in zip(("wall", "processor"), zip(*of_side)):
+    for name, of_method in times.items():
+        results[name] = {"ce": losses[name], "rounds": len(of_method)}
+        for clock, seconds in zip(("wall", "processor"), zip(*of_method)):
             results[name][clock] = {"min": min(seconds), "median": median(seconds)}
-    return {"steps": n_steps, "batch_size": batch_size, "sides": results}
+    return {"steps": n_steps, "batch_size": batch_size, "methods": results}
 
 
-def speedup(point: dict, side: str, over: str, clock: str) -> float | None:
-    """How many times faster a side is; None where one of the two was not timed."""
-    sides = point["sides"]
-    return sides[over][clock]["min"] / sides[side][clock]["min"] if side in sides and over in sides else None
+def speedup(point: dict, method: str, over: str, clock: str) -> float | None:
+    """How many times faster a method is; None where one of the two was not timed."""
+    timed = point["methods"]
+    return timed[over][clock]["min"] / timed[method][clock]["min"] if method in timed and over in timed else None
 
 
-def crossover(points: Sequence[dict], side: str, over: str, clock: str) -> int | None:
-    """The smallest N from which on a side is faster at every N that was measured; points of one batch size."""
+def crossover(points: Sequence[dict], method: str, over: str, clock: str) -> int | None:
+    """The smallest N from which on a method is faster at every N that was measured; points of one batch size."""
     first = None
     for point in sorted(points, key=lambda p: -p["steps"]):
-        if (speedup(point, side, over, clock) or 0.0) <= 1.0:
+        if (speedup(point, method, over, clock) or 0.0) <= 1.0:
             break
         first = point["steps"]
     return first
 
 
-def label(side: str, args: argparse.Namespace) -> str:
-    """A side's name to read."""
-    if side == "fused":
+def label(name: str, args: argparse.Namespace) -> str:
+    """A method's name to read."""
+    if name == "fused":
         return "nn.GRU" if args.cell == "gru" else "nn.RNN"
-    for long, short in (("corrections", "M"), ("sweeps=", "K="), ("linearization=", "A="), ("chunk=", "c=")):
-        family, colon, rest = side.partition(":")
-        side = family + colon + rest.replace(long, short)
-    return side.replace(",", ", ").replace(":", ": ")
+    for long, short in (("backward=", "M="), ("forward=", "K="), ("linearization=", "A="), ("chunk_size=", "c=")):
+        name = name.replace(long, short)
+    return name.replace(",", ", ").replace(":", ": ")
 
 
 def report_lines(points: Sequence[dict], args: argparse.Namespace) -> list[str]:
-    """Where each side crosses BPTT and the fused layer, by batch size; the last line has the best of our sides."""
-    ours = [side.name for side in args.sides if side.family in FAMILIES]
-    against = [name for name in ("bptt", "fused") if any(name == side.name for side in args.sides)]
+    """Where each method crosses BPTT and the fused layer, by batch size; the last line has the best of ours."""
+    ours = [method.name for method in args.methods if method.kind in OURS]
+    against = [name for name in ("bptt", "fused") if any(name == method.name for method in args.methods)]
     lines, best = [], []
     for batch_size in args.batch_sizes:
         of_batch = [point for point in points if point["batch_size"] == batch_size]
-        found = {(side, over): crossover(of_batch, side, over, args.clock) for side in ours for over in against}
-        for side in ours:
-            reached = ", ".join(f"{label(over, args)} {_number(found[side, over])}" for over in against)
-            lines.append(f"batch {batch_size}, {label(side, args)}: faster from N on: {reached}")
-        firsts = [min((found[side, over] for side in ours if found[side, over]), default=None) for over in against]
+        found = {(name, over): crossover(of_batch, name, over, args.clock) for name in ours for over in against}
+        for name in ours:
+            reached = ", ".join(f"{label(over, args)} {_number(found[name, over])}" for over in against)
+            lines.append(f"batch {batch_size}, {label(name, args)}: faster from N on: {reached}")
+        firsts = [min((found[name, over] for name in ours if found[name, over]), default=None) for over in against]
         reached = ", ".join(f"{label(over, args)} {_number(first)}" for over, first in zip(against, firsts))
         best.append(f"batch {batch_size}: {reached}")
-    return [*lines, "crossover N, best of our sides, against " + "; ".join(best)]
+    return [*lines, "crossover N, best of ours, against " + "; ".join(best)]
 
 
 def _number(first: int | None) -> str:
@@ -332,43 +272,24 @@ def _number(first: int | None) -> str:
 
 
 def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
-    """Speed-up over explicit BPTT by N, a panel for each batch size, beside the paper's published curve. A side has no point
-    where it was not timed."""
-    n_columns = min(2, len(args.batch_sizes))
-    n_rows = -(-len(args.batch_sizes) // n_columns)
-    figure = new_figure(5.5 * n_columns, 3.6 * n_rows + 1.0)
-    panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flatten()
-    ours = [side.name for side in args.sides if side.family in FAMILIES]
-    for axes, batch_size in zip(panels, args.batch_sizes):
+    """Speed-up over explicit BPTT by N, a panel for each batch size, beside the paper's published curve. A method has no
+    point where it was not timed."""
+    curves = {}
+    for batch_size in args.batch_sizes:
         of_batch = sorted((p for p in points if p["batch_size"] == batch_size), key=lambda p: p["steps"])
-        for side in args.sides:
-            if side.family == "bptt":
-                continue
-            color = COLORS[ours.index(side.name) % len(COLORS)] if side.name in ours else "black"
-            style = "-" if side.name in ours else "--" if side.family == "fused" else ":"
-            ratios = [speedup(p, side.name, "bptt", args.clock) for p in of_batch]
-            axes.plot([p["steps"] for p in of_batch], ratios, style, color=color, marker="o", markersize=3,
-                      label=label(side.name, args))  # fmt: skip
-        axes.plot(PUBLISHED.keys(), PUBLISHED.values(), color="0.6", linewidth=3, zorder=1,
-                  label="published: the paper's HBLL-RNN (GPU, GRU, H = 2048, batch 128, bf16)")  # fmt: skip
-        axes.axhline(1.0, color="0.3", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("N, steps of a sequence")
-        axes.set_ylabel("speed-up over explicit BPTT")
-        axes.set_title(f"batch {batch_size}", fontsize="medium")
-        axes.grid(color="0.9")
-    for axes in panels[len(args.batch_sizes) :]:
-        axes.remove()
+        curves[f"batch {batch_size}"] = {
+            label(method.name, args): (
+                "ours" if method.kind in OURS else method.kind,
+                [(p["steps"], speedup(p, method.name, "bptt", args.clock)) for p in of_batch],
+            )
+            for method in args.methods
+            if method.kind != "bptt"
+        }
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.device == "cpu" else ""
-    place = describe_device(args.device) + threads
     precision = "bf16" if args.bf16 else "float32"
-    title = f"ours: {place}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=n_columns, fontsize="x-small")
-    save_figure(figure, args.output.with_suffix(".png"))
+    title = f"ours: {describe_device(args.device)}{threads}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
+    published = "published: the paper's HBLL-RNN (GPU, GRU, H = 2048, batch 128, bf16)", PUBLISHED
+    plot_speedups(args.output.with_suffix(".png"), curves, published, title)
 
 
 def load(path: Path, setting: dict) -> list[dict]:
@@ -381,7 +302,7 @@ def load(path: Path, setting: dict) -> list[dict]:
         return []
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        stored, points = data["setting"], data["points"]
+        stored, points = data["setting"], current_points(data["points"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no results of this script: choose another --output, or remove it") from error
     differ = [f"{k} {stored.get(k)!r}, here {v!r}" for k, v in setting.items() if stored.get(k) != v]
@@ -398,17 +319,17 @@ def describe_device(device: str) -> str:
 
 
 def print_point(point: dict, args: argparse.Namespace) -> None:
-    """A row of the table for every side."""
-    for side in (side.name for side in args.sides):
-        row = point["sides"][side][args.clock]
-        ratios = [speedup(point, side, over, args.clock) for over in ("bptt", "fused")]
+    """A row of the table for every method."""
+    for name in (method.name for method in args.methods):
+        row = point["methods"][name][args.clock]
+        ratios = [speedup(point, name, over, args.clock) for over in ("bptt", "fused")]
         cells = "".join(f"{'-' if ratio is None else format(ratio, '.2f'):>9}" for ratio in ratios)
         print(f"{point['steps']:>6} {point['batch_size']:>6} {row['min'] * 1e3:>10.2f} {row['median'] * 1e3:>10.2f}{cells}  "
-              f"{label(side, args)}", flush=True)  # fmt: skip
+              f"{label(name, args)}", flush=True)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Times every side at every point that the output does not hold yet; prints the table, writes JSON and figure."""
+    """Times every method at every point that the output does not hold yet; prints the table, writes JSON and figure."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     setting = {name: getattr(args, name) for name in DECISIVE}
@@ -417,16 +338,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     known = {(point["steps"], point["batch_size"]): point for point in load(args.output, setting)}
     over_fused = f"/ {label('fused', args)}"
     print(f"{args.clock} time; the last two numbers are speed-ups")
-    print(f"{'N':>6} {'batch':>6} {'ms min':>10} {'ms median':>10}{'/ bptt':>9}{over_fused:>9}  side")
+    print(f"{'N':>6} {'batch':>6} {'ms min':>10} {'ms median':>10}{'/ bptt':>9}{over_fused:>9}  method")
     points = []
     for batch_size in args.batch_sizes:
         for n_steps in args.steps:
-            before = known.get((n_steps, batch_size), {"sides": {}})["sides"]
-            if any(side.name not in before for side in args.sides):
+            before = known.get((n_steps, batch_size), {"methods": {}})["methods"]
+            if any(method.name not in before for method in args.methods):
                 # all again, those of earlier runs too: times are comparable only within one interleaved measurement
-                names = [side.name for side in args.sides]
-                others = [parse_side(name) for name in before if name not in names]
-                known[n_steps, batch_size] = measure(n_steps, batch_size, [*args.sides, *others], args)
+                names = [method.name for method in args.methods]
+                others = [method_of(name, args) for name in before if name not in names]
+                known[n_steps, batch_size] = measure(n_steps, batch_size, [*args.methods, *others], args)
                 data = {"setting": setting, "points": [known[key] for key in sorted(known)]}
                 atomic_write(args.output, json.dumps(data, indent=1) + "\n")
             points.append(known[n_steps, batch_size])

@@ -1,13 +1,14 @@
-"""The sides of a comparison of ways to train a recurrent network: what can be said of each, and its objective."""
+"""Methods of training a recurrent network."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comparisons.methods import Method, check_rate, parse, whole_or_none
+from comparisons.words import describe
 from torch import nn
 
 from hbll_seq.cells.recurrent import make_cell
@@ -15,78 +16,81 @@ from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
 from hbll_seq.recurrent_tree import RecurrentTree
 from hbll_seq.time_sweeps import TIME_INITS
-from hbll_seq.training.sides import parse_options
 
-#: shape of a tree, which RecurrentTree takes; all other options are the objective's own.
-_OF_TREE = ("max_symbols", "share")
-_TREE_TYPES = {"max_symbols": int, "share": str}
-#: what can be said of each kind of side, beside its learning rate; another option would be ignored
-_TYPES: dict[str, dict[str, type]] = {
-    "bptt": {},
-    "one-step": {},
-    "truncated": {"window": int},
-    "sweeps": {"sweeps": int, "corrections": int, "chunk": int, "linearization": str, "init": str,
-               "damping": float, "clip": float, "tree_weight": float, **_TREE_TYPES},
-    "tree": {"sweeps": int, "arc_weight": float, "consistency_weight": float, **_TREE_TYPES},
+#: shape of a tree, which RecurrentTree takes; all other options are the objective's own
+_OF_TREE = {"max_symbols": whole_or_none, "share": str}
+#: what each kind takes; another option would be ignored
+KINDS = {
+    "bptt": {"lr": float},
+    "one-step": {"lr": float},
+    "truncated": {"window": int, "lr": float},
+    "sweeps": {"forward": int, "backward": int, "chunk_size": int, "linearization": str, "init": str, "damping": float,
+               "tolerance": float, "clip": float, "tree_weight": float, **_OF_TREE, "lr": float},
+    "tree": {"consistency": int, "arc_weight": float, "consistency_weight": float, **_OF_TREE, "lr": float},
 }  # fmt: skip
-#: written out in what a run is stored under, so that a later default is not taken for this one. The dial of sweeps is what
-#: permuted MNIST takes with N = 64 (README, "Results"), a tree that starts them reads the last 8 symbols (method.md 2.1).
+#: written out in what a run is stored under, so that a later default is not taken for this one. Those of sweeps are what
+#: permuted MNIST takes with N = 64 (docs, results); a tree that starts them reads the last 8 symbols (method.md 2.1).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bptt": {},
     "one-step": {},
     "truncated": {"window": 16},
-    "sweeps": {"sweeps": 4, "corrections": 3, "chunk": 8, "linearization": "secant", "init": "state"},
-    "tree": {"sweeps": 4, "arc_weight": 0.1, "consistency_weight": 1.0, "share": "none"},
+    "sweeps": {"forward": 4, "backward": 3, "chunk_size": 8, "linearization": "shared_matrix", "init": "state"},
+    "tree": {"consistency": 4, "arc_weight": 0.1, "consistency_weight": 1.0, "share": "none"},
 }
 _OF_TREE_INIT = {"tree_weight": 0.1, "max_symbols": 8, "share": "capped"}
 INITS = ("tree", *TIME_INITS)
+#: options by the objective's arguments, where these have other names
+_ARGUMENTS = {"forward": "sweeps", "consistency": "sweeps", "backward": "corrections", "chunk_size": "chunk"}
+_LINEARIZATIONS = {"shared_matrix": "secant"}
 
 
 @dataclass(frozen=True)
-class RecurrentSide:
-    """A way of training: ``name`` as it was asked for, its kind, options by name, and its learning rate if it has its own."""
+class TimeMethod(Method):
+    """A way to train a recurrent network.
 
-    name: str
-    kind: str
-    options: tuple[tuple[str, Any], ...]
-    lr: float | None = None
+    cell, memory: kind of its cells, also of those that a tree has, and what their gates are set to, see :func:`make_cell`.
+    n_steps: steps of the longest sequence.
+    """
+
+    cell: str = "gru"
+    n_steps: int = 16
+    memory: float | None = None
 
     @classmethod
-    def parse(cls, name: str, sweeps: Mapping[str, Any] | None = None) -> RecurrentSide:
-        """From "kind:key=value,key=value" with the kinds "bptt", "truncated" (to windows of BPTT), "one-step" (to
-        single steps), "sweeps" and "tree".
+    def named(cls, name: str, sweeps: Mapping[str, Any] | None = None, cell: str = "gru", n_steps: int = 16,
+              memory: float | None = None) -> TimeMethod:  # fmt: skip
+        """From "kind:key=value,key=value" with the kinds "bptt", "truncated" (to windows of BPTT), "one-step" (to single
+        steps), "sweeps" and "tree".
 
         Args:
-            name: such as ``"sweeps:sweeps=2,corrections=2"``; every kind takes ``lr``.
+            name: such as ``"sweeps:forward=2,backward=2"``; every kind takes ``lr``.
             sweeps: defaults of the kind "sweeps" in place of ``DEFAULTS``.
+            cell, n_steps, memory: of the network.
 
         Raises:
             ValueError: unknown kind or option, or a value that it cannot have.
         """
-        kind, _, rest = name.partition(":")
-        if kind not in _TYPES:
-            raise ValueError(f"side {name!r}: allowed are {', '.join(_TYPES)}, each with options as in tree:sweeps=0,lr=1e-3")
-        given = dict(parse_options(name, kind, rest, {**_TYPES[kind], "lr": float}))
+        name, kind, given = parse(name, "time", KINDS)
         lr = given.pop("lr", None)
         if lr is not None:
-            check_rate(f"side {name!r}: lr", lr)
+            check_rate(f"method {name!r}: lr", lr)
         options = {**DEFAULTS[kind], **((sweeps or {}) if kind == "sweeps" else {}), **given}
         if kind == "sweeps":
             if options["init"] not in INITS:
-                raise ValueError(f"side {name!r}: init={options['init']!r}: allowed are {', '.join(INITS)}")
+                raise ValueError(f"method {name!r}: init={options['init']!r}: allowed are {', '.join(INITS)}")
             if options["init"] == "tree":
                 options = {**_OF_TREE_INIT, **options}
             elif ignored := sorted(_OF_TREE_INIT.keys() & given):
-                raise ValueError(f"side {name!r}: {', '.join(ignored)} needs init=tree; leave it out, or take that")
+                raise ValueError(f"method {name!r}: {', '.join(ignored)} needs init=tree; leave it out, or take that")
         if options.get("share") == "all":
-            raise ValueError(f"side {name!r}: share='all' needs a deployed cell that reads several steps at once, and "
+            raise ValueError(f"method {name!r}: share='all' needs a deployed cell that reads several steps at once, and "
                              "these do not; allowed are none, capped")  # fmt: skip
-        return cls(name, kind, tuple(sorted(options.items())), lr)
+        return cls(name, kind, tuple(sorted(options.items())), lr, cell, n_steps, memory)
 
     @property
-    def method(self) -> str:
-        """What the side does, with every default written out: runs of another method are not this side's."""
-        return f"{self.kind} {dict(self.options)}"
+    def description(self) -> str:
+        """See :meth:`Method.description`."""
+        return describe(self.kind, dict(self.options))
 
     @property
     def label(self) -> str:
@@ -94,44 +98,32 @@ class RecurrentSide:
         usual = {**DEFAULTS[self.kind], **(_OF_TREE_INIT if self.kind == "sweeps" else {})}
         return "-".join([self.kind, *(f"{key}={value}" for key, value in self.options if usual.get(key) != value)])
 
-    def objective(
-        self, model: RecurrentModel, cell: str, n_steps: int, memory: float | None = None
-    ) -> RecurrentObjective:
-        """This side's objective around a model; its tree, if it has one, is drawn here.
-
-        Args:
-            model: embedding, cell and head.
-            cell, memory: kind of the cells that a tree has, and what their gates are set to, see :func:`make_cell`.
-            n_steps: steps of the longest sequence.
-
-        Raises:
-            ValueError: a value is out of range.
-        """
+    def objective(self, model: RecurrentModel, seed: int = 0) -> RecurrentObjective:
+        """See :meth:`Method.objective`; its tree, if it has one, is drawn here, from torch's generator."""
+        options = {_ARGUMENTS.get(key, key): value for key, value in self.options}
         if self.kind in ("bptt", "one-step"):
             return RecurrentBackpropObjective(model, window=1 if self.kind == "one-step" else None)
         if self.kind == "truncated":
-            return RecurrentBackpropObjective(model, **dict(self.options))
-        options, tree = dict(self.options), None
+            return RecurrentBackpropObjective(model, **options)
+        if "linearization" in options:
+            options["linearization"] = _LINEARIZATIONS.get(options["linearization"], options["linearization"])
+        tree = None
         if self.kind == "tree" or options["init"] == "tree":
             options.pop("init", None)
             shape = {key: options.pop(key) for key in _OF_TREE if key in options}
-            n_level = max(1, (n_steps - 1).bit_length())
-            make = lambda width, hidden: make_cell(cell, width, hidden, memory)
+            n_level = max(1, (self.n_steps - 1).bit_length())
+            make = lambda width, hidden: make_cell(self.cell, width, hidden, self.memory)
             tree = RecurrentTree(make, model.cell.input_size, model.cell.hidden_size, n_level, **shape)
         return RecurrentLocalObjective(model, self.kind, tree=tree, **options)
 
-    def check(self, cell: str, n_steps: int) -> None:
+    def check(self) -> None:
         """Raises ValueError where a value is out of range, at the cost of a model of width 1."""
         with torch.random.fork_rng(devices=[]):
-            self.objective(RecurrentModel(make_cell(cell, 1, 1), nn.Linear(1, 2)), cell, n_steps)
+            unset = replace(self, memory=None)
+            unset.objective(RecurrentModel(make_cell(self.cell, 1, 1), nn.Linear(1, 2)))
 
 
-def dial_of(cell: str, dial: Mapping[str, Any]) -> dict[str, Any]:
-    """A default dial of sweeps for a kind of cell: with a diagonal Jacobian the diagonal is exact, and no map is learned."""
-    return {**dial, "linearization": "diagonal"} if cell == "mingru" and dial["linearization"] == "secant" else dict(dial)
-
-
-def check_rate(name: str, value: float) -> None:
-    """Raises ValueError unless the value can be a learning rate."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be a number above 0, such as 2e-3")
+def defaults_of(cell: str, sweeps: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of sweeps for a kind of cell: with a diagonal Jacobian the diagonal is exact, and no map is learned."""
+    learned = sweeps["linearization"] == "shared_matrix"
+    return {**sweeps, "linearization": "diagonal"} if cell == "mingru" and learned else dict(sweeps)

@@ -13,7 +13,6 @@ from hbll_seq.model import HBLLForCausalLM
 from hbll_seq.objective import BackpropObjective
 from hbll_seq.secants import LowRank, Secants, low_rank_scan
 from hbll_seq.sweeps import forward_sweeps
-from hbll_seq.training.comparison import fidelity
 from hbll_seq.training.settings import TrainingSettings, resolve
 
 
@@ -180,8 +179,7 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
         objective(tokens)
     objective.eval()  # with gradients, as where a gradient is looked at
     objective(tokens)
-    fidelity(objective.train(), BackpropObjective(model, mix="sandwich"), list(model.parameters()), tokens, None, 0)
-    assert objective.training
+    objective.train()
     assert all(torch.equal(b, before[name]) for name, b in moments().items())
     objective(tokens)
     after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()

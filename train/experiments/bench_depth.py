@@ -34,11 +34,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from comparisons.depth_methods import DepthMethod
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from comparisons.depth_methods import DepthMethod
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.model import HBLLForCausalLM

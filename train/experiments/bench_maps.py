@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from comparisons.runs import Length, train_classifier
 from comparisons.tasks import Classes
 from comparisons.time_methods import TimeMethod
-from torch import Tensor
-
 from hbll_seq.atomic import atomic_write
 from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.mnist import load_mnist
@@ -147,7 +147,7 @@ def explained_by_chunk(model: HBLLForSequenceClassification, pixels: Tensor, lab
 def errors_of_states(
     model: HBLLForSequenceClassification, pixels: Tensor, c: int, iterations: int, batch_size: int
 ) -> dict[str, float]:
-    """How far off the states that the differentiated iteration reads are after K others, by the approximation of Jacobians."""
+    """How far off the states are that the differentiated iteration reads after K others, by approximation of Jacobians."""
     cell = model.cell
     project: Callable[[Tensor], Tensor] = lambda x: cell.project(model.symbols(model.chunks(x))).detach()
     secants, s0 = TimeSecants(cell.hidden_size, iterations), model.initial_state(batch_size)

@@ -37,12 +37,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from comparisons.fused import FusedMethod
-from comparisons.plots import plot_speedups
-from comparisons.time_methods import TimeMethod
-from comparisons.words import current_points
 from torch import Tensor, nn
 
+from comparisons.fused import FusedMethod
+from comparisons.methods import distinct
+from comparisons.plots import plot_speedups
+from comparisons.report import crossover, speedup
+from comparisons.time_methods import TimeMethod
+from comparisons.words import current_points
 from hbll_seq.atomic import atomic_write
 from hbll_seq.cells.recurrent import CELL_KINDS, make_cell
 from hbll_seq.recurrent_model import RecurrentModel
@@ -50,8 +52,6 @@ from hbll_seq.recurrent_objective import RecurrentObjective
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 N_PIXELS, N_CLASSES = 784, 10
-#: Speed-up of HBLL-RNN over BPTT as published (arXiv 2606.21497): GPU, unfused GRU, H = 2048, bf16.
-PUBLISHED = dict(zip((2, 4, 8, 16, 32, 64, 128, 256), (0.47, 0.28, 0.39, 0.37, 0.86, 1.67, 2.58, 3.6)))
 BASELINES = ("bptt", "one-step", "fused")
 OURS = ("sweeps", "tree")
 #: what a method "sweeps" does where it does not say otherwise, as RecurrentLocalObjective does
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"clock='processor' with device={args.device!r}: counts the work of a CPU alone; pass --clock wall")
     args.clock = args.clock or ("processor" if args.device == "cpu" and args.threads == 1 else "wall")
     args.steps, args.batch_sizes = sorted(set(args.steps)), sorted(set(args.batch_sizes))
-    args.methods = [method_of(name, args) for name in dict.fromkeys(["bptt", *args.baselines, *args.methods])]
+    args.methods = distinct(method_of(name, args) for name in ["bptt", *args.baselines, *args.methods])
     for method in args.methods:  # an option's range is the objective's to check, before hours of timing rather than after
         model = make_model(4, args, hidden_size=2)
         make_objective(method, model, 4, args)(*make_batch(4, 1, args))
@@ -153,7 +153,10 @@ def method_of(name: str, args: argparse.Namespace) -> TimeMethod:
     """
     if name == "fused":
         return FusedMethod(name, name, ())
-    return TimeMethod.named(name, SWEEPS, args.cell)
+    method = TimeMethod.named(name, SWEEPS, args.cell)
+    if method.lr is not None:
+        raise ValueError(f"method {name!r}: no rate is used where steps are timed; leave lr out")
+    return method
 
 
 def make_model(n_steps: int, args: argparse.Namespace, hidden_size: int | None = None) -> RecurrentModel:
@@ -171,9 +174,7 @@ def make_batch(n_steps: int, batch_size: int, args: argparse.Namespace) -> tuple
     return x.to(args.device), torch.randint(N_CLASSES, (batch_size,)).to(args.device)
 
 
-def make_objective(
-    method: TimeMethod, model: RecurrentModel, n_steps: int, args: argparse.Namespace
-) -> RecurrentObjective:
+def make_objective(method: TimeMethod, model: RecurrentModel, n_steps: int, args: argparse.Namespace) -> RecurrentObjective:
     """A method around a model that reads so many steps."""
     return replace(method, n_steps=n_steps).objective(model).to(args.device)
 
@@ -225,22 +226,6 @@ def measure(n_steps: int, batch_size: int, methods: Iterable[TimeMethod], args: 
     return {"steps": n_steps, "batch_size": batch_size, "methods": results}
 
 
-def speedup(point: dict, method: str, over: str, clock: str) -> float | None:
-    """How many times faster a method is; None where one of the two was not timed."""
-    timed = point["methods"]
-    return timed[over][clock]["min"] / timed[method][clock]["min"] if method in timed and over in timed else None
-
-
-def crossover(points: Sequence[dict], method: str, over: str, clock: str) -> int | None:
-    """The smallest N from which on a method is faster at every N that was measured; points of one batch size."""
-    first = None
-    for point in sorted(points, key=lambda p: -p["steps"]):
-        if (speedup(point, method, over, clock) or 0.0) <= 1.0:
-            break
-        first = point["steps"]
-    return first
-
-
 def label(name: str, args: argparse.Namespace) -> str:
     """A method's name to read."""
     if name == "fused":
@@ -287,9 +272,9 @@ def plot(points: Sequence[dict], args: argparse.Namespace) -> None:
         }
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.device == "cpu" else ""
     precision = "bf16" if args.bf16 else "float32"
-    title = f"ours: {describe_device(args.device)}{threads}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
-    published = "published: the paper's HBLL-RNN (GPU, GRU, H = 2048, batch 128, bf16)", PUBLISHED
-    plot_speedups(args.output.with_suffix(".png"), curves, published, title)
+    place = f"{describe_device(args.device)}{threads}"
+    title = f"ours: {place}, {args.cell}, H = {args.hidden_size}, {precision}, {args.clock} time"
+    plot_speedups(args.output.with_suffix(".png"), curves, title)
 
 
 def load(path: Path, setting: dict) -> list[dict]:

@@ -33,13 +33,14 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+
 from comparisons.depth_methods import DepthMethod
+from comparisons.methods import distinct
 from comparisons.plots import plot_depth
 from comparisons.report import report_depth
 from comparisons.results import Comparison, Results
 from comparisons.runs import DepthShape, train_depth
 from comparisons.tasks import LanguageTask, SyntheticTask, Text
-
 from hbll_seq.config import CELLS, HBLLConfig
 from hbll_seq.data import TokenWindows, load_tokens
 from hbll_seq.mix import DEFAULT_MIX, MIXES
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     task = task_of(args)
-    methods = [DepthMethod.named(name, args.depth_mix, args.n_level, args.cell) for name in dict.fromkeys(args.methods)]
+    methods = distinct(DepthMethod.named(name, args.depth_mix, args.n_level, args.cell) for name in args.methods)
     for method in methods:
         method.check(args.carry_state)  # before the first run, not hours later
     shape = DepthShape(**{name: getattr(args, name) for name in DepthShape.__dataclass_fields__})

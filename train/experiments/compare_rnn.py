@@ -32,13 +32,14 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 
 import numpy as np
 import torch
+
+from comparisons.methods import distinct
 from comparisons.plots import plot_time
 from comparisons.report import report_time
 from comparisons.results import Comparison, Results
 from comparisons.runs import TimeShape, train_time
 from comparisons.tasks import Copying, LanguageTask, Stream
 from comparisons.time_methods import TimeMethod, defaults_of
-
 from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.data import load_tokens
 from hbll_seq.sources import open_corpus
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.methods or (results.methods() if args.report_only else METHODS)
     network = dict(cell=args.cell, n_steps=task.context_length, memory=args.memory)
     sweeps = default_sweeps(args.task, args.cell)
-    methods = [TimeMethod.named(name, sweeps, **network) for name in dict.fromkeys(names)]
+    methods = distinct(TimeMethod.named(name, sweeps, **network) for name in names)
     for method in methods:
         method.check()  # before the first run, not hours later
 

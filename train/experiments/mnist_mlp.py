@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from comparisons.depth_methods import DepthMethod
-from comparisons.fit import fit
 from torch import Tensor, nn
 
+from comparisons.depth_methods import DepthMethod
+from comparisons.fit import fit
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.mnist import load_mnist
 

@@ -41,14 +41,14 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from comparisons.methods import check_rate
+
+from comparisons.methods import check_rate, distinct
 from comparisons.report import report_classes
 from comparisons.results import Comparison, Results
 from comparisons.runs import Length, train_classifier
 from comparisons.tasks import Classes
 from comparisons.time_methods import DEFAULTS, INITS, TimeMethod, defaults_of
 from comparisons.words import current_setting
-
 from hbll_seq.atomic import whole_folder
 from hbll_seq.cells.recurrent import CELL_KINDS
 from hbll_seq.classifier import HBLLClassifierConfig
@@ -173,8 +173,8 @@ def default_sweeps(args: argparse.Namespace) -> dict[str, object]:
 
 def methods_of(args: argparse.Namespace, stored: Sequence[str] = ()) -> list[TimeMethod]:
     """What is compared: what was asked for, or else what is stored."""
-    names = dict.fromkeys(args.methods or (stored if args.report_only else METHODS))
-    return [TimeMethod.named(name, default_sweeps(args), args.cell, args.n_steps) for name in names]
+    names = args.methods or (stored if args.report_only else METHODS)
+    return distinct(TimeMethod.named(name, default_sweeps(args), args.cell, args.n_steps) for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -198,8 +198,10 @@ class DigitsComparison(Comparison):
         found = super().run(method, lr, seed)
         folder = self.folder and self.folder(method, lr, seed)
         if folder and found["finite"] and not (whole_folder(folder) / "config.json").is_file():
-            raise ValueError(f"{method.name} lr={lr:g} seed={seed} of {self.results.path} was stored without its model, and "
-                             f"{folder} holds none: give another --output to train it again, or leave --save out")
+            raise ValueError(
+                f"{method.name} lr={lr:g} seed={seed} of {self.results.path} was stored without its model, and "
+                f"{folder} holds none: give another --output to train it again, or leave --save out"
+            )
         return found
 
 

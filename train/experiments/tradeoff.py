@@ -30,13 +30,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from comparisons.depth_methods import DepthMethod
 from comparisons.fit import fit
 from comparisons.plots import plot_trade_off
 from comparisons.runs import a_device
-from torch import Tensor
-from tqdm import tqdm
-
 from hbll_seq.atomic import atomic_write
 from hbll_seq.config import HBLLConfig
 from hbll_seq.data import TokenWindows, load_tokens

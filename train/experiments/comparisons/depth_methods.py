@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+
 from comparisons.methods import Method, flag, parse
 from comparisons.words import describe
-
 from hbll_seq.config import HBLLConfig
 from hbll_seq.depth import DepthHierarchy
 from hbll_seq.evaluation import default_paths

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from comparisons.time_methods import TimeMethod
 from torch import Tensor, nn
 
+from comparisons.time_methods import TimeMethod
 from hbll_seq.cells.recurrent import ElmanCell, GRUCell
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_objective import RecurrentObjective, RecurrentOutput
@@ -25,7 +25,8 @@ class FusedObjective(RecurrentObjective):
         super().__init__(model)
         cell = model.cell
         if type(cell) is not GRUCell and not (type(cell) is ElmanCell and cell.nonlinearity == "tanh"):
-            raise ValueError("method 'fused': torch has layers for the cells gru and elman alone; leave it out of --baselines")
+            raise ValueError("method 'fused': torch has layers for the cells gru and elman alone; leave it out of "
+                             "--baselines")  # fmt: skip
         self.layer = (nn.GRU if type(cell) is GRUCell else nn.RNN)(cell.input_size, cell.hidden_size)
         with torch.no_grad():
             for name, parameter in cell.named_parameters():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from comparisons.words import current_name
-from torch import nn
 
 #: what an option's text becomes, by the option's name
 Types = Mapping[str, Callable[[str], Any]]
@@ -53,6 +54,9 @@ class Method(ABC):
         return self.kind in ("sweeps", "v_cycles")
 
 
+AnyMethod = TypeVar("AnyMethod", bound=Method)
+
+
 def parse(name: str, over: str, kinds: Mapping[str, Types], also: str = "") -> tuple[str, str, dict[str, Any]]:
     """Reads ``"kind:key=value,key=value"``. A name in the words of older results is taken too.
 
@@ -71,7 +75,8 @@ def parse(name: str, over: str, kinds: Mapping[str, Types], also: str = "") -> t
     name = current_name(name, over)
     kind, _, rest = name.partition(":")
     if kind not in kinds:
-        raise ValueError(f"method {name!r}: allowed are {also}{', '.join(kinds)}; options follow a colon, as in sweeps:forward=2")
+        allowed = also + ", ".join(kinds)
+        raise ValueError(f"method {name!r}: allowed are {allowed}; options follow a colon, as in sweeps:forward=2")
     options = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
@@ -84,6 +89,11 @@ def parse(name: str, over: str, kinds: Mapping[str, Types], also: str = "") -> t
             allowed = "true or false" if kinds[kind][key] is flag else "a number"
             raise ValueError(f"method {name!r}: {key}={value!r} must be {allowed}") from None
     return name, kind, options
+
+
+def distinct(methods: Iterable[AnyMethod]) -> list[AnyMethod]:
+    """The methods, each name once: an older name and today's may be one."""
+    return list({method.name: method for method in methods}.values())
 
 
 def flag(text: str) -> bool:

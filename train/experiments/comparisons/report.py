@@ -191,3 +191,22 @@ def report_classes(runs: Runs, setting: Mapping) -> str:
     parts = ((name, [f"{d:+.2f}" for d in paired(r, reference, difference)]) for name, r in runs.items() if name != bptt)
     lines += ["", "deployed minus BPTT in points: " + join(parts, "no run of bptt" if bptt is None else "no other method")]
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed
+
+
+def speedup(point: dict, method: str, over: str, clock: str) -> float | None:
+    """How many times faster a method is than another at a point of ``bench_rnn.py``; None where one of them was not timed."""
+    timed = point["methods"]
+    return timed[over][clock]["min"] / timed[method][clock]["min"] if method in timed and over in timed else None
+
+
+def crossover(points: Sequence[dict], method: str, over: str, clock: str) -> int | None:
+    """The smallest N from which on a method is faster at every N that was measured; points of one batch size."""
+    first = None
+    for point in sorted(points, key=lambda p: -p["steps"]):
+        if (speedup(point, method, over, clock) or 0.0) <= 1.0:
+            break
+        first = point["steps"]
+    return first

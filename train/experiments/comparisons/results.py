@@ -13,7 +13,6 @@ from pathlib import Path
 
 from comparisons.methods import Method
 from comparisons.words import current_run, current_setting
-
 from hbll_seq.atomic import atomic_write
 
 

@@ -6,17 +6,17 @@ All runs of a seed start from the same weights: the model is drawn before what a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+
 from comparisons.depth_methods import DepthMethod
 from comparisons.fit import Alignment, Fitted, fit
 from comparisons.methods import Method
 from comparisons.tasks import Classes, LanguageTask
 from comparisons.time_methods import TimeMethod
-
 from hbll_seq.cells.recurrent import make_cell
 from hbll_seq.classifier import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.model import HBLLForCausalLM
@@ -64,12 +64,12 @@ class DepthShape:
 
 
 def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape) -> dict[str, Any]:
-    """Trains a method once and evaluates its paths.
+    """Trains a model of this shape by a method once, and evaluates the method's paths.
 
     Where the task carries states, every method starts a window from those that it made itself of the window before, and so
     do both gradients where they are compared.
     """
-    device = a_device()
+    method, device = replace(method, n_level=shape.n_level, cell=shape.cell), a_device()
     torch.manual_seed(seed)
     config = method.model_config(task.vocab_size, n_embd=shape.n_embd, n_head=shape.n_head, block_size=task.context_length)
     model = HBLLForCausalLM(config).to(device)
@@ -132,7 +132,8 @@ class TimeShape:
 
 
 def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, shape: TimeShape) -> dict[str, Any]:
-    """Trains a method once and evaluates the deployed network."""
+    """Trains a network of this shape by a method once, and evaluates the deployed network."""
+    method = replace(method, cell=shape.cell, n_steps=task.context_length, memory=shape.memory)
     torch.manual_seed(seed)
     model = RecurrentLM(task.vocab_size, make_cell(shape.cell, shape.n_embd, shape.hidden, shape.memory))
     objective = method.objective(model)
@@ -151,7 +152,8 @@ def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, sha
         title=_title(method, lr, seed),
         alignment=Alignment(shape.alignment_every, list(model.parameters()), pair) if method.is_iterative else None,
     )  # fmt: skip
-    return _stored(method, lr, seed, fitted, **{s: task.evaluate(model, s, shape.eval_batches) for s in ("validation", "test")})
+    rows = {split: task.evaluate(model, split, shape.eval_batches) for split in ("validation", "test")}
+    return _stored(method, lr, seed, fitted, **rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- classes
@@ -183,7 +185,7 @@ class Length:
 def train_classifier(
     method: TimeMethod, lr: float, seed: int, config: HBLLClassifierConfig, task: Classes, length: Length
 ) -> tuple[HBLLForSequenceClassification, dict[str, Any]]:
-    """Trains a method once and evaluates it.
+    """Trains a classifier by a method once and evaluates it.
 
     Args:
         method, lr, seed, config: what is trained; the seed draws weights and batches.
@@ -194,7 +196,7 @@ def train_classifier(
         The deployed model, and a run for the file of results: figures by split as :meth:`Classes.evaluate` makes them, the
         ``evaluations`` on the validation sequences, ``finite``: whether the weights still are.
     """
-    device = a_device()
+    method, device = replace(method, cell=config.cell, n_steps=config.n_steps), a_device()
     torch.manual_seed(seed)
     model = HBLLForSequenceClassification(config)  # drawn first: the same for every method
     objective, task = method.objective(model).to(device), task.to(device)

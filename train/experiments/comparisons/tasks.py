@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparisons.words import current_setting
 from torch import Tensor, nn
 
+from comparisons.words import current_setting
 from hbll_seq.classifier import HBLLForSequenceClassification
 from hbll_seq.data import TokenWindows
 from hbll_seq.evaluation import evaluate_paths

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from comparisons.methods import Method, check_rate, parse, whole_or_none
-from comparisons.words import describe
 from torch import nn
 
+from comparisons.methods import Method, check_rate, parse, whole_or_none
+from comparisons.words import describe
 from hbll_seq.cells.recurrent import make_cell
 from hbll_seq.recurrent_model import RecurrentModel
 from hbll_seq.recurrent_objective import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from hbll_seq.engine.linearization.low_rank import LowRankMaps, Secants, low_rank_scan
+from hbll_seq.engine.linearization.low_rank import LowRank, Secants, low_rank_scan
 from hbll_seq.engine.solve import forward_sweeps
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training.comparison import fidelity
 from hbll_seq.training.settings import TrainingSettings, resolve
 
 
@@ -22,7 +21,7 @@ from hbll_seq.training.settings import TrainingSettings, resolve
 def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
     torch.manual_seed(0)
     b, initial = torch.randn(n_steps, 2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
-    maps = LowRankMaps(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
+    maps = LowRank(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
     given, state, expected = b.clone(), initial, [None] * n_steps
     for n in reversed(range(n_steps)) if reverse else range(n_steps):
         state = state + maps.branch(n, state) + b[n]
@@ -180,8 +179,7 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
         objective(tokens)
     objective.eval()  # with gradients, as where a gradient is looked at
     objective(tokens)
-    fidelity(objective.train(), BackpropObjective(model, mix="sandwich"), list(model.parameters()), tokens, None, 0)
-    assert objective.training
+    objective.train()
     assert all(torch.equal(b, before[name]) for name, b in moments().items())
     objective(tokens)
     after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()
@@ -200,7 +198,7 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
 def test_under_autocast_sums_and_fits_keep_their_precision():
     torch.manual_seed(0)
     b, initial = torch.randn(5, 2, 3, 8), torch.randn(2, 3, 8)
-    maps = LowRankMaps(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
+    maps = LowRank(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
     expected = low_rank_scan(b, maps, initial), maps.branch(1, initial)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = low_rank_scan(b, maps, initial), maps.branch(1, initial)

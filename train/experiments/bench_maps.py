@@ -1,18 +1,20 @@
-"""What can stand for a chunk of time: how much of it do diagonals and learned matrices explain (``time_secants.py``)?
+"""What can stand for a chunk of time: how much of it do diagonals and learned matrices explain?
 
-    python train/bench_maps.py --data FOLDER_OF_IDX_FILES          # permuted MNIST in 64 steps: some minutes
-    python train/bench_maps.py --data FOLDER_OF_IDX_FILES --n 16
+    python train/experiments/bench_maps.py --data FOLDER_OF_IDX_FILES          # permuted MNIST in 64 steps: some minutes
+    python train/experiments/bench_maps.py --data FOLDER_OF_IDX_FILES --n 16
 
 A GRU is trained by BPTT on permuted MNIST. Then, for chunks of c steps and on images that nothing was fitted to:
 
     forward    what the chunk does to the difference between s_0, the first estimate of every state, and the true state
                that it begins with
-    backward   what it does to the exact message of the loss at its end
+    backward   what it does to the exact adjoint of the loss at its end
 
 Of both, the share of the variance that is explained by the product of the steps' diagonals, by one matrix for all chunks and
 images, by both together (the matrix fitted to what the diagonals leave), and by a matrix for each chunk's place in the
-sequence. And how far off, relative to their norm, the states are after K sweeps with A = 0, with the diagonal, and with maps
-that were learned as in training, the weights being held.
+sequence. And how far off, relative to their norm, the states are after K forward iterations with A = 0, with the diagonal,
+and with maps that were learned as in training, the weights being held.
+
+New names in version 0.2: --forward (was --sweeps), --chunk-sizes (--chunks).
 """
 
 from __future__ import annotations
@@ -26,20 +28,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from comparisons.runs import Length, train_classifier
+from comparisons.tasks import Classes
+from comparisons.time_methods import TimeMethod
 from hbll_seq.chains.time import forward_time_sweeps
 from hbll_seq.data.mnist import load_mnist
 from hbll_seq.engine.linearization.regression import ridge_factor
 from hbll_seq.engine.linearization.shared_matrix import TimeSecants
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
-from hbll_seq.training.classification import Length, train_classifier
-from hbll_seq.training.recurrent_sides import RecurrentSide
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 PERMUTATION_SEED = 0  # as in seqmnist.py
 #: images that are looked at, and the share of them that maps are fitted to
 N_IMAGES, FITTED = 1000, 0.7
-#: batches that the maps of sweeps learn from
+#: batches that the learned maps learn from
 N_BATCHES = 100
 
 
@@ -49,8 +52,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
     add("--n", "--steps-per-image", dest="n_steps", type=int, default=64, help="N, steps of an image (default: 64)")
-    add("--chunks", type=int, nargs="+", default=[4, 8], help="c, steps of a chunk; each divides N (default: 4 8)")
-    add("--sweeps", type=int, nargs="+", default=[1, 2, 3, 4], help="K (default: 1 2 3 4)")
+    add("--chunk-sizes", type=int, nargs="+", default=[4, 8], help="c, steps of a chunk; each divides N (default: 4 8)")
+    add("--forward", type=int, nargs="+", default=[1, 2, 3, 4], help="forward iterations K (default: 1 2 3 4)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128)")
     add("--epochs", type=int, default=4, help="of training by BPTT (default: 4)")
     add("--lr", type=float, default=2e-3, help="(default: 2e-3)")
@@ -60,11 +63,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: as torch is set up)")
     add("--output", type=Path, help="JSON file (default: train/results/bench_maps-N.json)")
     args = parser.parse_args(argv)
-    for c in args.chunks:
+    for c in args.chunk_sizes:
         if c < 1 or args.n_steps % c or args.n_steps // c < 2:
-            raise ValueError(f"chunks={c} with n={args.n_steps}: must divide it into 2 chunks or more")
-    if min(args.sweeps) < 1:
-        raise ValueError(f"sweeps={min(args.sweeps)}: must be at least 1, or there is nothing to learn from")
+            raise ValueError(f"chunk-sizes={c} with n={args.n_steps}: must divide it into 2 chunks or more")
+    if min(args.forward) < 1:
+        raise ValueError(f"forward={min(args.forward)}: must be at least 1, or there is nothing to learn from")
     if args.output is None:
         args.output = RESULTS / f"bench_maps-{args.n_steps}.json"
     return args
@@ -78,16 +81,16 @@ def exact_states(cell, projected: Tensor, s0: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def exact_messages(model: HBLLForSequenceClassification, states: Tensor, projected: Tensor, labels: Tensor):
+def exact_adjoints(model: HBLLForSequenceClassification, states: Tensor, projected: Tensor, labels: Tensor):
     """d loss / d s_1 .. d s_N [N, B, H] of the exact states, and the Jacobians of all transitions at them."""
     read = states[1:].clone().requires_grad_(True)
     with torch.enable_grad():
-        (errors,) = torch.autograd.grad(model.nats(read, labels), read)
+        (upstream,) = torch.autograd.grad(model.nats(read, labels), read)
     _, jacobian = model.cell.differentiate(states[:-1], projected)
-    messages = errors.clone()
-    for n in reversed(range(len(errors) - 1)):
-        messages[n] += jacobian.between(n + 1, n + 2).vjp(messages[n + 1 : n + 2])[0]
-    return messages, jacobian
+    adjoints = upstream.clone()
+    for n in reversed(range(len(upstream) - 1)):
+        adjoints[n] += jacobian.between(n + 1, n + 2).vjp(adjoints[n + 1 : n + 2])[0]
+    return adjoints, jacobian
 
 
 def walk(cell, starts: Tensor, projected: Tensor, c: int) -> tuple[Tensor, Tensor]:
@@ -132,35 +135,35 @@ def explained_by_chunk(model: HBLLForSequenceClassification, pixels: Tensor, lab
     later = slice(1, None)  # the first chunk begins with an exact state
     forward = explained((starts - estimate)[later], (walked - from_estimate)[later], diagonals[later])
 
-    messages, jacobian = exact_messages(model, states, projected, labels)
-    message = change = messages[2 * c - 1 :: c]  # at the ends of all chunks but the first, whose beginning nothing reads
+    adjoints, jacobian = exact_adjoints(model, states, projected, labels)
+    adjoint = change = adjoints[2 * c - 1 :: c]  # at the ends of all chunks but the first, whose beginning nothing reads
     product = torch.ones_like(change)
     for p in range(c):
         step = jacobian.between(2 * c - 1 - p, None, c)
-        message, product = step.vjp(message), product * step.diagonal()
-    return {"forward": forward, "backward": explained(change, message, product)}
+        adjoint, product = step.vjp(adjoint), product * step.diagonal()
+    return {"forward": forward, "backward": explained(change, adjoint, product)}
 
 
 def errors_of_states(
-    model: HBLLForSequenceClassification, pixels: Tensor, c: int, sweeps: int, batch_size: int
+    model: HBLLForSequenceClassification, pixels: Tensor, c: int, iterations: int, batch_size: int
 ) -> dict[str, float]:
-    """How far off the states that the differentiated sweep reads are after K sweeps, by what stands for Jacobians."""
+    """How far off the states are that the differentiated iteration reads after K others, by approximation of Jacobians."""
     cell = model.cell
     project: Callable[[Tensor], Tensor] = lambda x: cell.project(model.symbols(model.chunks(x))).detach()
-    secants, s0 = TimeSecants(cell.hidden_size, sweeps), model.initial_state(batch_size)
+    secants, s0 = TimeSecants(cell.hidden_size, iterations), model.initial_state(batch_size)
     *batches, last = pixels.split(batch_size)[: N_BATCHES + 1]
     for batch in batches:
         learning = dict(linearization="secant", secants=secants, learn=True)
-        forward_time_sweeps(cell, project(batch), s0, sweeps=sweeps, chunk=c, **learning)
+        forward_time_sweeps(cell, project(batch), s0, sweeps=iterations, chunk=c, **learning)
         secants.end_step()
     projected, s0 = project(last), s0[: len(last)]
     with torch.no_grad():
         exact = exact_states(cell, projected, s0)[:-1]
     errors = {}
-    for kind in ("zero", "diagonal", "secant"):
+    for name, kind in (("zero", "zero"), ("diagonal", "diagonal"), ("shared_matrix", "secant")):
         maps = secants if kind == "secant" else None
-        swept = forward_time_sweeps(cell, projected, s0, sweeps=sweeps, linearization=kind, chunk=c, secants=maps)
-        errors[kind] = round(((swept.inputs - exact).norm() / exact.norm()).item(), 4)
+        swept = forward_time_sweeps(cell, projected, s0, sweeps=iterations, linearization=kind, chunk=c, secants=maps)
+        errors[name] = round(((swept.inputs - exact).norm() / exact.norm()).item(), 4)
     return errors
 
 
@@ -172,22 +175,22 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pixels, labels = (t[: args.train_images] for t in load_mnist(args.data, "train"))
     config = HBLLClassifierConfig(n_steps=args.n_steps, hidden_size=args.hidden, permutation_seed=PERMUTATION_SEED)
     length = Length(args.batch_size, max(1, args.epochs * (len(labels) // args.batch_size)))
-    data = {"train": (pixels, labels), "test": load_mnist(args.data, "test")}
-    model, run = train_classifier(RecurrentSide.parse("bptt"), args.lr, args.seed, config, data, length)
+    task = Classes({"train": (pixels, labels), "test": load_mnist(args.data, "test")})
+    model, run = train_classifier(TimeMethod.named("bptt"), args.lr, args.seed, config, task, length)
     setting = {**config.to_dict(), "steps": length.steps, "lr": args.lr, "seed": args.seed, "train_images": len(labels)}
     found = {"setting": setting, "accuracy": run["test"]["deployed"], "explained": [], "errors": []}
     print(f"GRU {args.hidden}, N = {args.n_steps}, trained by BPTT to {run['test']['deployed']:.2f}% of the test images")
     print("share of the variance explained, images that were not fitted:")
-    for c in args.chunks:
+    for c in args.chunk_sizes:
         for way, shares in explained_by_chunk(model, pixels[:N_IMAGES], labels[:N_IMAGES], c).items():
-            found["explained"].append({"chunk": c, "way": way, **shares})
+            found["explained"].append({"chunk_size": c, "way": way, **shares})
             print(f"  c = {c:>2}  {way:>8}  " + "  ".join(f"{name} {value:.3f}" for name, value in shares.items()))
     print("error of the states relative to their norm:")
-    for c in args.chunks:
-        for sweeps in args.sweeps:
-            errors = errors_of_states(model, pixels, c, sweeps, args.batch_size)
-            found["errors"].append({"chunk": c, "sweeps": sweeps, **errors})
-            print(f"  c = {c:>2}  K = {sweeps}  " + "  ".join(f"{name} {value:.3f}" for name, value in errors.items()))
+    for c in args.chunk_sizes:
+        for k in args.forward:
+            errors = errors_of_states(model, pixels, c, k, args.batch_size)
+            found["errors"].append({"chunk_size": c, "forward": k, **errors})
+            print(f"  c = {c:>2}  K = {k}  " + "  ".join(f"{name} {value:.3f}" for name, value in errors.items()))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(args.output, json.dumps(found, indent=1) + "\n")
     return found

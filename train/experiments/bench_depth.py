@@ -1,13 +1,13 @@
 """Peak memory and time of one training step by number of blocks: backprop, composed sweeps and the tree.
 
-    python train/bench_depth.py                                        # some minutes on one core
-    python train/bench_depth.py --blocks 7 15 --batch-size 1 --repeats 1     # seconds
+    python train/experiments/bench_depth.py                                              # some minutes on one core
+    python train/experiments/bench_depth.py --blocks 7 15 --batch-size 1 --repeats 1     # seconds
 
 A step is the objective's forward and ``loss.backward()`` of a language model. Three numbers of bytes are measured, all
 beyond what lies there before the step (parameters, buffers, the batch):
 
     activation  the step's peak, with the parameters' ``.grad`` buffers there before it, so that they do not count.
-                Everything else does, in forward and backward: states, messages, what is saved for the backward or
+                Everything else does, in forward and backward: states, adjoints, what is saved for the backward or
                 computed again, gradients of states, and parameter gradients on their way into the buffers.
     step        the step's peak with ``.grad = None`` before it: parameter gradients count from when they are made.
     kept        what is alive between forward and backward.
@@ -18,6 +18,8 @@ end; what a kernel allocates and frees inside itself is not seen.
 
 Span and work are counted, not timed (``hbll_seq.evaluation.span``): of small residual blocks in the same form and
 depth.
+
+New names in version 0.2: --forward (was --sweeps), --backward (--corrections), --context-length (--block-size).
 """
 
 from __future__ import annotations
@@ -37,19 +39,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from comparisons.depth_methods import DepthMethod
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.base import GRAPHS, Objective
-from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.base import Objective
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).parent / "results"
-SCHEMES = ("backprop", "sweeps", "tree")
-FORMS = [(scheme, graphs) for scheme in SCHEMES for graphs in GRAPHS]
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+KINDS = ("backprop", "sweeps", "tree")
+#: kind of method, and whether the inside of a block is computed again in the backward pass
+FORMS = [(kind, recompute) for kind in KINDS for recompute in (False, True)]
 BAR_BLOCKS = 31  # the depth that the last line reports beside the deepest one
 COMPARED = ("activation_bytes", "step_bytes", "kept_bytes", "seconds", "span", "work")
 MIB = 2**20
@@ -98,11 +99,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--blocks", type=int, nargs="+", default=[7, 15, 31, 63], help="depths, each 2**D - 1 (default: 7 15 31 63)")
-    add("--sweeps", type=int, default=3, help="forward sweeps K of the sweeps, at every depth (default: 3)")
-    add("--corrections", type=int, default=3, help="backward corrections M of the sweeps (default: 3)")
+    add("--forward", type=int, default=3, help="forward iterations K of sweeps, at every depth (default: 3)")
+    add("--backward", type=int, default=3, help="backward iterations M of them (default: 3)")
     add("--n-embd", type=int, default=128, help="width (default: 128)")
     add("--n-head", type=int, default=4, help="attention heads (default: 4)")
-    add("--block-size", type=int, default=128, help="tokens of a window (default: 128)")
+    add("--context-length", type=int, default=128, help="tokens of a window (default: 128)")
     add("--batch-size", type=int, default=4, help="windows of a step (default: 4)")
     add("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (default: 4096)")
     add("--repeats", type=int, default=3, help="timed steps after one warm-up; their median is reported (default: 3)")
@@ -120,12 +121,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_objective(model: DepthHierarchy, scheme: str, graphs: str, args: argparse.Namespace) -> Objective:
-    """One form around a model."""
-    if scheme == "backprop":
-        return BackpropObjective(model, graphs=graphs)
-    options = dict(sweeps=args.sweeps, corrections=args.corrections) if scheme == "sweeps" else {}
-    return LocalObjective(model, scheme, graphs=graphs, **options)
+def method_of(kind: str, recompute: bool, args: argparse.Namespace) -> DepthMethod:
+    """One form."""
+    options = dict(forward=args.forward, backward=args.backward) if kind == "sweeps" else {}
+    return DepthMethod(label(kind, recompute), kind, tuple({**options, "recompute": recompute}.items()))
+
+
+def label(kind: str, recompute: bool) -> str:
+    """A form's name to read."""
+    return kind + ", recomputed" * recompute
 
 
 def memory_of_step(objective: Objective, batch: Tensor, *, gradients: bool) -> tuple[int, int]:
@@ -174,18 +178,19 @@ def measure(n_blocks: int, args: argparse.Namespace, device: str) -> list[dict]:
     n_level = n_blocks.bit_length()
     torch.manual_seed(0)
     config = HBLLConfig(vocab_size=args.vocab_size, n_level=n_level, n_embd=args.n_embd, n_head=args.n_head,
-                        block_size=args.block_size)  # fmt: skip
+                        block_size=args.context_length)  # fmt: skip
     model = HBLLForCausalLM(config).to(device)
-    batch = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
+    batch = torch.randint(args.vocab_size, (args.batch_size, args.context_length + 1), device=device)
     small, x, y = small_hierarchy(n_level), torch.randn(2, 2), torch.tensor([0, 1])
     rows: list[dict] = []
-    for scheme, graphs in FORMS:
-        objective = make_objective(model, scheme, graphs, args)
+    for kind, recompute in FORMS:
+        method = method_of(kind, recompute, args)
+        objective = method.objective(model)
         seconds = seconds_of_step(objective, batch, args.repeats)  # first: a GPU's workspaces are made at a first call
         kept, activation = memory_of_step(objective, batch, gradients=False)
         _, step = memory_of_step(objective, batch, gradients=True)
-        span = measure_span(make_objective(small, scheme, graphs, args), x, y)
-        row = {"blocks": n_blocks, "scheme": scheme, "graphs": graphs, "activation_bytes": activation,
+        span = measure_span(method.objective(small), x, y)
+        row = {"blocks": n_blocks, "kind": kind, "recompute": recompute, "activation_bytes": activation,
                "step_bytes": step, "kept_bytes": kept, "seconds": seconds, "span": span.step,
                "work": span.work}  # fmt: skip
         first = rows[0] if rows else row
@@ -197,7 +202,7 @@ def measure(n_blocks: int, args: argparse.Namespace, device: str) -> list[dict]:
 
 def report_line(rows: Sequence[dict]) -> str:
     """Peak activation memory of recomputed sweeps relative to backprop's, at 31 blocks and at the deepest."""
-    recomputed = [row for row in rows if (row["scheme"], row["graphs"]) == ("sweeps", "recomputed")]
+    recomputed = [row for row in rows if (row["kind"], row["recompute"]) == ("sweeps", True)]
     deepest = max(row["blocks"] for row in rows)
     ratios = [
         f"{row['to_backprop']['activation_bytes']:.3f} at {row['blocks']} blocks"
@@ -212,10 +217,10 @@ def plot(rows: Sequence[dict], path: Path) -> None:
     figure = new_figure(9.0, 4.5)
     memory, seconds = figure.subplots(1, 2)
     blocks = sorted({row["blocks"] for row in rows})
-    for scheme, graphs in FORMS:
-        of_form = [row for row in rows if (row["scheme"], row["graphs"]) == (scheme, graphs)]
-        style = dict(marker="o", markersize=4, color=f"C{SCHEMES.index(scheme)}", label=f"{scheme}, graphs {graphs}",
-                     linestyle="-" if graphs == "kept" else "--")  # fmt: skip
+    for kind, recompute in FORMS:
+        of_form = [row for row in rows if (row["kind"], row["recompute"]) == (kind, recompute)]
+        style = dict(marker="o", markersize=4, color=f"C{KINDS.index(kind)}", label=label(kind, recompute),
+                     linestyle="--" if recompute else "-")  # fmt: skip
         memory.plot(blocks, [row["activation_bytes"] / MIB for row in of_form], **style)
         seconds.plot(blocks, [row["seconds"] for row in of_form], **style)
     memory.set_ylabel("peak activation memory (MiB)")
@@ -241,7 +246,7 @@ _HEADER = (
 
 def _line(row: dict) -> str:
     ratio = row["to_backprop"]
-    cells = f"{row['blocks']:>6}  {row['scheme'] + ', graphs ' + row['graphs']:<27}"
+    cells = f"{row['blocks']:>6}  {label(row['kind'], row['recompute']):<27}"
     for name in ("activation_bytes", "step_bytes"):
         cells += f"  {row[name] / MIB:>9.1f} {ratio[name]:>6.2f}"
     return cells + f"  {row['seconds']:>9.3f} {ratio['seconds']:>6.2f}  {ratio['span']:>5.2f}  {ratio['work']:>5.2f}"

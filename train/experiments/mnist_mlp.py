@@ -1,6 +1,6 @@
 """Sigmoid MLPs on MNIST without residual connections or normalisation: local losses on the tree beside backprop.
 
-    python train/mnist_mlp.py --data FOLDER_OF_IDX_FILES
+    python train/experiments/mnist_mlp.py --data FOLDER_OF_IDX_FILES
 
 The paper's table (100 epochs there). States are Bernoulli variables given as logits (Eq. 28), so a block
 is a sigmoid followed by a linear map. With N layers, N - 1 are blocks of the tree and the last is the head; a further
@@ -12,18 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from comparisons.depth_methods import DepthMethod
+from comparisons.fit import fit
 from hbll_seq.data.mnist import load_mnist
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.local import LocalObjective
 
 
 def sigmoid_mlp(n_layers: int, width: int, n_classes: int = 10) -> DepthHierarchy:
@@ -39,26 +37,46 @@ def accuracy(model: DepthHierarchy, pixels: Tensor, labels: Tensor, path: Sequen
     return 100.0 * (model(pixels, path).argmax(-1) == labels).double().mean().item()
 
 
+class Batches:
+    """Of an epoch in a random order, the last one with the images that are left.
+
+    Args:
+        pixels, labels: of all images.
+        batch_size: images of a batch.
+        seed: the order of an epoch is a function of it and the epoch.
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, batch_size: int, seed: int):
+        self.pixels, self.labels, self.batch_size, self.seed = pixels, labels, batch_size, seed
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pixels and labels of a step; steps are asked for one after the other."""
+        epoch, place = divmod(step, len(self))
+        if place == 0:
+            generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+            self.order = torch.randperm(len(self.labels), generator=generator)
+        index = self.order[place * self.batch_size :][: self.batch_size]
+        return self.pixels[index], self.labels[index]
+
+
 def train(objective_name: str, n_layers: int, args: argparse.Namespace, data: dict) -> dict:
     """Trains one network and returns its test accuracy by depth."""
     torch.manual_seed(args.seed)
     model = sigmoid_mlp(n_layers, args.width)
-    objective = LocalObjective(model, state_weight=1.0) if objective_name == "tree" else BackpropObjective(model)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=args.lr)
-    pixels, labels = data["train"]
-    start = time.perf_counter()
-    for epoch in range(args.epochs):
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))
-        batches = order.split(args.batch_size)
-        for step, batch in enumerate(tqdm(batches, desc=f"{objective_name} {n_layers} layers, epoch {epoch + 1}")):
-            output = objective(pixels[batch], labels[batch], step=epoch * len(batches) + step)
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
+    method = {"tree": DepthMethod.named("tree:state_weight=1.0"), "backprop": DepthMethod.named("backprop")}[objective_name]
+    objective = method.objective(model)
+    batches = Batches(*data["train"], args.batch_size, args.seed)
+    fitted = fit(objective, torch.optim.AdamW(objective.parameters(), lr=args.lr), batches, args.epochs * len(batches),
+                 title=f"{objective_name} {n_layers} layers")  # fmt: skip
     depths = sorted({1, model.tree.n_level, model.tree.n_nodes}) if objective_name == "tree" else [model.tree.n_nodes]
     by_depth = {k: accuracy(model, *data["test"], model.tree.path_for_depth(k)) for k in depths}
     return {"objective": objective_name, "layers": n_layers, "width": args.width, "epochs": args.epochs, "seed": args.seed,
-            "accuracy_by_blocks": by_depth, "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+            "accuracy_by_blocks": by_depth, "seconds": round(fitted.seconds, 1)}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:

@@ -1,17 +1,20 @@
-"""The dial from local to exact: how similar the gradient of sweeps is to backprop's, by sweeps K and corrections M.
+"""The accuracy-span trade-off: how close the gradient of sweeps is to backprop's, by forward and backward iterations.
 
-    python train/dial.py --cache runs/dial        # trains two models, then measures; goes on where it was stopped
-    python train/dial.py --quick                  # less than a minute: the same, too short to mean much
-    python train/dial.py --model FOLDER           # measures a model that train/lm.py has written
+    python train/experiments/tradeoff.py --cache runs/tradeoff     # trains two models, then measures; can be resumed
+    python train/experiments/tradeoff.py --quick                   # less than a minute: too short to mean much
+    python train/experiments/tradeoff.py --model FOLDER            # measures a model that train/lm.py has written
 
 Backprop and sweeps each train a model, from the same weights, data and steps. On fixed validation batches, without any
-optimizer and in float32, the gradient of every setting of the dial is averaged over the batches and compared with the
-exact one: cosine similarity over all parameters and over those of the blocks alone, ratio of norms, and the relative
-error of the state that the head reads.
+optimizer and in float32, the gradient of every setting is averaged over the batches and compared with the exact one:
+cosine similarity over all parameters and over those of the blocks alone, ratio of norms, and the relative error of the
+state that the head reads.
 
-K and M are varied from 0 to L - 1 (L blocks), where sweeps are exact. The other linearisations and first estimates, and
-V-cycles, are compared at M = L - 1, so that what differs is the forward part, by its span: block calls one after the
-other, batched calls counting once. V-cycles take D + 1 each, sweeps one.
+The iterations K and M are varied from 0 to L - 1 (L blocks), where sweeps are exact. The other linearizations and first
+estimates, and V-cycles, are compared at M = L - 1, so that what differs is the forward part, by its span: block calls one
+after the other, batched calls counting once. V-cycles take D + 1 each, forward iterations one.
+
+New names in version 0.2: tradeoff.py (was dial.py), --train-forward (--train-sweeps), --train-backward
+(--train-corrections), --context-length (--block-size).
 """
 
 from __future__ import annotations
@@ -23,12 +26,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from comparisons.depth_methods import DepthMethod
+from comparisons.fit import fit
+from comparisons.plots import plot_trade_off
+from comparisons.runs import a_device
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
 from hbll_seq.data.windows import TokenWindows
@@ -36,29 +44,27 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
-from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).parent / "results"
-QUICK = dict(steps=30, warmup_steps=5, n_level=2, n_embd=64, block_size=64, train_sweeps=1, train_corrections=1,
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+QUICK = dict(steps=30, warmup_steps=5, n_level=2, n_embd=64, context_length=64, train_forward=1, train_backward=1,
              eval_batches=2)  # fmt: skip
 TRAIN = ("backprop", "sweeps")
-BASE = dict(inference="sweeps", linearization="identity", init="first")
-#: forward parts that are compared by their span, the first of them over the whole grid of K and M.
-VARIANTS: dict[str, dict[str, str]] = {
-    "A = I, from f_1(z_0)": BASE,
-    "A = 0, from f_1(z_0)": {**BASE, "linearization": "zero"},
-    "A = I, from z_0": {**BASE, "init": "input"},
-    "A = I, from the tree": {**BASE, "init": "tree"},
-    "V-cycles, from the tree": {**BASE, "inference": "multigrid", "init": "tree"},
+#: forward parts that are compared by their span: kind and options of a method. The first is measured for all K and M.
+VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "A = I, from f_1(z_0)": ("sweeps", dict(linearization="identity", init="first")),
+    "A = 0, from f_1(z_0)": ("sweeps", dict(linearization="zero", init="first")),
+    "A = I, from z_0": ("sweeps", dict(linearization="identity", init="input")),
+    "A = I, from the tree": ("sweeps", dict(linearization="identity", init="tree")),
+    "V-cycles, from the tree": ("v_cycles", dict(linearization="identity", init="tree")),
 }
+BASE = next(iter(VARIANTS))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def options() -> argparse.ArgumentParser:
+    """What the command line takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--train", nargs="+", choices=TRAIN, help="what trains the models that are measured (default: backprop sweeps; "
@@ -72,18 +78,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n-level", type=int, default=3, help="levels D of the tree; L = 2^D - 1 blocks (default: 3)")
     add("--n-embd", type=int, default=128)
     add("--n-head", type=int, default=4)
-    add("--block-size", type=int, default=128, help="tokens in a window, of training and measuring (default: 128)")
+    add("--context-length", type=int, default=128, help="tokens in a window, of training and measuring (default: 128)")
     add("--batch-size", type=int, default=4, help="windows in a batch, of training and measuring (default: 4)")
     add("--steps", type=int, default=1000, help="of training (default: 1000)")
     add("--warmup-steps", type=int, default=100)
     add("--lr", type=float, default=1.5e-3)
-    add("--train-sweeps", type=int, default=3, help="K with which --train sweeps trains (default: 3)")
-    add("--train-corrections", type=int, default=4, help="M with which --train sweeps trains (default: 4)")
+    add("--train-forward", type=int, default=3, help="K with which --train sweeps trains (default: 3)")
+    add("--train-backward", type=int, default=4, help="M with which --train sweeps trains (default: 4)")
     add("--eval-batches", type=int, default=4, help="validation batches that gradients are averaged over (default: 4)")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="CPU threads (default: torch's choice, which OMP_NUM_THREADS sets)")
-    if argv is None:
-        argv = sys.argv[1:]
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with the defaults that depend on others of its values.
+
+    Raises:
+        ValueError: there is nothing to compare, or two results could not be told apart.
+    """
+    parser, argv = options(), sys.argv[1:] if argv is None else argv
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
@@ -104,20 +118,15 @@ def model_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def device() -> str:
-    """Where everything runs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# -- training -----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- training
 
 
 def trained_model(how: str, args: argparse.Namespace, tokenizer: Tokenizer) -> HBLLForCausalLM:
     """The model that ``how`` trains: from the cache where it is there, else trained now."""
-    windows = TokenWindows(load_tokens(args.data, "train", tokenizer), args.block_size)
-    decisive = ["n_level", "n_embd", "n_head", "block_size", "batch_size", "steps", "warmup_steps", "lr", "seed"]
+    windows = TokenWindows(load_tokens(args.data, "train", tokenizer), args.context_length)
+    decisive = ["n_level", "n_embd", "n_head", "context_length", "batch_size", "steps", "warmup_steps", "lr", "seed"]
     if how == "sweeps":
-        decisive += ["train_sweeps", "train_corrections"]
+        decisive += ["train_forward", "train_backward"]
     setting = {name: getattr(args, name) for name in decisive} | {"text": windows.stream.fingerprint}
     folder = None
     if args.cache:
@@ -134,49 +143,49 @@ def train(how: str, args: argparse.Namespace, windows: TokenWindows, tokenizer: 
     """One run; the same seed gives both kinds the same weights and batches to begin with."""
     torch.manual_seed(args.seed)
     config = HBLLConfig(vocab_size=tokenizer.vocab_size, n_level=args.n_level, n_embd=args.n_embd, n_head=args.n_head,
-                        block_size=args.block_size)  # fmt: skip
-    model = HBLLForCausalLM(config, tokenizer).to(device())
+                        block_size=args.context_length)  # fmt: skip
+    model = HBLLForCausalLM(config, tokenizer).to(a_device())
     objective: Objective = BackpropObjective(model, seed=args.seed)
     if how == "sweeps":
-        dial = dict(sweeps=args.train_sweeps, corrections=args.train_corrections)
-        objective = LocalObjective(model, **dial, **BASE, seed=args.seed)
+        objective = variant(BASE, args.train_forward, args.train_backward).objective(model, args.seed)
     settings = TrainingSettings(max_steps=args.steps, lr=args.lr, warmup_steps=args.warmup_steps)
-    optimizer = make_optimizer(objective, settings)
-    with tqdm(range(args.steps), desc=f"training by {how}", mininterval=5) as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, peak=args.lr, total=args.steps, warmup=args.warmup_steps,
-                                            floor=settings.min_lr_ratio)  # fmt: skip
-            output = objective(windows.batch(step, args.batch_size, args.seed).to(device()), step=step)
-            optimizer.zero_grad()
-            output.loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
-            if step % 20 == 19:
-                bar.set_postfix(ce=f"{output.metrics['ce'].item():.3f}")
+    fit(
+        objective, make_optimizer(objective, settings),
+        lambda step: (windows.batch(step, args.batch_size, args.seed).to(a_device()), None), args.steps,
+        rate=partial(learning_rate, peak=args.lr, total=args.steps, warmup=args.warmup_steps, floor=settings.min_lr_ratio),
+        clip=settings.clip, clipped=model.parameters(), title=f"training by {how}",
+    )  # fmt: skip
     return model
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------
+def variant(label: str, forward: int, backward: int) -> DepthMethod:
+    """The method that a variant is with so many iterations."""
+    kind, given = VARIANTS[label]
+    iterations = {"cycles" if kind == "v_cycles" else "forward": forward, "backward": backward}
+    return DepthMethod(label, kind, tuple({**given, **iterations}.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
 
 
 def measure(name: str, model: HBLLForCausalLM, batches: Sequence[Tensor]) -> dict:
-    """Every setting of the dial on one model, beside the exact gradient."""
-    model = model.float().to(device()).eval()
+    """Every variant and number of iterations on one model, beside the exact gradient."""
+    model = model.float().to(a_device()).eval()
     n_level, n_blocks = model.tree.n_level, model.tree.n_nodes
     start = time.perf_counter()
     exact, states, ce = gradient(BackpropObjective(model), batches)
     exact_states = torch.cat(states)
     n_inner = sum(p.numel() for p in model.blocks.parameters())
-    dials = [(label, k, m) for label in VARIANTS for k in range(n_blocks) for m in range(n_blocks)
-             if VARIANTS[label] is BASE or m == n_blocks - 1]  # fmt: skip
+    settings = [(label, k, m) for label in VARIANTS for k in range(n_blocks) for m in range(n_blocks)
+                if label == BASE or m == n_blocks - 1]  # fmt: skip
     rows = []
-    for label, k, m in tqdm(dials, desc=f"measuring {name}", mininterval=5):
-        ours, states, _ = gradient(LocalObjective(model, sweeps=k, corrections=m, **VARIANTS[label]), batches)
+    for label, k, m in tqdm(settings, desc=f"measuring {name}", mininterval=5):
+        ours, states, _ = gradient(variant(label, k, m).objective(model), batches)
         error = (torch.cat(states) - exact_states).norm() / exact_states.norm()
+        kind, given = VARIANTS[label]
         rows.append({
-            "variant": label, **VARIANTS[label], "sweeps": k, "corrections": m,
-            "forward_span": forward_span(k, n_level, VARIANTS[label]),
+            "variant": label, "inference": kind, **given, "forward": k, "backward": m,
+            "forward_span": forward_span(k, n_level, kind, given["init"]),
             "cosine": cosine(ours, exact),
             "cosine_blocks": cosine(ours[:n_inner], exact[:n_inner]),
             "norm_ratio": (ours.norm() / exact.norm()).item(),
@@ -217,86 +226,39 @@ def head_inputs(model: HBLLForCausalLM) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def forward_span(k: int, n_level: int, variant: dict) -> int:
+def forward_span(k: int, n_level: int, kind: str, init: str) -> int:
     """Block calls one after the other until the last state is known, the differentiated one included."""
     n_blocks = 2**n_level - 1
     if n_blocks == 1:  # its input is known
         return 1
-    if variant["inference"] == "multigrid":
+    if kind == "v_cycles":
         return n_level + k * (n_level + 1) + 1
-    if variant["init"] == "tree":
+    if init == "tree":
         return n_level + k + 1
-    # With the last input exact there are no sweeps left to do: the chain has been run as it is.
-    return min(n_blocks, k + 1 + (variant["init"] == "first"))
+    # With the last input exact there are no iterations left to do: the chain has been run as it is.
+    return min(n_blocks, k + 1 + (init == "first"))
 
 
-# -- reporting ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- reporting
 
 
 def report(measured: dict) -> str:
     """The grid of K and M, and the forward parts at M = L - 1."""
     size, rows = measured["n_blocks"], measured["rows"]
-    base = next(iter(VARIANTS))
-    grid = {(row["sweeps"], row["corrections"]): row["cosine"] for row in rows if row["variant"] == base}
+    grid = {(row["forward"], row["backward"]): row["cosine"] for row in rows if row["variant"] == BASE}
     lines = [f"{measured['name']}: {size} blocks, validation {measured['validation_ce']:.3f} nats per token",
-             f"cosine to backprop's gradient ({base})",
+             f"cosine to backprop's gradient ({BASE})",
              "      " + "".join(f"{f'M={m}':>8}" for m in range(size))]  # fmt: skip
     lines += [f"{f'K={k}':>6}" + "".join(f"{grid[k, m]:>8.3f}" for m in range(size)) for k in range(size)]
     lines += [f"forward parts, M = {size - 1}"]
     lines += [f"{'':24}{'K':>4}{'span':>6}{'cosine':>9}{'of blocks':>11}{'norm ratio':>12}{'state error':>13}"]
     lines += [
-        f"{row['variant'] if row['sweeps'] == 0 else '':24}{row['sweeps']:>4}{row['forward_span']:>6}"
+        f"{row['variant'] if row['forward'] == 0 else '':24}{row['forward']:>4}{row['forward_span']:>6}"
         f"{row['cosine']:>9.4f}{row['cosine_blocks']:>11.4f}{row['norm_ratio']:>12.3f}{row['state_error']:>13.2e}"
         for row in rows
-        if row["corrections"] == size - 1
+        if row["backward"] == size - 1
     ]
     return "\n".join(lines)
-
-
-def plot(models: Sequence[dict], path: Path) -> None:
-    """A row per model: the grid of K and M on the left, the forward parts by span on the right.
-
-    Colours and the right axis are of 1 - cosine on a logarithmic scale: most of what is to be told apart is above 0.9.
-    """
-    from matplotlib.colors import LogNorm
-
-    floor = 1e-6  # below it the two gradients differ by rounding
-    figure = new_figure(12.0, 4.4 * len(models))
-    for (left, right), measured in zip(figure.subplots(len(models), 2, squeeze=False), models):
-        size, rows = measured["n_blocks"], measured["rows"]
-        grid = [[1.0] * size for _ in range(size)]
-        for row in rows:
-            if row["variant"] == next(iter(VARIANTS)):
-                grid[row["sweeps"]][row["corrections"]] = max(floor, 1 - row["cosine"])
-        image = left.imshow(grid, norm=LogNorm(floor, 1), origin="lower", cmap="viridis_r", aspect="auto")
-        figure.colorbar(image, ax=left, label="1 - cosine", extend="min")
-        if size < 10:  # in more cells the numbers could not be read
-            for k, m in ((k, m) for k in range(size) for m in range(size)):
-                shade = "white" if grid[k][m] > 1e-3 else "black"  # the middle of the colours
-                left.text(m, k, f"{1 - grid[k][m]:.4f}", ha="center", va="center", fontsize="small", color=shade)
-        left.set_xlabel("corrections M")
-        left.set_ylabel("sweeps K")
-        left.xaxis.get_major_locator().set_params(integer=True)
-        left.yaxis.get_major_locator().set_params(integer=True)
-        left.set_title(f"{measured['name']}: cosine to backprop's gradient", fontsize="medium")
-
-        for (label, style), marker in zip(VARIANTS.items(), "os^Dv"):
-            points = [row for row in rows if row["variant"] == label and row["corrections"] == size - 1]
-            # V-cycles of a small tree soon cost far more than the chain itself.
-            points = [row for row in points if row["forward_span"] <= 2 * size]
-            spans, distances = zip(*((row["forward_span"], max(floor, 1 - row["cosine"])) for row in points))
-            right.plot(spans, distances, marker=marker, markersize=5, linewidth=1.2, label=label,
-                       zorder=3 if style is BASE else 2)  # fmt: skip
-        right.axvline(size, color="0.6", linestyle="--", linewidth=1, label=f"plain chain, exact ({size} blocks)")
-        right.set_yscale("log")
-        right.set_ylim(floor / 2, 3)
-        right.set_xlabel("span of the forward part (block calls one after the other)")
-        right.set_ylabel(f"1 - cosine (lower is closer; {floor:g}: or less)")
-        right.xaxis.get_major_locator().set_params(integer=True)
-        right.set_title(f"{measured['name']}: forward parts at M = {size - 1}", fontsize="medium")
-        right.grid(color="0.9")
-        right.legend(fontsize="small", loc="upper right")
-    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -313,12 +275,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
         else:
             name, model = f"trained by {source}", trained_model(source, args, Tokenizer.default())
         tokenizer = model.tokenizer or Tokenizer.default()
-        windows = TokenWindows(load_tokens(args.data, "validation", tokenizer), args.block_size)
-        batches = [windows.batch(i, args.batch_size, seed=0).to(device()) for i in range(args.eval_batches)]
+        windows = TokenWindows(load_tokens(args.data, "validation", tokenizer), args.context_length)
+        batches = [windows.batch(i, args.batch_size, seed=0).to(a_device()) for i in range(args.eval_batches)]
         data["models"].append(measure(name, model, batches))
         print(report(data["models"][-1]), flush=True)
         atomic_write(args.output, json.dumps(data, indent=1) + "\n")  # what a stopped run leaves
-    plot(data["models"], args.output.with_suffix(".png"))
+    plot_trade_off(args.output.with_suffix(".png"), data["models"], list(VARIANTS))
     return data
 
 

@@ -1,0 +1,200 @@
+"""Methods of training a model over depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from comparisons.methods import Method, flag, parse
+from comparisons.words import describe
+from hbll_seq.evaluation.perplexity import default_paths
+from hbll_seq.evaluation.span import measure_span, small_hierarchy
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.depth_mix import OF_PREFIXES
+from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training.settings import block_cells
+
+#: how recurrent blocks are evaluated along time
+_TIME = {"time_forward": int, "time_backward": int, "time_linearization": str, "time_chunk_size": int}
+_MIXED = {"depth_mix": str, "depth_mix_weight": float, "recompute": flag, "paths": str, "exit_rank": int, "exit_by": str}
+#: what each kind takes; another option would be ignored, and two names mean one method
+KINDS = {
+    "backprop": {"depth": int, **_MIXED},
+    "tree": {"state_weight": float, "recompute": flag, **_TIME},
+    "sweeps": {"forward": int, "backward": int, "chunk_size": int, "init": str, "linearization": str, "rank": int,
+               **_TIME, **_MIXED},
+    "v_cycles": {"cycles": int, "backward": int, **_MIXED},
+}  # fmt: skip
+#: options that belong to the model's configuration, by its name there
+_OF_CONFIG = {"paths": "default_paths", "exit_rank": "readout_rank", "exit_by": "readout_by"}
+#: options by the objective's arguments, where these have other names
+_ARGUMENTS = {
+    "forward": "sweeps", "cycles": "sweeps", "backward": "corrections", "chunk_size": "chunk", "rank": "secant_rank",
+    "time_forward": "time_sweeps", "time_backward": "time_corrections", "time_chunk_size": "time_chunk",
+    "depth_mix": "mix", "depth_mix_weight": "mix_weight",
+}  # fmt: skip
+_LINEARIZATIONS = {"low_rank": "secant"}
+_SHORT_NAMES = "backprop-N, mix, backprop-mix, "
+
+
+@dataclass(frozen=True)
+class DepthMethod(Method):
+    """A way to train a model of 2**n_level - 1 blocks.
+
+    config: what it changes of the model's configuration.
+    n_level, cell: of the model: its levels, and the kind of its blocks, or one for each as in "gru,transformer,gru".
+    """
+
+    config: tuple[tuple[str, Any], ...] = ()
+    n_level: int = 3
+    cell: str = "transformer"
+
+    @classmethod
+    def named(cls, name: str, depth_mix: str = "none", n_level: int = 3, cell: str = "transformer") -> DepthMethod:
+        """From "kind:key=value,key=value", or the short names "backprop-3", "mix" and "backprop-mix".
+
+        Args:
+            name: see ``KINDS``.
+            depth_mix: what the short names "mix" and "backprop-mix" train.
+            n_level, cell: of the model.
+
+        Raises:
+            ValueError: unknown kind or option, or a value of the wrong type.
+        """
+        # These belong with the paths and exits made for them, and the iterations that were found enough for them (the preset
+        # small has the same); the other mixes with those that they were measured with
+        mixed, iterations = f"depth_mix={depth_mix}", ""
+        if depth_mix in OF_PREFIXES:
+            mixed, iterations = mixed + ",paths=prefix,exit_rank=16", "forward=2,backward=3,"
+        long = {"mix": f"sweeps:{iterations}{mixed}", "backprop-mix": f"backprop:{mixed}"}.get(name, name)
+        if long.startswith("backprop-"):
+            long = "backprop:depth=" + long.removeprefix("backprop-")
+        read, kind, options = parse(long, "depth", KINDS, _SHORT_NAMES)
+        config = {_OF_CONFIG[key]: options.pop(key) for key in _OF_CONFIG if key in options}
+        HBLLConfig(**config)  # refuses a value that is out of range
+        return cls(name if long != name else read, kind, tuple(options.items()), None, tuple(config.items()), n_level, cell)
+
+    @property
+    def one_depth(self) -> int | None:
+        """The depth of a backprop model that is trained for one depth only."""
+        return dict(self.options).get("depth")
+
+    @property
+    def depth_mix(self) -> str:
+        """Which paths it trains besides the main one."""
+        return dict(self.options).get("depth_mix", "none")
+
+    def model_config(self, vocab_size: int, **options: Any) -> HBLLConfig:
+        """The configuration of a model of this method.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        kinds = block_cells(self.cell)
+        return HBLLConfig(vocab_size=vocab_size, n_level=self.n_level, cell=kinds, **options, **dict(self.config))
+
+    def objective(self, model: DepthHierarchy, seed: int = 0) -> Objective:
+        """See :meth:`Method.objective`."""
+        options = {_ARGUMENTS.get(key, key): value for key, value in self.options}
+        if "linearization" in options:
+            options["linearization"] = _LINEARIZATIONS.get(options["linearization"], options["linearization"])
+        if options.pop("recompute", False):
+            options["graphs"] = "recomputed"
+        if self.kind == "backprop":
+            depth = options.pop("depth", None)
+            path = None if depth is None else model.resolve_path(depth=depth)
+            return BackpropObjective(model, path, seed=seed, **options)
+        inference = "multigrid" if self.kind == "v_cycles" else self.kind
+        return LocalObjective(model, inference, seed=seed, **options)
+
+    def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
+        """The same objective without its depth mix, with what ``trained`` has learned to stand for Jacobians."""
+        options = tuple((key, value) for key, value in self.options if not key.startswith("depth_mix"))
+        alone = replace(self, options=options).objective(model, seed)
+        alone.secants = getattr(trained, "secants", None)
+        return alone
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any block is. Raises ValueError for cells that such a model cannot have."""
+        return any(kind != "transformer" for kind in HBLLConfig(n_level=self.n_level, cell=block_cells(self.cell)).cells)
+
+    def _small_model(self) -> DepthHierarchy:
+        """A model of the same blocks' kinds to build an objective around, and to count on."""
+        if self.is_recurrent:
+            return HBLLForCausalLM(self.model_config(vocab_size=2, n_embd=64, n_head=1, block_size=1))
+        return small_hierarchy(self.n_level, width=64, default_paths=dict(self.config).get("default_paths", "spine"))
+
+    @cached_property
+    def description(self) -> str:
+        """See :meth:`Method.description`."""
+        return describe(self.kind, self._resolved(self.objective(self._small_model())))
+
+    def _resolved(self, objective: Objective) -> dict[str, Any]:
+        """Every option by name, as the objective has it. What the first stored runs did not have is left out where it is as
+        it was for them."""
+        found: dict[str, Any] = {"depth_mix": objective.mix}
+        if objective.mix != "none":
+            found["depth_mix_weight"] = objective.mix_weight
+        if self.kind in ("sweeps", "v_cycles"):
+            found["forward" if self.kind == "sweeps" else "cycles"] = objective.sweeps
+            linearization = {old: new for new, old in _LINEARIZATIONS.items()}.get(objective.linearization)
+            found |= {"backward": objective.corrections, "linearization": linearization or objective.linearization,
+                      "init": objective.init}  # fmt: skip
+        if self.kind == "tree":
+            found["state_weight"] = objective.state_weight
+        if self.kind == "sweeps" and objective.chunk > 1:
+            found["chunk_size"] = objective.chunk
+        if self.kind == "sweeps" and objective.secants is not None:
+            found["rank"] = objective.secants.rank
+        if self.kind in ("sweeps", "tree") and self.is_recurrent:
+            sweeps, corrections, linearization, chunk = objective.time
+            found |= {"time_forward": sweeps, "time_backward": corrections, "time_linearization": linearization,
+                      "time_chunk_size": chunk}  # fmt: skip
+        config = HBLLConfig(**dict(self.config))
+        found |= {name: getattr(config, in_config) for name, in_config in _OF_CONFIG.items()}
+        if found["exit_by"] == "jump":
+            del found["exit_by"]
+        return found
+
+    def check(self, carry_state: bool = False) -> None:
+        """Raises ValueError where an option does not fit the model, or states that are carried from window to window."""
+        unused = [key for key, _ in self.options if key in _TIME]
+        if unused and not self.is_recurrent:
+            raise ValueError(f"method {self.name!r}: {', '.join(unused)} with cell={self.cell!r}: only recurrent blocks are "
+                             "evaluated along time; leave it out")  # fmt: skip
+        if carry_state and self.kind == "tree" and self.is_recurrent:
+            raise ValueError(f"method {self.name!r} with carry_state=True: its jumps read no path whose state could be "
+                             "carried; leave the method out, or carry no state")  # fmt: skip
+        self.objective(self._small_model())
+
+    def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+        """The paths that it trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
+        if self.one_depth is not None:
+            return {f"depth {self.one_depth}": model.resolve_path(depth=self.one_depth)}
+        if self.kind != "tree" and self.depth_mix == "none":
+            return {f"depth {model.tree.n_nodes}": model.resolve_path()}
+        return default_paths(model)
+
+    def work(self, n_steps: int = 16) -> float:
+        """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps.
+        How many iterations over time a recurrent block makes of one is not counted."""
+        model = self._small_model()
+        objective = self.objective(model)
+        varies = self.depth_mix != "none" or getattr(objective, "secants", None) is not None
+        batch = _batch_to_count_on(model)
+        counts = [measure_span(objective, *batch, step=step).block_work for step in range(n_steps if varies else 1)]
+        return sum(counts) / len(counts)
+
+
+def _batch_to_count_on(model: DepthHierarchy) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(model, HBLLForCausalLM):
+        return torch.zeros(1, 2, dtype=torch.int64), None
+    return torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)

@@ -83,7 +83,7 @@ def evaluate_paths(
                     prefix, state = states[-1]
                     states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
                 logits = model.read_out(states[-1][1], path)
-                nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
+                nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
             if carry_state:
                 carried = chain.last
     if not n_tokens:

@@ -22,6 +22,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import Tree
 from hbll_seq.utils.modules import plain_module
 
 
@@ -138,7 +139,7 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     try:
         for n, block in enumerate(blocks):
             counted = _CountedRecurrent if isinstance(plain_module(block), RecurrentBlock) else _Counted
-            model.blocks[n] = counted(block, ledger, recomputes=objective.graphs == "recomputed")
+            model.blocks[n] = counted(block, ledger, recomputes=objective.recompute)
         model.head = _Counted(head, ledger, is_head=True)
         with ledger:
             loss = objective(inputs, labels, step=step).loss
@@ -172,11 +173,11 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3, default_pa
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the span and work of one training step by the number of transitions N, the head counted as one of them.
 
-    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call counted among the sweeps, and 2 for the head.
+    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call being an iteration, and 2 for the head.
 
     "tree" counts what depends on what: blocks read clean forward messages, so all of them could run before the first
     correction. "tree, level by level" is the order that the code queues them in, and that the data force where blocks
-    read corrected states: messages, discrepancies and corrections of a level before the next level begins.
+    read corrected states: messages, energies and corrections of a level before the next level begins.
     """
     parser = argparse.ArgumentParser(description=main.__doc__.splitlines()[0])
     parser.add_argument("--levels", type=int, nargs="+", default=[3, 4, 6, 8], help="tree levels D; N = 2**D")
@@ -187,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         x, y = torch.randn(2, 2), torch.tensor([0, 1])
         for name, objective in (
             ("tree", LocalObjective(model)),
-            ("tree, level by level", LocalObjective(model, clean_inputs=False)),
+            ("tree, level by level", LocalObjective(model, Tree(clean_inputs=False))),
             ("sweeps", LocalObjective(model, "sweeps")),
-            ("sweeps, recomputed", LocalObjective(model, "sweeps", graphs="recomputed")),
+            ("sweeps, recomputed", LocalObjective(model, "sweeps", recompute=True)),
             ("backprop", BackpropObjective(model)),
         ):
             span = measure_span(objective, x, y)

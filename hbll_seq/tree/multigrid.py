@@ -1,4 +1,6 @@
-"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (method.md 2.6; MGRIT, Falgout et al. 2014).
+"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (docs/method.md 2.6).
+
+See MGRIT (Falgout et al. 2014).
 
 The arc i -> j of length 2^l has a coarse propagator, the one block f_j applied to s_i, and a fine one, all blocks of
 the stretch, each at its own old input and composed with identity Jacobians. Going down the tree, a level corrects its
@@ -22,7 +24,7 @@ def v_cycle(chain: Chain, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[
 
     A cycle is one parallel call of all blocks at the old states and D calls, one level after the other: span D + 1.
     Level by level from the root, node j with left parent i takes its new coarse step, corrected by the old error of that
-    step against the old fine states: the sweep of all blocks, composed with identity Jacobians over the interval.
+    step against the old fine states: all blocks of the interval, composed with identity Jacobians.
 
     After k cycles at least the first 2 k + 1 states are exact, whatever the coarse blocks are worth: from an exact prefix of
     m states a cycle makes m + 1, and a leaf after it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -12,19 +13,32 @@ from hbll_seq.utils.values import as_flag, check_choice, number_or_none, whole_o
 
 
 def option(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
-    below: float | None = None, choices: tuple[str, ...] | None = None, **more: Any,
-) -> Any:  # fmt: skip
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    choices: tuple[str, ...] | None = None,
+    remedy: str = "",
+    **more: Any,
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
         default: its value where nothing is said.
         help: what it means, for ``--help``.
         low, high: the least and the largest value. above, below: values that it must exceed, and stay under.
+        infinite: whether infinity is a value.
         choices: the words that it may be.
+        remedy: what messages about a wrong value say at their end.
         more: further metadata, as a command line's group.
     """
-    metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, **more)
+    metadata = dict(
+        help=help, low=low, high=high, above=above, below=below, infinite=infinite, choices=choices, remedy=remedy, **more
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -61,7 +75,8 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
         if plain is None or not _is_within(plain, allowed):
             what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}")
+            remedy = f"; {allowed['remedy']}" if allowed["remedy"] else ""
+            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{remedy}")
         return plain
     if allowed["choices"]:
         check_choice(name, value, allowed["choices"])
@@ -70,10 +85,14 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
 
 def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
     low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
+    if math.isinf(value) and not allowed["infinite"]:
+        return False
     return (
-        (low is None or value >= low) and (high is None or value <= high)
-        and (above is None or value > above) and (below is None or value < below)
-    )  # fmt: skip
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
 
 
 def _range(allowed: typing.Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The benchmark over time: its methods compute one loss, and a run at tiny shapes that goes on where it was stopped."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_refuses_a_file_of_another_setting(tmp_path):
         (["--methods", "bptt:forward=1"], "bptt has no option 'forward'"),
         (["--methods", "bptt:lr=1e-3"], "bptt:lr=1e-3': no rate is used"),
         (["--methods", "sweeps:forward=-1"], "(sweeps|forward)=-1: must be a whole number of at least 0"),
-        (["--methods", "sweeps:linearization=full"], "linearization='full': allowed are zero, diagonal"),
+        (["--methods", "sweeps:linearization=full"], "linearization='full': allowed are zero, identity, diagonal"),
         (["--methods", "tree:share=some"], "share='some': allowed are none, capped, all"),
         (["--baselines", "gru"], "baseline 'gru': allowed are bptt, one-step, fused; settings of ours go to --methods"),
         (["--cell", "mingru"], "method 'fused': torch has layers for the cells gru and elman alone; leave it out"),
@@ -119,12 +120,12 @@ def test_options_are_those_of_the_objective():
     made = bench_rnn.make_objective(bench_rnn.method_of(given, args), model, 8, args)
     assert made.tree.max_symbols == 4 and made.tree.share == "capped" and made.tree.n_level == 3
     defaults = type(made)(model)
-    assert made.options == {**defaults.options, "clip": 0.5, "tolerance": 0.25}  # all others are the objective's defaults
+    own = replace(defaults.inference, forward=2, clip=0.5, tolerance=0.25, init=made.inference.init)
+    assert made.inference == own and made.inference.init.tree is made.tree  # all others are the objective's defaults
     paper = bench_rnn.make_objective(bench_rnn.method_of("tree", args), model, 8, args).tree
     assert paper.max_symbols == 8 and paper.share == "none"  # all of them
     plain = bench_rnn.make_objective(bench_rnn.method_of("sweeps", args), model, 8, args)
-    assert vars(plain).keys() == vars(defaults).keys() and plain.options == defaults.options
-    assert (plain.sweeps, plain.corrections, plain.init) == (defaults.sweeps, defaults.corrections, defaults.init)
+    assert plain.inference == defaults.inference
 
 
 def test_points_of_older_files_are_read(tmp_path):

@@ -167,7 +167,7 @@ def test_the_main_path_of_a_mix_is_measured_with_what_the_method_has_learned(mon
     seen = []
 
     def look(objective, *_):
-        seen.append((objective.mix, objective.secants, int(objective.secants.n_steps)))
+        seen.append((objective.depths.name, objective.secants, int(objective.secants.n_steps)))
         return [1.0, 1.0, 0.0]
 
     monkeypatch.setattr(fit, "gradient_alignment", look)

@@ -78,9 +78,9 @@ def test_measuring_a_gradient_teaches_an_objective_nothing_and_leaves_its_mode()
     torch.manual_seed(0)
     model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, block_size=12))
     tokens = torch.randint(17, (2, 13))
-    objective = LocalObjective(model, "sweeps", linearization="secant", mix="sandwich")
+    objective = LocalObjective(model, "sweeps:linearization=low_rank", depths="sandwich")
     before = {name: b.clone() for name, b in objective.secants.named_buffers()}
-    exact = BackpropObjective(model, mix="sandwich")
+    exact = BackpropObjective(model, depths="sandwich")
     for training in (True, False):
         objective.train(training)
         gradient_alignment(objective, exact, list(model.parameters()), tokens, None, 0)

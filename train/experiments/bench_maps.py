@@ -33,8 +33,10 @@ from comparisons.tasks import Classes
 from comparisons.time_methods import TimeMethod
 from hbll_seq.chains.time import forward_time_sweeps
 from hbll_seq.data.mnist import load_mnist
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Diagonal, Zero
 from hbll_seq.engine.linearization.regression import ridge_factor
-from hbll_seq.engine.linearization.shared_matrix import TimeSecants
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.utils.atomic import atomic_write
 
@@ -150,20 +152,21 @@ def errors_of_states(
     """How far off the states are that the differentiated iteration reads after K others, by approximation of Jacobians."""
     cell = model.cell
     project: Callable[[Tensor], Tensor] = lambda x: cell.project(model.symbols(model.chunks(x))).detach()
-    secants, s0 = TimeSecants(cell.hidden_size, iterations), model.initial_state(batch_size)
+    fit, s0 = SharedMatrixFit(cell.hidden_size, iterations), model.initial_state(batch_size)
     *batches, last = pixels.split(batch_size)[: N_BATCHES + 1]
     for batch in batches:
-        learning = dict(linearization="secant", secants=secants, learn=True)
-        forward_time_sweeps(cell, project(batch), s0, sweeps=iterations, chunk=c, **learning)
-        secants.end_step()
+        taught = Iterations(iterations, chunk_size=c, linearization=SharedMatrix())
+        forward_time_sweeps(cell, project(batch), s0, taught, learned=fit, learn=True)
+        fit.end_step()
     projected, s0 = project(last), s0[: len(last)]
     with torch.no_grad():
         exact = exact_states(cell, projected, s0)[:-1]
     errors = {}
-    for name, kind in (("zero", "zero"), ("diagonal", "diagonal"), ("shared_matrix", "secant")):
-        maps = secants if kind == "secant" else None
-        swept = forward_time_sweeps(cell, projected, s0, sweeps=iterations, linearization=kind, chunk=c, secants=maps)
-        errors[name] = round(((swept.inputs - exact).norm() / exact.norm()).item(), 4)
+    for kind in (Zero(), Diagonal(), SharedMatrix()):
+        learned = fit if isinstance(kind, SharedMatrix) else None
+        walked = Iterations(iterations, chunk_size=c, linearization=kind)
+        solution = forward_time_sweeps(cell, projected, s0, walked, learned=learned)
+        errors[kind.name] = round(((solution.inputs - exact).norm() / exact.norm()).item(), 4)
     return errors
 
 

@@ -49,10 +49,10 @@ from comparisons.runs import Length, train_classifier
 from comparisons.tasks import Classes
 from comparisons.time_methods import DEFAULTS, INITS, TimeMethod, defaults_of
 from comparisons.words import current_setting
-from hbll_seq.chains.time import TIME_LINEARIZATIONS
 from hbll_seq.data.mnist import load_mnist
 from hbll_seq.layers.recurrent import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
+from hbll_seq.objectives.options import AXES
 from hbll_seq.utils.atomic import whole_folder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -90,8 +90,8 @@ def options() -> argparse.ArgumentParser:
     add("--forward", type=int, default=sweeps["forward"], help=f"K of the method sweeps (default: {sweeps['forward']})")
     add("--backward", type=int, default=sweeps["backward"], help=f"M of it (default: {sweeps['backward']})")
     add("--chunk-size", type=int, help="its c, steps that an iteration takes one after the other (default: an eighth of N)")
-    add("--linearization", choices=(*TIME_LINEARIZATIONS, "shared_matrix"), help="its approximation of Jacobians (default: "
-        f"{sweeps['linearization']}; of mingru diagonal, which is exact)")  # fmt: skip
+    add("--linearization", choices=[kind.name for kind in AXES["time"].linearizations], help="its approximation of Jacobians "
+        f"(default: {sweeps['linearization']}; of mingru diagonal, which is exact)")  # fmt: skip
     add("--init", choices=INITS, default=sweeps["init"], help=f"its first estimate of the states (default: {sweeps['init']})")
     add("--eval-every", type=int, default=500, help="steps between two evaluations on the validation images")
     add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")

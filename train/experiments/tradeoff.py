@@ -161,8 +161,8 @@ def train(how: str, args: argparse.Namespace, windows: TokenWindows, tokenizer: 
 def variant(label: str, forward: int, backward: int) -> DepthMethod:
     """The method that a variant is with so many iterations."""
     kind, given = VARIANTS[label]
-    iterations = {"cycles" if kind == "v_cycles" else "forward": forward, "backward": backward}
-    return DepthMethod(label, kind, tuple({**given, **iterations}.items()))
+    options = {"cycles": forward} if kind == "v_cycles" else {**given, "forward": forward}  # V-cycles are so by nature
+    return DepthMethod(label, kind, tuple({**options, "backward": backward}.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------- measuring

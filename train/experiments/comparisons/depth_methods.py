@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from comparisons.methods import Method, flag, parse
+from comparisons.methods import Method, flag, parse, types_of
 from comparisons.words import describe
+from hbll_seq.engine.linearization.low_rank import LowRank
 from hbll_seq.evaluation.perplexity import default_paths
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -19,28 +20,24 @@ from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.depth_mix import OF_PREFIXES
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
+from hbll_seq.objectives.registry import INFERENCES
 from hbll_seq.training.settings import block_cells
 
 #: how recurrent blocks are evaluated along time
-_TIME = {"time_forward": int, "time_backward": int, "time_linearization": str, "time_chunk_size": int}
+_TIME = {f"time_{name}": types_of(Sweeps)[name] for name in ("forward", "backward", "linearization", "chunk_size")}
 _MIXED = {"depth_mix": str, "depth_mix_weight": float, "recompute": flag, "paths": str, "exit_rank": int, "exit_by": str}
+#: what no comparison over depth has asked for
+_UNUSED = ("damping", "tolerance", "clip")
 #: what each kind takes; another option would be ignored, and two names mean one method
 KINDS = {
     "backprop": {"depth": int, **_MIXED},
     "tree": {"state_weight": float, "recompute": flag, **_TIME},
-    "sweeps": {"forward": int, "backward": int, "chunk_size": int, "init": str, "linearization": str, "rank": int,
-               **_TIME, **_MIXED},
-    "v_cycles": {"cycles": int, "backward": int, **_MIXED},
+    "sweeps": {"rank": int, **{key: kind for key, kind in types_of(Sweeps).items() if key not in _UNUSED}, **_TIME, **_MIXED},
+    "v_cycles": {**types_of(VCycles), **_MIXED},
 }  # fmt: skip
 #: options that belong to the model's configuration, by its name there
 _OF_CONFIG = {"paths": "default_paths", "exit_rank": "readout_rank", "exit_by": "readout_by"}
-#: options by the objective's arguments, where these have other names
-_ARGUMENTS = {
-    "forward": "sweeps", "cycles": "sweeps", "backward": "corrections", "chunk_size": "chunk", "rank": "secant_rank",
-    "time_forward": "time_sweeps", "time_backward": "time_corrections", "time_chunk_size": "time_chunk",
-    "depth_mix": "mix", "depth_mix_weight": "mix_weight",
-}  # fmt: skip
-_LINEARIZATIONS = {"low_rank": "secant"}
 _SHORT_NAMES = "backprop-N, mix, backprop-mix, "
 
 
@@ -102,17 +99,18 @@ class DepthMethod(Method):
 
     def objective(self, model: DepthHierarchy, seed: int = 0) -> Objective:
         """See :meth:`Method.objective`."""
-        options = {_ARGUMENTS.get(key, key): value for key, value in self.options}
-        if "linearization" in options:
-            options["linearization"] = _LINEARIZATIONS.get(options["linearization"], options["linearization"])
-        if options.pop("recompute", False):
-            options["graphs"] = "recomputed"
+        options = dict(self.options)
+        time = {key.removeprefix("time_"): options.pop(key) for key in _TIME if key in options}
+        depths = DepthMix(options.pop("depth_mix", "none"), options.pop("depth_mix_weight", None))
+        common = dict(depths=depths, recompute=options.pop("recompute", False), seed=seed)
         if self.kind == "backprop":
             depth = options.pop("depth", None)
-            path = None if depth is None else model.resolve_path(depth=depth)
-            return BackpropObjective(model, path, seed=seed, **options)
-        inference = "multigrid" if self.kind == "v_cycles" else self.kind
-        return LocalObjective(model, inference, seed=seed, **options)
+            return BackpropObjective(model, None if depth is None else model.resolve_path(depth=depth), **common)
+        if (rank := options.pop("rank", None)) is not None:
+            if options.get("linearization") != LowRank.name:
+                raise ValueError(f"method {self.name!r}: rank={rank} needs linearization=low_rank; leave one out")
+            options["linearization"] = LowRank(rank)
+        return LocalObjective(model, INFERENCES[self.kind](**options), time=Sweeps(**time), **common)
 
     def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
         """The same objective without its depth mix, with what ``trained`` has learned to stand for Jacobians."""
@@ -140,24 +138,23 @@ class DepthMethod(Method):
     def _resolved(self, objective: Objective) -> dict[str, Any]:
         """Every option by name, as the objective has it. What the first stored runs did not have is left out where it is as
         it was for them."""
-        found: dict[str, Any] = {"depth_mix": objective.mix}
-        if objective.mix != "none":
-            found["depth_mix_weight"] = objective.mix_weight
-        if self.kind in ("sweeps", "v_cycles"):
-            found["forward" if self.kind == "sweeps" else "cycles"] = objective.sweeps
-            linearization = {old: new for new, old in _LINEARIZATIONS.items()}.get(objective.linearization)
-            found |= {"backward": objective.corrections, "linearization": linearization or objective.linearization,
-                      "init": objective.init}  # fmt: skip
-        if self.kind == "tree":
-            found["state_weight"] = objective.state_weight
-        if self.kind == "sweeps" and objective.chunk > 1:
-            found["chunk_size"] = objective.chunk
-        if self.kind == "sweeps" and objective.secants is not None:
-            found["rank"] = objective.secants.rank
+        found: dict[str, Any] = {"depth_mix": objective.depths.name}
+        if objective.depths.name != "none":
+            found["depth_mix_weight"] = objective.depths.total_weight
+        inference = getattr(objective, "inference", None)
+        if isinstance(inference, Sweeps):
+            found |= _named(inference, "forward", "backward", "linearization", "init")
+            if inference.chunk_size > 1:
+                found["chunk_size"] = inference.chunk_size
+            if objective.secants is not None:
+                found["rank"] = objective.secants.rank
+        elif isinstance(inference, VCycles):
+            found |= {**_named(inference, "cycles", "backward"), "linearization": "identity", "init": "first"}
+        elif isinstance(inference, Tree):
+            found |= _named(inference, "state_weight")
         if self.kind in ("sweeps", "tree") and self.is_recurrent:
-            sweeps, corrections, linearization, chunk = objective.time
-            found |= {"time_forward": sweeps, "time_backward": corrections, "time_linearization": linearization,
-                      "time_chunk_size": chunk}  # fmt: skip
+            time = _named(objective.time, "forward", "backward", "linearization", "chunk_size")
+            found |= {f"time_{key}": value for key, value in time.items()}
         config = HBLLConfig(**dict(self.config))
         found |= {name: getattr(config, in_config) for name, in_config in _OF_CONFIG.items()}
         if found["exit_by"] == "jump":
@@ -192,6 +189,12 @@ class DepthMethod(Method):
         batch = _batch_to_count_on(model)
         counts = [measure_span(objective, *batch, step=step).block_work for step in range(n_steps if varies else 1)]
         return sum(counts) / len(counts)
+
+
+def _named(options: Inference, *names: str) -> dict[str, Any]:
+    """Some fields of an options object; a linearization by its name."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: getattr(value, "name", value) for name, value in values.items()}
 
 
 def _batch_to_count_on(model: DepthHierarchy) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from torch import nn
 
@@ -89,6 +89,16 @@ def parse(name: str, over: str, kinds: Mapping[str, Types], also: str = "") -> t
             allowed = "true or false" if kinds[kind][key] is flag else "a number"
             raise ValueError(f"method {name!r}: {key}={value!r} must be {allowed}") from None
     return name, kind, options
+
+
+def types_of(options: type) -> dict[str, Callable[[str], Any]]:
+    """What each option of a kind of options objects becomes, by name; those that are objects themselves are given by name."""
+    hints = get_type_hints(options)
+    kinds = {field.name: set(get_args(hints[field.name])) or {hints[field.name]} for field in fields(options)}
+    return {
+        name: flag if bool in kind else int if int in kind else float if float in kind else str
+        for name, kind in kinds.items() if str in kind or not kind.isdisjoint({bool, int, float})
+    }  # fmt: skip
 
 
 def distinct(methods: Iterable[AnyMethod]) -> list[AnyMethod]:

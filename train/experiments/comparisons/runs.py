@@ -102,9 +102,9 @@ def _alignment(
 ) -> Alignment:
     """What is compared with backprop through the same paths, and where there are several through the main one alone."""
     model, path = objective.model, objective.path
-    exact = BackpropObjective(model, path, mix=objective.mix, mix_weight=objective.mix_weight, seed=seed)
+    exact = BackpropObjective(model, path, depths=objective.depths, seed=seed)
     main_path = None
-    if objective.mix != "none":
+    if objective.depths.name != "none":
         main_path = method.main_path(model, seed, objective), BackpropObjective(model, path, seed=seed)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return Alignment(every, parameters, (objective, exact), main_path)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from comparisons.methods import Method, check_rate, parse, whole_or_none
+from comparisons.methods import Method, check_rate, parse, types_of, whole_or_none
 from comparisons.words import describe
-from hbll_seq.chains.time import TIME_INITS
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.layers.recurrent import make_cell
 from hbll_seq.models.recurrent import RecurrentModel
+from hbll_seq.objectives.options import AXES, Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
 
 #: shape of a tree, which RecurrentTree takes; all other options are the objective's own
@@ -24,9 +24,8 @@ KINDS = {
     "bptt": {"lr": float},
     "one-step": {"lr": float},
     "truncated": {"window": int, "lr": float},
-    "sweeps": {"forward": int, "backward": int, "chunk_size": int, "linearization": str, "init": str, "damping": float,
-               "tolerance": float, "clip": float, "tree_weight": float, **_OF_TREE, "lr": float},
-    "tree": {"consistency": int, "arc_weight": float, "consistency_weight": float, **_OF_TREE, "lr": float},
+    "sweeps": {**types_of(Sweeps), "tree_weight": float, **_OF_TREE, "lr": float},
+    "tree": {**types_of(TimeTree), **_OF_TREE, "lr": float},
 }  # fmt: skip
 #: written out in what a run is stored under, so that a later default is not taken for this one. Those of sweeps are what
 #: permuted MNIST takes with N = 64 (docs, results); a tree that starts them reads the last 8 symbols (method.md 2.1).
@@ -38,10 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tree": {"consistency": 4, "arc_weight": 0.1, "consistency_weight": 1.0, "share": "none"},
 }
 _OF_TREE_INIT = {"tree_weight": 0.1, "max_symbols": 8, "share": "capped"}
-INITS = ("tree", *TIME_INITS)
-#: options by the objective's arguments, where these have other names
-_ARGUMENTS = {"forward": "sweeps", "consistency": "sweeps", "backward": "corrections", "chunk_size": "chunk"}
-_LINEARIZATIONS = {"shared_matrix": "secant"}
+INITS = ("tree", *AXES["time"].inits)
 
 
 @dataclass(frozen=True)
@@ -100,21 +96,23 @@ class TimeMethod(Method):
 
     def objective(self, model: RecurrentModel, seed: int = 0) -> RecurrentObjective:
         """See :meth:`Method.objective`; its tree, if it has one, is drawn here, from torch's generator."""
-        options = {_ARGUMENTS.get(key, key): value for key, value in self.options}
+        options = dict(self.options)
         if self.kind in ("bptt", "one-step"):
             return RecurrentBackpropObjective(model, window=1 if self.kind == "one-step" else None)
         if self.kind == "truncated":
             return RecurrentBackpropObjective(model, **options)
-        if "linearization" in options:
-            options["linearization"] = _LINEARIZATIONS.get(options["linearization"], options["linearization"])
-        tree = None
-        if self.kind == "tree" or options["init"] == "tree":
-            options.pop("init", None)
-            shape = {key: options.pop(key) for key in _OF_TREE if key in options}
-            n_level = max(1, (self.n_steps - 1).bit_length())
-            make = lambda width, hidden: make_cell(self.cell, width, hidden, self.memory)
-            tree = RecurrentTree(make, model.cell.input_size, model.cell.hidden_size, n_level, **shape)
-        return RecurrentLocalObjective(model, self.kind, tree=tree, **options)
+        shape = {key: options.pop(key) for key in _OF_TREE if key in options}
+        if self.kind == "tree":
+            return RecurrentLocalObjective(model, TimeTree(self._tree(model, shape), **options))
+        if options["init"] == "tree":
+            options["init"] = TreeGuess(self._tree(model, shape), options.pop("tree_weight"))
+        return RecurrentLocalObjective(model, Sweeps(**options))
+
+    def _tree(self, model: RecurrentModel, shape: Mapping[str, Any]) -> RecurrentTree:
+        """A tree of cells like the model's, deep enough for the longest sequence."""
+        n_level = max(1, (self.n_steps - 1).bit_length())
+        make = lambda width, hidden: make_cell(self.cell, width, hidden, self.memory)
+        return RecurrentTree(make, model.cell.input_size, model.cell.hidden_size, n_level, **shape)
 
     def check(self) -> None:
         """Raises ValueError where a value is out of range, at the cost of a model of width 1."""

@@ -8,13 +8,27 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset
+from hbll_seq.training.presets import DEFAULT_PRESET, nearest_setting, read_preset
+from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.reading import shorten
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {shorten(' '.join(unknown), 300)}{_meant(unknown)}")
+        return found
+
     def error(self, message: str):
         raise ValueError(f"{shorten(message, 400)} (see --help)")
+
+
+def _meant(unknown: list[str]) -> str:
+    """What is said of the first option that there is not."""
+    option = next((word for word in unknown if word.startswith("--")), "")
+    near = nearest_setting(option[2:].partition("=")[0].replace("-", "_"))
+    return f"; did you mean --{near.replace('_', '-')}?" if near else ""
 
 
 def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
@@ -43,7 +57,7 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         choices = field.metadata["choices"]
-        default = "" if shown[field.name] is None else f" (default: {shown[field.name]})"
+        default = "" if shown[field.name] is None or "(default: " in text else f" (default: {shown[field.name]})"
         metavar = "|".join(choices) if choices else _metavar(hints[field.name])
         group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
                            help=(text + default).replace("%", "%%"))

@@ -20,8 +20,9 @@ from hbll_seq import HBLLForCausalLM, Tokenizer
 from hbll_seq.generation import generate_ids
 
 COMMON = ["--preset", "debug", "--data", "text.txt", "--tokenizer", "tiny.model", "--cache-dir", "cache", "--threads", "1",
-          "--n-embd", "8", "--block-size", "8", "--max-steps", "160", "--batch-size", "16", "--lr", "0.05", "--save-every", "80", "--log-every", "10", "--keep-checkpoints", "1",
-          "--mlp-ratio", "1", "--eval-every", "80", "--sample-tokens", "3", "--final-eval-batches", "2"]
+          "--n-embd", "8", "--block-size", "8", "--max-steps", "160", "--batch-size", "16", "--lr", "0.05",
+          "--save-every", "80", "--log-every", "10", "--keep-checkpoints", "1", "--mlp-ratio", "1",
+          "--eval-every", "80", "--sample-tokens", "3", "--final-eval-batches", "2"]
 RUNS = {
     "octaves": ["--mix", "octaves", "--readout-rank", "2", "--readout-by", "depth", "--dropout", "0.1", "--sweeps", "1",
                 "--corrections", "1"],

@@ -78,7 +78,7 @@ def test_signal_saves_and_resume_is_exact(whole_run, lm_options, tmp_path, monke
 
 
 def test_what_secants_have_learned_is_part_of_a_checkpoint(lm_options, tmp_path, monkeypatch):
-    options = [*lm_options, "--linearization", "secant", "--max-steps", "30", "--eval-every", "0"]
+    options = [*lm_options, "--linearization", "low_rank", "--max-steps", "30", "--eval-every", "0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert lm.main([*options, "--output-dir", str(whole)]) == 0
     with monkeypatch.context() as patch:

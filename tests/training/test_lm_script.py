@@ -16,7 +16,10 @@ import yaml
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
+from hbll_seq.training.objective import evaluated_paths, make_objective
+from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.utils import migration
 
 lm = kr.load_script()
 
@@ -211,41 +214,47 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
         ({"objective": "tree"}, "none", 1.0, 0, "spine"),
         ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
         ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
-        ({"mix": "spine"}, "spine", 1.0, 0, "spine"),
-        ({"mix": "few", "readout_by": "depth"}, "few", 9.0, 16, "prefix"),
-        ({"objective": "backprop", "mix": "all", "mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
+        ({"depth_mix": "spine"}, "spine", 1.0, 0, "spine"),
+        ({"depth_mix": "few", "exit_by": "depth"}, "few", 9.0, 16, "prefix"),
+        ({"objective": "backprop", "depth_mix": "all", "depth_mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
     ],
 )
 def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weight, rank, family):
-    fresh = st.resolve({"max_steps": 5}, given)
-    # the same on top of a finished run's settings, in which everything is written out
-    again = st.resolve(dataclasses.asdict(st.TrainingSettings(max_steps=5)), given)
-    for settings in (fresh, again):
-        found = (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths)
-        assert found == (mix, weight, rank, family)
-    model = HBLLForCausalLM(lm.model_config(fresh, 50))
-    assert model.config.readout_by == fresh.readout_by == given.get("readout_by", "jump")
-    objective, paths = lm.make_objective(fresh, model, 0)
+    fresh = resolve({"max_steps": 5}, given)
+    # the same on top of another run's settings.yaml, which keeps what was left open
+    run = st.TrainingSettings(max_steps=5)
+    again = resolve(yaml.safe_load(run.resolved().to_yaml(run.left_open())), given)
+    for asked in (fresh, again):
+        settings = asked.resolved()
+        found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+        assert found == (mix, weight, rank, family) and settings.resolved() == settings
+    model = HBLLForCausalLM(fresh.model_config(50))
+    assert model.config.exit_by == fresh.exit_by == given.get("exit_by", "jump")
+    assert (model.config.exit_rank, model.config.default_paths) == (rank, family)
+    objective, paths = make_objective(fresh, model, 0), evaluated_paths(fresh, model)
     if mix in ("octaves", "none") and fresh.objective != "tree":
         read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
         assert set(paths.values()) == read
 
 
-def test_another_mix_takes_back_what_a_run_said_of_its_readouts():
-    run = dataclasses.asdict(st.TrainingSettings(max_steps=5, readout_by="depth"))
-    settings = st.resolve(run, {"mix": "spine"})
-    assert (settings.readout_rank, settings.readout_by) == (0, "jump")
-    assert st.resolve(run, {"lr": 1e-4}).readout_by == "depth"
+def test_what_was_asked_for_is_asked_for_whatever_else_changes():
+    """What is written out is kept, and told where it does not fit; what was left open follows."""
+    run = dataclasses.asdict(st.TrainingSettings(max_steps=5, exit_by="depth", exit_rank=4))
+    settings = resolve(run, {"depth_mix": "spine"}).resolved()
+    assert (settings.exit_rank, settings.exit_by, settings.default_paths) == (4, "depth", "spine")
+    by_depth = resolve({"max_steps": 5, "exit_by": "depth"}, {"depth_mix": "spine"})
+    with pytest.raises(ValueError, match="exit_by='depth' with exit_rank=0"):
+        by_depth.model_config(50)
 
 
 def test_settings_of_an_older_checkpoint_keep_their_meaning():
     old = {"objective": "sweeps", "path": "full", "mix": "auto", "mix_weight": 1.0, "max_steps": 5}
-    settings = st.resolve(st.as_meant(old))
-    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
-    assert not st.differences(dataclasses.asdict(settings), st.as_meant(old))
-    assert st.as_meant({**old, "objective": "tree"})["mix"] == "none"
+    settings = resolve(migration.checkpoint_settings(old)).resolved()
+    found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+    assert found == ("sandwich", 1.0, 0, "spine")
+    assert migration.checkpoint_settings({**old, "objective": "tree"})["depth_mix"] == "none"
     new = dataclasses.asdict(settings)
-    assert st.as_meant(new) is new
+    assert migration.checkpoint_settings(new) == new
 
 
 def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tmp_path):
@@ -253,17 +262,18 @@ def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tm
     shutil.copytree(whole_run, folder)
     for path in folder.glob("checkpoints/*/state.json"):
         state = json.loads(path.read_text())
-        for name in ("default_paths", "readout_rank"):
+        for name in ("default_paths", "exit_rank", "depth_mix", "depth_mix_weight"):
             del state["settings"][name]
         state["settings"].update(mix="auto", mix_weight=1.0)
         kr.write_state(path.parent, state)
     settings = lm.resume_run({"output_dir": str(folder)}, None)[0]
-    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
+    found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+    assert found == ("sandwich", 1.0, 0, "spine")
 
 
 def test_weight_decay_falls_on_matrices_only():
     settings = st.TrainingSettings(max_steps=1, weight_decay=0.3)
-    model = HBLLForCausalLM(lm.model_config(settings, 50))
+    model = HBLLForCausalLM(settings.model_config(50))
     model.blocks[0].requires_grad_(False)
     matrices, rest = make_optimizer(model, settings).param_groups
     assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2, 3}  # 3: a stack of them
@@ -278,7 +288,7 @@ def test_weight_decay_falls_on_matrices_only():
 @pytest.mark.parametrize(
     "options, fragments",
     [
-        (["--block-size", "0"], ["block_size=0", "at least 1"]),
+        (["--context-length", "0"], ["context_length=0", "at least 1"]),
         (["--n-embd", "10", "--n-head", "4"], ["n_embd=10", "n_head=4"]),
         (["--n-level", "0"], ["n_level=0"]),
         (["--n-level", "2.5"], ["n_level='2.5'", "whole number"]),
@@ -290,10 +300,10 @@ def test_weight_decay_falls_on_matrices_only():
         (["--norm", "batch"], ["norm='batch'", "rmsnorm, layernorm"]),
         (["--objective", "both"], ["objective='both'", "sweeps, tree, backprop"]),
         (["--objective", "tree", "--path", "2,3"], ["path='2,3'", "--objective sweeps or backprop"]),
-        (["--objective", "tree", "--mix", "random"], ["mix='random'", "the tree trains all paths"]),
-        (["--path", "4", "--mix", "random"], ["mix='random' with path='4'", "leave one out"]),
-        (["--mix-weight", "0"], ["mix_weight=0.0", "--mix none"]),
-        (["--mix", "every"], ["mix='every'", "sandwich"]),
+        (["--objective", "tree", "--depth-mix", "random"], ["depth_mix='random'", "the tree trains all paths"]),
+        (["--path", "4", "--depth-mix", "random"], ["depth_mix='random' with path='4'", "leave one out"]),
+        (["--depth-mix-weight", "0"], ["depth_mix_weight=0.0", "--depth-mix none"]),
+        (["--depth-mix", "every"], ["depth_mix='every'", "sandwich"]),
         (["--objective", "backprop", "--path", "1,3"], ["1 -> 3", "dyadic"]),
         (["--objective", "backprop", "--path", "x"], ["path='x'", "full"]),
         (["--precision", "fp16"], ["'fp16'", "refused", "bfloat16"]),
@@ -310,6 +320,10 @@ def test_weight_decay_falls_on_matrices_only():
         (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
         (["--preset", "huge"], ["preset 'huge'", "debug, gru-small, small, wikitext-103, wikitext-2"]),
         (["--learning-rate", "1"], ["--learning-rate", "--help"]),
+        (["--sweeps", "2"], ["unrecognized arguments: --sweeps 2; did you mean --forward?"]),
+        (["--mix=octaves"], ["did you mean --depth-mix?"]),
+        (["--graphs", "recomputed"], ["did you mean --recompute?"]),
+        (["--bach-size", "2"], ["did you mean --batch-size?"]),
     ],
 )
 def test_bad_option(lm_options, tmp_path, capsys, options, fragments):
@@ -327,14 +341,14 @@ def test_bad_text(lm_options, tmp_path, capsys, content, fragment):
 
 
 def test_text_shorter_than_a_window(lm_options, tmp_path, capsys):
-    options = ["--block-size", "100000", "--output-dir", str(tmp_path / "run")]
-    kr.fails([*lm_options, *options], capsys, "100001", "block_size")
+    options = ["--context-length", "100000", "--output-dir", str(tmp_path / "run")]
+    kr.fails([*lm_options, *options], capsys, "100001", "context_length")
     assert not (tmp_path / "run").exists()
 
 
 def test_short_evaluation_splits_are_read_in_shorter_windows(lm_options, tmp_path):
     (tmp_path / "short.txt").write_text("a tree of blocks\n" * 400)
-    options = ["--data", str(tmp_path / "short.txt"), "--block-size", "512", "--max-steps", "1"]
+    options = ["--data", str(tmp_path / "short.txt"), "--context-length", "512", "--max-steps", "1"]
     assert lm.main([*lm_options, *options, "--output-dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < summary["validation"][0]["tokens"] < 512
@@ -386,10 +400,10 @@ def test_dry_run_checks_the_settings(capsys):
 
 @pytest.mark.parametrize("path", sorted(lm.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(path):
-    settings = st.resolve(st.read_preset(path.stem, lm.PRESETS))
-    lm.model_config(settings, 4096)
+    settings = resolve(read_preset(path.stem, lm.PRESETS))
+    settings.model_config(4096)
     if path.stem == "wikitext-103":  # the paper's setting
-        assert (settings.n_level, settings.n_embd, settings.n_head, settings.block_size) == (3, 768, 12, 1024)
+        assert (settings.n_level, settings.n_embd, settings.n_head, settings.context_length) == (3, 768, 12, 1024)
         assert (settings.batch_size, settings.lr, settings.weight_decay, settings.epochs) == (2, 1e-4, 0.01, 10)
         assert (settings.sigma, settings.vocab_size, settings.objective) == (0.005, 16384, "tree")
 
@@ -414,7 +428,7 @@ def test_bad_preset(tmp_path, capsys, text, fragment):
 
 def test_settings_read_yaml_as_people_write_it(tmp_path):
     (tmp_path / "p.yaml").write_text("lr: 1e-4\npath: [4, 6]\nobjective: backprop\nmax_steps: 10\nclip: 1\n")
-    settings = st.resolve(st.read_preset(str(tmp_path / "p.yaml"), lm.PRESETS), {"epochs": "2"})
+    settings = resolve(read_preset(str(tmp_path / "p.yaml"), lm.PRESETS), {"epochs": "2"})
     assert settings.lr == 1e-4 and settings.path_blocks == (4, 6) and settings.clip == 1.0
     assert settings.max_steps is None and settings.epochs == 2.0  # the later of two rivals
 
@@ -424,7 +438,7 @@ def test_every_option_is_in_the_help(capsys):
         lm.main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("preset data column tokenizer output-dir resume seed max-steps n-level n-embd n-head block-size "
+    for flag in ("preset data column tokenizer output-dir resume seed max-steps n-level n-embd n-head context-length "
                  "batch-size lr weight-decay warmup-steps objective path sigma state-weight n-samples clip grad-accum "
                  "free-energy eval-every save-every log-every keep-checkpoints precision threads log-with dry-run "
                  "overwrite").split():

@@ -358,7 +358,7 @@ def test_a_preparation_broken_off_leaves_no_checkpoint_without_its_lines(finishe
             patch.setattr(os, "replace", until(number, replace))
             patch.setattr(Path, "unlink", until(number, unlink))
             try:
-                prepare_folder(folder, TrainingSettings(max_steps=4), resumed_step)
+                prepare_folder(folder, TrainingSettings(max_steps=4).to_yaml(), resumed_step)
                 ended = True
             except KeyboardInterrupt:
                 pass

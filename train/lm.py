@@ -1,4 +1,6 @@
-"""Train a hierarchical block-local language model: ``accelerate launch train/lm.py [--preset NAME] [options]``.
+"""Train a hierarchical block-local language model.
+
+By hand: ``accelerate launch train/lm.py [--preset NAME] [options]``.
 
 Three functions: :func:`data` opens the text, :func:`training` trains, evaluates and exports, :func:`run` reads the
 command line. The parts are in the library: settings, trainer, checkpoint, objective, evaluation.

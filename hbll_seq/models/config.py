@@ -191,7 +191,7 @@ class HBLLConfig(ModelConfig):
             return
         if not isinstance(paths, (list, tuple)) or not paths:
             raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
-                             "paths, or null where nobody knows")  # fmt: skip
+                             "paths, or null where nobody knows")
         tree = DyadicTree(self.n_level, self.default_paths)
         try:
             object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
@@ -224,10 +224,10 @@ class HBLLConfig(ModelConfig):
             raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELLS)}, or one of them for each block")
         if len(self.cells) != self.n_layer:
             raise ValueError(f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
-                             f"{self.n_layer}; name as many, or one kind for all")  # fmt: skip
+                             f"{self.n_layer}; name as many, or one kind for all")
         if self.has_attention and self.mlp_ratio == 0:
             raise ValueError(f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
-                             "at least 1, or recurrent cells alone")  # fmt: skip
+                             "at least 1, or recurrent cells alone")
 
     def _check_heads(self) -> None:
         if self.n_embd % self.n_head:

@@ -33,7 +33,7 @@ def _meant(unknown: list[str]) -> str:
 
 def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
-    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
+    parser = _Parser(usage="%(prog)s [--preset NAME] [options]", description=description, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
     start = parser.add_argument_group("what to run")
@@ -43,7 +43,8 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
                        help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
                             "settings stored there; newer checkpoints, later lines and exported results are removed")
     start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
+    start.add_argument("--dry-run", action="store_true",
+                       help="print the settings as YAML, with what comes of those left open, and exit; --preset reads it")
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(TrainingSettings)
     shown = {f.name: f.default for f in dataclasses.fields(TrainingSettings)} | read_preset(DEFAULT_PRESET, presets)
@@ -58,7 +59,9 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
             continue
         choices = field.metadata["choices"]
         default = "" if shown[field.name] is None or "(default: " in text else f" (default: {shown[field.name]})"
-        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
+        metavar = "|".join(choices or ()) or _metavar(hints[field.name])
+        if len(metavar) > 40:
+            metavar, text = "NAME", f"{text}; one of {', '.join(choices)}"
         group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
                            help=(text + default).replace("%", "%%"))
     return parser

@@ -36,7 +36,7 @@ from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
-           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]  # fmt: skip
+           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]
 
 
 def check_place(folder: Path) -> None:

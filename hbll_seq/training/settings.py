@@ -49,6 +49,10 @@ _EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREF
 _LINEARIZATIONS = tuple(kind.name for kind in AXES["depth"].linearizations if kind is not Diagonal)
 
 
+#: what an axis is in words
+_WHERE = {"depth": "sweeps", "layer": "recurrent blocks, over time"}
+
+
 def _setting(group: str, default: Any, help: str, *, resume: str = "fixed", of: tuple | None = None, **allowed: Any) -> Any:
     """A field. ``resume``: whether a resumed run may change it: "fixed" no, "free" yes, because no weight depends on it,
     "resolved": what came of it is compared (``resuming.check_identity``). ``of``: the option that it is, see :func:`_of`."""
@@ -69,12 +73,11 @@ def _of(kind: type, name: str, axis: str | None = None, **other: Any) -> Any:
     if axis is not None:
         default = getattr(AXES[axis], name)
         own["default"] = default.name if isinstance(default, Linearization) else default
-    if axis is not None and name == "linearization":
-        own["choices"] = tuple(kind.name for kind in AXES[axis].linearizations)
-    if axis is not None and name == "init":
-        own["choices"] = AXES[axis].inits
-    if axis == "layer":
-        own["help"] = f"inside recurrent blocks, over time: {field.metadata['help']}"
+        if name == "linearization":
+            own["choices"] = tuple(kind.name for kind in AXES[axis].linearizations)
+        if name == "init":
+            own["choices"] = AXES[axis].inits
+        own["help"] = f"{_WHERE[axis]}: {field.metadata['help']}"
     return _setting(**{**own, **other})
 
 
@@ -130,16 +133,16 @@ class TrainingSettings:
                          f"auto: {DEFAULT_MIX} for sweeps on the full path, else none")
     depth_mix_weight: float | None = _of(DepthMix, "weight", remedy="--depth-mix none trains one path alone",
                                          help="weight of the mix's losses beside the main path's 1 (default: "
-                                         f"{', '.join(f'{w:g} for {mix}' for mix, w in MIX_WEIGHTS.items())}, else 1)")
+                                         f"{', '.join(f'{mix} {w:g}' for mix, w in MIX_WEIGHTS.items())}, others 1)")
     forward: int = _of(Sweeps, "forward", "depth")
     backward: int = _of(Sweeps, "backward", "depth")
     chunk_size: int = _of(Sweeps, "chunk_size", "depth")
     linearization: str = _of(Sweeps, "linearization", "depth", default="auto",
                              choices=("auto", *_LINEARIZATIONS),
-                             help="approximates the blocks' Jacobians between iterations; low_rank is learned on the way; "
-                             "auto: low_rank for Transformer blocks without a depth mix, else identity")
-    init: str = _of(Sweeps, "init", "depth", help="first estimate of the states: input, the embedding; first, the first "
-                    "block's output; tree, the tree's")
+                             help="sweeps: approximates the blocks' Jacobians between iterations; low_rank is learned on the "
+                             "way; auto: low_rank for Transformer blocks without a depth mix, else identity")
+    init: str = _of(Sweeps, "init", "depth", help="sweeps: first estimate of the states: input, the embedding; first, "
+                    "the first block's output; tree, the tree's")
     time_forward: int = _of(Sweeps, "forward", "layer")
     time_backward: int = _of(Sweeps, "backward", "layer")
     time_chunk_size: int = _of(Sweeps, "chunk_size", "layer")

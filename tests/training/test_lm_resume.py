@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.json_lines import JsonLines
@@ -184,6 +185,11 @@ def test_resume_from_an_older_checkpoint(whole_run, lm_options, tmp_path, monkey
     assert "metrics.json," in message and "model.safetensors" in message
     assert ck.list_checkpoints(folder / "checkpoints") == [0, 25, 30, 60]
     assert kr.differences(whole_run, folder) == []
+
+
+def test_a_stopped_run_is_no_model_yet(stopped_run):
+    with pytest.raises(ValueError, match="holds a run that is not finished.*--resume --output-dir"):
+        HBLLForCausalLM.from_pretrained(stopped_run)
 
 
 def test_finished_run_has_nothing_left(whole_run, capsys):

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
 from hbll_seq.training.objective import evaluated_paths, make_objective
@@ -247,6 +248,55 @@ def test_what_was_asked_for_is_asked_for_whatever_else_changes():
         by_depth.model_config(50)
 
 
+def test_a_checkpoint_holds_what_was_asked_for_and_what_came_of_it(stopped_run, monkeypatch):
+    state = json.loads((stopped_run / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["asked"] == st.LEFT_OPEN
+    assert (state["settings"]["depth_mix"], state["settings"]["exit_rank"]) == ("octaves", 16)
+    text = (stopped_run / "settings.yaml").read_text()
+    assert "depth_mix: auto  # octaves\n" in text and yaml.safe_load(text)["exit_rank"] is None
+    with monkeypatch.context() as patch:  # a later version decides otherwise
+        patch.setattr(st, "DEFAULT_MIX", "spine")
+        assert resolve(yaml.safe_load(text)).resolved().depth_mix == "spine"
+        assert lm.resume_run({"output_dir": str(stopped_run)}, None)[0].depth_mix == "octaves"
+    assert lm.main(["--resume", "--output-dir", str(stopped_run)]) == 0
+    again = (stopped_run / "settings.yaml").read_text()
+    assert again == text
+
+
+def test_every_option_of_the_objects_is_a_setting_or_left_out_on_purpose():
+    """An option exists in one place: default, range and words of a setting are those of the options object."""
+    fields = {f.name: f for f in dataclasses.fields(st.TrainingSettings)}
+    taken = {field.metadata["of"][::2] for field in fields.values() if field.metadata["of"]}
+    elsewhere = {(Sweeps, "damping"), (Sweeps, "tolerance"), (Sweeps, "clip"), (Tree, "clean_inputs")}
+    for kind in (Sweeps, Tree, DepthMix):
+        assert {(kind, f.name) for f in dataclasses.fields(kind)} <= taken | elsewhere
+    settings = st.TrainingSettings(max_steps=1)
+    assert settings.inference() == Sweeps().resolved("depth")
+    assert settings.time().resolved("layer") == Sweeps().resolved("layer")
+    assert st.TrainingSettings(max_steps=1, objective="tree").inference() == Tree(sigma=0.005)
+    assert settings.depths() == DepthMix("octaves", 9.0)
+    for name in ("forward", "time_forward", "state_weight"):
+        kind, _, option = fields[name].metadata["of"]
+        own = next(f.metadata for f in dataclasses.fields(kind) if f.name == option)
+        assert own["help"] in fields[name].metadata["help"]
+        assert all(own[key] == fields[name].metadata[key] for key in ("low", "high", "above", "below"))
+
+
+def test_what_a_model_card_says_of_the_training():
+    def notable(**options):
+        return st.TrainingSettings(max_steps=5, **options).resolved().notable()
+
+    always = {"objective": "sweeps", "depth_mix": "octaves", "max_steps": 5, "batch_size": 8, "lr": 0.002, "seed": 0}
+    assert notable() == always
+    assert notable(sigma=0.1, time_forward=4, output_dir="x", n_embd=64) == always  # nothing that this run reads
+    assert notable(forward=2, dropout=0.1) == {**always, "forward": 2}  # the configuration says the rest
+    tree = {**always, "objective": "tree", "sigma": 0.1}
+    del tree["depth_mix"]
+    assert notable(objective="tree", sigma=0.1, forward=2) == tree
+    assert notable(depth_mix="none") == {**always, "depth_mix": "none", "linearization": "low_rank"}
+    assert notable(cell="gru", carry_state=True, time_forward=2)["time_forward"] == 2
+
+
 def test_settings_of_an_older_checkpoint_keep_their_meaning():
     old = {"objective": "sweeps", "path": "full", "mix": "auto", "mix_weight": 1.0, "max_steps": 5}
     settings = resolve(migration.checkpoint_settings(old)).resolved()
@@ -371,6 +421,8 @@ def test_run_is_not_overwritten_unasked(stopped_run, lm_options, capsys):
     assert lm.main([*lm_options, "--overwrite", "--max-steps", "3", "--output-dir", str(stopped_run)]) == 0
     assert kr.steps_of(stopped_run) == [1, 2, 3] and ck.list_checkpoints(stopped_run / "checkpoints") == [0, 3]
     assert (stopped_run / "mine.txt").exists()
+    said = kr.fails([*lm_options, "--output-dir", str(stopped_run)], capsys, "holds a finished run", "another --output-dir")
+    assert "--resume" not in said and "--overwrite" in said
 
 
 def test_launcher_asking_for_float16_is_refused(lm_options, tmp_path, monkeypatch, capsys):

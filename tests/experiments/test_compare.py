@@ -173,7 +173,7 @@ def test_the_main_path_of_a_mix_is_measured_with_what_the_method_has_learned(mon
     monkeypatch.setattr(fit, "gradient_alignment", look)
     shape = DepthShape(2, 16, 2, batch_size=2, steps=4, warmup_steps=1, eval_batches=1, eval_every=9, alignment_every=4)
     method = DepthMethod.named("sweeps:linearization=low_rank,depth_mix=octaves,paths=prefix")
-    train_depth(method, 1e-3, 0, SyntheticTask(make_task("induction", n_symbols=8, block_size=12)), shape)
+    train_depth(method, 1e-3, 0, SyntheticTask(make_task("induction", n_symbols=8, context_length=12)), shape)
     (mix, learned, n_steps), (alone, same, _) = seen
     assert (mix, alone, n_steps) == ("octaves", "none", 3) and same is learned
 
@@ -265,7 +265,7 @@ def test_evaluation_reads_on_where_training_does(stretches):
     for options in ((), ("--no-carry-state",)):
         task = stretches(*options)
         torch.manual_seed(0)
-        model = HBLLForCausalLM(HBLLConfig(vocab_size=task.vocab_size, n_level=2, n_embd=16, cell="gru", block_size=8))
+        model = HBLLForCausalLM(HBLLConfig(vocab_size=task.vocab_size, n_level=2, n_embd=16, cell="gru", context_length=8))
         carry = task.carry_state
         expected = evaluate_paths(model, task.windows["test"], {"full": (1, 2, 3)}, max_batches=3, carry_state=carry)
         rows[carry] = task.evaluate(model, "test", 3, paths={"full": (1, 2, 3)})
@@ -333,7 +333,7 @@ def test_recurrent_stacks_that_cannot_be_compared(tmp_path, monkeypatch, argv, m
 
 def test_induction_is_learned_by_three_blocks_and_not_by_one():
     """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
-    task = SyntheticTask(make_task("induction", n_symbols=8, block_size=24))
+    task = SyntheticTask(make_task("induction", n_symbols=8, context_length=24))
     shape = DepthShape(2, 32, 2, batch_size=32, steps=200, warmup_steps=20, eval_batches=4, eval_every=999,
                        alignment_every=999)  # fmt: skip
     reached = {name: train_depth(DepthMethod.named(name, "random"), 5e-3, 0, task, shape)["test"][-1]["accuracy"]

@@ -76,7 +76,7 @@ def test_curve_evaluations_and_alignment_have_their_steps():
 
 def test_measuring_a_gradient_teaches_an_objective_nothing_and_leaves_its_mode():
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, block_size=12))
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, context_length=12))
     tokens = torch.randint(17, (2, 13))
     objective = LocalObjective(model, "sweeps:linearization=low_rank", depths="sandwich")
     before = {name: b.clone() for name, b in objective.secants.named_buffers()}

@@ -51,7 +51,7 @@ def test_exact_at_the_end_and_less_so_at_its_start(argv, tmp_path, capsys, monke
 
 def test_saved_model(argv, tmp_path, capsys):
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(vocab_size=4096, n_level=1, n_embd=8, n_head=1, block_size=16))
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=4096, n_level=1, n_embd=8, n_head=1, context_length=16))
     model.save_pretrained(tmp_path / "saved")
     (measured,) = tradeoff.main([*argv, "--model", str(tmp_path / "saved")])["models"]  # and nothing is trained
     assert measured["name"] == "saved" and measured["n_blocks"] == 1

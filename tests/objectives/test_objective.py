@@ -16,7 +16,7 @@ from hbll_seq.tree import inference
 from hbll_seq.tree.inference import tree_pass
 from hbll_seq.tree.posterior import Gaussian
 
-CONFIG = dict(vocab_size=17, n_embd=16, n_head=2, block_size=12, sigma=0.1)
+CONFIG = dict(vocab_size=17, n_embd=16, n_head=2, context_length=12, sigma=0.1)
 
 
 def small_lm(seed=0, noise=0.3, **changes):

@@ -178,7 +178,7 @@ def measure(n_blocks: int, args: argparse.Namespace, device: str) -> list[dict]:
     n_level = n_blocks.bit_length()
     torch.manual_seed(0)
     config = HBLLConfig(vocab_size=args.vocab_size, n_level=n_level, n_embd=args.n_embd, n_head=args.n_head,
-                        block_size=args.context_length)  # fmt: skip
+                        context_length=args.context_length)  # fmt: skip
     model = HBLLForCausalLM(config).to(device)
     batch = torch.randint(args.vocab_size, (args.batch_size, args.context_length + 1), device=device)
     small, x, y = small_hierarchy(n_level), torch.randn(2, 2), torch.tensor([0, 1])

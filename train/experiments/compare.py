@@ -54,7 +54,7 @@ METHODS = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "swe
 TASKS = {
     "text": {},
     "induction": {},
-    "induction-2": {"hops": 2, "block_size": 128},
+    "induction-2": {"hops": 2, "context_length": 128},
     "recall": {},
     "listops": {},
 }

@@ -143,7 +143,7 @@ def train(how: str, args: argparse.Namespace, windows: TokenWindows, tokenizer: 
     """One run; the same seed gives both kinds the same weights and batches to begin with."""
     torch.manual_seed(args.seed)
     config = HBLLConfig(vocab_size=tokenizer.vocab_size, n_level=args.n_level, n_embd=args.n_embd, n_head=args.n_head,
-                        block_size=args.context_length)  # fmt: skip
+                        context_length=args.context_length)  # fmt: skip
     model = HBLLForCausalLM(config, tokenizer).to(a_device())
     objective: Objective = BackpropObjective(model, seed=args.seed)
     if how == "sweeps":

@@ -37,7 +37,7 @@ KINDS = {
     "v_cycles": {**types_of(VCycles), **_MIXED},
 }  # fmt: skip
 #: options that belong to the model's configuration, by its name there
-_OF_CONFIG = {"paths": "default_paths", "exit_rank": "readout_rank", "exit_by": "readout_by"}
+_OF_CONFIG = {"paths": "default_paths", "exit_rank": "exit_rank", "exit_by": "exit_by"}
 _SHORT_NAMES = "backprop-N, mix, backprop-mix, "
 
 
@@ -127,7 +127,7 @@ class DepthMethod(Method):
     def _small_model(self) -> DepthHierarchy:
         """A model of the same blocks' kinds to build an objective around, and to count on."""
         if self.is_recurrent:
-            return HBLLForCausalLM(self.model_config(vocab_size=2, n_embd=64, n_head=1, block_size=1))
+            return HBLLForCausalLM(self.model_config(vocab_size=2, n_embd=64, n_head=1, context_length=1))
         return small_hierarchy(self.n_level, width=64, default_paths=dict(self.config).get("default_paths", "spine"))
 
     @cached_property

@@ -72,7 +72,7 @@ def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, s
     """
     method, device = replace(method, n_level=shape.n_level, cell=shape.cell), a_device()
     torch.manual_seed(seed)
-    config = method.model_config(task.vocab_size, n_embd=shape.n_embd, n_head=shape.n_head, block_size=task.context_length)
+    config = method.model_config(task.vocab_size, n_embd=shape.n_embd, n_head=shape.n_head, context_length=task.context_length)
     model = HBLLForCausalLM(config).to(device)
     objective, paths = method.objective(model, seed).to(device), method.paths(model)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)

@@ -81,7 +81,7 @@ class Text(LanguageTask):
     metric = "perplexity"
 
     def __init__(self, windows: dict[str, TokenWindows], vocab_size: int, carry_state: bool = False):
-        self.windows, self.vocab_size, self.context_length = windows, vocab_size, windows["train"].block_size
+        self.windows, self.vocab_size, self.context_length = windows, vocab_size, windows["train"].context_length
         self.carry_state = carry_state
         self.fingerprint = windows["train"].stream.fingerprint
 
@@ -104,7 +104,7 @@ class SyntheticTask(LanguageTask):
     metric = "accuracy"
 
     def __init__(self, task: Synthetic):
-        self.task, self.vocab_size, self.context_length = task, task.vocab_size, task.block_size
+        self.task, self.vocab_size, self.context_length = task, task.vocab_size, task.context_length
         parameters = f"{task.name} {sorted((k, v) for k, v in vars(task).items() if isinstance(v, int))}"
         self.fingerprint = current_setting({"text": parameters})["text"]
 

@@ -1,4 +1,4 @@
-"""Readouts of their own: every way to read a state out takes the same correction, and the right one."""
+"""Exit adapters: every way to read a state out takes the same adapter, and the right one."""
 
 import pytest
 import torch
@@ -6,21 +6,21 @@ import torch
 from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.exits import READOUTS
+from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.objectives.local import LocalObjective
 
 
-@pytest.mark.parametrize("by", READOUTS)
+@pytest.mark.parametrize("by", EXIT_BY)
 @pytest.mark.parametrize("path", [(4,), (4, 6), (2, 4, 6, 7), (1, 2, 3, 4)])
 def test_each_length_of_the_heads_jump_or_of_the_path_reads_in_its_own_way(path, by):
     """Run, cached generation and score agree, and only the readout of the path's own jump, or depth, matters."""
     torch.manual_seed(0)
-    config = HBLLConfig(vocab_size=23, n_embd=16, n_head=2, block_size=16, readout_rank=2, readout_by=by)
+    config = HBLLConfig(vocab_size=23, n_embd=16, n_head=2, context_length=16, exit_rank=2, exit_by=by)
     model = HBLLForCausalLM(config).eval()
     tokens = torch.randint(23, (2, 12))
     plain = model.run(tokens, path)
     with torch.no_grad():
-        model.readouts.up.normal_()
+        model.exits.up.normal_()
     logits = model.run(tokens, path)
     assert (logits - plain).abs().max() > 1e-2
     before, cache = prefill(model, tokens[:, :-1], path)
@@ -34,17 +34,17 @@ def test_each_length_of_the_heads_jump_or_of_the_path_reads_in_its_own_way(path,
     torch.testing.assert_close(model.score(state, y, path), by_hand)
     own = {(4,): 2, (4, 6): 1, (2, 4, 6, 7): 0, (1, 2, 3, 4): 2}[path] if by == "jump" else len(path) - 1
     with torch.no_grad():
-        model.readouts.up[[row for row in range(len(model.readouts.up)) if row != own]] = 7.0
+        model.exits.up[[row for row in range(len(model.exits.up)) if row != own]] = 7.0
     torch.testing.assert_close(model.run(tokens, path), logits)
 
 
-@pytest.mark.parametrize("by", READOUTS)
+@pytest.mark.parametrize("by", EXIT_BY)
 def test_the_tree_reads_its_right_spine_out_as_the_plain_network_does(by):
     torch.manual_seed(0)
-    config = HBLLConfig(vocab_size=23, n_embd=16, n_head=2, block_size=16, readout_rank=2, readout_by=by, sigma=0.0)
+    config = HBLLConfig(vocab_size=23, n_embd=16, n_head=2, context_length=16, exit_rank=2, exit_by=by, sigma=0.0)
     model = HBLLForCausalLM(config).double()
     with torch.no_grad():
-        for p in (*model.blocks.parameters(), *model.readouts.parameters()):
+        for p in (*model.blocks.parameters(), *model.exits.parameters()):
             p.add_(0.2 * torch.randn_like(p))
     tokens = torch.randint(23, (2, 12))
     metrics = LocalObjective(model, "tree")(tokens).metrics
@@ -54,7 +54,7 @@ def test_the_tree_reads_its_right_spine_out_as_the_plain_network_does(by):
 
 
 def test_a_readout_by_depth_without_a_rank_would_do_nothing_and_is_refused():
-    with pytest.raises(ValueError, match="readout_by='depth' with readout_rank=0.*such as 16"):
-        HBLLConfig(readout_by="depth")
-    with pytest.raises(ValueError, match="readout_by='width': allowed are jump, depth"):
-        HBLLConfig(readout_by="width", readout_rank=2)
+    with pytest.raises(ValueError, match="exit_by='depth' with exit_rank=0.*such as 16"):
+        HBLLConfig(exit_by="depth")
+    with pytest.raises(ValueError, match="exit_by='width': allowed are jump, depth"):
+        HBLLConfig(exit_by="width", exit_rank=2)

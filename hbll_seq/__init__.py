@@ -5,6 +5,7 @@ from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import TokenStream, load_tokens
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.evaluation.perplexity import evaluate_paths
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.recurrent import make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
@@ -36,6 +37,7 @@ __all__ = [
     "RecurrentModel",
     "RecurrentOutput",
     "RecurrentTree",
+    "SamplingParams",
     "TokenStream",
     "TokenWindows",
     "Tokenizer",

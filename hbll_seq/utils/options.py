@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -12,19 +13,29 @@ from hbll_seq.utils.values import as_flag, check_choice, number_or_none, whole_o
 
 
 def option(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None,
-    below: float | None = None, choices: tuple[str, ...] | None = None, **more: Any,
-) -> Any:  # fmt: skip
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    remedy: str = "",
+    **more: Any,
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
         default: its value where nothing is said.
         help: what it means, for ``--help``.
-        low, high: the least and the largest value. above, below: values that it must exceed, and stay under.
+        low, high: the least and the largest value. above, below: values that it must exceed, and stay under; a number
+            with ``below=math.inf`` must be finite.
         choices: the words that it may be.
+        remedy: what a message adds to the range, such as ``", or None for all"``.
         more: further metadata, as a command line's group.
     """
-    metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, **more)
+    metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, remedy=remedy, **more)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -61,7 +72,7 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
         if plain is None or not _is_within(plain, allowed):
             what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}")
+            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{allowed.get('remedy', '')}")
         return plain
     if allowed["choices"]:
         check_choice(name, value, allowed["choices"])
@@ -70,13 +81,12 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
 
 def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
     low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
-    return (
-        (low is None or value >= low) and (high is None or value <= high)
-        and (above is None or value > above) and (below is None or value < below)
-    )  # fmt: skip
+    reaches = (low is None or value >= low) and (above is None or value > above)
+    return reaches and (high is None or value <= high) and (below is None or value < below)
 
 
 def _range(allowed: typing.Mapping[str, Any]) -> str:
-    words = (("of at least", "low"), ("above", "above"), ("of at most", "high"), ("below", "below"))
-    parts = [f"{word} {allowed[key]:g}" for word, key in words if allowed[key] is not None]
-    return " " + " and ".join(parts) if parts else ""
+    low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
+    least = f"of at least {low}" if low is not None else f"above {above}" if above is not None else ""
+    most = f"at most {high}" if high is not None else f"below {below}" if below not in (None, math.inf) else ""
+    return "".join(f" {words}" for words in (least, "and" if least and most else "", most) if words)

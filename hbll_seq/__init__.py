@@ -6,7 +6,7 @@ from hbll_seq.data.tokens import TokenStream, load_tokens
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.generation.sampling import SamplingParams
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.generate import generate

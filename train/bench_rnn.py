@@ -39,7 +39,9 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.layers.recurrent import CELL_KINDS, ElmanCell, GRUCell, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.elman import ElmanCell
+from hbll_seq.layers.gru import GRUCell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.recurrent import (
     RecurrentBackpropObjective,

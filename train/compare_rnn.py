@@ -32,7 +32,7 @@ import torch
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.training.recurrent_comparison import (
     CopyProblem,

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.data.mnist import load_mnist
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
 from hbll_seq.objectives.recurrent import RECURRENT_LINEARIZATIONS
 from hbll_seq.training.classification import Length, train_classifier

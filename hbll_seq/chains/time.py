@@ -121,10 +121,9 @@ def forward_time_sweeps(
         for sweep in range(sweeps):
             if n_exact >= len(inputs) - 1:  # sweep K + 1 reads exact states alone
                 break
-            # the first sweep from s_0 everywhere reads one state, which the cell multiplies with its matrix only once
-            is_one = sweep == 0 and start is None and init == "state"
-            read = first.expand_as(inputs) if is_one else inputs[n_exact:]
-            new, walked = _sweep(cell, read, fixed[n_exact * chunk :], linearization, clip, chunk, secants, sweep)
+            is_one = sweep == 0 and start is None and init == "state"  # it reads s_0 everywhere
+            read, given = inputs[n_exact:], fixed[n_exact * chunk :]
+            new, walked = _sweep(cell, read, given, linearization, clip, chunk, secants, sweep, is_one)
             if learn and secants is not None:
                 looked.append((read[:-1].clone(), walked))
             old = inputs[n_exact + 1 :]
@@ -262,11 +261,13 @@ def _correct_chunks(
 
 def _sweep(
     cell: RecurrentCell, starts: Tensor, projected: Tensor, linearization: str, clip: float, chunk: int,
-    secants: TimeSecants | None = None, sweep: int = 0,
+    secants: TimeSecants | None = None, sweep: int = 0, is_one: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings, where the first one is exact;
-    and what the walks themselves came to."""
-    read = state = starts[:-1]
+    and what the walks themselves came to. Where all that is read is one state, the cell multiplies it with its matrix only
+    once (:meth:`RecurrentCell.transition`)."""
+    read = starts[:-1]
+    state = read[:1] if is_one else read
     product = None
     for p in range(chunk):
         given = projected[p::chunk][: len(read)]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll_seq.layers.recurrent import CELL_KINDS, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.models.config import ModelConfig, check_size
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import CardText

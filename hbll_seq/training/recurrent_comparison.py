@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hbll_seq.data.tasks import SPLITS
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective
 from hbll_seq.training.comparison import fidelity, now

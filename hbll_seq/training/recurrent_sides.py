@@ -12,7 +12,7 @@ from torch import nn
 
 from hbll_seq.chains.time import TIME_INITS
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective
 from hbll_seq.training.sides import parse_options

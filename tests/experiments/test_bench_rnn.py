@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "bench_rnn.py"
 EXACT = "sweeps:sweeps=7,corrections=7,linearization=zero,chunk=1"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.training import recurrent_comparison, recurrent_sides
 from hbll_seq.training.recurrent_comparison import CopyProblem, RecurrentShape, StreamProblem, train_recurrent

@@ -10,7 +10,7 @@ from hbll_seq.generation.decoding import decode_one_token, generate_ids, prefill
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.attention import TransformerBlock
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import CELLS, HBLLConfig

@@ -18,9 +18,7 @@ from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import whole_or_none
 
 
-def prefill(
-    model: CausalLM, input_ids: Tensor, path: Sequence[int], start: Tensor | None = None
-) -> tuple[Tensor, PathCache]:
+def prefill(model: CausalLM, input_ids: Tensor, path: Sequence[int], start: Tensor | None = None) -> tuple[Tensor, PathCache]:
     """Read the prompts [B, T] at once.
 
     Args:

@@ -70,9 +70,7 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
     if kind != "transformer":
         return RecurrentBlock(config.n_embd, kind, **common)
-    return TransformerBlock(
-        config.n_embd, config.n_head, window=config.block_size, rope_base=config.rope_base, **common
-    )
+    return TransformerBlock(config.n_embd, config.n_head, window=config.block_size, rope_base=config.rope_base, **common)
 
 
 class HBLLForCausalLM(HubMixin, DepthHierarchy):
@@ -97,9 +95,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
-        super().__init__(
-            blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
-        )
+        super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd)
         self.readouts: Readouts | None = None
         if config.readout_rank:
             self.readouts = Readouts(self.tree, config.n_embd, config.readout_rank, config.readout_by)
@@ -129,9 +125,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         hidden = self.head.norm(self.before_head(state, path)).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None
-    ) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None) -> CausalLMOutput:
         """The plain network along ``path`` (default: full).
 
         Args:

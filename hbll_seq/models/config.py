@@ -21,9 +21,14 @@ FOREIGN_KEYS = frozenset(
 CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
 #: the largest value of each size: far beyond any sensible model, and small enough for every product of them.
 BOUNDS = {
-    "vocab_size": 1 << 24, "n_level": 10, "n_embd": 1 << 16, "n_head": 1 << 16, "block_size": 1 << 24, "mlp_ratio": 1 << 10,
+    "vocab_size": 1 << 24,
+    "n_level": 10,
+    "n_embd": 1 << 16,
+    "n_head": 1 << 16,
+    "block_size": 1 << 24,
+    "mlp_ratio": 1 << 10,
     "readout_rank": 1 << 16,
-}  # fmt: skip
+}
 #: what ``trained_paths`` may say in a word
 TRAINED = ("all", "default")
 
@@ -158,8 +163,10 @@ class HBLLConfig(ModelConfig):
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.readout_by != "jump" and not self.readout_rank:
-            raise ValueError(f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
-                             "such as 16, or leave readout_by out")  # fmt: skip
+            raise ValueError(
+                f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
+                "such as 16, or leave readout_by out"
+            )
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, 1e6), ("rope_base", 1.0, 1e12)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
@@ -173,8 +180,10 @@ class HBLLConfig(ModelConfig):
         if paths is None or isinstance(paths, str) and paths in TRAINED:
             return
         if not isinstance(paths, (list, tuple)) or not paths:
-            raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
-                             "paths, or null where nobody knows")  # fmt: skip
+            raise ValueError(
+                f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
+                "paths, or null where nobody knows"
+            )
         tree = DyadicTree(self.n_level, self.default_paths)
         try:
             object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
@@ -206,11 +215,15 @@ class HBLLConfig(ModelConfig):
         if not isinstance(names, tuple) or not all(isinstance(kind, str) and kind in CELLS for kind in names):
             raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELLS)}, or one of them for each block")
         if len(self.cells) != self.n_layer:
-            raise ValueError(f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
-                             f"{self.n_layer}; name as many, or one kind for all")  # fmt: skip
+            raise ValueError(
+                f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
+                f"{self.n_layer}; name as many, or one kind for all"
+            )
         if self.has_attention and self.mlp_ratio == 0:
-            raise ValueError(f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
-                             "at least 1, or recurrent cells alone")  # fmt: skip
+            raise ValueError(
+                f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
+                "at least 1, or recurrent cells alone"
+            )
 
     def _check_heads(self) -> None:
         if self.n_embd % self.n_head:

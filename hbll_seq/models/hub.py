@@ -117,8 +117,10 @@ class HubMixin:
             config["eos_token_id"] = self.tokenizer.eos_id
         config_text = to_json(config, indent=2) + "\n"
         if len(config_text) > MAX_CONFIG:
-            raise ValueError(f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
-                             f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written")  # fmt: skip
+            raise ValueError(
+                f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
+                f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written"
+            )
         is_of_user = _has_readme_of_user(folder)
         keep = (CARD_NAME,) if is_of_user else ()
         with atomic_folder(folder, REPLACED, keep) as aside:
@@ -271,8 +273,10 @@ def _has_readme_of_user(folder: Path) -> bool:
     except ValueError:  # no regular file, or too large for a card
         return True
     except OSError as error:
-        raise ValueError(f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
-                         "changed there; make it readable, or choose another folder") from error  # fmt: skip
+        raise ValueError(
+            f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+            "changed there; make it readable, or choose another folder"
+        ) from error
 
 
 def _portable(folder: Path) -> str:

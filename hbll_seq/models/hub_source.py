@@ -82,9 +82,7 @@ def as_device(device: Any) -> torch.device:
     return device
 
 
-def find_folder(
-    source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool
-) -> Path:
+def find_folder(source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool) -> Path:
     """The folder ``source``, or a local copy of the Hub's repository of that name.
 
     Raises:

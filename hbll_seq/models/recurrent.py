@@ -89,8 +89,10 @@ class RecurrentModel(nn.Module):
         if labels is None:
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         if self.readout == "every" and labels.shape[:2] != inputs.shape[:2] or len(labels) != len(inputs):
-            raise ValueError(f"labels of shape {tuple(labels.shape)} with inputs of shape {tuple(inputs.shape)}: must have "
-                             "as many rows, and as many steps where each has a target")  # fmt: skip
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} with inputs of shape {tuple(inputs.shape)}: must have "
+                "as many rows, and as many steps where each has a target"
+            )
         if lengths is not None and self.readout == "every":
             labels = to_right(labels, lengths, padding_side)
         return inputs, labels

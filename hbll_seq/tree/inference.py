@@ -78,8 +78,10 @@ def tree_pass(
     for level in tree.levels:
         left, right = zip(*(tree.parents(n) for n in level))
         # A message of frozen parts has no history; the correction needs its gradient all the same.
-        messages = [a if a.requires_grad else a.detach().requires_grad_(True)
-                    for a in chain.apply(level, [result.reads[i] for i in left])]  # fmt: skip
+        messages = [
+            a if a.requires_grad else a.detach().requires_grad_(True)
+            for a in chain.apply(level, [result.reads[i] for i in left])
+        ]
         discrepancies = _discrepancies(chain, level, right, messages, emission, state_family, result.targets)
         result.messages.update(zip(level, messages))
         result.discrepancies.update(zip(level, discrepancies))

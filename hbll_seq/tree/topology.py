@@ -48,9 +48,7 @@ class DyadicTree:
         self.n_level, self.family = n_level, family
         self.N = 2**n_level
         self.n_nodes = self.N - 1
-        self.levels = tuple(
-            tuple(range(self.N >> (t + 1), self.N, self.N >> t)) for t in range(n_level)
-        )
+        self.levels = tuple(tuple(range(self.N >> (t + 1), self.N, self.N >> t)) for t in range(n_level))
 
     def __repr__(self) -> str:
         return f"DyadicTree(n_level={self.n_level}, family={self.family!r})"
@@ -209,8 +207,7 @@ class DyadicTree:
                     reachable = f"from {i} only the head is left"
                 raise ValueError(
                     f"path={quote(list(blocks))}: the step {i} -> {j} is not a dyadic interval of a tree with N={self.N}; "
-                    f"{reachable}"
-                    + (f" or the head ({self.N})" if allowed and self.is_arc(i, self.N) else "")
+                    f"{reachable}" + (f" or the head ({self.N})" if allowed and self.is_arc(i, self.N) else "")
                 )
         return blocks
 

@@ -70,10 +70,12 @@ class FileTokens:
 
     @property
     def shape(self) -> tuple[int]:
+        """As of a NumPy array: one dimension."""
         return (self._length,)
 
     @property
     def size(self) -> int:
+        """How many ids there are."""
         return self._length
 
     def __getitem__(self, index: int | slice) -> np.ndarray | np.integer:

@@ -62,6 +62,7 @@ class TokenStream:
 
     @property
     def n_tokens(self) -> int:
+        """How many tokens the stream holds."""
         return len(self.tokens)
 
     @classmethod

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from hbll_seq.engine.linearization.base import Diagonal, Linearization
-from hbll_seq.engine.linearization.low_rank import SECANT_RANK
+from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
@@ -131,7 +131,7 @@ class TrainingSettings:
     depth_mix: str = _of(DepthMix, "name", default="auto", choices=("auto", *MIXES),
                          help="further paths that sweeps or backprop train in each step, so that every depth is useful; "
                          f"auto: {DEFAULT_MIX} for sweeps on the full path, else none")
-    depth_mix_weight: float | None = _of(DepthMix, "weight", remedy="--depth-mix none trains one path alone",
+    depth_mix_weight: float | None = _of(DepthMix, "weight", remedy="; --depth-mix none trains one path alone",
                                          help="weight of the mix's losses beside the main path's 1 (default: "
                                          f"{', '.join(f'{mix} {w:g}' for mix, w in MIX_WEIGHTS.items())}, others 1)")
     forward: int = _of(Sweeps, "forward", "depth")
@@ -159,7 +159,7 @@ class TrainingSettings:
     epochs: float | None = _optimisation(None, "passes over the training text (or give --max-steps)", low=0)
     batch_size: int = _optimisation(8, "windows in a micro batch of one process", low=1, high=_MOST_WINDOWS)
     grad_accum: int = _optimisation(1, "micro batches an optimizer step", low=1, high=_MOST_WINDOWS)
-    lr: float = _optimisation(2e-3, "peak learning rate of AdamW", above=0, remedy="without it nothing is trained")
+    lr: float = _optimisation(2e-3, "peak learning rate of AdamW", above=0, remedy="; without it nothing is trained")
     min_lr_ratio: float = _optimisation(0.1, "the cosine ends at this fraction of --lr", low=0, high=1)
     warmup_steps: int = _optimisation(50, "steps of linear warm-up (at most half of the run)", low=0)
     weight_decay: float = _optimisation(0.01, "AdamW weight decay, on matrices only", low=0)
@@ -240,7 +240,7 @@ class TrainingSettings:
             "depth_mix_weight": DepthMix(mix, self.depth_mix_weight).total_weight,
             "exit_rank": _EXIT_RANK if mix in OF_PREFIXES else 0,
             "default_paths": "prefix" if mix in OF_PREFIXES else "spine",
-            "linearization": "low_rank" if alone and self.n_embd >= SECANT_RANK else "identity",
+            "linearization": "low_rank" if alone and self.n_embd >= DEFAULT_RANK else "identity",
         }
         return dataclasses.replace(self, **{name: decided[name] for name in self.left_open()})
 

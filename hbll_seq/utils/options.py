@@ -33,7 +33,7 @@ def option(
         low, high: the least and the largest value. above, below: values that it must exceed, and stay under.
         infinite: whether infinity is a value.
         choices: the words that it may be.
-        remedy: what messages about a wrong value say at their end.
+        remedy: what messages about a wrong value say at their end, such as ``", or None for all"``.
         more: further metadata, as a command line's group.
     """
     metadata = dict(
@@ -75,8 +75,7 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
         if plain is None or not _is_within(plain, allowed):
             what = "a number" if float in kinds else "a whole number"
-            remedy = f"; {allowed['remedy']}" if allowed["remedy"] else ""
-            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{remedy}")
+            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{allowed['remedy']}")
         return plain
     if allowed["choices"]:
         check_choice(name, value, allowed["choices"])
@@ -96,6 +95,7 @@ def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
 
 
 def _range(allowed: typing.Mapping[str, Any]) -> str:
-    words = (("of at least", "low"), ("above", "above"), ("of at most", "high"), ("below", "below"))
-    parts = [f"{word} {allowed[key]:g}" for word, key in words if allowed[key] is not None]
-    return " " + " and ".join(parts) if parts else ""
+    low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
+    least = f"of at least {low}" if low is not None else f"above {above}" if above is not None else ""
+    most = f"at most {high}" if high is not None else f"below {below}" if below not in (None, math.inf) else ""
+    return "".join(f" {words}" for words in (least, "and" if least and most else "", most) if words)

@@ -11,7 +11,8 @@ from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
 from hbll_seq.engine.linearization import shared_matrix as time_secants
 from hbll_seq.engine.linearization.shared_matrix import TimeSecants, bounded
 from hbll_seq.engine.scan import shared_scan
-from hbll_seq.layers.recurrent import CELL_KINDS, Jacobian, RecurrentCell, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 

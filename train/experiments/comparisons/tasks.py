@@ -125,7 +125,7 @@ class SyntheticTask(LanguageTask):
             tokens, labels = (t.to(device) for t in self.task.batch(step, 32, 0, split))
             for name, path in paths.items():
                 logits = model.run(tokens[:, :-1], path)
-                nats = 0.5 * model.target_family.discrepancy(logits, labels[:, 1:]).double().sum().item()
+                nats = 0.5 * model.target_family.energy(logits, labels[:, 1:]).double().sum().item()
                 for i, value in enumerate((nats, *count_correct(logits, labels))):
                     totals[name][i] += value
         model.train(was_training)

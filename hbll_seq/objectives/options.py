@@ -22,8 +22,8 @@ from hbll_seq.utils.reading import quote
 LINEARIZATIONS: dict[str, type[Linearization]] = {
     kind.name: kind for kind in (Zero, Identity, Diagonal, LowRank, SharedMatrix)
 }
-#: more iterations than this would be an endless loop
-MOST = 10_000
+#: more iterations or samples than this would be an endless loop
+MOST = 1_000_000
 
 
 def as_linearization(name: str, value: Linearization | str) -> Linearization:

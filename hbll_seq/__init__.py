@@ -22,7 +22,7 @@ from hbll_seq.objectives.options import DepthMix, Sweeps, TimeTree, Tree, TreeGu
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentOutput
 from hbll_seq.tree.topology import DyadicTree
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackpropObjective",

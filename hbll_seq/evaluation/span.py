@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Tree
+from hbll_seq.utils.modules import plain_module
 
 
 class Span(NamedTuple):
@@ -103,8 +105,31 @@ class _Counted(nn.Module):
         return _Gate.apply(y[0] if isinstance(y, tuple) else y, *self.gate)
 
 
+class _CountedRecurrent(RecurrentBlock):
+    """A recurrent block, which a chain may ask for its cell and walk by itself between :meth:`enter` and :meth:`leave`."""
+
+    def __init__(self, block: RecurrentBlock, ledger: _Ledger, *, recomputes: bool = False):
+        nn.Module.__init__(self)  # none of a block's own parameters: it has those of the one inside
+        self.module, self.gate = block, (ledger, recomputes, False)
+
+    @property
+    def cell(self):
+        return self.module.cell
+
+    def forward(self, x, state=None):
+        y, state = self.module(x, state)
+        return _Gate.apply(y, *self.gate), state
+
+    def enter(self, x):
+        return self.module.enter(x)
+
+    def leave(self, x, states):
+        return _Gate.apply(self.module.leave(x, states), *self.gate)
+
+
 def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> Span:
-    """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block.
+    """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block. How many
+    iterations over time a recurrent block makes of one evaluation is not counted.
 
     The model's blocks are wrapped while this runs and restored afterwards; gradients are left as they were.
     """
@@ -113,7 +138,8 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     parameters = objective.trained_parameters()
     try:
         for n, block in enumerate(blocks):
-            model.blocks[n] = _Counted(block, ledger, recomputes=objective.recompute)
+            counted = _CountedRecurrent if isinstance(plain_module(block), RecurrentBlock) else _Counted
+            model.blocks[n] = counted(block, ledger, recomputes=objective.recompute)
         model.head = _Counted(head, ledger, is_head=True)
         with ledger:
             loss = objective(inputs, labels, step=step).loss

@@ -179,14 +179,14 @@ class GenerationMixin:
             prompt: a text, or a list of texts, which are continued together.
             depth: number of blocks to run, 1 to ``config.n_layer``; None for all. See ``DyadicTree.path_for_depth``.
             path: block numbers to run, such as ``[4, 6, 7]``, instead of ``depth``.
-            max_new_tokens: may pass the context: attention then looks ``block_size`` tokens back, and recurrent blocks
+            max_new_tokens: may pass the context: attention then looks ``context_length`` tokens back, and recurrent blocks
                 remember what their states hold, in the same memory for every token.
             temperature: 0 is greedy (always the most probable token).
             top_k, top_p: see :func:`sample`.
             seed: makes the draw repeatable; None uses torch's global generator.
             stream: also write the text to stdout as it comes (one prompt only). What stdout cannot take is no error, and
                 control characters are shown as escapes on a terminal; the text that is returned holds all.
-            truncate_prompt: keep the last ``block_size`` tokens of a longer prompt instead of refusing it. A model of
+            truncate_prompt: keep the last ``context_length`` tokens of a longer prompt instead of refusing it. A model of
                 recurrent blocks alone reads prompts of any length, and whole.
 
         Returns:
@@ -275,7 +275,7 @@ class GenerationMixin:
         warned.add(path)
         named = f"depth {len(path)} (path {quote(list(path))})"
         mixed = self.config.trained_paths == "default"
-        remedy = "choose one of these" if mixed else "choose one of these, or train all depths (train/lm.py --mix octaves)"
+        remedy = "choose one of these" + ("" if mixed else ", or train all depths (train/lm.py --depth-mix octaves)")
         warnings.warn(
             f"{named} of this model was not trained, so that its text is worse; trained: {self.config.trained_depths}; "
             f"{remedy}",
@@ -289,11 +289,11 @@ class GenerationMixin:
         ids = self.tokenizer.encode(text)
         if not self.config.has_attention:  # the states of recurrent blocks hold a prompt of any length
             return ids
-        limit = self.config.block_size
+        limit = self.config.context_length
         if len(ids) > limit and not truncate:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens ({quote(text[:40])}...), more than the model's context of {limit} "
-                f"(block_size): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
+                f"(context_length): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
             )
         return ids[-limit:]
 

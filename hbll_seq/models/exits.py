@@ -1,4 +1,4 @@
-"""Readouts of their own for paths that end differently: what lets one head read states of several depths."""
+"""Exit adapters: corrections of a state before the head, which let one head read states of several depths."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hbll_seq.tree.topology import DyadicTree
 
-#: what has a correction of its own: each length of the head's jump, or each number of blocks
-READOUTS = ("jump", "depth")
+#: what has an adapter of its own: each length of the head's jump, or each number of blocks
+EXIT_BY = ("jump", "depth")
 
 
-class Readouts(nn.Module):
+class ExitAdapters(nn.Module):
     """Low-rank linear corrections of a state before the head.
 
     By ``"jump"``: the head is a transition too, shared by the arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (method.md 1.1), and the
@@ -24,7 +24,7 @@ class Readouts(nn.Module):
         tree: the paths and their jumps.
         width: C of the states.
         rank: r of each correction, at least 1.
-        by: one of ``READOUTS``.
+        by: one of ``EXIT_BY``.
     """
 
     def __init__(self, tree: DyadicTree, width: int, rank: int, by: str = "jump"):

@@ -73,7 +73,7 @@ class HBLLClassifierConfig(ModelConfig):
         seed = self.permutation_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
             raise ValueError(f"permutation_seed={quote(seed)}: must be a whole number of at least 0, or None to read the "
-                             "values as they come; and below 2**64")  # fmt: skip
+                             "values as they come; and below 2**64")
 
 
 def fixed_order(n: int, seed: int | None) -> list[int]:

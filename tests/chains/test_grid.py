@@ -25,7 +25,7 @@ LIMIT = dict(inference=Sweeps(6, 6), time=Sweeps(T - 1, T - 1, 1))
 def double_lm(cell, gain=3.0, **changes):
     """Recurrent matrices large enough that no iteration is exact by chance."""
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=8, n_head=2, block_size=T, cell=cell), **changes}))
+    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=8, n_head=2, context_length=T, cell=cell), **changes}))
     model.double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -54,7 +54,7 @@ def difference(a, b):
 @pytest.mark.parametrize("linearization", ["zero", "diagonal"])
 @pytest.mark.parametrize("mlp_ratio, mix", [(2, "none"), (0, "none"), (2, "octaves"), (2, "spine")])
 def test_backprop_through_depth_and_time_in_the_limit_and_not_before(cell, linearization, mlp_ratio, mix):
-    shape = dict(default_paths="prefix", readout_rank=2) if mix == "octaves" else {}
+    shape = dict(default_paths="prefix", exit_rank=2) if mix == "octaves" else {}
     model, tokens = double_lm(cell, mlp_ratio=max(mlp_ratio, int(cell == MIXED)), **shape)
     exact, reference = gradients(BackpropObjective(model, depths=mix), tokens)
 
@@ -175,7 +175,7 @@ def test_the_instruments_see_backprop():
 @pytest.mark.parametrize("n_steps", [8, 64])
 @pytest.mark.parametrize("time_forward", [0, 3])
 def test_the_iterations_of_the_axes_do_not_multiply_nor_grow_with_the_text(n_steps, time_forward):
-    model, _ = double_lm("gru", gain=1.0, block_size=64)
+    model, _ = double_lm("gru", gain=1.0, context_length=64)
     tokens = torch.randint(17, (2, n_steps + 1))
     log = instrument(model)
     objective = LocalObjective(model, Sweeps(3, 4), time=Sweeps(time_forward, chunk_size=1))
@@ -216,7 +216,7 @@ def test_what_blocks_read_and_make_does_not_move_with_later_tokens(cell, monkeyp
 def test_random_tokens_cannot_be_predicted(options):
     """On i.i.d. tokens no loss on fresh batches may fall below ln V, with the state carried from batch to batch."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=17, n_level=2, n_embd=16, block_size=12, cell="gru", default_paths="prefix")
+    shape = dict(vocab_size=17, n_level=2, n_embd=16, context_length=12, cell="gru", default_paths="prefix")
     model = HBLLForCausalLM(HBLLConfig(**shape))
     objective = LocalObjective(model, "sweeps", **options)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)

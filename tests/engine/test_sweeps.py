@@ -22,7 +22,7 @@ from hbll_seq.tree.topology import DyadicTree
 
 def double_lm(**changes):
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=16, n_head=2, block_size=12), **changes}))
+    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=16, n_head=2, context_length=12), **changes}))
     model.double()
     with torch.no_grad():
         for p in model.parameters():
@@ -189,7 +189,7 @@ def test_diagonal_linearisation_is_newton_where_the_jacobian_is_diagonal():
 @pytest.mark.parametrize("mix", [name for name in MIXES if name != "none"])
 def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family, exit_by):
     # double_lm moves the exit adapters from zero
-    model, tokens = double_lm(default_paths=family, readout_rank=3, readout_by=exit_by)
+    model, tokens = double_lm(default_paths=family, exit_rank=3, exit_by=exit_by)
     for step in (0, 1):
         depths = DepthMix(mix, 0.7)
         pair = BackpropObjective(model, depths=depths), LocalObjective(model, Sweeps(6, 6), depths=depths)

@@ -130,7 +130,7 @@ def test_a_path_alone_and_the_tree():
 @pytest.mark.parametrize("options, expected", [
     (["--objective", "tree"], "all"),
     (["--objective", "backprop", "--path", "2"], [[2]]),
-    (["--objective", "sweeps", "--mix", "octaves"], "default"),
+    (["--objective", "sweeps", "--depth-mix", "octaves"], "default"),
 ], ids=str)  # fmt: skip
 def test_a_run_writes_what_it_trained(options, expected, lm_options, tmp_path):
     folder = tmp_path / "run"

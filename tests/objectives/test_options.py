@@ -68,7 +68,7 @@ WRONG = {
     (Sweeps, "chunk_size"): (NO_RANK, "whole number of at least 1"),
     (Sweeps, "linearization"): (NO_WORD, "allowed are zero, identity, diagonal, low_rank, shared_matrix"),
     (Sweeps, "init"): (NO_WORD, "allowed are input, first, tree, zeros, state, diagonal, over time also a TreeGuess"),
-    (Sweeps, "damping"): ((0, 2.1, *NO_NUMBER), "number above 0 and of at most 2; 1 is the plain iteration"),
+    (Sweeps, "damping"): ((0, 2.1, *NO_NUMBER), "number above 0 and at most 2; 1 is the plain iteration"),
     (Sweeps, "tolerance"): (NO_NUMBER, "number of at least 0; 0 does all iterations"),
     (Sweeps, "clip"): ((0, -1.0, True, "1", float("nan"), []), r"number above 0; float\('inf'\) clips nothing"),
     (Tree, "sigma"): (NO_NUMBER, "number of at least 0; 0 switches the noise off"),

@@ -23,7 +23,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import plots as drawing
-from hbll_seq.training.settings import read_preset
+from hbll_seq.training.presets import read_preset
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "16", "--batch-size", "2", "--steps", "3",

@@ -258,6 +258,19 @@ def test_looks_at_the_gradient_change_nothing_with_states(stretches):
     assert len(often["alignment"]) == GRU.steps and often["test"] == never["test"]
 
 
+def test_the_work_of_recurrent_blocks_is_counted_on_real_ones():
+    """One for an evaluation, whatever it does along time; sweeps also refine the last block, whose output they do not need."""
+
+    def work(name, cell):
+        return DepthMethod.named(name, n_level=2, cell=cell).work()
+
+    assert work("backprop-3", "gru") == work("backprop-3", "transformer") == 9
+    plain = work("sweeps:forward=1,backward=1", "transformer")
+    assert work("sweeps:forward=1,backward=1", "gru") == plain + 1
+    assert work("sweeps:forward=1,backward=1", "gru,gru,transformer") == plain
+    assert work("sweeps:forward=1,backward=1,time_forward=3,time_backward=3", "gru") == plain + 1
+
+
 def test_evaluation_reads_on_where_training_does(stretches):
     """Trained alike (not at all), evaluated as deployed: with what was read before, or without."""
     shape = dataclasses.replace(GRU, steps=1)

@@ -12,7 +12,7 @@ import torch
 import compare
 from comparisons import fit, plots
 from comparisons.depth_methods import DepthMethod
-from comparisons.results import Results, tune
+from comparisons.results import Results
 from comparisons.runs import DepthShape, train_depth
 from comparisons.tasks import SyntheticTask
 from comparisons.words import current_setting
@@ -98,14 +98,6 @@ def test_bad_names(name, message):
         DepthMethod.named(name, "random")
 
 
-def test_tuning_goes_past_the_edge_and_stops():
-    assert tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
-    assert tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
-    assert tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
-    assert tune(lambda lr: lr, [4]) == 4
-    assert tune(lambda lr: float("nan") if lr < 2 else abs(lr - 2), [1, 2, 4]) == 2
-
-
 def test_methods_start_from_the_same_weights_and_read_the_same_batches():
     """With a learning rate of next to nothing, one seed is one model, whatever the method."""
     task = compare.task_of(compare.parse(["--task", "induction"]))
@@ -117,22 +109,13 @@ def test_methods_start_from_the_same_weights_and_read_the_same_batches():
     assert losses["sweeps"]["curve"][0][1] == pytest.approx(losses["backprop-3"]["curve"][0][1], abs=1e-4)
 
 
-def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
-    one, two = (Results(tmp_path / "r.json", {"a": 1}, "depth") for _ in range(2))
-    one.add({"method": "tree", "lr": 1.0, "seed": 0})
-    two.add({"method": "mix", "lr": 1.0, "seed": 0})
-    assert [run["method"] for run in Results(tmp_path / "r.json", {"a": 1}, "depth").runs] == ["tree", "mix"]
-    assert one.find("mix", 1.0, 0) is not None
+def test_the_short_name_mix_is_the_preset_small():
     mix = DepthMethod.named("mix", "octaves")
     assert list(dict(mix.config).values()) == ["prefix", 16] and "'depth_mix_weight': 9.0" in mix.description
     preset = read_preset("small", TRAIN / "presets")
     iterations = [preset.get(new, preset.get(old)) for new, old in (("forward", "sweeps"), ("backward", "corrections"))]
     assert [dict(mix.options)[name] for name in ("forward", "backward")] == iterations
     assert DepthMethod.named("sweeps").description != DepthMethod.named("sweeps:forward=4").description
-    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 3"})
-    assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
-    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 4"})
-    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["description"] for k in (3, 4)] == ["K = 3", "K = 4"]
 
 
 STORED = [p for p in sorted(TRAIN.glob("results/compare*.json")) if not p.stem.startswith("compare-rnn")]
@@ -256,6 +239,19 @@ def test_looks_at_the_gradient_change_nothing_with_states(stretches):
     shapes = (dataclasses.replace(GRU, alignment_every=n) for n in (1, 99))
     often, never = (train_depth(DepthMethod.named("mix", "random"), 1e-3, 0, stretches(), shape) for shape in shapes)
     assert len(often["alignment"]) == GRU.steps and often["test"] == never["test"]
+
+
+def test_the_work_of_recurrent_blocks_is_counted_on_real_ones():
+    """One for an evaluation, whatever it does over time; sweeps also refine the last block, whose output they do not need."""
+
+    def work(name, cell):
+        return DepthMethod.named(name, n_level=2, cell=cell).work()
+
+    assert work("backprop-3", "gru") == work("backprop-3", "transformer") == 9
+    plain = work("sweeps:forward=1,backward=1", "transformer")
+    assert work("sweeps:forward=1,backward=1", "gru") == plain + 1
+    assert work("sweeps:forward=1,backward=1", "gru,gru,transformer") == plain
+    assert work("sweeps:forward=1,backward=1,time_forward=3,time_backward=3", "gru") == plain + 1
 
 
 def test_evaluation_reads_on_where_training_does(stretches):

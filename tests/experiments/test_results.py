@@ -1,0 +1,53 @@
+"""The file of results, and the choice of learning rates."""
+
+import dataclasses
+
+import pytest
+
+from comparisons.depth_methods import DepthMethod
+from comparisons.results import Comparison, Results, tune
+
+
+def test_tuning_goes_past_the_edge_and_stops():
+    assert tune(lambda lr: abs(lr - 4.5), [2, 4, 8]) == 4
+    assert tune(lambda lr: abs(lr - 16), [1, 2, 4]) == 16
+    assert tune(lambda lr: lr, [4, 8]) == 0.5  # three steps past the grid, and no further
+    assert tune(lambda lr: lr, [4]) == 4
+    assert tune(lambda lr: float("nan") if lr < 2 else abs(lr - 2), [1, 2, 4]) == 2
+
+
+def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
+    one, two = (Results(tmp_path / "r.json", {"a": 1}, "depth") for _ in range(2))
+    one.add({"method": "tree", "lr": 1.0, "seed": 0})
+    two.add({"method": "mix", "lr": 1.0, "seed": 0})
+    assert [run["method"] for run in Results(tmp_path / "r.json", {"a": 1}, "depth").runs] == ["tree", "mix"]
+    assert one.find("mix", 1.0, 0) is not None
+    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 3"})
+    assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
+    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 4"})
+    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["description"] for k in (3, 4)] == ["K = 3", "K = 4"]
+
+
+def test_a_comparison_makes_what_is_missing_at_the_best_rate_and_finds_it_again(tmp_path):
+    made = []
+
+    def train(method, lr, seed):
+        made.append((method.name, lr, seed))
+        loss = abs(lr - {"tree": 2.0, "sweeps": 4.0}[method.name])
+        return {"method": method.name, "description": method.description, "lr": lr, "seed": seed,
+                "validation": [{"depth": 1, "loss": 9.0 - loss}, {"depth": 3, "loss": loss}]}  # fmt: skip
+
+    methods = [DepthMethod.named(name) for name in ("tree", "sweeps")]
+    results = Results(tmp_path / "r.json", {"a": 1}, "depth")
+    comparison = Comparison(results, train)
+    runs = comparison.at_rates(methods, lambda method: comparison.rate(method, [1.0, 2.0, 4.0, 8.0], 0), [0, 1])
+    assert {name: [(run["lr"], run["seed"]) for run in found] for name, found in runs.items()} == {
+        "tree": [(2.0, 0), (2.0, 1)], "sweeps": [(4.0, 0), (4.0, 1)]}  # fmt: skip
+    assert made[-2:] == [("tree", 2.0, 1), ("sweeps", 4.0, 1)] and len(made) == 2 * 4 + 2
+    stored = Comparison(results, None)
+    found = stored.at_rates(methods, lambda method: stored.rate(method, [64.0], 0), [0, 1, 2])  # nothing is made
+    assert found == runs and len(made) == 10
+    own = dataclasses.replace(methods[0], lr=16.0)
+    assert comparison.rate(own, [1.0, 2.0], 0) == 16.0
+    with pytest.raises(ValueError, match="no run of sweeps:forward=9.*--report-only"):
+        stored.at_rates([DepthMethod.named("sweeps:forward=9")], lambda method: stored.rate(method, [1.0], 0), [0])

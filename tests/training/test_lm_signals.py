@@ -81,7 +81,8 @@ def test_before_training_nothing_is_left_behind(short, unbroken, tmp_path, monke
 @pytest.mark.parametrize("number, where", list(zip(ALL, ["evaluation", "export", "plot_training_curve", "end"])))
 def test_at_the_end_of_a_run(short, unbroken, tmp_path, monkeypatch, capsys, number, where):
     folder = tmp_path / "run"
-    original = getattr(lm, where)
+    module = sys.modules["hbll_seq.training.export"] if where == "plot_training_curve" else lm
+    original = getattr(module, where)
 
     def late(*arguments, **keywords):
         if where != "evaluation" or arguments[4] == 6:
@@ -89,7 +90,7 @@ def test_at_the_end_of_a_run(short, unbroken, tmp_path, monkeypatch, capsys, num
         return original(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lm, where, late)
+        patch.setattr(module, where, late)
         assert lm.main([*short, "--output-dir", str(folder)]) == 128 + number
     assert "Traceback" not in capsys.readouterr().err
     assert lm.main(["--resume", "--output-dir", str(folder)]) == 0 and kr.differences(unbroken, folder) == []

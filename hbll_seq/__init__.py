@@ -8,7 +8,8 @@ from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
 from hbll_seq.evaluation.perplexity import evaluate_paths
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.generate import generate
@@ -44,6 +45,7 @@ __all__ = [
     "RecurrentModel",
     "RecurrentOutput",
     "RecurrentTree",
+    "SamplingParams",
     "SharedMatrix",
     "Sweeps",
     "TimeTree",

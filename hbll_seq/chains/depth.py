@@ -51,7 +51,7 @@ class DepthChain(Chain):
         self.last: dict[Prefix, Tensor] = {}
 
     def apply(self, indices: Sequence[Prefix | int], states: Sequence[Tensor]) -> list[Tensor]:
-        """See :meth:`Chain.apply`; states are [batch, ..., width]."""
+        """See :meth:`Chain.apply`; states are [batch, ..., width]. Raises ValueError where a block changes their shape."""
         calls = [self.bind(index) for index in indices]
         return [call(state) for call, state in zip(calls, states)]
 
@@ -68,7 +68,10 @@ class DepthChain(Chain):
                 torch.manual_seed(mix_seeds(self.dropout_seed, n))
             if isinstance(kind, RecurrentBlock):
                 return self._recurrence(block, index, state, *hints)
-            return block(state)[0] if isinstance(kind, Cell) else block(state)
+            output = block(state)[0] if isinstance(kind, Cell) else block(state)
+        if getattr(output, "shape", None) != state.shape:
+            raise _wrong_output(n, kind, state, output)
+        return output
 
     def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor) -> Tensor:
         output, state = block(x, RecurrentState(self.carried.get(index)))
@@ -78,3 +81,12 @@ class DepthChain(Chain):
     def _keep(self, index: Prefix | int, state: Tensor) -> None:
         if isinstance(index, tuple):
             self.last[index] = state.detach().clone()  # a row of all states, which a view would keep alive
+
+
+def _wrong_output(n: int, block: nn.Module, state: Tensor, output: object) -> ValueError:
+    """The error that block n has not kept the shape of its input."""
+    made = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    return ValueError(
+        f"block {n} ({type(block).__name__}) makes {made} of states of shape {tuple(state.shape)}: a block must return one "
+        "tensor of its input's shape; give it equal input and output width (one that also returns a state is a Cell)"
+    )

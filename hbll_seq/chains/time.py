@@ -114,7 +114,7 @@ class _Forward:
         starts: [N / c, B, H], the present estimate of the states that the chunks' walks begin from. Within a chunk nothing
             is read but what the walk makes.
         n_exact: the first walks, of so many chunks, need not be repeated: what follows them is exact.
-        is_constant: whether the estimate is s_0 everywhere.
+        is_constant: whether the next walk reads s_0 everywhere.
         residual: of the last iteration.
         seen: where each iteration's walks began, and what they ended in.
     """
@@ -132,7 +132,7 @@ class _Forward:
         self.learned, self.teaches = learned, learn and learned is not None
         self.chunk = min(iterations.chunk_size, len(projected))
         self.residual = s0.new_zeros(())
-        self.n_exact = 0
+        self.n_exact, self.is_constant = 0, False
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -159,11 +159,10 @@ class _Forward:
     def iterate(self, number: int) -> None:
         """Iteration ``number``, from 0: walks all chunks and composes what they end in."""
         iterations, low = self.iterations, self.n_exact
-        # s_0 everywhere is one state, which the cell multiplies with its matrix only once
-        read = self.s0.detach().expand_as(self.starts) if self.is_constant else self.starts[low:]
-        self.is_constant = False
+        read = self.starts[low:]
         is_diagonal = isinstance(iterations.linearization, Diagonal)
         new, walked = self._walk(read, self.projected.detach()[low * self.chunk :], self.chunk, is_diagonal, number)
+        self.is_constant = False
         if self.teaches:
             self.seen.append((read[:-1].clone(), walked))
         old = self.starts[low + 1 :]
@@ -196,8 +195,10 @@ class _Forward:
         self, starts: Tensor, projected: Tensor, chunk: int, is_diagonal: bool, number: int = 0
     ) -> tuple[Tensor, Tensor]:
         """New estimates of all but the first of the states [n, B, H] at the chunks' beginnings, where the first one is exact;
-        and what the walks themselves ended in."""
-        read = state = starts[:-1]
+        and what the walks themselves ended in. Where all that is read is one state, the cell multiplies it with its matrix
+        only once (:meth:`RecurrentCell.transition`)."""
+        read = starts[:-1]
+        state = read[:1] if self.is_constant else read
         product = None
         for p in range(chunk):
             given = projected[p::chunk][: len(read)]

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from hbll_seq.chains.time import forward_time_sweeps
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Zero
-from hbll_seq.layers.recurrent import RecurrentCell, make_cell
+from hbll_seq.layers.cells import make_cell
+from hbll_seq.layers.recurrent import RecurrentCell
 from hbll_seq.utils.values import as_whole, check_choice
 
 SHARES = ("none", "capped", "all")
@@ -35,7 +36,7 @@ class RecurrentTree(nn.Module):
 
     Args:
         cell: of what kind its cells are: a name that :func:`make_cell` knows, such as ``"gru"``, or
-            ``(input_size, hidden_size) -> cell``, such as :class:`hbll_seq.layers.recurrent.GRUCell`.
+            ``(input_size, hidden_size) -> cell``, such as :class:`hbll_seq.layers.gru.GRUCell`.
         symbol_size: I.
         hidden_size: H, the same for all levels.
         n_level: D; sequences have at most ``2**D`` steps.

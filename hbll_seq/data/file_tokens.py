@@ -70,10 +70,12 @@ class FileTokens:
 
     @property
     def shape(self) -> tuple[int]:
+        """As of a NumPy array: one dimension."""
         return (self._length,)
 
     @property
     def size(self) -> int:
+        """How many ids there are."""
         return self._length
 
     def __getitem__(self, index: int | slice) -> np.ndarray | np.integer:
@@ -147,9 +149,7 @@ class FileTokens:
         if self._digest is not None and digest.hexdigest() != self._digest:
             raise ValueError(f"the bytes of {self._path.name} are not those that were written")
         if largest >= self._vocab_size:
-            raise ValueError(
-                f"{self._path.name} holds the id {largest}, but the vocabulary ends at {self._vocab_size - 1}"
-            )
+            raise ValueError(f"{self._path.name} holds the id {largest}, but the vocabulary ends at {self._vocab_size - 1}")
         self._stamp = info.st_size, info.st_mtime_ns
 
 

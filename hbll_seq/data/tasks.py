@@ -19,7 +19,7 @@ from torch import Tensor
 from hbll_seq.tree.posterior import IGNORE_INDEX
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.seeds import mix_seeds
-from hbll_seq.utils.values import check_choice
+from hbll_seq.utils.values import as_whole, check_choice
 
 SPLITS = ("train", "validation", "test")
 
@@ -42,8 +42,8 @@ class Task(ABC):
         Raises:
             ValueError: an argument is out of range.
         """
-        for argument, value, least in (("step", step, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            _check_int(argument, value, least)
+        step, seed = as_whole("step", step, 0), as_whole("seed", seed, 0)
+        batch_size = as_whole("batch_size", batch_size, 1)
         check_choice("split", split, SPLITS)
         # Not torch.Generator, which keeps 32 bits of the seed on the CPU: batches of a long run would come again.
         rng = np.random.default_rng(mix_seeds(seed, SPLITS.index(split), step))
@@ -78,9 +78,8 @@ class Induction(Task):
     name = "induction"
 
     def __init__(self, hops: int = 1, n_symbols: int = 32, context_length: int = 64):
-        for argument, value, least in (("hops", hops, 1), ("n_symbols", n_symbols, 2), ("context_length", context_length, 2)):
-            _check_int(argument, value, least)
-        self.hops, self.vocab_size, self.context_length = hops, n_symbols, context_length
+        self.hops, self.vocab_size = as_whole("hops", hops, 1), as_whole("n_symbols", n_symbols, 2)
+        self.context_length = as_whole("context_length", context_length, 2)
 
     def labels(self, tokens: Tensor) -> Tensor:
         """The labels of ``tokens``, both int64 [B, T + 1]."""
@@ -127,13 +126,13 @@ class AssociativeRecall(Task):
     name = "recall"
 
     def __init__(self, n_keys: int = 32, n_values: int = 32, n_pairs: int = 16, context_length: int = 64):
-        _check_int("n_pairs", n_pairs, 1)
-        for argument, value in (("n_keys", n_keys), ("n_values", n_values)):
-            _check_int(argument, value, n_pairs, f"as many as n_pairs={n_pairs}, since those of a window differ")
-        room = f"the room of n_pairs={n_pairs} pairs and one query; give fewer pairs or a longer block"
-        _check_int("context_length", context_length, 2 * n_pairs + 1, room)
-        self.n_keys, self.n_values, self.n_pairs = n_keys, n_values, n_pairs
-        self.vocab_size, self.context_length = n_keys + n_values, context_length
+        self.n_pairs = n_pairs = as_whole("n_pairs", n_pairs, 1)
+        why = f", as many as n_pairs={n_pairs}, since those of a window differ"
+        self.n_keys = as_whole("n_keys", n_keys, n_pairs, remedy=why)
+        self.n_values = as_whole("n_values", n_values, n_pairs, remedy=why)
+        self.vocab_size = self.n_keys + self.n_values
+        room = f", the room of n_pairs={n_pairs} pairs and one query; give fewer pairs or a longer block"
+        self.context_length = as_whole("context_length", context_length, 2 * n_pairs + 1, remedy=room)
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
         keys = _permutations(rng, (batch_size,), self.n_keys)[:, : self.n_pairs]
@@ -192,11 +191,9 @@ class ListOps(Task):
     vocab_size = len(LISTOPS_TOKENS)
 
     def __init__(self, max_depth: int = 3, max_args: int = 5, context_length: int = 64):
-        for argument, value, least in (("max_depth", max_depth, 1), ("max_args", max_args, 2)):
-            _check_int(argument, value, least)
-        room = f"the room of max_depth={max_depth} nested lists; give a smaller depth or a longer block"
-        _check_int("context_length", context_length, _shortest(max_depth), room)
-        self.max_depth, self.max_args, self.context_length = max_depth, max_args, context_length
+        self.max_depth, self.max_args = as_whole("max_depth", max_depth, 1), as_whole("max_args", max_args, 2)
+        room = f", the room of max_depth={self.max_depth} nested lists; give a smaller depth or a longer block"
+        self.context_length = as_whole("context_length", context_length, _shortest(self.max_depth), remedy=room)
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
         tokens = torch.full((batch_size, self.context_length + 1), _PAD)
@@ -289,8 +286,3 @@ def make_task(name: str, **options: int) -> Task:
     if not isinstance(name, str) or name not in TASKS:
         raise ValueError(f"task {quote(name)}: allowed are {', '.join(TASKS)}")
     return TASKS[name](**options)
-
-
-def _check_int(name: str, value: object, least: int, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}{why and ', '}{why}")

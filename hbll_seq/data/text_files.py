@@ -271,7 +271,7 @@ def _json_text(file: DataFile, number: int, offset: int, line: bytes, column: st
     except ValueError as error:
         raise ValueError(f"data file {where}: not JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
-        raise ValueError(f"data file {where}: not a JSON object but {type(row).__name__}; write rows as {{\"text\": ..}}")
+        raise ValueError(f'data file {where}: not a JSON object but {type(row).__name__}; write rows as {{"text": ..}}')
     if column not in row:
         raise no_column(where, column, row)
     if row[column] is None and b"null" not in line:  # it was read as such
@@ -329,5 +329,7 @@ def as_text(value: Any, where: str, column: str) -> str:
 def no_column(where: str, column: str, columns: Iterable[str]) -> ValueError:
     """The error that a source has no such column."""
     names = shorten(", ".join(quote(name) for name in itertools.islice(columns, 20)), 100)
-    return ValueError(f"data {where} has no column {shorten(quote(column), 80)}; its columns are {names}: name the one that "
-                      "holds the text, or give every row one")
+    return ValueError(
+        f"data {where} has no column {shorten(quote(column), 80)}; its columns are {names}: name the one that "
+        "holds the text, or give every row one"
+    )

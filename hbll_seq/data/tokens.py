@@ -62,6 +62,7 @@ class TokenStream:
 
     @property
     def n_tokens(self) -> int:
+        """How many tokens the stream holds."""
         return len(self.tokens)
 
     @classmethod
@@ -112,9 +113,7 @@ def load_tokens(
     folder = cache / "tokens" / fingerprint[:32]
 
     def opened(without_sums: bool = False) -> TokenStream:
-        found = open_tokens(
-            folder, fingerprint, np.dtype(_dtype(tokenizer)), tokenizer.vocab_size, without_sums=without_sums
-        )
+        found = open_tokens(folder, fingerprint, np.dtype(_dtype(tokenizer)), tokenizer.vocab_size, without_sums=without_sums)
         return TokenStream(*found, fingerprint)
 
     def make() -> TokenStream:
@@ -146,10 +145,11 @@ def load_tokenizer(
     key = hashlib.sha256(f"{FORMAT} {corpus.digest} {vocab_size}".encode()).hexdigest()
     path = cache / "tokenizers" / f"{key[:32]}.model"
     return _cached(
-        "cached tokenizer", path,
+        "cached tokenizer",
+        path,
         lambda without_sums=False: open_tokenizer(path, vocab_size, without_sums=without_sums),
         lambda: _make_tokenizer(path, corpus, vocab_size),
-    )  # fmt: skip
+    )
 
 
 def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[], _T]) -> _T:
@@ -262,9 +262,7 @@ def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
     return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
 
-def _encode_segments(
-    segments: Segments, tokenizer: Tokenizer, num_threads: int, counts: _Counts
-) -> Iterator[np.ndarray]:
+def _encode_segments(segments: Segments, tokenizer: Tokenizer, num_threads: int, counts: _Counts) -> Iterator[np.ndarray]:
     """Ids of the segments in arrays of bounded size; fills in `counts`."""
     dtype = _dtype(tokenizer)
     lines: list[str] = []

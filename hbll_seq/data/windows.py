@@ -6,16 +6,13 @@ Shapes: B batch (of one process), T context_length.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from hbll_seq.data.tokens import TokenStream
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole
-
-if TYPE_CHECKING:
-    from hbll_seq.data.tokens import TokenStream
 
 MAX_BATCH = 1 << 27  # tokens of one batch: a GiB of ids
 _CONTIGUOUS = 1 << 32  # no epoch has this number: a seed stream of its own

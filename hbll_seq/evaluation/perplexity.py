@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from hbll_seq.chains.depth import DepthChain
 from hbll_seq.data.windows import TokenWindows
@@ -61,31 +62,13 @@ def evaluate_paths(
         raise ValueError(f"carry_state=True with cell={model.config.cell!r}: only recurrent blocks have a state to carry")
     paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
     device = device if device is not None else next(model.parameters()).device
-    # Paths in lexicographic order share prefixes with their neighbours, as in a trie walked depth first.
-    order = sorted(paths.items(), key=lambda item: item[1])
-    nats, n_tokens, carried = dict.fromkeys(paths, 0.0), 0, {}
     if carry_state:
         limit = None if max_batches is None else max_batches * batch_size
         batches = windows.contiguous_evaluation_batches(batch_size, limit)
     else:
         batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
     with evaluation_mode(model):
-        for batch in batches:
-            # what is left over behind the last row is read alone, and goes on from there
-            chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
-            x, targets = model.prepare(batch.to(device))
-            n_tokens += targets.numel()
-            states = [((), model.embed(x))]  # (prefix, state), the current branch of the trie
-            for name, path in order:
-                while states[-1][0] != path[: len(states[-1][0])]:
-                    states.pop()
-                for n in path[len(states[-1][0]) :]:
-                    prefix, state = states[-1]
-                    states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
-                logits = model.read_out(states[-1][1], path)
-                nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
-            if carry_state:
-                carried = chain.last
+        nats, n_tokens = _sum_nats(model, (batch.to(device) for batch in batches), paths, carry_state)
     if not n_tokens:
         raise ValueError("no tokens were evaluated: max_batches must be at least 1")
     tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)
@@ -101,6 +84,40 @@ def evaluate_paths(
         }
         for name, path in paths.items()
     ]
+
+
+def _sum_nats(
+    model: HBLLForCausalLM, batches: Iterable[Tensor], paths: Mapping[str, tuple[int, ...]], carry_state: bool
+) -> tuple[dict[str, float], int]:
+    """Nats of each path, summed over windows [B, T + 1], and the number of tokens that were scored."""
+    nats, n_tokens, carried = dict.fromkeys(paths, 0.0), 0, {}
+    for batch in batches:
+        # what is left over behind the last row is read alone, and goes on from there
+        chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
+        x, targets = model.prepare(batch)
+        n_tokens += targets.numel()
+        for name, logits in _logits_of_paths(model, chain, x, paths):
+            nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
+        if carry_state:
+            carried = chain.last
+    return nats, n_tokens
+
+
+def _logits_of_paths(
+    model: HBLLForCausalLM, chain: DepthChain, x: Tensor, paths: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The logits [B, T, V] of each path for the tokens ``x`` [B, T], by the path's name.
+
+    In lexicographic order paths share prefixes with their neighbours, so that walking them is walking a trie depth first.
+    """
+    states = [((), model.embed(x))]  # (prefix, state) of the current branch
+    for name, path in sorted(paths.items(), key=lambda item: item[1]):
+        while states[-1][0] != path[: len(states[-1][0])]:
+            states.pop()
+        for n in path[len(states[-1][0]) :]:
+            prefix, state = states[-1]
+            states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
+        yield name, model.read_out(states[-1][1], path)
 
 
 def format_table(rows: list[dict]) -> str:

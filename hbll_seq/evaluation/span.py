@@ -166,8 +166,7 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3, default_pa
             return x + self.linear(x).tanh()
 
     blocks = (Residual() for _ in range(2**n_level - 1))
-    return DepthHierarchy(blocks, nn.Linear(width, n_classes), nn.Linear(2, width), default_paths=default_paths,
-                          width=width)  # fmt: skip
+    return DepthHierarchy(blocks, nn.Linear(width, n_classes), nn.Linear(2, width), default_paths=default_paths, width=width)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

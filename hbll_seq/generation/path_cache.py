@@ -9,13 +9,12 @@ Shapes: B rows of a batch, T tokens, S tokens not yet read by a path, P outputs 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # model.py imports this file
-    from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.generation.protocol import CausalLM
 
 Prefix = tuple[int, ...]
 
@@ -36,7 +35,7 @@ class PathCache:
     nothing is kept but the states.
 
     Args:
-        model: an ``HBLLForCausalLM``.
+        model: see :class:`hbll_seq.generation.protocol.CausalLM`.
         paths: the paths that will be advanced, each a tuple of block numbers.
         start: [B] number of left-padding positions of each row, or None.
 
@@ -44,7 +43,7 @@ class PathCache:
         ValueError: a path is not dyadic.
     """
 
-    def __init__(self, model: HBLLForCausalLM, paths: Sequence[Sequence[int]], start: Tensor | None = None):
+    def __init__(self, model: CausalLM, paths: Sequence[Sequence[int]], start: Tensor | None = None):
         self.model = model
         self.paths = frozenset(model.resolve_path(path=path) for path in paths)
         self.start = start

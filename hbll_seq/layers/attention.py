@@ -57,9 +57,16 @@ class TransformerBlock(ResidualBlock):
     """
 
     def __init__(
-        self, width: int, n_head: int, *, window: int, mlp_ratio: int = 4, norm: str = "rmsnorm", dropout: float = 0.0,
+        self,
+        width: int,
+        n_head: int,
+        *,
+        window: int,
+        mlp_ratio: int = 4,
+        norm: str = "rmsnorm",
+        dropout: float = 0.0,
         rope_base: float = 10000.0,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.n_head, self.window, self.rope_base = n_head, window, rope_base
         self.norm_attention = make_norm(norm, width)

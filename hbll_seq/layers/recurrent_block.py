@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hbll_seq.layers.recurrent import RecurrentState, make_cell
+from hbll_seq.layers.cells import make_cell
+from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 
 
@@ -20,7 +21,7 @@ class RecurrentBlock(ResidualBlock):
 
     Args:
         width: C, of the stream and of the cell.
-        kind: of the cell, see :func:`hbll_seq.layers.recurrent.make_cell`.
+        kind: of the cell, see :func:`hbll_seq.layers.cells.make_cell`.
         mlp_ratio: hidden width of the MLP in units of C; 0 leaves the branch out.
         norm: one of ``residual.NORMS``.
         dropout: probability of dropping a unit of a branch in training.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.decoding import GenerationMixin
+from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
+from hbll_seq.generation.text import TextGenerator
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy
 from hbll_seq.layers.recurrent_block import RecurrentBlock
@@ -68,12 +70,10 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
     if kind != "transformer":
         return RecurrentBlock(config.n_embd, kind, **common)
-    return TransformerBlock(
-        config.n_embd, config.n_head, window=config.context_length, rope_base=config.rope_base, **common
-    )
+    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, rope_base=config.rope_base, **common)
 
 
-class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
+class HBLLForCausalLM(HubMixin, DepthHierarchy):
     """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
 
     Args:
@@ -127,9 +127,7 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         hidden = self.head.norm(self.before_head(state, path)).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None
-    ) -> CausalLMOutput:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None) -> CausalLMOutput:
         """The plain network along ``path`` (default: full).
 
         Args:
@@ -151,6 +149,41 @@ class HBLLForCausalLM(HubMixin, GenerationMixin, DepthHierarchy):
         total = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         loss = total / self.n_scored(logits[:, :-1], targets)
         return CausalLMOutput(loss, logits)
+
+    def generate(
+        self,
+        prompt: str | list[str],
+        depth: int | None = None,
+        path: Sequence[int] | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        stream: bool = False,
+        truncate_prompt: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> str | list[str]:
+        """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
+
+        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
+        """
+        given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **options)
+        return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
+
+    def stream(
+        self,
+        prompt: str,
+        depth: int | None = None,
+        path: Sequence[int] | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        truncate_prompt: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[str]:
+        """The continuation of one prompt, piece by piece as it is generated; see :meth:`generate`.
+
+        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.stream`.
+        """
+        given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **options)
+        return TextGenerator(self, self.tokenizer).stream(prompt, depth, path, **given)
 
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""

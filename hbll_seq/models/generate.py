@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 
+from typing_extensions import Unpack
+
+from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
 from hbll_seq.utils.console import say
@@ -17,17 +20,15 @@ def generate(
     model: HBLLForCausalLM | str | PathLike | None = None,
     *,
     path: Sequence[int] | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    sampling: SamplingParams | None = None,
     stream: bool = False,
     truncate_prompt: bool = False,
+    **options: Unpack[SamplingOptions],
 ) -> str | list[str]:
-    """``model.generate`` for a model given by name: see :meth:`HBLLForCausalLM.generate`.
+    """``model.generate`` for a model given by name.
 
     Args:
+        prompt, depth, path, sampling, stream, truncate_prompt, options: see :meth:`HBLLForCausalLM.generate`.
         model: a model object; a folder; a Hub id; ``"latest"`` for the newest finished run under ``./runs``, which is
             named on stderr. A folder or Hub id is loaded at every call: to call often, load it once with
             ``HBLLForCausalLM.from_pretrained`` and pass the object.
@@ -35,6 +36,7 @@ def generate(
     Raises:
         ValueError: as :meth:`HBLLForCausalLM.generate` and ``from_pretrained``; or ``model`` is None.
     """
+    sampling = as_sampling(sampling, options)  # before a model is loaded in vain
     if model is None:
         raise ValueError(
             "model=None: no model is bundled with hbll_seq yet. Train one with `accelerate launch train/lm.py` and "
@@ -51,7 +53,4 @@ def generate(
             f"model={type(model).__name__} object: must be an HBLLForCausalLM, a folder, a Hub id or 'latest'; of a "
             "wrapped model (DistributedDataParallel, LocalObjective) pass the model inside"
         )
-    return model.generate(
-        prompt, depth=depth, path=path, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, stream=stream, truncate_prompt=truncate_prompt,
-    )  # fmt: skip
+    return model.generate(prompt, depth, path, sampling=sampling, stream=stream, truncate_prompt=truncate_prompt)

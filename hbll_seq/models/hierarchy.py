@@ -29,7 +29,7 @@ class DepthHierarchy(nn.Module):
             their means) or ``"bernoulli"`` (vectors of bits, logits).
 
     Raises:
-        ValueError: the number of blocks is not ``2**D - 1``, or a family is unknown.
+        ValueError: the number of blocks is not ``2**D - 1``, something is no module, or a family is unknown.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class DepthHierarchy(nn.Module):
         width: int | None = None,
     ):
         super().__init__()
-        blocks = nn.ModuleList(blocks)
+        blocks = _as_modules(blocks)
+        for name, module in (("head", head), ("embed", embed)):
+            if not isinstance(module, nn.Module) and (name == "head" or module is not None):
+                raise ValueError(f"{name}={quote(module)}: must be a torch.nn.Module; wrap a function in one")
         n_level = (len(blocks) + 1).bit_length() - 1
         if len(blocks) < 1 or 2**n_level - 1 != len(blocks):
             raise ValueError(
@@ -114,7 +117,11 @@ class DepthHierarchy(nn.Module):
         return self.target_family.n_scored(state.shape[:-1].numel(), targets)
 
     def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
-        """The plain network along ``path`` (default: full): raw inputs -> the head's output."""
+        """The plain network along ``path`` (default: full): raw inputs -> the head's output.
+
+        Raises:
+            ValueError: the path is not dyadic, or a block changes the shape of the states.
+        """
         state, path = self.embed(inputs), self.resolve_path(path=path)
         for n in path:
             (state,) = self.chain.apply((n,), (state,))
@@ -123,3 +130,15 @@ class DepthHierarchy(nn.Module):
     def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """Same as :meth:`run`."""
         return self.run(inputs, path)
+
+
+def _as_modules(blocks: Iterable[nn.Module]) -> nn.ModuleList:
+    """The blocks as a list of modules. Raises ValueError where one is none."""
+    try:
+        blocks = list(blocks)
+    except TypeError:
+        raise ValueError(f"blocks={type(blocks).__name__} object: must be a list of torch.nn.Module") from None
+    for n, block in enumerate(blocks, start=1):
+        if not isinstance(block, nn.Module):
+            raise ValueError(f"block {n} is {quote(block)}: must be a torch.nn.Module; wrap a function in one")
+    return nn.ModuleList(blocks)

@@ -7,20 +7,20 @@ unknown config keys, leaves missing weights random by default, falls back to a p
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
+from hbll_seq.models.hub_source import HUB_ERRORS, as_device, as_source, check_hub_options, find_folder, refuse_unknown
 from hbll_seq.models.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
 from hbll_seq.models.model_files import (
     CARD_NAME,
@@ -32,7 +32,6 @@ from hbll_seq.models.model_files import (
     SUMMED,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
-    WHAT_TO_LOAD,
     ModelFiles,
     called,
     find_latest_run,
@@ -45,20 +44,6 @@ from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
 from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 
 __all__ = ["FILES", "METRICS_NAME", "HubMixin", "find_latest_run"]
-
-#: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
-_HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
-#: arguments of transformers' from_pretrained, and what takes their place here.
-_ELSEWHERE = {
-    "torch_dtype": "load the model, then model.to(torch.bfloat16)",
-    "dtype": "load the model, then model.to(torch.bfloat16)",
-    "device_map": "name one device by device=",
-    "use_auth_token": "give it as token=",
-    "trust_remote_code": "leave it out: no code is ever loaded",
-    "force_download": "leave it out: files are checked; delete the cached ones to download them again",
-    "tokenizer": "it is loaded with the model; set model.tokenizer afterwards for another one",
-    "config": "it is read from config.json",
-}
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -132,8 +117,10 @@ class HubMixin:
             config["eos_token_id"] = self.tokenizer.eos_id
         config_text = to_json(config, indent=2) + "\n"
         if len(config_text) > MAX_CONFIG:
-            raise ValueError(f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
-                             f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written")  # fmt: skip
+            raise ValueError(
+                f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
+                f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written"
+            )
         is_of_user = _has_readme_of_user(folder)
         keep = (CARD_NAME,) if is_of_user else ()
         with atomic_folder(folder, REPLACED, keep) as aside:
@@ -195,12 +182,11 @@ class HubMixin:
                 this model: a damaged file, an unknown or missing config key, a missing or unexpected weight, a wrong shape,
                 a file cut short, a NaN or infinite weight, several dtypes.
         """
-        if unknown:
-            raise ValueError(_explain_unknown(unknown))
-        source = _checked_source(pretrained_model_name_or_path)
-        _check_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
-        device = _checked_device(device)
-        folder = _find_folder(source, revision, token, cache_dir, local_files_only)
+        refuse_unknown(unknown)
+        source = as_source(pretrained_model_name_or_path)
+        check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
+        device = as_device(device)
+        folder = find_folder(source, revision, token, cache_dir, local_files_only)
         return read_unchanged(folder, lambda: cls._read(folder, source)).to(device).eval()
 
     @classmethod
@@ -247,8 +233,8 @@ class HubMixin:
         Raises:
             ValueError: the id is not valid, the Hub refuses or cannot be reached; or as :meth:`save_pretrained`.
         """
-        _check_options(repo_id=repo_id, revision=revision, token=token, private=private)
-        _check_options(create_pr=create_pr, commit_message=commit_message)
+        check_hub_options(repo_id=repo_id, revision=revision, token=token, private=private)
+        check_hub_options(create_pr=create_pr, commit_message=commit_message)
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
@@ -259,64 +245,14 @@ class HubMixin:
             try:
                 api = HfApi(token=token)
                 repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
-                commit = api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision,
-                    create_pr=create_pr,
-                )  # fmt: skip
-            except _HUB_ERRORS as error:
+                options = dict(commit_message=commit_message, revision=revision, create_pr=create_pr)
+                commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
+            except HUB_ERRORS as error:
                 raise ValueError(
                     f"the Hub did not take {quote(repo_id)}: {shorten(error)}. Log in with `hf auth login` (or pass "
                     "token=...) as someone who may write there, and see that this machine reaches the network"
                 ) from error
         return str(commit)
-
-
-def _explain_unknown(unknown: dict[str, Any]) -> str:
-    names = ", ".join(shorten(name, 40) for name in list(unknown)[:4])
-    advice = "; ".join(f"{name}: {_ELSEWHERE[name]}" for name in list(unknown)[:2] if name in _ELSEWHERE)
-    return (
-        f"from_pretrained does not know {names}: known are revision, token, cache_dir, local_files_only and device; "
-        f"{advice or 'leave it out'}"
-    )
-
-
-def _checked_source(source: Any) -> str:
-    try:
-        text = os.fsdecode(source)
-    except TypeError:
-        text = None
-    if text is None or "\0" in text or len(text) > 4000:
-        raise ValueError(f"there is no folder {quote(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
-    return text
-
-
-def _check_options(**options: Any) -> None:
-    """Raises ValueError for an option of from_pretrained or push_to_hub of another type than it has."""
-    types = {
-        "token": ((str, bool, type(None)), "a token, True, False or None"),
-        "local_files_only": ((bool,), "True or False"),
-        "create_pr": ((bool,), "True or False"),
-        "private": ((bool, type(None)), "True, False or None"),
-        "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
-        "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
-        "commit_message": ((str,), "a text"),
-        "repo_id": ((str,), "an id such as 'owner/name'"),
-    }
-    for name, value in options.items():
-        allowed, words = types[name]
-        if not isinstance(value, allowed):
-            shown = type(value).__name__ if name == "token" else quote(value)  # a secret in odd clothes is one too
-            raise ValueError(f"{name}={shown}: must be {words}")
-
-
-def _checked_device(device: Any) -> torch.device:
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises errors of several types for a device that it does not have
-        reason = shorten(error, 150)
-        raise ValueError(f"device={quote(device)}: {reason}; choose one that this machine has, such as 'cpu'") from None
-    return device
 
 
 def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
@@ -325,33 +261,6 @@ def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
         tensor = tensors[name]
         count = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
-
-
-def _find_folder(
-    source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool
-) -> Path:
-    if source.startswith("~"):
-        source = os.fspath(possible_name(source))
-    if os.path.isdir(source):
-        if revision is not None:
-            raise ValueError(f"revision={quote(revision)} with the local folder {called(source)}: only Hub models have one")
-        return Path(source)
-    if os.path.lexists(source):
-        raise ValueError(f"{called(source)} is a file. {WHAT_TO_LOAD}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise ValueError(f"there is no folder {called(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
-    try:
-        return Path(
-            snapshot_download(
-                source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-                allow_patterns=list(FILES),
-            )  # fmt: skip
-        )
-    except _HUB_ERRORS as error:
-        raise ValueError(
-            f"there is no folder {called(source)} here, and no such model could be read from the Hub "
-            f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
-        ) from error
 
 
 def _has_readme_of_user(folder: Path) -> bool:
@@ -364,8 +273,10 @@ def _has_readme_of_user(folder: Path) -> bool:
     except ValueError:  # no regular file, or too large for a card
         return True
     except OSError as error:
-        raise ValueError(f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
-                         "changed there; make it readable, or choose another folder") from error  # fmt: skip
+        raise ValueError(
+            f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+            "changed there; make it readable, or choose another folder"
+        ) from error
 
 
 def _portable(folder: Path) -> str:

@@ -44,9 +44,17 @@ WHAT_TO_LOAD = "Give a folder that save_pretrained or train/lm.py has written, o
 ATTEMPTS = 5
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 T = TypeVar("T")
 
@@ -113,8 +121,10 @@ class ModelFiles:
 
     def _compare(self, name: str, found: str) -> None:
         if self.sums is not None and self.sums.get(name, found) != found:
-            raise ValueError(f"{self.source}: {name} is not the file that {SUMS_NAME} lists: it was damaged or changed, or "
-                             f"is another model's; {_INTACT}")  # fmt: skip
+            raise ValueError(
+                f"{self.source}: {name} is not the file that {SUMS_NAME} lists: it was damaged or changed, or "
+                f"is another model's; {_INTACT}"
+            )
 
     def config(self, architecture: str, config_class: type[ModelConfig]) -> ModelConfig:
         """The configuration. Raises ValueError unless the file holds exactly one of this class."""
@@ -150,8 +160,10 @@ class ModelFiles:
             raise ValueError(f"{self.source}: tokenizer {TOKENIZER_NAME}: {error}") from error
         is_listed = self.sums is not None and TOKENIZER_NAME in self.sums
         if not is_listed and -(-tokenizer.vocab_size // 1024) * 1024 < vocab_size:  # more than padding explains
-            say(f"hbll_seq: {self.source}: {TOKENIZER_NAME} has {tokenizer.vocab_size} pieces, the model {vocab_size} "
-                "tokens: is it the one that the model was trained with?")  # fmt: skip
+            say(
+                f"hbll_seq: {self.source}: {TOKENIZER_NAME} has {tokenizer.vocab_size} pieces, the model {vocab_size} "
+                "tokens: is it the one that the model was trained with?"
+            )
         return tokenizer
 
     def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

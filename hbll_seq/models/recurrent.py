@@ -14,10 +14,20 @@ from hbll_seq.layers.cross_entropy import linear_cross_entropy
 from hbll_seq.layers.recurrent import RecurrentCell, RecurrentState
 from hbll_seq.tree.posterior import TARGET_FAMILIES, Categorical
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, check_inputs, check_state, shifted_labels
+from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.padding import as_lengths, check_side, is_real, last_of, to_right
-from hbll_seq.utils.values import check_choice
+from hbll_seq.utils.values import as_whole, check_choice
 
 READOUTS = ("every", "last")
+
+
+def check_cell(cell: object) -> None:
+    """Raises ValueError unless ``cell`` is a :class:`RecurrentCell`, compiled or not."""
+    if not isinstance(cell, nn.Module) or not isinstance(plain_module(cell), RecurrentCell):
+        raise ValueError(
+            f"cell={type(cell).__name__} object: must be a RecurrentCell, such as make_cell('gru', 64, 128); torch's own "
+            "cells do not give the Jacobian, so derive a class from RecurrentCell for a cell of your own"
+        )
 
 
 class RecurrentModel(nn.Module):
@@ -32,7 +42,7 @@ class RecurrentModel(nn.Module):
         target_family: see :class:`hbll_seq.models.hierarchy.DepthHierarchy`.
 
     Raises:
-        ValueError: readout or family is unknown.
+        ValueError: the cell is none, or readout or family is unknown.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class RecurrentModel(nn.Module):
         target_family: str = "categorical",
     ):
         super().__init__()
+        check_cell(cell)
         for name, value, allowed in (("readout", readout, READOUTS), ("target_family", target_family, TARGET_FAMILIES)):
             check_choice(name, value, allowed)
         self.cell, self.head = cell, head
@@ -89,8 +100,10 @@ class RecurrentModel(nn.Module):
         if labels is None:
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         if self.readout == "every" and labels.shape[:2] != inputs.shape[:2] or len(labels) != len(inputs):
-            raise ValueError(f"labels of shape {tuple(labels.shape)} with inputs of shape {tuple(inputs.shape)}: must have "
-                             "as many rows, and as many steps where each has a target")  # fmt: skip
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} with inputs of shape {tuple(inputs.shape)}: must have "
+                "as many rows, and as many steps where each has a target"
+            )
         if lengths is not None and self.readout == "every":
             labels = to_right(labels, lengths, padding_side)
         return inputs, labels
@@ -160,9 +173,14 @@ class RecurrentLM(RecurrentModel):
     Args:
         vocab_size: V.
         cell: its ``input_size`` is the embedding's width.
+
+    Raises:
+        ValueError: the size is not a whole number of at least 1, or the cell is none.
     """
 
     def __init__(self, vocab_size: int, cell: RecurrentCell):
+        vocab_size = as_whole("vocab_size", vocab_size, 1)
+        check_cell(cell)
         super().__init__(cell, nn.Linear(cell.hidden_size, vocab_size), nn.Embedding(vocab_size, cell.input_size))
 
     def check(self, inputs: Tensor, name: str = "inputs") -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll_seq.layers.recurrent import CELL_KINDS, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.models.config import ModelConfig, check_size
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import CardText
@@ -72,8 +72,10 @@ class HBLLClassifierConfig(ModelConfig):
         check_choice("cell", self.cell, CELL_KINDS)
         seed = self.permutation_seed
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64):
-            raise ValueError(f"permutation_seed={quote(seed)}: must be a whole number of at least 0, or None to read the "
-                             "values as they come; and below 2**64")
+            raise ValueError(
+                f"permutation_seed={quote(seed)}: must be a whole number of at least 0, or None to read the values as they "
+                "come; and below 2**64"
+            )
 
 
 def fixed_order(n: int, seed: int | None) -> list[int]:
@@ -101,9 +103,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         # not in the file of weights: config.json determines it
         self.register_buffer("order", torch.tensor(fixed_order(config.n_inputs, config.permutation_seed)), persistent=False)
 
-    def chunks(
-        self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
-    ) -> Tensor:
+    def chunks(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
         """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
         first one where ``N * I`` is more than L (method.md 1.5). Chunks [B, T, I] are returned as they are.
 
@@ -155,9 +155,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
             raise ValueError("labels=None: this model needs the class of every sequence to be scored on; pass them")
         return chunks, as_classes(labels, self.config.n_classes, chunks.shape[:1])
 
-    def forward(
-        self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right"
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
         """The deployed network, one transition after the other: see :meth:`chunks` -> logits of the last state [B, V], of
         padded sequences that after the last real chunk."""
         chunks = self.chunks(inputs, lengths, padding_side)

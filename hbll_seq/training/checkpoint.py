@@ -20,16 +20,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.utils.reading import check_regular, parse_json, quote, read_bytes, shorten
-from hbll_seq.utils.tensors import first_not_finite, module_tensors
+from hbll_seq.utils.tensors import first_not_finite
 
 FORMAT = 2
 _WITHOUT_SUMS = 1  # the format of older checkpoints, in which nothing covers state.json
@@ -38,7 +37,6 @@ _HALF_DONE = re.compile(re.escape(ASIDE) + r"(old-)?[0-9]{1,18}")  # being writt
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors")
 STATE = "state.json"
 _MAX_STATE = 1 << 26  # bytes of state.json; each process adds about 40,000 of its random generators
-ADAM_STATES = {"step", "exp_avg", "exp_avg_sq"}
 TensorGroups = dict[str, dict[str, Tensor]]
 
 
@@ -271,89 +269,3 @@ def sound_checkpoints(folder: str | os.PathLike) -> list[int]:
         return True
 
     return [step for step in list_checkpoints(folder) if sound(step)]
-
-
-# ---------------------------------------------------------------------------------------------------- contents
-
-
-def load_module(module: nn.Module, tensors: dict[str, Tensor], where: str = "checkpoint") -> None:
-    """Copy ``tensors`` into ``module``; names, shapes and types must be exactly the module's.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected, or of another shape or type; ``module`` is unchanged.
-    """
-    targets = module_tensors(module)
-    check_module(targets, tensors, where)
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
-
-
-def check_module(targets: dict[str, Tensor], tensors: dict[str, Tensor], where: str = "checkpoint") -> None:
-    """Raises CheckpointError unless ``tensors`` have exactly the names, shapes and types of ``targets``."""
-    remedy = "it belongs to a model of another configuration"
-    for problem, names in (("lacks", set(targets) - set(tensors)), ("holds unexpected", set(tensors) - set(targets))):
-        if names:
-            raise CheckpointError(f"{where} {problem} tensor {quote(min(names))} ({len(names)} in all): {remedy}")
-    for name, target in targets.items():
-        found = tensors[name]
-        if found.shape != target.shape or found.dtype != target.dtype:
-            raise CheckpointError(
-                f"{where}: {name!r} is {found.dtype} of shape {tuple(found.shape)}, expected {target.dtype} of shape "
-                f"{tuple(target.shape)}: {remedy}"
-            )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter name>|<state name>`` -> tensor."""
-    tensors = {}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}|{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-    return tensors
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors` for an optimizer over the same parameters.
-
-    Raises:
-        CheckpointError: as :func:`check_optimizer`; ``optimizer`` is unchanged.
-    """
-    check_optimizer(optimizer, module, tensors)
-    parameters = dict(module.named_parameters())
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        parameter = parameters[name]
-        # PyTorch keeps step counts on the CPU unless the optimizer is fused or capturable
-        device = parameter.device if tensor.ndim or _on_device(optimizer) else "cpu"
-        state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
-    optimizer.state.clear()
-    optimizer.state.update(state)
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raises CheckpointError where a state belongs to no parameter that ``optimizer`` trains, has another shape or type than
-    its parameter, or a parameter has some of AdamW's states and not all."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = {name: p for name, p in module.named_parameters() if id(p) in trained}
-    remedy = "it belongs to a model of another configuration"
-    found: dict[str, set[str]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("|")
-        parameter = parameters.get(name)
-        count = key == "step"
-        if parameter is None or key not in ADAM_STATES or tensor.shape != (() if count else parameter.shape):
-            raise CheckpointError(f"optimizer state {quote(full_name)} of shape {tuple(tensor.shape)} fits no parameter: "
-                                  f"{remedy}")
-        if not tensor.is_floating_point() if count else tensor.dtype != parameter.dtype:
-            raise CheckpointError(f"optimizer state {quote(full_name)} is {tensor.dtype}, its parameter {parameter.dtype}: "
-                                  f"{remedy}")
-        found.setdefault(name, set()).add(key)
-    for name, keys in found.items():
-        if missing := ADAM_STATES - keys:
-            raise CheckpointError(f"optimizer state {min(missing)!r} of parameter {quote(name)} is missing: {remedy}")
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))

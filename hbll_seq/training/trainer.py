@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from hbll_seq.chains.depth import Prefix
 from hbll_seq.data.windows import TokenWindows
-from hbll_seq.training.checkpoint import (
-    CheckpointError,
+from hbll_seq.training.checkpoint import CheckpointError, save_checkpoint
+from hbll_seq.training.checkpoint_contents import (
     check_module,
     check_optimizer,
     load_module,
     load_optimizer,
     optimizer_tensors,
-    save_checkpoint,
 )
 from hbll_seq.training.devices import track
 from hbll_seq.training.failures import RunFailed, remedy_for

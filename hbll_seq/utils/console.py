@@ -7,8 +7,10 @@ import io
 import os
 import re
 import sys
+import warnings
 from typing import Any, TextIO
 
+_PACKAGE = __name__.partition(".")[0]
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -106,6 +108,14 @@ def say(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     stream = ForgivingStream(sys.stderr if file is None else file)
     stream.write(text + end)
     stream.flush()
+
+
+def warn_user(message: str) -> None:
+    """A UserWarning that names the line of the user's program that called into this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def is_first_process() -> bool:

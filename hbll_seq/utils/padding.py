@@ -41,8 +41,10 @@ def check_side(padding_side: str, lengths: Tensor | Sequence[int] | None) -> Non
     """Raises ValueError unless ``padding_side`` is "right" or "left", and for "left" without the lengths that it needs."""
     check_choice("padding_side", padding_side, SIDES)
     if padding_side == "left" and lengths is None:
-        raise ValueError("padding_side='left' without lengths: the padding would be read as steps; give lengths, how many "
-                         "steps of each row are real")  # fmt: skip
+        raise ValueError(
+            "padding_side='left' without lengths: the padding would be read as steps; give lengths, how many "
+            "steps of each row are real"
+        )
 
 
 def to_right(values: Tensor, lengths: Tensor, padding_side: str, fill: float = 0) -> Tensor:

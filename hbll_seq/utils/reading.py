@@ -21,9 +21,12 @@ MAX_QUOTED = 200
 #: bytes of a document (configuration, card, state, preset) that are read at most, where a caller names no other limit.
 MAX_DOCUMENT = 1 << 24
 _KINDS = (
-    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
-)  # fmt: skip
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class _Repr(reprlib.Repr):

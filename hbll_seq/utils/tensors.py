@@ -17,9 +17,23 @@ from hbll_seq.utils.reading import quote, shorten
 #: the dtypes of a model's weights; a file's are all of one of them.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FILLS = frozenset(
-    f"{name}_" for name in ("normal", "uniform", "trunc_normal", "kaiming_normal", "kaiming_uniform", "xavier_normal",
-                            "xavier_uniform", "orthogonal", "zero", "zeros", "ones", "fill", "constant")
-)  # fmt: skip
+    f"{name}_"
+    for name in (
+        "normal",
+        "uniform",
+        "trunc_normal",
+        "kaiming_normal",
+        "kaiming_uniform",
+        "xavier_normal",
+        "xavier_uniform",
+        "orthogonal",
+        "zero",
+        "zeros",
+        "ones",
+        "fill",
+        "constant",
+    )
+)
 
 
 class WithoutValues(TorchFunctionMode):
@@ -119,8 +133,10 @@ def _check_ties(module: nn.Module, fresh: nn.Module) -> None:
     found, expected = _first_names(module), _first_names(fresh)
     for name, first in expected.items():
         if first != name and found[name] != first:
-            raise ValueError(f"weight {_name(name)} is not tied to {_name(first)}, as it is in a model of this config; tie "
-                             f"it: model.{name} = model.{first}")  # fmt: skip
+            raise ValueError(
+                f"weight {_name(name)} is not tied to {_name(first)}, as it is in a model of this config; tie "
+                f"it: model.{name} = model.{first}"
+            )
     memory: dict[int, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         first = memory.setdefault(tensor.data_ptr(), found[name]) if _has_memory(tensor) else found[name]
@@ -144,8 +160,10 @@ def _first_names(module: nn.Module) -> dict[str, str]:
 def _plain(name: str, tensor: Tensor) -> Tensor:
     """A dense tensor without gradient and without a subclass's ways."""
     if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__") or tensor.is_quantized:
-        raise ValueError(f"weight {_name(name)} is a {type(tensor).__name__} of layout {tensor.layout}, not a plain tensor; "
-                         "make it dense and whole first")  # fmt: skip
+        raise ValueError(
+            f"weight {_name(name)} is a {type(tensor).__name__} of layout {tensor.layout}, not a plain tensor; "
+            "make it dense and whole first"
+        )
     return tensor.detach().as_subclass(Tensor)
 
 
@@ -155,9 +173,7 @@ def own_memory(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
 
 
-def _check_dtypes(
-    start: str, found: Mapping[str, torch.dtype | str], expected: Mapping[str, Tensor], remedy: str
-) -> None:
+def _check_dtypes(start: str, found: Mapping[str, torch.dtype | str], expected: Mapping[str, Tensor], remedy: str) -> None:
     """Raises ValueError unless all floating tensors have one dtype, of ``FLOATS``, and the others the expected one."""
     floating = None
     for name, dtype in found.items():
@@ -165,8 +181,9 @@ def _check_dtypes(
         if dtype not in FLOATS if own.is_floating_point else dtype != own:
             raise ValueError(f"{start}weight {_name(name)} is {dtype}, but must be like {own}; {remedy}")
         if own.is_floating_point and dtype != (floating := floating or dtype):
-            raise ValueError(f"{start}weight {_name(name)} is {dtype}, but others are {floating}: all must have one dtype; "
-                             f"{remedy}")  # fmt: skip
+            raise ValueError(
+                f"{start}weight {_name(name)} is {dtype}, but others are {floating}: all must have one dtype; {remedy}"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ before loading
@@ -187,6 +204,8 @@ def check_found(
         raise ValueError(f"{source} holds {listing(unexpected)}, which this configuration does not have; {remedy}")
     for name, own in expected.items():
         if list(shapes[name]) != list(own.shape):
-            raise ValueError(f"{source}: weight {_name(name)} has shape {quote(list(shapes[name]))}, config.json asks for "
-                             f"{quote(list(own.shape))}; {remedy}")  # fmt: skip
+            raise ValueError(
+                f"{source}: weight {_name(name)} has shape {quote(list(shapes[name]))}, config.json asks for "
+                f"{quote(list(own.shape))}; {remedy}"
+            )
     _check_dtypes(f"{source}: ", dtypes, expected, remedy)

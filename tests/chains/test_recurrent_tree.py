@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.layers.recurrent import CELL_KINDS, GRUCell, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.gru import GRUCell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.options import Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentLocalObjective

@@ -13,7 +13,8 @@ from hbll_seq.engine.linearization import shared_matrix
 from hbll_seq.engine.linearization.base import Diagonal, Zero
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit, bounded
 from hbll_seq.engine.scan import shared_scan
-from hbll_seq.layers.recurrent import CELL_KINDS, Jacobian, RecurrentCell, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.options import Sweeps
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective

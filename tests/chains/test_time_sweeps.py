@@ -10,7 +10,8 @@ from hbll_seq.engine.chain import Chain
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
-from hbll_seq.layers.recurrent import CELL_KINDS, RecurrentState, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
 from hbll_seq.objectives.options import Sweeps, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective

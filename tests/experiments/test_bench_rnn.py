@@ -8,7 +8,7 @@ import torch
 
 import bench_rnn
 from comparisons.fused import FusedObjective
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 
 EXACT = "sweeps:forward=7,backward=7,linearization=zero,chunk_size=1"
 TINY = ["--device", "cpu", "--hidden-size", "6", "--repeats", "1", "--warmup", "1", "--methods", EXACT,

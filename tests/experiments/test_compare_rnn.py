@@ -15,7 +15,7 @@ from comparisons.results import Results
 from comparisons.runs import TimeShape, train_time
 from comparisons.tasks import Copying, Stream
 from comparisons.time_methods import TimeMethod
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.tree.posterior import IGNORE_INDEX
 

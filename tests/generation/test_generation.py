@@ -8,8 +8,9 @@ import torch
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation import decoding as generation
-from hbll_seq.generation.decoding import decode_one_token, prefill, sample
+from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.generation.path_cache import PathCache
+from hbll_seq.generation.sampling import SamplingParams, sample
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.generate import generate
@@ -76,7 +77,7 @@ def test_greedy_ids_equal_those_of_the_full_forward(model, path):
     expected = prompt = tokens_of(1, 6, seed=1)
     for _ in range(14):  # passes the window
         expected = torch.cat((expected, model(expected, path=path).logits[:, -1:].argmax(-1)), dim=1)
-    steps = generation.generate_ids(model, prompt.tolist(), path, max_new_tokens=14, temperature=0)
+    steps = generation.generate_ids(model, prompt.tolist(), path, SamplingParams(14, temperature=0))
     assert [token for (token,) in steps] == expected[0, 6:].tolist()
 
 
@@ -196,12 +197,16 @@ OPTIONS = [(1.0, None, None), (0.5, None, None), (2.0, 4, None), (1.0, None, 0.7
            (1.0, None, 1e-6), (1.0, 999, 1.0), (1.3, None, 0.95)]  # fmt: skip
 
 
+def drawn_by(temperature, top_k=None, top_p=None):
+    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+
+
 @pytest.mark.parametrize("temperature,top_k,top_p", OPTIONS)
 def test_sample_follows_a_slow_oracle(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 2.5, -1.0, 2.5, 0.3, -3.0, 2.5, 1.7])  # three equal ones among them
     expected = dict(probabilities(logits.tolist(), temperature, top_k, top_p))
     n = 40_000
-    drawn = sample(logits.expand(n, -1), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    drawn = sample(logits.expand(n, -1), drawn_by(temperature, top_k, top_p), torch.Generator().manual_seed(0))
     frequency = torch.bincount(drawn, minlength=8) / n
     likely = {i for i, p in expected.items() if p > 1e-3}
     assert likely <= set(drawn.unique().tolist()) <= set(expected)
@@ -212,7 +217,7 @@ def test_sample_follows_a_slow_oracle(temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature,top_k,top_p", OPTIONS)
 def test_each_draw_inverts_the_cumulative_distribution(temperature, top_k, top_p):
     logits = torch.randn(200, 30, generator=torch.Generator().manual_seed(1)) * 2
-    drawn = sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(2)).tolist()
+    drawn = sample(logits, drawn_by(temperature, top_k, top_p), torch.Generator().manual_seed(2)).tolist()
     uniform = torch.rand(200, 1, generator=torch.Generator().manual_seed(2))[:, 0].tolist()
     ordered = top_k not in (None, 999) or top_p not in (None, 1.0)  # else tokens are walked by id
     for row, u, token in zip(logits.tolist(), uniform, drawn):
@@ -227,11 +232,11 @@ def test_each_draw_inverts_the_cumulative_distribution(temperature, top_k, top_p
 
 def test_sample_at_the_edges():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 5.0, -5.0]])
-    assert sample(logits, temperature=0).tolist() == [1, 0]
-    assert sample(logits[:1], temperature=1e-300).tolist() == [1]
-    equal = sample(torch.zeros(200, 5000), 1.0, top_k=3, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, drawn_by(0)).tolist() == [1, 0]
+    assert sample(logits[:1], drawn_by(1e-300)).tolist() == [1]
+    equal = sample(torch.zeros(200, 5000), drawn_by(1.0, top_k=3), torch.Generator().manual_seed(0))
     assert set(equal.tolist()) == {0, 1, 2}
-    half = sample(logits[:1].bfloat16().expand(50, -1), 1.0, generator=torch.Generator().manual_seed(0))
+    half = sample(logits[:1].bfloat16().expand(50, -1), drawn_by(1.0), torch.Generator().manual_seed(0))
     assert set(half.tolist()) <= {0, 1, 2}
     # The smallest and the largest draw still land on a token that has probability.
     spiked = torch.full((1, 1000), -200.0)
@@ -239,10 +244,10 @@ def test_sample_at_the_edges():
     for draw in (0.0, 1 - 2**-24):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *size, generator: torch.full(size, draw))
-            assert sample(spiked, 1.0).tolist() == [10]
+            assert sample(spiked, drawn_by(1.0)).tolist() == [10]
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="NaN or inf"):
-            sample(torch.tensor([[0.0, bad]]))
+            sample(torch.tensor([[0.0, bad]]), drawn_by(1.0))
 
 
 def test_a_seed_repeats_the_draw_and_leaves_the_global_generator_alone(text_model):
@@ -322,7 +327,7 @@ def test_rows_stop_at_the_end_of_text(text_model, monkeypatch):
 
 
 def test_no_more_tokens_than_asked_for(text_model):
-    steps = list(generation.generate_ids(text_model, [[5]], (4,), max_new_tokens=7, temperature=0))
+    steps = list(generation.generate_ids(text_model, [[5]], (4,), SamplingParams(7, temperature=0)))
     assert len(steps) == 7
 
 

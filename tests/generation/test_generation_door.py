@@ -1,5 +1,6 @@
 """What generation accepts of Python and NumPy, what it refuses, and where its stream may go."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -13,7 +14,8 @@ import pytest
 import torch
 from test_generation import TOKENIZER, model_of
 
-from hbll_seq.generation.decoding import generate_ids, sample
+from hbll_seq.generation.decoding import generate_ids
+from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, sample
 from hbll_seq.models.generate import generate
 from hbll_seq.tree.topology import DyadicTree
 
@@ -111,6 +113,48 @@ def test_what_is_no_such_value_is_named_in_one_short_line(model, capsys, options
             model.stream(**{"prompt": "The city", **GREEDY, **options})
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_tokens=3), "unknown option 'max_tokens': did you mean max_new_tokens\\? .* are max_new_tokens, temp"),
+        (dict(dept=3), "'dept': did you mean depth"),
+        (dict(truncate=True), "'truncate': did you mean truncate_prompt"),
+        (dict(zzz=3), "unknown option 'zzz': The sampling options are"),
+        (dict(sampling=SamplingParams(), top_k=3), "sampling and top_k are both given: put it into SamplingParams"),
+        (dict(sampling=dict(top_k=3)), "sampling={'top_k': 3}: must be a SamplingParams"),
+    ],
+    ids=str,
+)
+def test_options_of_no_such_name_or_twice(model, options, message):
+    for door in (model.generate, model.stream, lambda *given, **more: generate(*given, model=model, **more)):
+        with pytest.raises(ValueError, match=message):
+            door("The city", **options)
+    with pytest.raises(ValueError, match=message):  # before a model is read
+        generate("The city", model="no/such-model", **options)
+
+
+def test_one_object_or_its_fields_for_short(model):
+    options = dict(max_new_tokens=5, temperature=1.5, top_k=20, top_p=0.9, seed=3)
+    by_object = model.generate("The city", sampling=SamplingParams(**options))
+    assert by_object == model.generate("The city", **options) != "The city"
+    assert by_object == generate("The city", model=model, sampling=SamplingParams(**options))
+    assert by_object == "The city" + "".join(model.stream("The city", sampling=SamplingParams(**options)))
+    assert {f.name for f in dataclasses.fields(SamplingParams)} == set(SamplingOptions.__annotations__) == set(options)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(max_new_tokens=0), "max_new_tokens=0: must be a whole number of at least 1$"),
+    (dict(seed=-1), "seed=-1: must be a whole number of at least 0 and at most 9223372036854775807, or None$"),
+    (dict(temperature=-1), r"temperature=-1: must be a number of at least 0 \(0 is greedy\)$"),
+    (dict(temperature=math.inf), r"temperature=inf: must be a number of at least 0 \(0 is greedy\)$"),
+    (dict(top_k=0), "top_k=0: must be a whole number of at least 1, or None to keep every token$"),
+    (dict(top_p=0), "top_p=0: must be a number above 0 and at most 1, or None to keep every token$"),
+])  # fmt: skip
+def test_sampling_options_check_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
 def test_a_tuple_of_prompts_is_a_list(model):
     assert model.generate(("a", "b"), **GREEDY) == model.generate(["a", "b"], **GREEDY)
 
@@ -118,7 +162,7 @@ def test_a_tuple_of_prompts_is_a_list(model):
 def test_nothing_is_allocated_ahead_of_the_tokens(model):
     pieces = model.stream("The city", temperature=1.0, seed=0, max_new_tokens=10**12)
     assert len("".join(itertools.islice(pieces, 3))) >= 3
-    assert len(next(generate_ids(model, [[5]], (4,), max_new_tokens=10**30, temperature=0))) == 1
+    assert len(next(generate_ids(model, [[5]], (4,), SamplingParams(10**30, temperature=0)))) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,21 +179,19 @@ def test_nothing_is_allocated_ahead_of_the_tokens(model):
         (dict(prompts=[[10**9]]), "whole numbers from 0 to"),
         (dict(prompts=["ab"]), "whole numbers from 0 to"),
         (dict(path=(4, 7)), "4 -> 7"),
-        (dict(max_new_tokens=0), "max_new_tokens=0"),
-        (dict(seed=-1), "seed=-1"),
-        (dict(temperature=-1), "temperature=-1"),
+        (dict(sampling=5), "sampling=5: must be a SamplingParams"),
     ],
     ids=str,
 )
 def test_ids_are_checked_at_the_call(model, changes, message):
     with pytest.raises(ValueError, match=message):
-        generate_ids(model, **{**dict(prompts=[[5]], path=(4,), max_new_tokens=1), **changes})
+        generate_ids(model, **{**dict(prompts=[[5]], path=(4,), sampling=SamplingParams(1)), **changes})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("ids", [np.array([[5, 6]]), torch.tensor([[5, 6]]), [torch.tensor([5, 6])]], ids=str)
 def test_ids_may_be_numpys_or_torchs(model, ids):
-    first, second = (list(generate_ids(model, ids, (4,), max_new_tokens=3, temperature=0)) for ids in (ids, [[5, 6]]))
+    first, second = (list(generate_ids(model, ids, (4,), SamplingParams(3, temperature=0))) for ids in (ids, [[5, 6]]))
     assert first == second
 
 
@@ -157,17 +199,17 @@ def test_ids_may_be_numpys_or_torchs(model, ids):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_broken_logits_are_refused(values, temperature):
     with pytest.raises(ValueError, match="logits hold NaN or inf.*load sound ones"):
-        sample(torch.tensor([[0.0, 1.0], values]), temperature)
+        sample(torch.tensor([[0.0, 1.0], values]), SamplingParams(temperature=temperature))
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 0), torch.zeros(1, 3).long()])
 def test_logits_of_another_shape_are_refused(logits):
     with pytest.raises(ValueError, match="logits of shape"):
-        sample(logits)
+        sample(logits, SamplingParams())
 
 
 def test_some_tokens_may_be_impossible():
-    assert sample(torch.tensor([[-math.inf, 2.0, -math.inf]])).tolist() == [1]
+    assert sample(torch.tensor([[-math.inf, 2.0, -math.inf]]), SamplingParams()).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", ["3", 3.0, True, None, -3, [3], np.float64(3)])

@@ -8,8 +8,9 @@ import torch
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.decoding import decode_one_token, generate_ids, prefill
 from hbll_seq.generation.path_cache import PathCache
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.attention import TransformerBlock
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import CELLS, HBLLConfig
@@ -128,7 +129,7 @@ def test_prompts_of_any_length():
     for truncate in (False, True):  # nothing is cut, whatever is asked
         text = model.generate(prompt, depth=3, max_new_tokens=4, temperature=0, truncate_prompt=truncate)
         path = model.resolve_path(3)
-        new = [step[0] for step in generate_ids(model, [ids], path, max_new_tokens=4, temperature=0, n_tokens=4096)]
+        new = [step[0] for step in generate_ids(model, [ids], path, SamplingParams(4, temperature=0), n_tokens=4096)]
         assert text == prompt + model.tokenizer.decode(new)
     with torch.no_grad():
         assert new[0] == model(torch.tensor([ids]), path=path).logits[0, -1, :4096].argmax()

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hbll_seq.layers import recurrent
-from hbll_seq.layers.recurrent import CELL_KINDS, ElmanCell, GRUCell, RecurrentState, make_cell
+from hbll_seq.layers import gate_arithmetic
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
+from hbll_seq.layers.elman import ElmanCell
+from hbll_seq.layers.gru import GRUCell, gru_reference
+from hbll_seq.layers.recurrent import RecurrentState
 
 
 def double_cell(kind, input_size=5, hidden_size=6):
@@ -132,12 +135,34 @@ def test_tiles_are_the_same_function(kind, tile, monkeypatch):
 
     whole = everything()
     reference = gradients(cell.transition, cell, s, projected, message)
-    monkeypatch.setattr(recurrent, "TILE", tile)
+    monkeypatch.setattr(gate_arithmetic, "TILE", tile)
     for tiled, expected in zip(everything(), whole):
         torch.testing.assert_close(tiled, expected, rtol=0, atol=1e-14)
     ours = gradients(lambda *inputs: cell.differentiate(*inputs)[0], cell, s, projected, message)
     for gradient, expected in zip(ours, reference):  # a GRU makes its own
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows, width", [((), 1), ((1,), 3), ((7, 3), 5), ((2, 1, 3), 2), ((131, 1), 65)], ids=str)
+@pytest.mark.parametrize("tile", [1, 100, 2**19])
+def test_a_gru_and_its_own_backward_pass_are_the_reference(rows, width, tile, monkeypatch):
+    """Outputs, all four gradients and the Jacobian, at odd sizes."""
+    monkeypatch.setattr(gate_arithmetic, "TILE", tile)
+    cell = double_cell("gru", 5, width)
+    s, projected, upstream = (torch.randn(*rows, n * width, dtype=torch.float64) for n in (1, 3, 1))
+    inputs = [s.requires_grad_(), projected.requires_grad_(), cell.weight_hh, cell.bias_hh]
+    expected = gru_reference(*inputs)
+    output, jacobian = cell.differentiate(s, projected)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(cell.transition(s, projected), expected, rtol=0, atol=1e-14)
+    by_autograd = torch.autograd.grad(expected, inputs, upstream)
+    for ours, reference in zip(torch.autograd.grad(output, inputs, upstream), by_autograd):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(jacobian.vjp(upstream), by_autograd[0], rtol=1e-12, atol=1e-13)
+    for wanted in (0, 1, 2, 3):  # each by itself: the others' gradients are left out
+        (alone,) = torch.autograd.grad(cell.differentiate(s, projected)[0], inputs[wanted], upstream)
+        torch.testing.assert_close(alone, by_autograd[wanted], rtol=1e-12, atol=1e-13)
 
 
 def gradients(f, cell, s, projected, message):
@@ -164,18 +189,22 @@ def test_gradients_under_autocast_are_those_of_autograd(kind):
 @pytest.mark.parametrize("kind", CELL_KINDS)
 @pytest.mark.parametrize("tile", [100, 2**19])
 def test_one_state_for_all_transitions(kind, tile, monkeypatch):
-    """It is multiplied with the matrix once."""
-    monkeypatch.setattr(recurrent, "TILE", tile)
+    """A state [1, ...] is multiplied with the matrix once."""
+    monkeypatch.setattr(gate_arithmetic, "TILE", tile)
     cell = double_cell(kind)
-    s = torch.randn(2, 6, dtype=torch.float64).expand(11, 2, 6)
+    s = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
     projected = cell.project(torch.randn(11, 2, 5, dtype=torch.float64)).detach()
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(cell.transition(s, projected), cell.transition(s.clone(), projected))
-            for ours, expected in zip(cell.differentiate(s, projected), cell.differentiate(s.clone(), projected)):
-                ours, expected = ((ours, expected) if isinstance(ours, torch.Tensor) else
-                                  (ours.diagonal(), expected.diagonal()))  # fmt: skip
-                torch.testing.assert_close(ours, expected)
+            everywhere = s.expand(11, 2, 6)
+            torch.testing.assert_close(cell.transition(s, projected), cell.transition(everywhere, projected))
+            (output, jacobian), (expected, known) = (cell.differentiate(state, projected) for state in (s, everywhere))
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(jacobian.diagonal(), known.diagonal())
+            if grad:
+                for transition in (cell.transition, lambda *given: cell.differentiate(*given)[0]):
+                    ours, of_all = (torch.autograd.grad(transition(x, projected).square().sum(), s) for x in (s, everywhere))
+                    torch.testing.assert_close(ours, of_all)
 
 
 @pytest.mark.parametrize("kind", ["gru", "mingru"])

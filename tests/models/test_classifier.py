@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbll_seq import HBLLClassifierConfig, HBLLForCausalLM, HBLLForSequenceClassification, RecurrentLocalObjective
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models import hub
 from hbll_seq.models.sequence_classification import fixed_order
 

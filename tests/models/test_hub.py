@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.models import hub
+from hbll_seq.models import hub, hub_source
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hub import find_latest_run
@@ -226,7 +226,7 @@ def test_damage_is_named(saved, damage, message):
 
 def test_what_is_no_model_is_named(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(hub_source, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
     (tmp_path / "empty").mkdir()
     for source, message in {
         "empty": "'empty' has no config.json; it holds nothing. Give a folder",
@@ -423,7 +423,7 @@ class FakeHub:
 def fake_hub(tmp_path, monkeypatch):
     fake = FakeHub(tmp_path / "hub")
     monkeypatch.setattr(hub, "HfApi", fake.api)
-    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub_source, "snapshot_download", fake.snapshot_download)
     monkeypatch.chdir(tmp_path)
     return fake
 

@@ -10,12 +10,17 @@ import torch
 from huggingface_hub import constants
 
 from hbll_seq import (
+    BackpropObjective,
+    DepthHierarchy,
     HBLLClassifierConfig,
     HBLLConfig,
     HBLLForCausalLM,
     HBLLForSequenceClassification,
     LocalObjective,
+    RecurrentLM,
+    RecurrentModel,
     Sweeps,
+    make_cell,
 )
 from hbll_seq.models.config import BOUNDS
 from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, SUMS_NAME, WEIGHTS_NAME
@@ -254,3 +259,51 @@ def test_odd_metadata_is_written_in_bounds(tmp_path, value):
     card = (tmp_path / "m" / CARD_NAME).read_bytes().decode("utf-8")
     assert len(card) < 200_000 and "\r" not in card and "## Configuration" in card
     assert HBLLForCausalLM.from_pretrained(tmp_path / "m")._card[0] == card
+
+
+class Widening(torch.nn.Module):
+    def forward(self, x):
+        return torch.cat((x, x), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "blocks, made",
+    [
+        ([torch.nn.Linear(4, 5)], r"block 1 \(Linear\) makes shape \(2, 5\) of states of shape \(2, 4\)"),
+        ([torch.nn.Identity(), Widening(), torch.nn.Identity()], r"block 2 \(Widening\) makes shape \(2, 8\)"),
+        ([torch.nn.GRU(4, 4)], r"block 1 \(GRU\) makes a tuple .*one that also returns a state is a Cell"),
+    ],
+    ids=str,
+)
+def test_a_block_that_changes_the_shape_is_named(blocks, made):
+    model = DepthHierarchy(blocks, torch.nn.Linear(4, 3), torch.nn.Identity())
+    x, y = torch.randn(2, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=made):
+        model(x)
+    with pytest.raises(ValueError, match=made):
+        BackpropObjective(model)(x, y)
+    with pytest.raises(ValueError, match=made):
+        LocalObjective(model)(x, y)
+
+
+def test_what_is_no_module_is_named():
+    block, head = torch.nn.Identity(), torch.nn.Linear(4, 3)
+    for blocks, message in (([torch.tanh], "block 1 is .*tanh.*torch.nn.Module"), (block, "blocks=Identity object"),
+                            ([block, None, block], "block 2 is None")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            DepthHierarchy(blocks, head)
+    with pytest.raises(ValueError, match="head=None: must be a torch.nn.Module"):
+        DepthHierarchy([block], None)
+    with pytest.raises(ValueError, match="embed=.*tanh.*: must be a torch.nn.Module"):
+        DepthHierarchy([block], head, torch.tanh)
+
+
+@pytest.mark.parametrize("cell", [torch.nn.GRUCell(3, 4), "gru", None, lambda s, x: s], ids=str)
+def test_what_is_no_recurrent_cell_is_named(cell):
+    message = f"cell={type(cell).__name__} object: must be a RecurrentCell, such as make_cell"
+    with pytest.raises(ValueError, match=message):
+        RecurrentLM(10, cell)
+    with pytest.raises(ValueError, match=message):
+        RecurrentModel(cell, torch.nn.Linear(4, 10))
+    with pytest.raises(ValueError, match="vocab_size=0"):
+        RecurrentLM(0, make_cell("gru", 3, 4))

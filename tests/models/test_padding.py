@@ -6,7 +6,7 @@ from test_objective import small_lm
 from torch import nn
 
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification

@@ -8,7 +8,7 @@ import torch
 from test_generation import TOKENIZER, model_of
 from test_objective import small_lm
 
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.generate import generate
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective

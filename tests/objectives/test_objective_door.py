@@ -7,7 +7,7 @@ from torch import nn
 
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.generation.decoding import decode_one_token, prefill
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification

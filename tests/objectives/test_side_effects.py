@@ -11,7 +11,7 @@ from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective

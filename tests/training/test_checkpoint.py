@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training import checkpoint_contents as contents
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.utils.integrity import read_sums
 
@@ -127,9 +128,9 @@ def test_newer_format_is_refused(tmp_path):
 def test_tied_weights_are_stored_once_and_stay_tied():
     torch.manual_seed(0)
     one, other = Tied(), Tied()
-    tensors = ck.module_tensors(one)
+    tensors = contents.module_tensors(one)
     assert sorted(tensors) == ["count", "embed.weight", "head.bias"]
-    ck.load_module(other, tensors)
+    contents.load_module(other, tensors)
     assert other.head.weight is other.embed.weight and torch.equal(other.head.weight, one.embed.weight)
 
 
@@ -145,12 +146,12 @@ def test_tied_weights_are_stored_once_and_stay_tied():
 def test_loading_is_strict_and_leaves_the_module_alone(change, message):
     torch.manual_seed(0)
     module = Tied()
-    before = {name: tensor.clone() for name, tensor in ck.module_tensors(module).items()}
+    before = {name: tensor.clone() for name, tensor in contents.module_tensors(module).items()}
     tensors = {name: tensor + 1 for name, tensor in before.items()}
     change(tensors)
     with pytest.raises(ck.CheckpointError, match=message):
-        ck.load_module(module, tensors)
-    assert_equal(ck.module_tensors(module), before)
+        contents.load_module(module, tensors)
+    assert_equal(contents.module_tensors(module), before)
 
 
 def _train(module, optimizer, steps):
@@ -166,7 +167,7 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     module = Tied()
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     _train(module, optimizer, 3)
-    parts = {"model": ck.module_tensors(module), "optimizer": ck.optimizer_tensors(optimizer, module)}
+    parts = {"model": contents.module_tensors(module), "optimizer": contents.optimizer_tensors(optimizer, module)}
     assert "embed.weight|exp_avg" in parts["optimizer"] and "embed.weight|step" in parts["optimizer"]
     ck.save_checkpoint(tmp_path, 3, parts, {"rng": rng_state()})
     _train(module, optimizer, 3)
@@ -174,18 +175,18 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     resumed = Tied()
     resumed_optimizer = torch.optim.AdamW(resumed.parameters(), lr=0.1)
     tensors, state = ck.load_checkpoint(tmp_path, 3)
-    ck.load_module(resumed, tensors["model"])
-    ck.load_optimizer(resumed_optimizer, resumed, tensors["optimizer"])
+    contents.load_module(resumed, tensors["model"])
+    contents.load_optimizer(resumed_optimizer, resumed, tensors["optimizer"])
     set_rng_state(state["rng"])
     _train(resumed, resumed_optimizer, 3)
-    assert_equal(ck.module_tensors(resumed), ck.module_tensors(module))
+    assert_equal(contents.module_tensors(resumed), contents.module_tensors(module))
 
 
 @pytest.mark.parametrize("name, shape", [("nobody|exp_avg", (6,)), ("head.bias|exp_avg", (5,))])
 def test_optimizer_state_must_fit(name, shape):
     module = Tied()
     with pytest.raises(ck.CheckpointError, match="fits no parameter"):
-        ck.load_optimizer(torch.optim.AdamW(module.parameters()), module, {name: torch.zeros(shape)})
+        contents.load_optimizer(torch.optim.AdamW(module.parameters()), module, {name: torch.zeros(shape)})
 
 
 def test_every_random_generator_is_restored():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training import checkpoint_contents as contents
 from hbll_seq.training.devices import make_accelerator
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.resuming import check_identity
@@ -54,8 +55,8 @@ def run(lm_options, tmp_path_factory):
 
 
 def snapshot(trainer):
-    tensors = {**ck.module_tensors(trainer.plain_objective), **trainer._all_states(),
-               **ck.optimizer_tensors(trainer.optimizer.optimizer, trainer.plain_objective)}
+    tensors = {**contents.module_tensors(trainer.plain_objective), **trainer._all_states(),
+               **contents.optimizer_tensors(trainer.optimizer.optimizer, trainer.plain_objective)}
     content = {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
     return content, json.dumps(rng_state()), trainer.done, trainer.seconds
 

@@ -45,7 +45,7 @@ from comparisons.plots import plot_speedups
 from comparisons.report import crossover, speedup
 from comparisons.time_methods import TimeMethod
 from comparisons.words import current_points
-from hbll_seq.layers.recurrent import CELL_KINDS, make_cell
+from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.recurrent import RecurrentObjective
 from hbll_seq.utils.atomic import atomic_write

@@ -43,7 +43,7 @@ from comparisons.time_methods import TimeMethod, defaults_of
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CONTEXT_LENGTH = 128

@@ -50,7 +50,7 @@ from comparisons.tasks import Classes
 from comparisons.time_methods import DEFAULTS, INITS, TimeMethod, defaults_of
 from comparisons.words import current_setting
 from hbll_seq.data.mnist import load_mnist
-from hbll_seq.layers.recurrent import CELL_KINDS
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
 from hbll_seq.objectives.options import AXES
 from hbll_seq.utils.atomic import whole_folder

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from comparisons.time_methods import TimeMethod
-from hbll_seq.layers.recurrent import ElmanCell, GRUCell
+from hbll_seq.layers.elman import ElmanCell
+from hbll_seq.layers.gru import GRUCell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.recurrent import RecurrentObjective, RecurrentOutput
 

@@ -17,7 +17,7 @@ from comparisons.fit import Alignment, Fitted, fit
 from comparisons.methods import Method
 from comparisons.tasks import Classes, LanguageTask
 from comparisons.time_methods import TimeMethod
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
@@ -72,7 +72,8 @@ def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, s
     """
     method, device = replace(method, n_level=shape.n_level, cell=shape.cell), a_device()
     torch.manual_seed(seed)
-    config = method.model_config(task.vocab_size, n_embd=shape.n_embd, n_head=shape.n_head, context_length=task.context_length)
+    width = dict(n_embd=shape.n_embd, n_head=shape.n_head, context_length=task.context_length)
+    config = method.model_config(task.vocab_size, **width)
     model = HBLLForCausalLM(config).to(device)
     objective, paths = method.objective(model, seed).to(device), method.paths(model)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)

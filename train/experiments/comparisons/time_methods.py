@@ -12,7 +12,7 @@ from torch import nn
 from comparisons.methods import Method, check_rate, parse, types_of, whole_or_none
 from comparisons.words import describe
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.options import AXES, Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentObjective

@@ -1,0 +1,108 @@
+"""Where a model is: what ``from_pretrained`` and ``push_to_hub`` are given, and the folder that a name stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from hbll_seq.models.model_files import FILES, WHAT_TO_LOAD, called
+from hbll_seq.utils.reading import possible_name, quote, shorten
+
+#: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
+HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
+#: arguments of transformers' from_pretrained, and what takes their place here.
+_ELSEWHERE = {
+    "torch_dtype": "load the model, then model.to(torch.bfloat16)",
+    "dtype": "load the model, then model.to(torch.bfloat16)",
+    "device_map": "name one device by device=",
+    "use_auth_token": "give it as token=",
+    "trust_remote_code": "leave it out: no code is ever loaded",
+    "force_download": "leave it out: files are checked; delete the cached ones to download them again",
+    "tokenizer": "it is loaded with the model; set model.tokenizer afterwards for another one",
+    "config": "it is read from config.json",
+}
+
+
+def refuse_unknown(unknown: dict[str, Any]) -> None:
+    """Raises ValueError where ``from_pretrained`` was given an argument that it does not have."""
+    if not unknown:
+        return
+    names = ", ".join(shorten(name, 40) for name in list(unknown)[:4])
+    advice = "; ".join(f"{name}: {_ELSEWHERE[name]}" for name in list(unknown)[:2] if name in _ELSEWHERE)
+    raise ValueError(
+        f"from_pretrained does not know {names}: known are revision, token, cache_dir, local_files_only and device; "
+        f"{advice or 'leave it out'}"
+    )
+
+
+def as_source(source: Any) -> str:
+    """The name of a folder or a Hub id as text. Raises ValueError for what is none of both."""
+    try:
+        text = os.fsdecode(source)
+    except TypeError:
+        text = None
+    if text is None or "\0" in text or len(text) > 4000:
+        raise ValueError(f"there is no folder {quote(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
+    return text
+
+
+def check_hub_options(**options: Any) -> None:
+    """Raises ValueError for an option of from_pretrained or push_to_hub of another type than it has."""
+    types = {
+        "token": ((str, bool, type(None)), "a token, True, False or None"),
+        "local_files_only": ((bool,), "True or False"),
+        "create_pr": ((bool,), "True or False"),
+        "private": ((bool, type(None)), "True, False or None"),
+        "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
+        "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
+        "commit_message": ((str,), "a text"),
+        "repo_id": ((str,), "an id such as 'owner/name'"),
+    }
+    for name, value in options.items():
+        allowed, words = types[name]
+        if not isinstance(value, allowed):
+            shown = type(value).__name__ if name == "token" else quote(value)  # a secret in odd clothes is one too
+            raise ValueError(f"{name}={shown}: must be {words}")
+
+
+def as_device(device: Any) -> torch.device:
+    """A device that this machine has. Raises ValueError for anything else."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises errors of several types for a device that it does not have
+        reason = shorten(error, 150)
+        raise ValueError(f"device={quote(device)}: {reason}; choose one that this machine has, such as 'cpu'") from None
+    return device
+
+
+def find_folder(source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool) -> Path:
+    """The folder ``source``, or a local copy of the Hub's repository of that name.
+
+    Raises:
+        ValueError: there is neither, or a local folder is asked for a revision.
+    """
+    if source.startswith("~"):
+        source = os.fspath(possible_name(source))
+    if os.path.isdir(source):
+        if revision is not None:
+            raise ValueError(f"revision={quote(revision)} with the local folder {called(source)}: only Hub models have one")
+        return Path(source)
+    if os.path.lexists(source):
+        raise ValueError(f"{called(source)} is a file. {WHAT_TO_LOAD}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise ValueError(f"there is no folder {called(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
+    try:
+        options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        return Path(snapshot_download(source, allow_patterns=list(FILES), **options))
+    except HUB_ERRORS as error:
+        raise ValueError(
+            f"there is no folder {called(source)} here, and no such model could be read from the Hub "
+            f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
+        ) from error

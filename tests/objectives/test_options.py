@@ -13,7 +13,7 @@ from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Linearization, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
-from hbll_seq.layers.recurrent import make_cell
+from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.depth_mix import MIX_WEIGHTS, MIXES

@@ -463,7 +463,7 @@ def products(n_chunks: int) -> int:
     (16, 2, 2, 4, 20, 9), (16, 4, 3, 2, 16, 30), (64, 4, 3, 8, 64, 30),
     (70, 2, 2, 8, 40, 19), (70, 4, 4, 8, 72, 39), (262, 4, 4, 32, 288, 39),
 ])  # fmt: skip
-def test_the_longest_chain_is_what_the_readme_counts(monkeypatch, n_steps, forward, backward, chunk, walked, scanned):
+def test_the_longest_chain_is_what_the_results_count(monkeypatch, n_steps, forward, backward, chunk, walked, scanned):
     model = RecurrentLM(11, make_cell("gru", 3, 4))
     objective = local(model, forward, backward, chunk)
     tokens = torch.randint(11, (2, n_steps + 1))
@@ -474,5 +474,5 @@ def test_the_longest_chain_is_what_the_readme_counts(monkeypatch, n_steps, forwa
     objective(tokens)
     assert log["calls"] + backward * chunk == walked  # a backward iteration takes a product for each step of a chunk
     assert sum(map(products, scans)) == scanned
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"| {walked} + {scanned} of {2 * n_steps} |" in readme
+    page = (Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"| {walked} + {scanned} of {2 * n_steps} |" in page

@@ -234,7 +234,7 @@ def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weigh
     assert (model.config.exit_rank, model.config.default_paths) == (rank, family)
     objective, paths = make_objective(fresh, model, 0), evaluated_paths(fresh, model)
     if mix in ("octaves", "none") and fresh.objective != "tree":
-        read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
+        read = {r.path[: r.path.index(n) + 1] for r in objective.sub_networks(0) for n in r.exits}
         assert set(paths.values()) == read
 
 

@@ -112,7 +112,7 @@ def recover_run(command: list[str], accepted: Path | None, run: Run, root: Path,
 def make_model(seed: int, n_embd: int, n_head: int, with_tokenizer: bool) -> HBLLForCausalLM:
     """A model of random weights."""
     torch.manual_seed(seed)
-    config = HBLLConfig(vocab_size=4096, n_level=2, n_embd=n_embd, n_head=n_head, block_size=16)
+    config = HBLLConfig(vocab_size=4096, n_level=2, n_embd=n_embd, n_head=n_head, context_length=16)
     return HBLLForCausalLM(config, tokenizer=Tokenizer.default() if with_tokenizer else None)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hbll_seq"
 #: from the ground up; a module may import from its own floor and from those below
-FLOORS = ("utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives")
-FLOORS += ("evaluation", "training")
+FLOORS = (
+    "utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation", "training",
+)  # fmt: skip
 
 
 def module_name(path):

@@ -1,4 +1,6 @@
-"""Train a hierarchical block-local language model: ``accelerate launch train/lm.py [--preset NAME] [options]``.
+"""Train a hierarchical block-local language model.
+
+By hand: ``accelerate launch train/lm.py [--preset NAME] [options]``.
 
 Three functions: :func:`data` opens the text, :func:`training` trains, evaluates and exports, :func:`run` reads the
 command line. The parts are in the library: settings, trainer, checkpoint, objective, evaluation.
@@ -6,7 +8,6 @@ command line. The parts are in the library: settings, trainer, checkpoint, objec
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -31,26 +32,25 @@ from hbll_seq.data.sources import describe_source
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
-from hbll_seq.evaluation.perplexity import default_paths, evaluate_paths, format_table
+from hbll_seq.evaluation.perplexity import evaluate_paths, format_table
 from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.models.config import HBLLConfig
-from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
-from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import (
     check_memory,
-    end,
+    end_trackers,
     join_processes,
-    leave_processes,
+    leaving_processes,
     make_accelerator,
     on_main,
     precision_name,
     start_trackers,
     track,
 )
-from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full, remedy_for
-from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
+from hbll_seq.training.export import count_parameters, export
+from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full
+from hbll_seq.training.objective import evaluated_paths, make_objective
+from hbll_seq.training.presets import DEFAULT_PRESET, preset_fingerprint, read_preset, resolve
 from hbll_seq.training.resuming import (
     NEWEST,
     Resumed,
@@ -59,28 +59,16 @@ from hbll_seq.training.resuming import (
     folder_of,
     located,
     locations,
-    preset_fingerprint,
     resume_run,
 )
-from hbll_seq.training.run_folder import (
-    BY_DEPTH,
-    CURVE,
-    EVALUATIONS,
-    SUMMARY,
-    check_folder,
-    check_place,
-    exporting,
-    is_finished,
-    lines_of,
-    prepare_folder,
-)
+from hbll_seq.training.run_folder import EVALUATIONS, check_folder, check_place, is_finished, lines_of, prepare_folder
 from hbll_seq.training.run_lock import FolderLock
-from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset, resolve
+from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import Stopped, Trainer, append_line
 from hbll_seq.tree.topology import DyadicTree
 from hbll_seq.utils.console import forgiving_output, is_first_process, say
-from hbll_seq.utils.reading import shorten, to_json
+from hbll_seq.utils.reading import shorten
 
 PRESETS = Path(__file__).resolve().parent / "presets"
 EPILOG = """\
@@ -95,6 +83,10 @@ One run at a time holds a folder; files that no run has written are never remove
 written and a tracker of --log-with that fails do not end a run.
 Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
 """
+
+
+#: that are evaluated; the test split at the end only
+SPLITS = ("validation", "test")
 
 
 class Data(NamedTuple):
@@ -123,39 +115,13 @@ def data(settings: TrainingSettings) -> Data:
         stream = load_tokens(settings.data, split, tokenizer, column=settings.column, cache_dir=settings.cache_dir,
                              num_proc=settings.num_proc)
         # a short evaluation split is read in shorter windows; for training that would change the model's context
-        block_size = settings.block_size if split == "train" else min(settings.block_size, stream.n_tokens - 1)
+        context_length = settings.context_length if split == "train" else min(settings.context_length, stream.n_tokens - 1)
         try:
-            return TokenWindows(stream, block_size)
+            return TokenWindows(stream, context_length)
         except ValueError as error:
             raise ValueError(f"{split} split of data={settings.data!r}: {error}") from None
 
     return Data(tokenizer, *(windows(split) for split in ("train", "validation", "test")))
-
-
-def model_config(settings: TrainingSettings, vocab_size: int) -> HBLLConfig:
-    """The model's part of the settings. Raises ValueError for a shape that cannot be."""
-    names = ("n_level", "n_embd", "n_head", "block_size", "mlp_ratio", "norm", "dropout", "tie_embeddings", "default_paths",
-             "readout_rank", "readout_by", "sigma")
-    return HBLLConfig(vocab_size=vocab_size, cell=settings.block_cells, **{name: getattr(settings, name) for name in names})
-
-
-def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int) -> tuple[Objective, dict]:
-    """The objective that the settings name, and the paths that it trains, by name."""
-    seeds = dict(seed=settings.seed, rank=rank, micro_batches=settings.grad_accum)
-    time = {name: getattr(settings, name) for name in ("time_sweeps", "time_corrections", "time_linearization", "time_chunk")}
-    if settings.objective == "tree":
-        return LocalObjective(model, "tree", n_samples=settings.n_samples, state_weight=settings.state_weight,
-                              free_energy=settings.free_energy, graphs=settings.graphs, **time, **seeds), default_paths(model)
-    routes = dict(path=settings.path_blocks, mix=settings.mix, mix_weight=settings.mix_weight,
-                  graphs=settings.graphs, **seeds)
-    if settings.objective == "sweeps":
-        objective: Objective = LocalObjective(model, "sweeps", sweeps=settings.sweeps, corrections=settings.corrections,
-                                              linearization=settings.linearization, init=settings.init, **time, **routes)
-    else:
-        objective = BackpropObjective(model, **routes)
-    if objective.mix == "none":  # the other paths are not trained
-        return objective, {f"depth {len(objective.path)}": objective.path}
-    return objective, default_paths(model)
 
 
 def training(
@@ -165,10 +131,10 @@ def training(
     """Train to the end, evaluate, and write the model, the figures and metrics.json.
 
     Args:
-        settings: of the run.
+        settings: of the run, resolved.
         data: what they name, opened.
         accelerator: made from them.
-        origin: where they come from: the preset, and the locations of files; stored in every checkpoint.
+        origin: where they come from: the preset, what was left open, the locations of files; stored in every checkpoint.
         stop: asked after every step.
         resumed: the checkpoint to go on from.
 
@@ -178,7 +144,46 @@ def training(
         Stopped: a signal came; the run is saved.
     """
     folder = Path(settings.output_dir)
-    identity = {
+    identity = identity_of(settings, data, accelerator, origin)
+    if resumed is not None:
+        check_identity(identity, resumed.state)
+    model, objective = untrained(settings, data.tokenizer, accelerator.process_index)
+    paths, evaluations = evaluated_paths(settings, model), lines_of(folder, EVALUATIONS)
+
+    def evaluate(step: int) -> None:
+        if accelerator.is_main_process:
+            with accelerator.autocast():
+                row = evaluation(model, data, paths, settings, step, final=step == trainer.total_steps)
+            append_line(evaluations, row)
+            losses = {f"{split}/{r['name']}": r["loss"] for split in SPLITS if split in row for r in row[split]}
+            track(accelerator, losses, step)
+
+    with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
+        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
+        if resumed is not None:
+            trainer.restore(resumed.tensors, resumed.state)
+        steps = None if resumed is None else trainer.done
+        on_main(lambda: prepare_folder(folder, settings.to_yaml(origin["asked"]), steps))
+        if accelerator.is_main_process:
+            say(describe(model, data, trainer))
+        start_trackers(accelerator, settings)
+        total = trainer.total_steps
+        evaluated = max((row["step"] for row in evaluations.rows() if "test" in row or row["step"] < total), default=0)
+        trainer.run(evaluated)
+        if evaluated < total:
+            try:
+                with stop.interruptible(accelerator.num_processes == 1):
+                    evaluate(total)
+            except StopNow:
+                raise Stopped(trainer.done, stop.received) from None
+        on_main(lambda: export(model, settings, trainer, evaluations.rows()))
+        if stop.received:
+            raise Stopped(trainer.done, stop.received)
+
+
+def identity_of(settings: TrainingSettings, data: Data, accelerator: Accelerator, origin: dict[str, Any]) -> dict[str, Any]:
+    """What a run stores of itself in every checkpoint."""
+    return {
         "settings": asdict(settings),
         **origin,
         "num_processes": accelerator.num_processes,
@@ -190,59 +195,30 @@ def training(
         "validation": data.validation.stream.fingerprint,
         "test": data.test.stream.fingerprint,
     }
-    if resumed is not None:
-        check_identity(identity, resumed.state)
+
+
+def untrained(settings: TrainingSettings, tokenizer: Tokenizer, rank: int) -> tuple[HBLLForCausalLM, Objective]:
+    """The model that the settings name, its weights those of their seed, and the objective around it."""
     set_seed(settings.seed)
-    config = model_config(settings, data.tokenizer.vocab_size)
+    config = settings.model_config(tokenizer.vocab_size)
     check_memory(config)
-    model = HBLLForCausalLM(config, tokenizer=data.tokenizer)
-    objective, paths = make_objective(settings, model, accelerator.process_index)
+    model = HBLLForCausalLM(config, tokenizer=tokenizer)
+    objective = make_objective(settings, model, rank)
     model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
-    evaluations = lines_of(folder, EVALUATIONS)
-
-    def evaluate(step: int) -> None:
-        if accelerator.is_main_process:
-            final = step == trainer.total_steps
-            splits = {"validation": data.validation, "test": data.test} if final else {"validation": data.validation}
-            with accelerator.autocast():
-                row = evaluation(model, splits, paths, settings, step,
-                                 settings.final_eval_batches if final else settings.eval_batches)
-            append_line(evaluations, row)
-            track(accelerator, {f"{split}/{r['name']}": r["loss"] for split in splits for r in row[split]}, step)
-
-    with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
-        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
-        if resumed is not None:
-            trainer.restore(resumed.tensors, resumed.state)
-        on_main(lambda: prepare_folder(folder, settings, None if resumed is None else trainer.done))
-        if accelerator.is_main_process:
-            say(describe(model, data, trainer))
-        start_trackers(accelerator, settings)
-        evaluated = max((row["step"] for row in evaluations.rows() if "test" in row or row["step"] < trainer.total_steps),
-                        default=0)  # fmt: skip
-        trainer.run(evaluated)
-        if evaluated < trainer.total_steps:
-            try:
-                with stop.interruptible(accelerator.num_processes == 1):
-                    evaluate(trainer.total_steps)
-            except StopNow:
-                raise Stopped(trainer.done, stop.received) from None
-        on_main(lambda: export(model, settings, trainer, evaluations.rows()))
-        if stop.received:
-            raise Stopped(trainer.done, stop.received)
+    return model, objective
 
 
 def evaluation(
-    model: HBLLForCausalLM, splits: dict[str, TokenWindows], paths: dict[str, tuple[int, ...]],
-    settings: TrainingSettings, step: int, max_batches: int | None,
+    model: HBLLForCausalLM, data: Data, paths: dict[str, tuple[int, ...]], settings: TrainingSettings, step: int, final: bool
 ) -> dict[str, Any]:
-    """Perplexity of every path on every split and a sample of text at two depths, printed and returned."""
+    """Perplexity of every path on the validation split, at the end on the test split too, and a sample of text at two
+    depths, printed and returned."""
     row: dict[str, Any] = {"step": step}
-    for split, windows in splits.items():
+    for split in SPLITS if final else SPLITS[:1]:
         row[split] = evaluate_paths(
-            model, windows, paths, batch_size=settings.eval_batch_size, max_batches=max_batches,
-            carry_state=settings.carry_state,
+            model, getattr(data, split), paths, batch_size=settings.eval_batch_size, carry_state=settings.carry_state,
+            max_batches=settings.final_eval_batches if final else settings.eval_batches,
         )
         tqdm.write(f"\n{split}, after {step} steps\n{format_table(row[split])}")
     row["samples"] = []
@@ -256,48 +232,13 @@ def evaluation(
     return row
 
 
-def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer, evaluations: list[dict]) -> None:
-    """The run's results: figures, model in Hugging Face layout, and last metrics.json, which marks it finished."""
-    folder, last = trainer.folder, evaluations[-1]
-    rows = trainer.metrics.rows()
-    summary = {
-        "step": trainer.done, "tokens": trainer.tokens, "seconds": trainer.seconds,
-        "loss": rows[-1].get("loss") if rows else None, "n_parameters": count_parameters(model),
-        "validation": last["validation"], "test": last["test"],
-        "samples": last["samples"], "settings": asdict(settings),
-    }
-    shown = {name: writable(value) for name, value in asdict(settings).items()}
-    try:
-        with exporting(folder) as finish:
-            plot_training_curve(rows, evaluations, folder / CURVE)
-            plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
-            model.save_pretrained(folder, data=shown["data"], settings=shown, perplexity=last["test"], steps=trainer.done,
-                                  tokens=trainer.tokens)
-            finish(to_json(summary, indent=1) + "\n")
-    except (OSError, ValueError) as error:
-        raise RunFailed(f"the results could not be written to {folder}: {shorten(error, 250)}; the last checkpoint is kept: "
-                        f"{remedy_for(error)}, then --resume") from None
-    written = [name for name in (SUMMARY, CURVE, BY_DEPTH) if (folder / name).exists()]
-    say(f"finished: {folder} holds the model, {', '.join(written)}")
-
-
-def writable(value: Any) -> Any:
-    """The value for a UTF-8 file: bytes of a file's name that are no UTF-8 are written as escapes."""
-    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
-
-
-def count_parameters(model: HBLLForCausalLM) -> int:
-    """Of all depths together; :meth:`HBLLForCausalLM.n_parameters` counts what one path uses."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
     """One line on what is about to run."""
     accelerator = trainer.accelerator
     return (
         f"{count_parameters(model):,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
-        f"{data.train.block_size} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
+        f"{data.train.context_length} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
         f"({precision_name(accelerator)}, {torch.get_num_threads()} threads)"
     )
 
@@ -307,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     with forgiving_output(), StopSignal() as stop:
         code = 0
         try:
-            with stop.interruptible():
+            with leaving_processes(), stop.interruptible():
                 code = run(argv, stop)
         except StopNow:  # outside of training, which saves first
             if code == 0:  # else the run has told how it ended
@@ -315,25 +256,22 @@ def main(argv: list[str] | None = None) -> int:
                 code = 128 + stop.received
         except KeyboardInterrupt:
             code = 130
-        finally:
-            # DistributedDataParallel is a cycle that holds the process group: its threads have to end before the interpreter
-            # does, or one that still owns a tensor aborts the finished process (pytorch issue 190489)
-            gc.collect()
         return code
 
 
 def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:
-    """The settings of a command line, the preset they come from as checkpoints name it, and the checkpoint to go on from."""
+    """The settings of a command line, resolved; where they come from, as checkpoints say it; the checkpoint to go on from."""
     if resume is None:
         preset = DEFAULT_PRESET if preset is None else preset
         values = read_preset(preset, PRESETS)
-        settings, resumed, fingerprint = resolve(values, given), None, preset_fingerprint(values)
+        asked, resumed, fingerprint = resolve(values, given), None, preset_fingerprint(values)
+        settings, left_open = asked.resolved(), asked.left_open()
     else:
         settings, preset, resumed = resume_run(given, preset, resume, PRESETS)
-        fingerprint = resumed.state.get("preset_sha256")
-    config = model_config(settings, vocab_size=2)  # a wrong shape or path is told before the text is opened
+        fingerprint, left_open = resumed.state.get("preset_sha256"), resumed.state["asked"]
+    config = settings.model_config(vocab_size=2)  # a wrong shape or path is told before the text is opened
     DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))
-    return settings, {"preset": preset, "preset_sha256": fingerprint}, resumed
+    return settings, {"preset": preset, "preset_sha256": fingerprint, "asked": left_open}, resumed
 
 
 def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
@@ -345,7 +283,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     if dry_run:
         settings, origin, _ = chosen(given, preset, resume)
         if is_first_process():
-            print(f"# resolved from preset {origin['preset']}\n{settings.to_yaml()}", end="")
+            print(f"# preset {origin['preset']} and these options\n\n{settings.to_yaml(origin['asked'])}", end="")
         return 0, None
     if resume is None:
         folder = Path(chosen(given, preset, None)[0].output_dir)
@@ -369,19 +307,18 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
             training(settings, opened, accelerator, {**origin, "locations": locations(where)}, stop, resumed)
         finally:
-            end(accelerator)
+            end_trackers(accelerator)
     except Stopped as stopped:
         code = 128 + (stopped.signal_number or 15)
         return code, f"\nstopped after step {stopped.step}, saved; go on with --resume --output-dir {folder}"
     finally:
         if lock is not None:
             lock.release()
-        leave_processes()
     return 0, None
 
 
 def run(argv: list[str] | None, stop: StopSignal) -> int:
-    """What `main` does, before the process group's threads are waited for."""
+    """What `main` does, before the process group is left."""
     message = None
     try:
         code, message = start(argv, stop)
@@ -391,7 +328,7 @@ def run(argv: list[str] | None, stop: StopSignal) -> int:
         if disk_is_full(error):
             code, message = 1, f"\nerror: {shorten(error, 400)}; make room, then give the same command again"
         elif memory_is_full(error):
-            remedy = "lower --batch-size, --eval-batch-size, --block-size, --n-embd or --n-level"
+            remedy = "lower --batch-size, --eval-batch-size, --context-length, --n-embd or --n-level"
             code, message = 1, f"\nerror: the memory is full ({shorten(error, 200)}); {remedy}"
         elif isinstance(error, RuntimeError):
             raise

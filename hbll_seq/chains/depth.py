@@ -16,7 +16,7 @@ from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.seeds import fork_rng_of, mix_seeds
 
 #: The blocks that were walked up to and with one of them. Recurrent blocks keep a state for each: block 4 reads z_0 on one
-#: path and z_3 on another (method.md 1.4).
+#: path and z_3 on another (docs/method.md 1.4).
 Prefix = tuple[int, ...]
 
 
@@ -36,8 +36,8 @@ class DepthChain(Chain):
 
     Args:
         blocks: f_1, f_2, ..
-        dropout_seed: each block draws the same dropout at all its evaluations: a sweep refines a state, not its noise. None
-            draws from torch's global generator.
+        dropout_seed: each block draws the same dropout at all its evaluations: an iteration refines a state, not its noise.
+            None draws from torch's global generator.
         carried: states [B, C] that recurrent blocks start from; none is zero.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""HBLL-RNN: the binary tree over time, with a cell for every span (method.md 1.5, Eq. 12 and Eqs. 13-15).
+"""HBLL-RNN: the binary tree over time, with a cell for every span (docs/method.md 1.5, Eq. 12 and Eqs. 13-15).
 
 The states are h_0 .. h_N with N = 2**D. Node n, with 2**l the largest power of two that divides it, folds its left input
 span into a state: ``h_n = f_l(h_{n - 2**l}, x_{n - 2**l} .. x_{n-1})``; the whole is ``h_N = f_D(h_0, x_0 .. x_{N-1})``. Its
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.chains.time import forward_time_sweeps
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Zero
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.layers.recurrent import RecurrentCell
 from hbll_seq.utils.values import as_whole, check_choice
@@ -38,8 +40,8 @@ class RecurrentTree(nn.Module):
         symbol_size: I.
         hidden_size: H, the same for all levels.
         n_level: D; sequences have at most ``2**D`` steps.
-        max_symbols: an arc reads at most this many of its last symbols (method.md 2.1: where the tree only makes a first
-            estimate, 8 suffice). None for all of them: inputs of the top cell then grow with N.
+        max_symbols: an arc reads at most this many of its last symbols (where the tree only makes a first estimate, 8
+            suffice). None for all of them: inputs of the top cell then grow with N.
         share: ``"none"``: a cell for each level; ``"capped"``: one for all levels whose windows ``max_symbols`` cuts to
             the same width; ``"all"``: f_0 serves every arc, and must then read ``max_symbols`` symbols itself (a narrower
             input counts as one after zeros).
@@ -172,10 +174,10 @@ class RecurrentTree(nn.Module):
             )
         return n_level
 
-    # ----------------------------------------------------------------------------------------------- readouts
+    # ----------------------------------------------------------------------------------------------- exits
 
     def jump(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor) -> Tensor:
-        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (method.md 1.5)."""
+        """h_N by f_D alone [B, H]: a feed-forward net on the whole input, to be reported separately (docs/method.md 1.5)."""
         n_level = self._level_of(len(symbols))
         window = self._windows(symbols, n_level, 2**n_level - len(symbols))[n_level][0]
         cell = self.cell(n_level, f0)
@@ -192,21 +194,20 @@ class RecurrentTree(nn.Module):
             at += 2**level
         return state
 
-    def consistency(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor, states: Tensor, sweeps: int) -> Tensor:
+    def consistency(self, f0: RecurrentCell, symbols: Tensor, h0: Tensor, states: Tensor, n_iterations: int) -> Tensor:
         """Loss of the deployed cell against exposure bias (Eqs. 13-15): from the tree's states, which are the clean targets
-        too, K Jacobi sweeps of f_0 of which only the last is differentiated; ``||h~_n - sg hbar_n||^2`` summed over features,
-        mean over positions and batch.
+        too, K Jacobi iterations of f_0, of which only the last is differentiated; ``||h~_n - sg hbar_n||^2`` summed over
+        features, mean over positions and batch.
 
         Args:
             f0, symbols, h0: as in :meth:`states`.
             states: [T, B, H], the tree's.
-            sweeps: K of at least 1.
+            n_iterations: K of at least 1.
         """
         clean = states.detach()
-        swept = forward_time_sweeps(
-            f0, f0.project(symbols), h0.detach(), sweeps=sweeps - 1, linearization="zero", start=clean[:-1]
-        )
-        return (swept.outputs - clean).square().sum(-1).mean()
+        jacobi = Iterations(n_iterations - 1, linearization=Zero())
+        solution = forward_time_sweeps(f0, f0.project(symbols), h0.detach(), jacobi, start=clean[:-1])
+        return (solution.outputs - clean).square().sum(-1).mean()
 
 
 def _first_node(padding: int, span: int) -> int:

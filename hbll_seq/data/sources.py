@@ -122,7 +122,7 @@ def describe_source(source: str) -> list[str]:
             what = f"that of {shorten(quote(found.name), 100)}"
         else:
             what = _names([file.path.name for file in found.splits[share.split] if file.stamp[0]]) or "empty"
-        lines.append(f"data: {split} is {what}{', less what is held out' * bool(share.held)}")
+        lines.append(f"data: {split} is {what}{', without what is held out' * bool(share.held)}")
     for reason, names in sorted(found.aside.items()):
         lines.append(f"data: left aside, {reason}: {_names(sorted(names))}")
     return lines

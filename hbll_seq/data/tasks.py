@@ -1,6 +1,6 @@
 """Synthetic sequence tasks that need depth, drawn on the fly, to compare methods of training a language model.
 
-Shapes: B batch, T block_size, V vocab_size. Tokens and labels are int64 [B, T + 1], as the model's ``prepare`` wants
+Shapes: B batch, T context_length, V vocab_size. Tokens and labels are int64 [B, T + 1], as the model's ``prepare`` wants
 them: the prediction made at position t has read the tokens 0 .. t and is scored on ``labels[:, t + 1]``, unless that is
 ``IGNORE_INDEX``. So ``labels[:, 0]`` is never scored and the last token never read.
 """
@@ -27,12 +27,12 @@ SPLITS = ("train", "validation", "test")
 class Task(ABC):
     """Windows of a synthetic task; the answer at a position depends on the tokens up to that position only.
 
-    ``name``: its key in ``TASKS``. ``vocab_size`` V: tokens and answers are below it. ``block_size`` T.
+    ``name``: its key in ``TASKS``. ``vocab_size`` V: tokens and answers are below it. ``context_length`` T.
     """
 
     name: str
     vocab_size: int
-    block_size: int
+    context_length: int
 
     def batch(self, step: int, batch_size: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
         """Tokens and labels, int64 [B, T + 1]: a pure function of the arguments.
@@ -68,8 +68,8 @@ class Induction(Task):
 
     Args:
         hops: number of hops, at least 1.
-        n_symbols: number of symbols. With many more than ``block_size`` next to no position has an answer.
-        block_size: T, at least 2.
+        n_symbols: number of symbols. With many more than ``context_length`` next to no position has an answer.
+        context_length: T, at least 2.
 
     Raises:
         ValueError: an argument is out of range.
@@ -77,9 +77,9 @@ class Induction(Task):
 
     name = "induction"
 
-    def __init__(self, hops: int = 1, n_symbols: int = 32, block_size: int = 64):
+    def __init__(self, hops: int = 1, n_symbols: int = 32, context_length: int = 64):
         self.hops, self.vocab_size = as_whole("hops", hops, 1), as_whole("n_symbols", n_symbols, 2)
-        self.block_size = as_whole("block_size", block_size, 2)
+        self.context_length = as_whole("context_length", context_length, 2)
 
     def labels(self, tokens: Tensor) -> Tensor:
         """The labels of ``tokens``, both int64 [B, T + 1]."""
@@ -92,7 +92,7 @@ class Induction(Task):
         return F.pad(answers, (1, 0), value=IGNORE_INDEX)
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.from_numpy(rng.integers(self.vocab_size, size=(batch_size, self.block_size + 1)))
+        tokens = torch.from_numpy(rng.integers(self.vocab_size, size=(batch_size, self.context_length + 1)))
         return tokens, self.labels(tokens)
 
 
@@ -117,7 +117,7 @@ class AssociativeRecall(Task):
     Args:
         n_keys, n_values: how many there are, at least ``n_pairs``. Tokens: the keys, then the values.
         n_pairs: pairs in a window.
-        block_size: T, at least ``2 * n_pairs + 1``; from ``3 * n_pairs`` on every key is queried.
+        context_length: T, at least ``2 * n_pairs + 1``; from ``3 * n_pairs`` on every key is queried.
 
     Raises:
         ValueError: an argument is out of range.
@@ -125,19 +125,19 @@ class AssociativeRecall(Task):
 
     name = "recall"
 
-    def __init__(self, n_keys: int = 32, n_values: int = 32, n_pairs: int = 16, block_size: int = 64):
+    def __init__(self, n_keys: int = 32, n_values: int = 32, n_pairs: int = 16, context_length: int = 64):
         self.n_pairs = n_pairs = as_whole("n_pairs", n_pairs, 1)
         why = f", as many as n_pairs={n_pairs}, since those of a window differ"
         self.n_keys = as_whole("n_keys", n_keys, n_pairs, remedy=why)
         self.n_values = as_whole("n_values", n_values, n_pairs, remedy=why)
         self.vocab_size = self.n_keys + self.n_values
         room = f", the room of n_pairs={n_pairs} pairs and one query; give fewer pairs or a longer block"
-        self.block_size = as_whole("block_size", block_size, 2 * n_pairs + 1, remedy=room)
+        self.context_length = as_whole("context_length", context_length, 2 * n_pairs + 1, remedy=room)
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
         keys = _permutations(rng, (batch_size,), self.n_keys)[:, : self.n_pairs]
         values = self.n_keys + _permutations(rng, (batch_size,), self.n_values)[:, : self.n_pairs]
-        n_queries = self.block_size + 1 - 2 * self.n_pairs  # the last one is not read
+        n_queries = self.context_length + 1 - 2 * self.n_pairs  # the last one is not read
         n_rounds = -(-n_queries // self.n_pairs)
         queried = _permutations(rng, (batch_size, n_rounds), self.n_pairs).reshape(batch_size, -1)[:, :n_queries]
         pairs = np.stack((keys, values), axis=2).reshape(batch_size, -1)
@@ -181,7 +181,7 @@ class ListOps(Task):
     Args:
         max_depth: deepest nesting, 1 is lists of digits.
         max_args: most arguments of an operator, at least 2; their number is uniform from 2, as far as there is room.
-        block_size: T, at least ``3 * max_depth + 1``; expressions are no longer.
+        context_length: T, at least ``3 * max_depth + 1``; expressions are no longer.
 
     Raises:
         ValueError: an argument is out of range.
@@ -190,18 +190,18 @@ class ListOps(Task):
     name = "listops"
     vocab_size = len(LISTOPS_TOKENS)
 
-    def __init__(self, max_depth: int = 3, max_args: int = 5, block_size: int = 64):
+    def __init__(self, max_depth: int = 3, max_args: int = 5, context_length: int = 64):
         self.max_depth, self.max_args = as_whole("max_depth", max_depth, 1), as_whole("max_args", max_args, 2)
         room = f", the room of max_depth={self.max_depth} nested lists; give a smaller depth or a longer block"
-        self.block_size = as_whole("block_size", block_size, _shortest(self.max_depth), remedy=room)
+        self.context_length = as_whole("context_length", context_length, _shortest(self.max_depth), remedy=room)
 
     def _draw(self, rng: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.full((batch_size, self.block_size + 1), _PAD)
+        tokens = torch.full((batch_size, self.context_length + 1), _PAD)
         labels = torch.full_like(tokens, IGNORE_INDEX)
         draw = random.Random(int(rng.integers(1 << 63)))  # many times faster than numpy at one number at a time
         depths = range(1, self.max_depth + 1)
         for row, depth in enumerate(draw.choices(depths, weights=depths, k=batch_size)):
-            expression, value = self._expression(draw, depth, self.block_size)
+            expression, value = self._expression(draw, depth, self.context_length)
             tokens[row, : len(expression)] = torch.tensor(expression)
             labels[row, len(expression)] = value
         return tokens, labels

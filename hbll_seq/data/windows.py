@@ -1,6 +1,6 @@
 """A stream of tokens cut into windows, served in a seeded order.
 
-Shapes: B batch (of one process), T block_size.
+Shapes: B batch (of one process), T context_length.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _CONTIGUOUS = 1 << 32  # no epoch has this number, so it seeds a separate stream
 
 
 class TokenWindows:
-    """A stream cut into windows of block_size + 1 tokens; a window's last token is the next one's first.
+    """A stream cut into windows of context_length + 1 tokens; a window's last token is the next one's first.
 
     Every method raises ValueError for arguments that are no whole numbers in their range, this constructor also when the
     stream holds no tokens or is shorter than one window.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int) -> None:
-        block_size = as_whole("block_size", block_size, 1)
+    def __init__(self, stream: TokenStream, context_length: int) -> None:
+        context_length = as_whole("context_length", context_length, 1)
         tokens = getattr(stream, "tokens", None)
         if getattr(tokens, "ndim", None) != 1 or getattr(getattr(tokens, "dtype", None), "kind", None) not in ("i", "u"):
             raise ValueError(f"stream is {quote(stream)}; it must be a TokenStream of a 1-D array of whole numbers")
-        if stream.n_tokens < block_size + 1:
+        if stream.n_tokens < context_length + 1:
             raise ValueError(
-                f"the text has {stream.n_tokens} tokens, but one window needs block_size + 1 = {quote(block_size + 1)}; "
-                "give more text or a smaller block_size"
+                f"the text has {stream.n_tokens} tokens, but one window needs context_length + 1 = "
+                f"{quote(context_length + 1)}; give more text or a smaller context_length"
             )
-        self.stream, self.block_size = stream, block_size
-        # An epoch starts at a random offset below block_size; n_windows is what fits behind every offset.
-        self.n_windows = max(1, (stream.n_tokens - block_size) // block_size)
-        self._n_offsets = min(block_size, stream.n_tokens - self.n_windows * block_size)
+        self.stream, self.context_length = stream, context_length
+        # An epoch starts at a random offset below context_length; n_windows is what fits behind every offset.
+        self.n_windows = max(1, (stream.n_tokens - context_length) // context_length)
+        self._n_offsets = min(context_length, stream.n_tokens - self.n_windows * context_length)
         self._orders: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
     def epoch_order(self, seed: int, epoch: int) -> tuple[int, np.ndarray]:
@@ -84,18 +84,18 @@ class TokenWindows:
         rng = np.random.default_rng([seed, _CONTIGUOUS])
         offset, first = int(rng.integers(self._n_offsets)), int(rng.integers(self.n_windows))
         windows = ((first + r * self.n_windows // n_rows + step) % self.n_windows for r in rows)
-        return torch.stack([self._slice(offset + window * self.block_size) for window in windows])
+        return torch.stack([self._slice(offset + window * self.context_length) for window in windows])
 
     def _rows(self, batch_size: int) -> int:
         """A number of windows that fit into memory at once."""
-        return as_whole("batch_size", batch_size, 1, max(1, MAX_BATCH // (self.block_size + 1)))
+        return as_whole("batch_size", batch_size, 1, max(1, MAX_BATCH // (self.context_length + 1)))
 
     def _window(self, epoch: int, position: int, seed: int) -> torch.Tensor:
         offset, order = self.epoch_order(seed, epoch)
-        return self._slice(offset + int(order[position]) * self.block_size)
+        return self._slice(offset + int(order[position]) * self.context_length)
 
     def _slice(self, start: int) -> torch.Tensor:
-        tokens = self.stream.tokens[start : start + self.block_size + 1]
+        tokens = self.stream.tokens[start : start + self.context_length + 1]
         return torch.from_numpy(tokens.astype(np.int64))
 
     def evaluation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
@@ -105,12 +105,12 @@ class TokenWindows:
         shorter row.
         """
         batch_size = as_whole("batch_size", batch_size, 1)
-        n_full = (self.stream.n_tokens - 1) // self.block_size
+        n_full = (self.stream.n_tokens - 1) // self.context_length
         for first in range(0, n_full, batch_size):
             rows = range(first, min(first + batch_size, n_full))
-            yield torch.stack([self._slice(row * self.block_size) for row in rows])
-        if n_full * self.block_size < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.block_size)[None]
+            yield torch.stack([self._slice(row * self.context_length) for row in rows])
+        if n_full * self.context_length < self.stream.n_tokens - 1:
+            yield self._slice(n_full * self.context_length)[None]
 
     def contiguous_evaluation_batches(self, n_rows: int, max_windows: int | None = None) -> Iterator[torch.Tensor]:
         """As :meth:`evaluation_batches` for states that are carried: row b of a batch goes on where row b before it ended.
@@ -120,13 +120,13 @@ class TokenWindows:
         """
         n_rows = as_whole("n_rows", n_rows, 1)
         max_windows = None if max_windows is None else as_whole("max_windows", max_windows, 0)
-        n_full = (self.stream.n_tokens - 1) // self.block_size
+        n_full = (self.stream.n_tokens - 1) // self.context_length
         limited = max_windows is not None and max_windows <= n_full
         n_windows = max_windows if limited else n_full
         length = n_windows // n_rows
         for step in range(length):
-            yield torch.stack([self._slice((row * length + step) * self.block_size) for row in range(n_rows)])
+            yield torch.stack([self._slice((row * length + step) * self.context_length) for row in range(n_rows)])
         for window in range(n_rows * length, n_windows):
-            yield self._slice(window * self.block_size)[None]
-        if not limited and n_full * self.block_size < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.block_size)[None]
+            yield self._slice(window * self.context_length)[None]
+        if not limited and n_full * self.context_length < self.stream.n_tokens - 1:
+            yield self._slice(n_full * self.context_length)[None]

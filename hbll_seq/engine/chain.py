@@ -1,7 +1,6 @@
-"""Messages along a chain: what a chain is, and the paper's tree pass over it (Algorithm 1).
+"""What a chain is: N transitions, and a call that evaluates many of them at once.
 
-A *chain* is N transitions and a call that evaluates many of them at once. What is written here knows nothing of layers,
-time, attention or optimisers.
+What is written here knows nothing of layers, time, attention or optimisers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Chain(ABC):
         return index[-1] if isinstance(index, tuple) else index
 
     def remembers(self, index: int) -> bool:
-        """Whether evaluations of f_n without gradient improve later ones: sweeps then make them of the last transition too,
+        """Whether evaluations of f_n without gradient improve later ones: iterations then evaluate the last transition too,
         whose output they do not need."""
         return False
 
@@ -44,9 +43,9 @@ class Chain(ABC):
 
 
 class Recomputed(Chain):
-    """A chain that keeps no graph inside a transition: what a product needs is computed again when it is asked for.
+    """A chain that keeps no graph inside a transition: a product computes what it needs again (activation checkpointing).
 
-    Alive at any time are the states between transitions and the inside of the one in flight (method.md 2.5).
+    Alive at any time are the states between transitions and the inside of the one in flight (docs/method.md 2.5).
     """
 
     def __init__(self, chain: Chain):
@@ -66,4 +65,3 @@ class Recomputed(Chain):
     def remembers(self, index: int) -> bool:
         """See :meth:`Chain.remembers`."""
         return self.chain.remembers(index)
-

@@ -1,6 +1,6 @@
 """Associative scan of affine maps: s_n = a_n * s_{n-1} + b_n for all n at once, in O(log N) dependent operations.
 
-Composition of affine maps is associative, so a chain of N of them is a parallel scan (method.md 2.2; Blelloch 1990). The
+Composition of affine maps is associative, so a chain of N of them is a parallel scan (docs/method.md 2.2; Blelloch 1990). The
 slow obvious form stays as the oracle of the fast one. Shapes: N transitions first, anything after.
 """
 

@@ -97,7 +97,7 @@ def _sum_nats(
         x, targets = model.prepare(batch)
         n_tokens += targets.numel()
         for name, logits in _logits_of_paths(model, chain, x, paths):
-            nats[name] += 0.5 * Categorical().discrepancy(logits, targets).cpu().double().sum().item()
+            nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
         if carry_state:
             carried = chain.last
     return nats, n_tokens

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import Tree
+from hbll_seq.utils.modules import plain_module
 
 
 class Span(NamedTuple):
@@ -102,8 +105,31 @@ class _Counted(nn.Module):
         return _Gate.apply(y[0] if isinstance(y, tuple) else y, *self.gate)
 
 
+class _CountedRecurrent(RecurrentBlock):
+    """A recurrent block, which a chain may ask for its cell and walk by itself between :meth:`enter` and :meth:`leave`."""
+
+    def __init__(self, block: RecurrentBlock, ledger: _Ledger, *, recomputes: bool = False):
+        nn.Module.__init__(self)  # none of a block's own parameters: it has those of the one inside
+        self.module, self.gate = block, (ledger, recomputes, False)
+
+    @property
+    def cell(self):
+        return self.module.cell
+
+    def forward(self, x, state=None):
+        y, state = self.module(x, state)
+        return _Gate.apply(y, *self.gate), state
+
+    def enter(self, x):
+        return self.module.enter(x)
+
+    def leave(self, x, states):
+        return _Gate.apply(self.module.leave(x, states), *self.gate)
+
+
 def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> Span:
-    """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block.
+    """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block. How many
+    iterations over time a recurrent block makes of one evaluation is not counted.
 
     The model's blocks are wrapped while this runs and restored afterwards; gradients are left as they were.
     """
@@ -112,7 +138,8 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     parameters = objective.trained_parameters()
     try:
         for n, block in enumerate(blocks):
-            model.blocks[n] = _Counted(block, ledger, recomputes=objective.graphs == "recomputed")
+            counted = _CountedRecurrent if isinstance(plain_module(block), RecurrentBlock) else _Counted
+            model.blocks[n] = counted(block, ledger, recomputes=objective.recompute)
         model.head = _Counted(head, ledger, is_head=True)
         with ledger:
             loss = objective(inputs, labels, step=step).loss
@@ -145,11 +172,11 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3, default_pa
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the span and work of one training step by the number of transitions N, the head counted as one of them.
 
-    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call counted among the sweeps, and 2 for the head.
+    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call being an iteration, and 2 for the head.
 
     "tree" counts what depends on what: blocks read clean forward messages, so all of them could run before the first
     correction. "tree, level by level" is the order that the code queues them in, and that the data force where blocks
-    read corrected states: messages, discrepancies and corrections of a level before the next level begins.
+    read corrected states: messages, energies and corrections of a level before the next level begins.
     """
     parser = argparse.ArgumentParser(description=main.__doc__.splitlines()[0])
     parser.add_argument("--levels", type=int, nargs="+", default=[3, 4, 6, 8], help="tree levels D; N = 2**D")
@@ -160,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         x, y = torch.randn(2, 2), torch.tensor([0, 1])
         for name, objective in (
             ("tree", LocalObjective(model)),
-            ("tree, level by level", LocalObjective(model, clean_inputs=False)),
+            ("tree, level by level", LocalObjective(model, Tree(clean_inputs=False))),
             ("sweeps", LocalObjective(model, "sweeps")),
-            ("sweeps, recomputed", LocalObjective(model, "sweeps", graphs="recomputed")),
+            ("sweeps, recomputed", LocalObjective(model, "sweeps", recompute=True)),
             ("backprop", BackpropObjective(model)),
         ):
             span = measure_span(objective, x, y)

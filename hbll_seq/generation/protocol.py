@@ -17,7 +17,7 @@ class CausalLMConfig(Protocol):
     #: V; token ids are in 0 .. V - 1.
     vocab_size: int
     #: how many tokens attention looks back; a longer prompt is refused or cut.
-    block_size: int
+    context_length: int
     #: which paths were trained: "all", "default" (that of every depth), a tuple of paths, or None where nobody knows.
     trained_paths: str | tuple[tuple[int, ...], ...] | None
 

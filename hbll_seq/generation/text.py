@@ -135,11 +135,11 @@ class TextGenerator:
         ids = self.tokenizer.encode(text)
         if not self.model.config.has_attention:  # the states of recurrent blocks hold a prompt of any length
             return ids
-        limit = self.model.config.block_size
+        limit = self.model.config.context_length
         if len(ids) > limit and not truncate:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens ({quote(text[:40])}...), more than the model's context of {limit} "
-                f"(block_size): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
+                f"(context_length): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
             )
         return ids[-limit:]
 

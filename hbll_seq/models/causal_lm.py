@@ -18,7 +18,7 @@ from hbll_seq.layers.cross_entropy import linear_cross_entropy
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.exits import Readouts
+from hbll_seq.models.exits import ExitAdapters
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import CardText
@@ -70,7 +70,7 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
     if kind != "transformer":
         return RecurrentBlock(config.n_embd, kind, **common)
-    return TransformerBlock(config.n_embd, config.n_head, window=config.block_size, rope_base=config.rope_base, **common)
+    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, rope_base=config.rope_base, **common)
 
 
 class HBLLForCausalLM(HubMixin, DepthHierarchy):
@@ -95,10 +95,12 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
         blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
-        super().__init__(blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd)
-        self.readouts: Readouts | None = None
-        if config.readout_rank:
-            self.readouts = Readouts(self.tree, config.n_embd, config.readout_rank, config.readout_by)
+        super().__init__(
+            blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
+        )
+        self.exits: ExitAdapters | None = None
+        if config.exit_rank:
+            self.exits = ExitAdapters(self.tree, config.n_embd, config.exit_rank, config.exit_by)
         self.config = config
         self.tokenizer = tokenizer
 
@@ -116,7 +118,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
 
     def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
         """See :meth:`DepthHierarchy.before_head`."""
-        return state if self.readouts is None else self.readouts(state, path)
+        return state if self.exits is None else self.exits(state, path)
 
     def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
         """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
@@ -187,7 +189,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
         parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
         shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
-        return shared + 2 * self.config.readout_rank * self.config.n_embd
+        return shared + 2 * self.config.exit_rank * self.config.n_embd
 
     def card_text(self) -> CardText:
         """See :meth:`HubMixin.card_text`."""

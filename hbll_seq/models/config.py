@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from hbll_seq.layers.residual import NORMS
-from hbll_seq.models.exits import READOUTS
+from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.tree.topology import PATH_FAMILIES, DyadicTree
+from hbll_seq.utils import migration
 from hbll_seq.utils.reading import quote, shorten
 from hbll_seq.utils.values import check_choice
 
@@ -25,9 +26,9 @@ BOUNDS = {
     "n_level": 10,
     "n_embd": 1 << 16,
     "n_head": 1 << 16,
-    "block_size": 1 << 24,
+    "context_length": 1 << 24,
     "mlp_ratio": 1 << 10,
-    "readout_rank": 1 << 16,
+    "exit_rank": 1 << 16,
 }
 #: what ``trained_paths`` may say in a word
 TRAINED = ("all", "default")
@@ -49,14 +50,20 @@ class ModelConfig:
         return asdict(self)
 
     @classmethod
+    def migrated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A config.json of an older version by today's keys. Raises ValueError where it holds an old key beside a new one."""
+        return values
+
+    @classmethod
     def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-        """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped.
+        """Inverse of :meth:`to_dict`; an unknown key is an error, transformers' own keys are dropped, old keys are known.
 
         Raises:
             ValueError: a key is unknown or a value out of range.
         """
         if not isinstance(values, dict):
             raise ValueError(f"config={quote(values)}: must be a dictionary of config keys")
+        values = cls.migrated(values)
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -91,15 +98,15 @@ class HBLLConfig(ModelConfig):
         n_level: levels D of the binary tree; the full path has ``2**n_level - 1`` blocks.
         n_embd: width C of the stream that the blocks read and write.
         n_head: attention heads; must divide ``n_embd`` into heads of even width (rotary positions turn pairs).
-        block_size: training context T in tokens; attention looks at most this many tokens back, at any length.
+        context_length: training context T in tokens; attention looks at most this many tokens back, at any length.
         cell: kind of block, one of ``CELLS``; or a tuple (list) of them, one for each of the ``n_layer`` blocks.
         mlp_ratio: hidden width of a block's MLP, in units of ``n_embd``; 0 leaves it out, where all blocks are recurrent.
         norm: ``"rmsnorm"`` or ``"layernorm"``, applied before attention, MLP and head.
         rope_base: base of the rotary positions' wavelengths.
         default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
-        readout_rank: rank of the corrections of a state before the head; 0 for none. See
-            :class:`hbll_seq.models.exits.Readouts`.
-        readout_by: ``"jump"`` has a correction for each length of the head's jump, ``"depth"`` for each number of blocks.
+        exit_rank: rank of the exit adapters, corrections of a state before the head; 0 for none. See
+            :class:`hbll_seq.models.exits.ExitAdapters`.
+        exit_by: ``"jump"`` has an adapter for each length of the head's jump, ``"depth"`` for each number of blocks.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (method.md 1.1; the paper's LM runs use 0.005).
@@ -116,19 +123,24 @@ class HBLLConfig(ModelConfig):
     n_level: int = 3
     n_embd: int = 128
     n_head: int = 4
-    block_size: int = 128
+    context_length: int = 128
     cell: str | tuple[str, ...] = "transformer"
     mlp_ratio: int = 4
     norm: str = "rmsnorm"
     rope_base: float = 10000.0
     default_paths: str = "spine"
-    readout_rank: int = 0
-    readout_by: str = "jump"
+    exit_rank: int = 0
+    exit_by: str = "jump"
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
     #: older files lack it
     trained_paths: str | tuple[tuple[int, ...], ...] | None = field(default=None, metadata={"optional": True})
+
+    @classmethod
+    def migrated(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`ModelConfig.migrated`."""
+        return migration.config(values)
 
     @property
     def n_layer(self) -> int:
@@ -142,7 +154,7 @@ class HBLLConfig(ModelConfig):
 
     @property
     def has_attention(self) -> bool:
-        """Whether a block looks back over tokens, at most ``block_size`` of them."""
+        """Whether a block looks back over tokens, at most ``context_length`` of them."""
         return "transformer" in self.cells
 
     @property
@@ -152,20 +164,18 @@ class HBLLConfig(ModelConfig):
 
     def __post_init__(self):
         for name, high in BOUNDS.items():
-            check_size(name, getattr(self, name), 0 if name in ("readout_rank", "mlp_ratio") else 1, high)
+            check_size(name, getattr(self, name), 0 if name in ("exit_rank", "mlp_ratio") else 1, high)
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
         self._check_cells()
         if self.has_attention:
             self._check_heads()
-        choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "readout_by": READOUTS}
+        choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
-        if self.readout_by != "jump" and not self.readout_rank:
-            raise ValueError(
-                f"readout_by={self.readout_by!r} with readout_rank=0: there is no readout; give a readout_rank, "
-                "such as 16, or leave readout_by out"
-            )
+        if self.exit_by != "jump" and not self.exit_rank:
+            raise ValueError(f"exit_by={self.exit_by!r} with exit_rank=0: there is no exit adapter; give an exit_rank, "
+                             "such as 16, or leave exit_by out")
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, 1e6), ("rope_base", 1.0, 1e12)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
@@ -179,10 +189,8 @@ class HBLLConfig(ModelConfig):
         if paths is None or isinstance(paths, str) and paths in TRAINED:
             return
         if not isinstance(paths, (list, tuple)) or not paths:
-            raise ValueError(
-                f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
-                "paths, or null where nobody knows"
-            )
+            raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
+                             "paths, or null where nobody knows")
         tree = DyadicTree(self.n_level, self.default_paths)
         try:
             object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
@@ -214,15 +222,11 @@ class HBLLConfig(ModelConfig):
         if not isinstance(names, tuple) or not all(isinstance(kind, str) and kind in CELLS for kind in names):
             raise ValueError(f"cell={quote(self.cell)}: allowed are {', '.join(CELLS)}, or one of them for each block")
         if len(self.cells) != self.n_layer:
-            raise ValueError(
-                f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
-                f"{self.n_layer}; name as many, or one kind for all"
-            )
+            raise ValueError(f"cell={quote(self.cell)} names {len(self.cells)} blocks: n_level={self.n_level} has "
+                             f"{self.n_layer}; name as many, or one kind for all")
         if self.has_attention and self.mlp_ratio == 0:
-            raise ValueError(
-                f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
-                "at least 1, or recurrent cells alone"
-            )
+            raise ValueError(f"mlp_ratio=0 with cell={quote(self.cell)}: only recurrent blocks can do without an MLP; give "
+                             "at least 1, or recurrent cells alone")
 
     def _check_heads(self) -> None:
         if self.n_embd % self.n_head:

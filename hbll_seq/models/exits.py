@@ -1,4 +1,4 @@
-"""Corrections of a state before the head, so that one head can read the states of several depths."""
+"""Exit adapters: corrections of a state before the head, which let one head read states of several depths."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from hbll_seq.tree.topology import DyadicTree
 
-#: what has a correction of its own: each length of the head's jump, or each number of blocks
-READOUTS = ("jump", "depth")
+#: what has an adapter of its own: each length of the head's jump, or each number of blocks
+EXIT_BY = ("jump", "depth")
 
 
-class Readouts(nn.Module):
+class ExitAdapters(nn.Module):
     """Low-rank linear corrections of a state before the head.
 
     ``"jump"`` has one correction for each of the D lengths of the head's jump. The head is a transition too, shared by the
@@ -24,7 +24,7 @@ class Readouts(nn.Module):
         tree: the paths and their jumps.
         width: C of the states.
         rank: r of each correction, at least 1.
-        by: one of ``READOUTS``.
+        by: one of ``EXIT_BY``.
     """
 
     def __init__(self, tree: DyadicTree, width: int, rank: int, by: str = "jump"):

@@ -109,8 +109,8 @@ class DepthHierarchy(nn.Module):
         return self.head(self.before_head(state, path))
 
     def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
-        """Discrepancy of the prediction after the blocks ``path``, summed over positions (classes: -2 log p(y | state))."""
-        return self.target_family.discrepancy(self.read_out(state, path), targets).sum()
+        """Energy of the prediction after the blocks ``path``, summed over positions (classes: -2 log p(y | state))."""
+        return self.target_family.energy(self.read_out(state, path), targets).sum()
 
     def n_scored(self, state: Tensor, targets: Tensor) -> Tensor | int:
         """How many positions of ``state`` [..., width] have a target."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
+from hbll_seq.utils import migration
 from hbll_seq.utils.atomic import whole_folder
 from hbll_seq.utils.console import say
 from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
@@ -34,6 +35,8 @@ SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
 REPLACED = (SUMS_NAME, CARD_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
 #: written by train/lm.py when a run has ended; what tells a finished run from a checkpoint.
 METRICS_NAME = "metrics.json"
+#: the folder of a run's checkpoints, whether it has ended or not
+CHECKPOINTS_NAME = "checkpoints"
 #: bytes that may be read; the trained paths of 1,023 blocks take 6 million in config.json.
 MAX_CONFIG, MAX_HEADER, MAX_TOKENIZER, MAX_CARD = 1 << 24, 1 << 24, 1 << 26, 1 << 24
 WHAT_TO_LOAD = "Give a folder that save_pretrained or train/lm.py has written, or a Hub id such as 'owner/name'"
@@ -109,8 +112,12 @@ class ModelFiles:
         return data
 
     def _check_there(self, name: str) -> None:
-        if not self.has(name):
-            raise ValueError(f"{self.source} has no {name}; it holds {_contents(self.folder)}. {WHAT_TO_LOAD}")
+        if self.has(name):
+            return
+        if (self.folder / CHECKPOINTS_NAME).is_dir() and not self.has(METRICS_NAME):
+            raise ValueError(f"{self.source} holds a run that is not finished, and no {name} yet: go on with it by "
+                             "train/lm.py --resume --output-dir and this folder")
+        raise ValueError(f"{self.source} has no {name}; it holds {_contents(self.folder)}. {WHAT_TO_LOAD}")
 
     def _compare(self, name: str, found: str) -> None:
         if self.sums is not None and self.sums.get(name, found) != found:
@@ -132,6 +139,7 @@ class ModelFiles:
         if architectures != [architecture]:
             raise ValueError(f"{source} is for {quote(architectures)}, not {architecture}; use that class")
         try:
+            values = config_class.migrated(values)
             config = config_class.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -181,11 +189,12 @@ class ModelFiles:
             raise ValueError(f"{source} claims a header of {header:,} bytes of at most {MAX_HEADER:,}; {_REMEDY}")
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
+                in_file = migration.model_tensors(source, file.keys(), expected)
+                slices = {name: file.get_slice(old) for name, old in in_file.items()}
                 dtypes = {name: _DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
                 check_found(source, {name: part.get_shape() for name, part in slices.items()}, dtypes, expected)
                 # Cloned: safetensors maps the file into memory, and a later change of the file must not reach the model.
-                return {name: file.get_tensor(name).clone() for name in expected}
+                return {name: file.get_tensor(in_file[name]).clone() for name in expected}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{source} ({size:,} bytes) is cut short or damaged ({shorten(error)}); {_REMEDY}") from None
 

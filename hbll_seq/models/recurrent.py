@@ -134,7 +134,7 @@ class RecurrentModel(nn.Module):
 
     def _mean_nats(self, states: Tensor, targets: Tensor) -> Tensor:
         n_scored = self.target_family.n_scored(states.shape[:-1].numel(), targets)
-        return 0.5 * self.target_family.discrepancy(self.head(states), targets.contiguous()).sum() / n_scored
+        return 0.5 * self.target_family.energy(self.head(states), targets.contiguous()).sum() / n_scored
 
     def _mean_of_real(self, states: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
         real = is_real(lengths, len(states), states.device)
@@ -144,7 +144,7 @@ class RecurrentModel(nn.Module):
 
     def _nats_of_real(self, states: Tensor, targets: Tensor, real: Tensor) -> Tensor:
         """Of each step that counts, 0 of the others: [T, B]."""
-        return (0.5 * self.target_family.discrepancy(self.head(states), targets.contiguous())).masked_fill(~real, 0.0)
+        return (0.5 * self.target_family.energy(self.head(states), targets.contiguous())).masked_fill(~real, 0.0)
 
     def initial_state(self, batch_size: int) -> Tensor:
         """h_0 = 0, [B, H]."""

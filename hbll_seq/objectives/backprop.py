@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hbll_seq.chains.depth import Prefix, prefixes
-from hbll_seq.objectives.base import Objective, ObjectiveOutput
-from hbll_seq.objectives.depth_mix import Route
+from hbll_seq.objectives.base import Exit, Objective, ObjectiveOutput, nats_of
 from hbll_seq.utils.eager import eagerly
 
 
 class BackpropObjective(Objective):
-    """The baseline: ``-log p(y | x)`` along the same routes, differentiated through all of each.
+    """The baseline: ``-log p(y | x)`` along the same sub-networks, differentiated through all of each.
 
     Args: see :class:`Objective`.
 
@@ -37,16 +36,17 @@ class BackpropObjective(Objective):
         with self._dropout_of_step(inputs, step):
             x, targets = self.model.prepare(inputs, labels)
             blocks = self.chain(step, states)
-            z0, chain, routes = self.model.embed(x), self.kept(blocks), self.routes(step)
-            reached: dict[Prefix, Tensor] = {(): z0}  # by beginning of a path: routes share theirs
-            read: list[tuple[Route, dict[int, Tensor]]] = []
-            for route in routes:
-                nats = {}
-                for done in prefixes(route.path):
+            z0, chain = self.model.embed(x), self.maybe_recomputed(blocks)
+            reached: dict[Prefix, Tensor] = {(): z0}  # by beginning of a path: sub-networks share theirs
+            exits: list[Exit] = []
+            for network in self.sub_networks(step):
+                found = {}
+                for done in prefixes(network.path):
                     if done not in reached:
                         (reached[done],) = chain.apply((done,), (reached[done[:-1]],))
-                    if done[-1] in route.exits:
-                        nats[done[-1]] = self._nats(reached[done], targets, done)
-                read.append((route, {n: nats[n] for n in route.exits}))
-            loss = sum(route.exits[n] * value for route, values in read for n, value in values.items())
-        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(read), dict(blocks.last))
+                    if (n := done[-1]) in network.exits:
+                        nats = nats_of(self.model, reached[done], targets, done)
+                        found[n] = Exit(done, network.exits[n], reached[done], nats)
+                exits += [found[n] for n in network.exits]
+            loss = sum(each.weight * each.nats for each in exits)
+        return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(exits), dict(blocks.last))

@@ -1,12 +1,11 @@
-"""Training objectives: modules around a model whose forward returns one loss to call ``backward`` on.
+"""Training objectives over depth: modules around a model whose forward returns one loss to call ``backward`` on.
 
-Here is what they share and the baseline, backpropagation; the local losses are in ``local_objective.py``.
+Here is what they share. The baseline is in ``backprop.py``, the local losses are in ``local.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from hbll_seq.chains.depth import DepthChain, Prefix
 from hbll_seq.engine.chain import Chain, Recomputed
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.depth_mix import MIX_WEIGHTS, MIXES, Route, paths_of_mix, routes_of_step
+from hbll_seq.objectives.depth_mix import SubNetwork, paths_of_mix, sub_networks_of_step
+from hbll_seq.objectives.options import DepthMix
+from hbll_seq.objectives.registry import parse_depths
 from hbll_seq.utils.checks import check_inputs, check_state
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.seeds import fork_rng_of, mix_seeds
-from hbll_seq.utils.values import as_whole, check_choice, number_or_none
-
-GRAPHS = ("kept", "recomputed")
+from hbll_seq.utils.values import as_flag, as_whole
 
 
 class ObjectiveOutput(NamedTuple):
@@ -43,22 +42,40 @@ class ObjectiveOutput(NamedTuple):
     states: dict[Prefix, Tensor]
 
 
+class Exit(NamedTuple):
+    """A prediction that a step is scored on.
+
+    prefix: the blocks walked up to it.
+    weight: of its loss.
+    state: what the head reads, [batch, ..., width].
+    nats: its loss, per target.
+    """
+
+    prefix: Prefix
+    weight: float
+    state: Tensor
+    nats: Tensor
+
+
 class Objective(nn.Module):
-    """What the objectives share: the model, the routes of a step, reproducible dropout, and what is kept in memory.
+    """What the objectives share: the model, the sub-networks of a step, reproducible dropout, and what is kept in memory.
 
     Args:
         model: a :class:`DepthHierarchy`.
         path: block numbers of the main path; None is the full one. Blocks that no step reads get no gradient: an optimizer
             leaves them alone. The model is left as it is given; see :meth:`trained_parameters` and :meth:`freeze_unread`.
-        mix: which further paths a step reads, see ``mix.MIXES``; only with the full path.
-        mix_weight: total weight of their readouts; the main path's is 1. None takes the mix's own, see ``mix.MIX_WEIGHTS``.
-        graphs: ``"kept"``, or ``"recomputed"``: only the states between blocks are kept, and the inside of a block is
-            computed again when a product needs it (activation checkpointing).
-        seed: seed of noise, dropout and the mix, which are functions of (seed, step, ...).
-        rank: number of this process. Noise and dropout differ between processes; the mix does not, so that several
+        depths: which further paths a step trains, a :class:`DepthMix` or its name; only with the full path. None trains the
+            main path alone.
+        recompute: keep only the states between blocks, and compute the inside of a block again when a product needs it
+            (activation checkpointing).
+        seed: seed of noise, dropout and the depth mix, which are functions of (seed, step, ...).
+        rank: number of this process. Noise and dropout differ between processes; the depth mix does not, so that several
             processes are one with a larger batch.
         micro_batches: of an optimizer step: ``forward`` is given the number of the micro batch as its step, and all those
-            of an optimizer step share the mix.
+            of an optimizer step share the sub-networks.
+
+    Attributes:
+        depths: the :class:`DepthMix`; ``DepthMix("none")`` where there is none.
     """
 
     def __init__(
@@ -66,9 +83,8 @@ class Objective(nn.Module):
         model: DepthHierarchy,
         path: Sequence[int] | None = None,
         *,
-        mix: str = "none",
-        mix_weight: float | None = None,
-        graphs: str = "kept",
+        depths: DepthMix | str | None = None,
+        recompute: bool = False,
         seed: int = 0,
         rank: int = 0,
         micro_batches: int = 1,
@@ -76,19 +92,19 @@ class Objective(nn.Module):
         super().__init__()
         model = plain_module(model)
         if not isinstance(model, DepthHierarchy):
-            raise ValueError(f"model={type(model).__name__} object: must be a DepthHierarchy, such as HBLLForCausalLM; of a "
-                             "wrapped one (DistributedDataParallel) pass the model inside")  # fmt: skip
-        for name, value, allowed in (("mix", mix, MIXES), ("graphs", graphs, GRAPHS)):
-            check_choice(name, value, allowed)
-        mix_weight = MIX_WEIGHTS.get(mix, 1.0) if mix_weight is None else mix_weight
-        if not is_number(mix_weight) or not 0 < mix_weight < float("inf"):
-            raise ValueError(f"mix_weight={quote(mix_weight)}: must be a number above 0; mix='none' trains one path alone")
+            raise ValueError(
+                f"model={type(model).__name__} object: must be a DepthHierarchy, such as HBLLForCausalLM; of a "
+                "wrapped one (DistributedDataParallel) pass the model inside"
+            )
+        self.depths, self.recompute = parse_depths(depths), as_flag("recompute", recompute)
         self.path = model.resolve_path(path=path)
-        if mix != "none" and len(self.path) < model.tree.n_nodes:
-            raise ValueError(f"path={quote(path)} with mix={mix!r}: a mix adds paths to the full one; leave path out, or mix")
+        if self.depths.name != "none" and len(self.path) < model.tree.n_nodes:
+            raise ValueError(
+                f"path={quote(path)} with depths={self.depths.name!r}: a depth mix adds paths to the full one; "
+                "leave path out, or depths"
+            )
         seed, rank = as_whole("seed", seed, 0), as_whole("rank", rank, 0)
         self.model, self.seed, self.noise_seed = model, seed, mix_seeds(seed, rank)
-        self.mix, self.mix_weight, self.graphs = mix, float(mix_weight), graphs
         self.micro_batches = as_whole("micro_batches", micro_batches, 1)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -109,8 +125,8 @@ class Objective(nn.Module):
         return [p for p in self.model.blocks.parameters() if id(p) not in read]
 
     def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
-        """The paths whose readouts have a loss, as :attr:`hbll_seq.models.config.HBLLConfig.trained_paths` says it."""
-        return paths_of_mix(self.mix, self.model.tree, self.path)
+        """The paths whose ends have a loss, as :attr:`hbll_seq.models.config.HBLLConfig.trained_paths` says it."""
+        return paths_of_mix(self.depths.name, self.model.tree, self.path)
 
     def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
         """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""
@@ -132,14 +148,14 @@ class Objective(nn.Module):
             check_state(f"states[{quote(prefix)}]", state, (len(inputs), width), next(self.model.parameters()))
         return as_whole("step", step, 0)
 
-    def kept(self, chain: Chain) -> Chain:
-        """The chain, with what ``graphs`` says kept of it."""
-        return Recomputed(chain) if self.graphs == "recomputed" else chain
+    def maybe_recomputed(self, chain: Chain) -> Chain:
+        """The chain; with ``recompute`` one that keeps no graph inside a block."""
+        return Recomputed(chain) if self.recompute else chain
 
-    def routes(self, step: int) -> list[Route]:
-        """The main path and the mix's routes of a step."""
+    def sub_networks(self, step: int) -> list[SubNetwork]:
+        """The main path, and the sub-networks of the depth mix, of a step."""
         seed = mix_seeds(self.seed, step // self.micro_batches, _MIX_STREAM)
-        return routes_of_step(self.mix, self.mix_weight, self.model.tree, self.path, seed)
+        return sub_networks_of_step(self.depths.name, self.depths.total_weight, self.model.tree, self.path, seed)
 
     @property
     def _has_dropout(self) -> bool:
@@ -156,18 +172,18 @@ class Objective(nn.Module):
             torch.manual_seed(mix_seeds(self.noise_seed, step, 0))
             yield
 
-    def _nats(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
-        """Half the discrepancy of the head's prediction after the blocks ``path``, mean over positions that have a target."""
-        return 0.5 * self.model.score(state, targets, path) / self.model.n_scored(state, targets)
-
-    def _metrics(self, read: Sequence[tuple[Route, dict[int, Tensor]]]) -> dict[str, Tensor]:
-        """``ce`` of the main path, the first of all readouts (routes with their nats by block), and ``ce_mix``, the
-        weighted mean of all others."""
-        metrics = {"ce": read[0][1][self.path[-1]].detach()}
-        others = [(route.exits[n], value.detach()) for route, values in read for n, value in values.items()][1:]
-        if self.mix != "none":  # in every step, also in one whose random path is the main one
+    def _metrics(self, exits: Sequence[Exit]) -> dict[str, Tensor]:
+        """``ce`` of the main path's end, the first of all exits, and ``ce_mix``, the weighted mean of all others."""
+        metrics = {"ce": exits[0].nats.detach()}
+        others = [(each.weight, each.nats.detach()) for each in exits[1:]]
+        if self.depths.name != "none":  # in every step, also in one whose random path is the main one
             metrics["ce_mix"] = sum(w * v for w, v in others) / sum(w for w, _ in others) if others else metrics["ce"]
         return metrics
+
+
+def nats_of(model: DepthHierarchy, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
+    """Half the energy of the head's prediction after the blocks ``path``, mean over positions that have a target."""
+    return 0.5 * model.score(state, targets, path) / model.n_scored(state, targets)
 
 
 def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:
@@ -178,26 +194,8 @@ def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:
     autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
     if half or autocast:
         raise ValueError(
-            "float16 is refused: a loss scaler does not reach the gradients inside the local losses; "
-            "use bfloat16 or float32"
+            "float16 is refused: a loss scaler does not reach the gradients inside the local losses; use bfloat16 or float32"
         )
-
-
-def check_dial(
-    sweeps: object, corrections: object, damping: object, tolerance: object, chunk: object
-) -> tuple[int, int, int]:
-    """K, M and chunk as ints. Raises ValueError where one of them, or damping or tolerance, is out of range."""
-    whole = as_whole("sweeps", sweeps, 0), as_whole("corrections", corrections, 0), as_whole("chunk", chunk, 1)
-    if not is_number(damping) or not 0 < damping <= 2:
-        raise ValueError(f"damping={quote(damping)}: must be above 0 and at most 2; 1 is the plain sweep")
-    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={quote(tolerance)}: must be a number of 0 or more; 0 does all sweeps")
-    return whole
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or float that a float can hold (a bool and NaN are not)."""
-    return isinstance(value, (int, float)) and number_or_none(value) is not None
 
 
 _MIX_STREAM = -1  # no node has this number

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from hbll_seq.chains.time_tree import RecurrentTree
+from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Linearization, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
@@ -52,13 +53,17 @@ class TreeGuess:
     def __post_init__(self):
         check_options(self)
         if not isinstance(self.tree, RecurrentTree):
-            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree")
+            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree; make one, as RecurrentTree('gru', ..)")
         if not self.tree.has_own_cells:
             raise ValueError("a tree with share='all' has no cells of its own to start from: share 'none' or 'capped'")
 
 
 class Inference:
-    """How an objective finds states and adjoints; the subclasses hold the options of each way."""
+    """How an objective finds states and adjoints; the subclasses hold the options of each way.
+
+    Attributes:
+        name: the word for it in a text.
+    """
 
     name: ClassVar[str]
 
@@ -76,12 +81,15 @@ class Axis:
     inits: tuple[str, ...]
 
 
-#: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy
+#: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy. The
+#: defaults of the last are the least that lost nothing in one trial (docs/lab-log.md)
 AXES = {
     "depth": Axis(3, 4, 1, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
     "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
     "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
 }
+#: the axes in messages
+WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Sweeps(Inference):
         forward: K; None is the axis's own (over depth 3, over time 1).
         backward: M (4; 1).
         chunk_size: c, transitions that one iteration takes one after the other (1; 8).
-        linearization: what stands for the Jacobians between iterations, an object or its name (identity; zero).
+        linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
         damping: an iteration moves so far from the old estimate to the new one; only 1 ever makes a state exact.
@@ -109,18 +117,29 @@ class Sweeps(Inference):
     forward: int | None = option(None, "K, parallel forward iterations", low=0, high=MOST)
     backward: int | None = option(None, "M, parallel backward iterations of the adjoints", low=0, high=MOST)
     chunk_size: int | None = option(None, "transitions that an iteration takes one after the other", low=1)
-    linearization: Linearization | str | None = option(None, "stands for the Jacobians between iterations")
+    linearization: Linearization | str | None = option(None, "approximates the Jacobians between iterations")
     init: TreeGuess | str | None = option(None, "first estimate of the states")
-    damping: float = option(1.0, "an iteration moves so far from the old estimate to the new one", above=0, high=2)
-    tolerance: float = option(0.0, "stop iterating once the states change by at most this; 0 does all", low=0)
-    clip: float | None = option(None, "over time: diagonals are held within it", above=0)
+    damping: float = option(
+        1.0,
+        "an iteration moves so far from the old estimate to the new one",
+        above=0,
+        high=2,
+        remedy="; 1 is the plain iteration",
+    )
+    tolerance: float = option(
+        0.0, "stop iterating once the states change by at most this; 0 does all", low=0, remedy="; 0 does all iterations"
+    )
+    clip: float | None = option(
+        None, "over time: diagonals are held within it", above=0, infinite=True, remedy="; float('inf') clips nothing"
+    )
 
     def __post_init__(self):
         check_options(self)
         if self.linearization is not None:
             object.__setattr__(self, "linearization", as_linearization("linearization", self.linearization))
         known = dict.fromkeys(init for axis in AXES.values() for init in axis.inits)
-        if not isinstance(self.init, (TreeGuess, type(None))) and self.init not in known:
+        is_known = isinstance(self.init, str) and self.init in known
+        if not (self.init is None or is_known or isinstance(self.init, TreeGuess)):
             raise ValueError(f"init={quote(self.init)}: allowed are {', '.join(known)}, over time also a TreeGuess")
 
     def resolved(self, axis: str) -> Sweeps:
@@ -132,15 +151,22 @@ class Sweeps(Inference):
         own = AXES[axis]
         names = ("forward", "backward", "chunk_size", "linearization", "init")
         found = replace(self, **{name: getattr(own, name) for name in names if getattr(self, name) is None})
+        where = f"over {WORDS[axis]}"
         if not isinstance(found.linearization, own.linearizations):
             allowed = ", ".join(kind.name for kind in own.linearizations)
-            raise ValueError(f"linearization={found.linearization.name!r} over {axis}: allowed are {allowed}")
+            raise ValueError(f"linearization={quote(found.linearization.name)} {where}: allowed are {allowed}")
         if axis != "time" and (isinstance(found.init, TreeGuess) or self.clip is not None):
             given = "init=TreeGuess(..)" if self.clip is None else f"clip={self.clip}"
-            raise ValueError(f"{given} over {axis}: it belongs to a recurrent model's own steps; leave it out")
+            raise ValueError(f"{given} {where}: it belongs to a recurrent model's own steps; leave it out")
         if isinstance(found.init, str) and found.init not in own.inits:
-            raise ValueError(f"init={found.init!r} over {axis}: allowed are {', '.join(own.inits)}")
+            raise ValueError(f"init={quote(found.init)} {where}: allowed are {', '.join(own.inits)}")
         return replace(found, clip=1.0) if axis == "time" and found.clip is None else found
+
+    @property
+    def iterations(self) -> Iterations:
+        """What the engine is told, of sweeps that :meth:`resolved` gave."""
+        of_engine = {field.name: getattr(self, field.name) for field in fields(Iterations)}
+        return Iterations(**{**of_engine, "clip": 1.0 if self.clip is None else self.clip})
 
 
 @dataclass(frozen=True)
@@ -160,12 +186,15 @@ class Tree(Inference):
     """
 
     name: ClassVar[str] = "tree"
-    sigma: float | None = option(None, "tree: noise scale of the sampled states", low=0)
+    sigma: float | None = option(None, "tree: noise scale of the sampled states", low=0, remedy="; 0 switches the noise off")
     n_samples: int = option(1, "tree: Monte-Carlo samples a step", low=1, high=MOST)
-    state_weight: float = option(0.1, "tree: weight of the losses on hidden states", above=0)
+    state_weight: float = option(
+        0.1, "tree: weight of the losses on hidden states", above=0, remedy="; without it most blocks would not be trained"
+    )
     clean_inputs: bool = option(True, "tree: blocks read forward messages, never corrected states")
-    free_energy: bool = option(False, "tree: also log the free energy F (Eq. 10) and its parts per level; costs one more "
-                               "evaluation of every block")  # fmt: skip
+    free_energy: bool = option(
+        False, "tree: also log the free energy F (Eq. 10) and its parts per level; costs one more evaluation of every block"
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -174,6 +203,8 @@ class Tree(Inference):
 @dataclass(frozen=True)
 class VCycles(Inference):
     """V-cycles over the tree's jump arcs in place of forward iterations (docs/method.md 2.6); full path only.
+
+    The other sub-networks of a depth mix, which are no full path, take as many plain forward iterations.
 
     Attributes:
         cycles: V-cycles before the differentiated call.
@@ -189,6 +220,11 @@ class VCycles(Inference):
 
     def __post_init__(self):
         check_options(self)
+
+    @property
+    def iterations(self) -> Iterations:
+        """What the engine is told of a path that is not the full one."""
+        return Iterations(self.cycles, self.backward)
 
 
 @dataclass(frozen=True)
@@ -213,12 +249,12 @@ class TimeTree(Inference):
     def __post_init__(self):
         check_options(self)
         if not isinstance(self.tree, RecurrentTree):
-            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree")
+            raise ValueError(f"tree={quote(self.tree)}: must be a RecurrentTree; make one, as RecurrentTree('gru', ..)")
 
 
 @dataclass(frozen=True)
 class DepthMix:
-    """Which further paths a step trains beside the full one (docs/method.md 2.5; see ``depth_mix.MIXES``).
+    """Which further paths a step trains beside the full one (docs/method.md 2.3; see ``depth_mix.MIXES``).
 
     Attributes:
         name: of the mix; ``"none"`` trains the main path alone.
@@ -228,9 +264,15 @@ class DepthMix:
         ValueError: the name is unknown, or the weight is not above 0.
     """
 
-    name: str = option(DEFAULT_MIX, "further paths that are trained in each step, so that every depth is useful",
-                       choices=tuple(MIXES))  # fmt: skip
-    weight: float | None = option(None, "weight of the mix's losses beside the main path's 1", above=0)
+    name: str = option(
+        DEFAULT_MIX, "further paths that are trained in each step, so that every depth is useful", choices=tuple(MIXES)
+    )
+    weight: float | None = option(
+        None,
+        "weight of the mix's losses beside the main path's 1",
+        above=0,
+        remedy="; depths='none' trains the main path alone",
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -241,15 +283,8 @@ class DepthMix:
         return MIX_WEIGHTS.get(self.name, 1.0) if self.weight is None else self.weight
 
 
-def as_depth_mix(value: DepthMix | str | None) -> DepthMix:
-    """A mix, from its name or as it is; None is ``"none"``. Raises ValueError for anything else."""
-    if isinstance(value, DepthMix):
-        return value
-    return DepthMix("none" if value is None else value)
-
-
 def written_out(options: Any) -> dict[str, Any]:
-    """The fields of an options object as plain values, linearizations by their name and rank."""
+    """The fields of an options object as plain values, linearizations with their names and options."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Linearization):

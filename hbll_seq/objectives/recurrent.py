@@ -1,12 +1,11 @@
-"""Training objectives of recurrent models: local losses from messages along time, the paper's tree, and the baselines.
+"""Training objectives of recurrent models: local losses from adjoints along time, the paper's tree, and the baselines.
 
-As in ``objective.py`` an objective is a module around the model whose forward returns one loss to call ``backward`` on.
+As in ``base.py`` an objective is a module around the model whose forward returns one loss to call ``backward`` on.
 A recurrent model also returns the state to carry into the next window.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,20 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.chains.time import TIME_INITS, TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
-from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.engine.linearization.shared_matrix import TimeSecants
+from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
 from hbll_seq.models.recurrent import RecurrentModel
-from hbll_seq.objectives.base import check_dial, check_local_losses_can_run, is_number
+from hbll_seq.objectives.base import check_local_losses_can_run
+from hbll_seq.objectives.options import Inference, Sweeps, TimeTree, TreeGuess
+from hbll_seq.objectives.registry import TIME_INFERENCES, parse_inference
 from hbll_seq.utils.checks import check_inputs
 from hbll_seq.utils.eager import eagerly
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.padding import as_lengths, check_side, last_of
-from hbll_seq.utils.reading import quote
-from hbll_seq.utils.values import as_whole, check_choice
-
-RECURRENT_INFERENCES = ("sweeps", "tree")
-RECURRENT_LINEARIZATIONS = (*TIME_LINEARIZATIONS, "secant")
+from hbll_seq.utils.values import as_whole
 
 
 class RecurrentOutput(NamedTuple):
@@ -56,8 +52,10 @@ class RecurrentObjective(nn.Module, ABC):
         super().__init__()
         self.model = plain_module(model)
         if not isinstance(self.model, RecurrentModel):
-            raise ValueError(f"model={type(model).__name__} object: must be a RecurrentModel, such as RecurrentLM; of a "
-                             "wrapped one (DistributedDataParallel) pass the model inside")  # fmt: skip
+            raise ValueError(
+                f"model={type(model).__name__} object: must be a RecurrentModel, such as RecurrentLM; of a "
+                "wrapped one (DistributedDataParallel) pass the model inside"
+            )
 
     @eagerly
     def forward(
@@ -76,7 +74,8 @@ class RecurrentObjective(nn.Module, ABC):
         has a target), and the state is that after the last real step. Where nothing has a target, both are 0.
 
         With a tree, whose shape depends on the length, sequences of each length are evaluated by themselves. Otherwise all
-        are evaluated together, exactly in the limit of K and M; below it corrections cut chunks from the end of the longest.
+        are evaluated together, exactly in the limit of K and M; below it backward iterations cut chunks from the end of the
+        longest.
 
         Raises:
             ValueError: under ``torch.inference_mode``, for float16, or what is given does not fit.
@@ -132,7 +131,7 @@ class RecurrentBackpropObjective(RecurrentObjective):
         model: see :class:`RecurrentObjective`.
         window: truncated BPTT: the state is detached after every ``window`` transitions, so the states stay exact and credit
             goes back 0 to ``window`` - 1 transitions; None goes back to h_0. With 1 it is :class:`RecurrentLocalObjective`
-            with ``linearization="zero"``, K = N - 1 and M = 0.
+            with ``Zero()``, K = N - 1 and M = 0.
 
     Raises:
         ValueError: ``window`` is not a whole number of at least 1.
@@ -157,152 +156,125 @@ class RecurrentBackpropObjective(RecurrentObjective):
 class RecurrentLocalObjective(RecurrentObjective):
     """Local losses: nothing is differentiated through more than one transition of the cell.
 
-    Inference ``"sweeps"`` (method.md 2.2): K forward sweeps, one differentiated call of the cell at all positions, M backward
-    corrections, and the loss ``<sg lambda_n, a_n>`` of every position. What a message carries is another matter: M
-    corrections are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c
-    at least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
+    :class:`Sweeps` (docs/method.md 2.2): K forward iterations, one differentiated call of the cell at all positions, M
+    backward iterations, and the loss ``<sg lambda_n, a_n>`` of every position. What an adjoint carries is another matter: M
+    iterations are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c at
+    least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
-    With a ``tree``, its states are the first estimate (method.md 2.4). It has cells of its own, trained to agree with the
-    chain, ``tree_weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches neither cell,
-    embedding nor head of the model.
+    With a :class:`TreeGuess`, a tree's states are the first estimate (docs/method.md 2.4). It has cells of its own, trained
+    to agree with the chain, ``weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches
+    neither cell, embedding nor head of the model.
 
-    Inference ``"tree"`` is the paper's HBLL-RNN (method.md 1.5): task loss at the tree's states, arc losses against right
+    :class:`TimeTree` is the paper's HBLL-RNN (docs/method.md 1.5): task loss at the tree's states, arc losses against right
     parents, and a consistency stage (Eqs. 13-15) for the deployed cell, which is the tree's f_0.
 
     Args:
         model: see :class:`RecurrentObjective`.
-        inference: ``"sweeps"`` or ``"tree"``.
-        sweeps: K, before the differentiated sweep (the defaults did best of few on text, see README; longer memory needs more
-            of it, or ``"diagonal"``); for ``"tree"`` the consistency stage's, differentiated one included.
-        corrections: M.
-        linearization, init, damping, clip, tolerance: see :func:`forward_time_sweeps`. The maps of ``"secant"`` are
-            learned in training mode and are part of the objective's state; it takes corrections of at least 2 for those of
-            messages to be learned, and used.
-        chunk: c, transitions that a sweep (the differentiated one too), and products that a correction takes one after the
-            other: the span grows by that factor and the work does not. ``"sweeps"``.
-        tree: a :class:`RecurrentTree`; needed by ``"tree"``, goes before ``init`` with ``"sweeps"``.
-        tree_weight: weight of the losses that train the tree to agree with the chain, ``"sweeps"``.
-        arc_weight, consistency_weight: weights of the arc losses and of the consistency stage, ``"tree"``.
+        inference: a :class:`Sweeps`, its text such as ``"sweeps:forward=4,backward=3,linearization=shared_matrix"``, or a
+            :class:`TimeTree`. The defaults of sweeps did best of few on text; longer memory needs more iterations, or
+            another linearization (docs/choosing-options.md). The matrices of ``SharedMatrix`` are learned in training mode;
+            those of adjoints are learned, and used, with 2 backward iterations or more.
+
+    Attributes:
+        inference: with every default written out.
+        tree: of the inference; its cells are part of this module.
+        secants: the fit of the matrices of ``SharedMatrix``; its buffers are part of this module's state.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or does not fit the model.
     """
 
-    def __init__(
-        self,
-        model: RecurrentModel,
-        inference: str = "sweeps",
-        *,
-        sweeps: int = 1,
-        corrections: int = 1,
-        linearization: str = "zero",
-        init: str = "state",
-        damping: float = 1.0,
-        clip: float = 1.0,
-        tolerance: float = 0.0,
-        chunk: int = 8,
-        tree: RecurrentTree | None = None,
-        tree_weight: float = 0.1,
-        arc_weight: float = 0.1,
-        consistency_weight: float = 1.0,
-    ):
+    def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps"):
         super().__init__(model)
-        _check_choices(inference, linearization, init)
-        sweeps, corrections, chunk = check_dial(sweeps, corrections, damping, tolerance, chunk)
-        weights = (("tree_weight", tree_weight), ("arc_weight", arc_weight), ("consistency_weight", consistency_weight))
-        for name, value in weights:
-            if not is_number(value) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}={quote(value)}: must be a number of 0 or more")
-        if not is_number(clip) or not clip > 0:
-            raise ValueError(f"clip={quote(clip)}: must be a number above 0; float('inf') clips nothing")
-        if linearization == "secant" and (inference != "sweeps" or sweeps < 1):
+        inference = parse_inference(inference, TIME_INFERENCES)
+        self.inference = inference.resolved("time") if isinstance(inference, Sweeps) else inference
+        holder = inference.init if isinstance(inference, Sweeps) else inference
+        self.tree = getattr(holder, "tree", None)
+        self.secants: SharedMatrixFit | None = None
+        if isinstance(self.inference, Sweeps) and isinstance(self.inference.linearization, SharedMatrix):
+            self.secants = self._new_fit()
+        hidden_size = self.model.cell.hidden_size
+        if self.tree is not None and self.tree.hidden_size != hidden_size:
+            raise ValueError(f"a tree of hidden_size={self.tree.hidden_size} with a cell of {hidden_size}: must be the same")
+
+    def _new_fit(self) -> SharedMatrixFit:
+        """The matrices that are learned. Raises ValueError where nothing would be."""
+        forward, cell = self.inference.forward, self.model.cell
+        if forward < 1:
             raise ValueError(
-                f"linearization='secant' with inference={quote(inference)}, sweeps={sweeps}: it learns from what two sweeps "
-                "differ by, so it needs inference='sweeps' and sweeps of at least 1; choose them, or 'diagonal'"
+                f"linearization='shared_matrix' with forward={forward}: it learns from what two iterations differ by, so it "
+                "needs forward of at least 1; choose that, or 'diagonal'"
             )
-        if linearization == "secant" and not model.cell.has_recurrent_weight:
+        if not cell.has_recurrent_weight:
             raise ValueError(
-                f"linearization='secant' with a {type(model.cell).__name__}: its Jacobian is diagonal, and nothing is left "
+                f"linearization='shared_matrix' with a {type(cell).__name__}: its Jacobian is diagonal, and nothing is left "
                 "to learn; choose 'diagonal', which is exact"
             )
-        if inference == "tree" and tree is None:
-            raise ValueError("inference='tree' without a tree: pass tree=RecurrentTree(...)")
-        if tree is not None and tree.hidden_size != model.cell.hidden_size:
-            raise ValueError(
-                f"a tree of hidden_size={tree.hidden_size} with a cell of {model.cell.hidden_size}: must be the same"
-            )
-        if tree is not None and inference == "sweeps" and not tree.has_own_cells:
-            raise ValueError("a tree with share='all' has no cells of its own to start sweeps from: share 'none' or 'capped'")
-        self.inference, self.sweeps, self.corrections, self.init, self.tree = inference, sweeps, corrections, init, tree
-        self.chunk = chunk
-        self.options = dict(linearization=linearization, damping=damping, clip=clip, tolerance=tolerance, chunk=chunk)
-        self.secants = None
-        if linearization == "secant":
-            self.secants = TimeSecants(model.cell.hidden_size, sweeps, corrections)
-        self.tree_weight, self.arc_weight, self.consistency_weight = tree_weight, arc_weight, consistency_weight
+        return SharedMatrixFit(cell.hidden_size, forward, self.inference.backward)
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
         symbols = self.model.symbols(x)
-        if self.inference == "tree":
-            return self._tree(symbols, targets, s0)
-        return self._sweep(symbols, targets, s0, lengths)
+        if isinstance(self.inference, TimeTree):
+            return self._tree_step(symbols, targets, s0)
+        return self._sweep_step(symbols, targets, s0, lengths)
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
+    def _sweep_step(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
         cell, keep_graph = self.model.cell, torch.is_grad_enabled()
+        iterations, init = self.inference.iterations, self.inference.init
         learn = self.secants is not None and keep_graph and self.training
-        estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True) if self.tree is not None else None
-        swept = forward_time_sweeps(
-            cell, cell.project(symbols), s0, sweeps=self.sweeps, init=self.init,
-            start=None if estimate is None else estimate.detach()[:-1], secants=self.secants, learn=learn, **self.options,
-        )  # fmt: skip
-        metrics = {"residual": swept.residual} if self.sweeps > 0 else {}
-        if not keep_graph:
-            ce = _nats(self.model, swept.states, targets, lengths)
-            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, _last(swept.states, lengths))
-        read = swept.states.detach().requires_grad_(True)
-        ce, errors = _emission(self.model, read, targets, lengths)
-        messages = backward_time_sweeps(
-            swept, errors, corrections=self.corrections, chunk=self.chunk, secants=self.secants, learn=learn
+        estimate, start = None, None
+        if isinstance(init, TreeGuess):
+            estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True)
+            init, start = "state", estimate.detach()[:-1]
+        solution = forward_time_sweeps(
+            cell, cell.project(symbols), s0, iterations, init=init, start=start, learned=self.secants, learn=learn
         )
+        metrics = {"residual": solution.residual} if iterations.forward > 0 else {}
+        if not keep_graph:
+            ce = _nats(self.model, solution.states, targets, lengths)
+            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, _last(solution.states, lengths))
+        read = solution.states.detach().requires_grad_(True)
+        ce, upstream = _output_loss(self.model, read, targets, lengths)
+        adjoints = backward_time_sweeps(solution, upstream, iterations, learned=self.secants, learn=learn)
         if learn:
             self.secants.end_step()
         # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
         # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
-        losses = [ce + _WithGradients.apply(messages, swept.outputs)]
+        losses = [ce + _WithGradients.apply(adjoints, solution.outputs)]
         if estimate is not None:
-            losses.append(self._tree_agreement(estimate, swept.states, targets))
+            losses.append(self._tree_agreement(estimate, solution.states, targets))
             metrics["tree"] = losses[-1].detach()
         metrics["ce"] = ce.detach()
-        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(swept.states.detach(), lengths))
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(solution.states.detach(), lengths))
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
-        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (method.md 2.4)."""
+        """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (docs/method.md 2.4)."""
         own = self.tree.own_states(len(states)).to(states.device)
         if not own.any():
             return estimate.sum() * 0.0
         agreement = (estimate - states)[own].square().sum(-1).mean()
-        loss = self.tree_weight * agreement * self.model.target_family.any_scored(targets)
+        loss = self.inference.init.weight * agreement * self.model.target_family.any_scored(targets)
         if self.model.readout == "every":  # the head says what matters in a state, and is not trained by it
             read = estimate[own].detach().requires_grad_(True)
             ce = self.model.nats(read, targets[:, own])
-            (errors,) = torch.autograd.grad(ce, read)
-            loss = loss + ce.detach() + _WithGradients.apply(errors, estimate[own])
+            (upstream,) = torch.autograd.grad(ce, read)
+            loss = loss + ce.detach() + _WithGradients.apply(upstream, estimate[own])
         return loss
 
     # -------------------------------------------------------------------------------------------------------- tree
 
-    def _tree(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
-        cell = self.model.cell
+    def _tree_step(self, symbols: Tensor, targets: Tensor, s0: Tensor) -> RecurrentOutput:
+        cell, inference = self.model.cell, self.inference
         states, arcs = self.tree.states_and_arcs(cell, symbols, s0)
         ce = self.model.nats(states, targets)
         any_scored = self.model.target_family.any_scored(targets)
-        losses = [ce, self.arc_weight * arcs * any_scored]
+        losses = [ce, inference.arc_weight * arcs * any_scored]
         metrics = {"ce": ce.detach(), "state": arcs.detach()}
-        if self.sweeps > 0:
-            consistency = self.tree.consistency(cell, symbols, s0, states, self.sweeps)
-            losses.append(self.consistency_weight * consistency * any_scored)
+        if inference.consistency > 0:
+            consistency = self.tree.consistency(cell, symbols, s0, states, inference.consistency)
+            losses.append(inference.consistency_weight * consistency * any_scored)
             metrics["consistency"] = losses[-1].detach()
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, states[-1].detach())
 
@@ -316,18 +288,18 @@ def _last(states: Tensor, lengths: Tensor | None) -> Tensor:
     return states[-1] if lengths is None else last_of(states, lengths)
 
 
-def _emission(
+def _output_loss(
     model: RecurrentModel, read: Tensor, targets: Tensor, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The task loss, attached to the head alone, and e_n = d loss / d s_n [N, B, H]; the head is differentiated once."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     ce = _nats(model, read, targets, lengths)
-    errors, *gradients = torch.autograd.grad(ce, [read, *parameters], allow_unused=True)
+    upstream, *gradients = torch.autograd.grad(ce, [read, *parameters], allow_unused=True)
     pairs = [(g, p) for g, p in zip(gradients, parameters) if g is not None]
     loss = ce.detach()
     if pairs:
         loss = loss + sum(_WithGradients.apply(g, p) for g, p in pairs)
-    return loss, errors
+    return loss, upstream
 
 
 class _WithGradients(torch.autograd.Function):
@@ -343,13 +315,3 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, scale: Tensor) -> tuple[None, Tensor]:
         (gradient,) = ctx.saved_tensors
         return None, scale * gradient
-
-
-def _check_choices(inference: str, linearization: str, init: str) -> None:
-    choices: Sequence[tuple[str, str, Sequence[str]]] = (
-        ("inference", inference, RECURRENT_INFERENCES),
-        ("linearization", linearization, RECURRENT_LINEARIZATIONS),
-        ("init", init, TIME_INITS),
-    )
-    for name, value, allowed in choices:
-        check_choice(name, value, allowed)

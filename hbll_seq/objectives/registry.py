@@ -12,25 +12,63 @@ import types
 import typing
 from typing import Any
 
-from hbll_seq.objectives.options import LINEARIZATIONS, DepthMix, Inference, Sweeps, Tree, VCycles
+from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.objectives.options import (
+    LINEARIZATIONS,
+    DepthMix,
+    Inference,
+    Sweeps,
+    TimeTree,
+    Tree,
+    TreeGuess,
+    VCycles,
+)
 from hbll_seq.utils.reading import quote
 
-#: ways to find states and adjoints over depth, by name
+#: ways to find states and adjoints, by name: over depth, over the steps of a recurrent model, and inside recurrent blocks
 INFERENCES: dict[str, type[Inference]] = {kind.name: kind for kind in (Sweeps, Tree, VCycles)}
+TIME_INFERENCES: dict[str, type[Inference]] = {kind.name: kind for kind in (Sweeps, TimeTree)}
+LAYER_INFERENCES: dict[str, type[Inference]] = {Sweeps.name: Sweeps}
 
 
-def parse_inference(text: str | Inference) -> Inference:
-    """An inference over depth, from its text or as it is.
+def parse_inference(
+    value: str | Inference, allowed: dict[str, type[Inference]] = INFERENCES, name: str = "inference"
+) -> Inference:
+    """An inference from its text, or as it is.
+
+    Args:
+        value: such as ``"sweeps:forward=2,linearization=low_rank(rank=4)"``.
+        allowed: the kinds that it may be, by name.
+        name: of the argument, for messages.
 
     Raises:
-        ValueError: the name or an option is unknown, or a value is out of range.
+        ValueError: it is none of these, an option is unknown, or a value is out of range.
     """
-    if isinstance(text, Inference):
-        return text
-    name, _, rest = text.partition(":") if isinstance(text, str) else (text, "", "")
-    if not isinstance(name, str) or name not in INFERENCES:
-        raise ValueError(f"inference={quote(text)}: allowed are {', '.join(INFERENCES)}, with options as in sweeps:forward=2")
-    return make(INFERENCES[name], options_of(rest, name))
+    if isinstance(value, tuple(allowed.values())):
+        return value
+    kind, _, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in allowed:
+        classes = ", ".join(each.__name__ for each in allowed.values())
+        raise ValueError(
+            f"{name}={quote(value)}: allowed are {', '.join(allowed)}, with options as in sweeps:forward=2, and "
+            f"objects of {classes}"
+        )
+    return make(allowed[kind], options_of(rest, kind))
+
+
+def parse_depths(value: str | DepthMix | None) -> DepthMix:
+    """A depth mix from its text, such as ``"octaves"`` or ``"octaves:weight=4"``, or as it is; None is ``"none"``.
+
+    Raises:
+        ValueError: it is no such text, or the weight is out of range.
+    """
+    if isinstance(value, DepthMix):
+        return value
+    name, _, rest = value.partition(":") if isinstance(value, str) else (value, "", "")
+    options = options_of(rest, "depths")
+    if "name" in options:
+        raise ValueError(f"depths={quote(value)}: the name goes before the colon, as in octaves:weight=4")
+    return make(DepthMix, options, name="none" if name is None else name)
 
 
 def options_of(text: str, owner: str) -> dict[str, str]:
@@ -55,16 +93,22 @@ def make(kind: type, options: dict[str, str], **objects: Any) -> Any:
     Raises:
         ValueError: an option is unknown, or a value does not fit.
     """
-    known = {field.name: field for field in dataclasses.fields(kind) if "help" in field.metadata}
+    known = [field.name for field in dataclasses.fields(kind) if "help" in field.metadata]
     for key in options:
         if key not in known:
-            raise ValueError(f"{_name(kind)} has no option {quote(key)}; it has {', '.join(known)}")
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"{_name(kind)} has no option {quote(key)}; {has}")
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in objects:
+            raise ValueError(
+                f"{_name(kind)!r} without a {field.name}, which no text can give: pass a {kind.__name__}({field.name}=..)"
+            )
     hints = typing.get_type_hints(kind)
     return kind(**{key: _value(key, value, hints[key]) for key, value in options.items()}, **objects)
 
 
 def _name(kind: type) -> str:
-    return getattr(kind, "name", kind.__name__) if kind is not DepthMix else "depths"
+    return "depths" if kind is DepthMix else kind.name
 
 
 def _value(key: str, text: str, hint: Any) -> Any:
@@ -73,10 +117,11 @@ def _value(key: str, text: str, hint: Any) -> Any:
     if text == "none" and type(None) in kinds:
         return None
     if key == "linearization":
-        name, _, rest = text.removesuffix(")").partition("(")
-        if name not in LINEARIZATIONS:
-            raise ValueError(f"linearization={quote(text)}: allowed are {', '.join(LINEARIZATIONS)}")
-        return make(LINEARIZATIONS[name], options_of(rest, name))
+        found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+        if found is None or found[1] not in LINEARIZATIONS:
+            allowed = ", ".join(LINEARIZATIONS)
+            raise ValueError(f"linearization={quote(text)}: allowed are {allowed}, with options as in low_rank(rank=4)")
+        return make(LINEARIZATIONS[found[1]], options_of(found[2] or "", found[1]))
     if bool in kinds:
         if text not in ("true", "false"):
             raise ValueError(f"{key}={quote(text)}: must be true or false")
@@ -92,14 +137,24 @@ def _value(key: str, text: str, hint: Any) -> Any:
 
 
 def text_of(options: Any) -> str:
-    """The text that makes an equal object; what is as by default is left out."""
-    items = []
+    """The text that makes an equal object; what is as by default is left out.
+
+    Raises:
+        ValueError: it holds an object that no text can give, such as a tree.
+    """
+    head, items = (options.name if isinstance(options, DepthMix) else _name(type(options))), []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if "help" not in field.metadata or value == field.default:
+        if "help" not in field.metadata or isinstance(value, TreeGuess):
+            raise ValueError(f"{type(options).__name__} with a {type(value).__name__}: no text can give that object")
+        if value == field.default or (isinstance(options, DepthMix) and field.name == "name"):
             continue
-        if dataclasses.is_dataclass(value):
-            inner = text_of(value)
-            value = value.name + (f"({inner.partition(':')[2]})" if ":" in inner else "")
-        items.append(f"{field.name}={str(value).lower() if isinstance(value, bool) or value is None else value}")
-    return _name(type(options)) + (":" + ",".join(items) if items else "")
+        items.append(f"{field.name}={_text_of_value(value)}")
+    return head + (":" + ",".join(items) if items else "")
+
+
+def _text_of_value(value: Any) -> str:
+    if isinstance(value, Linearization):
+        name, _, inner = text_of(value).partition(":")
+        return f"{name}({inner})" if inner else name
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

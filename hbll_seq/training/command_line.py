@@ -8,18 +8,32 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from hbll_seq.training.settings import DEFAULT_PRESET, TrainingSettings, read_preset
+from hbll_seq.training.presets import DEFAULT_PRESET, nearest_setting, read_preset
+from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.reading import shorten
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {shorten(' '.join(unknown), 300)}{_meant(unknown)}")
+        return found
+
     def error(self, message: str):
         raise ValueError(f"{shorten(message, 400)} (see --help)")
 
 
+def _meant(unknown: list[str]) -> str:
+    """What is said of the first option that there is not."""
+    option = next((word for word in unknown if word.startswith("--")), "")
+    near = nearest_setting(option[2:].partition("=")[0].replace("-", "_"))
+    return f"; did you mean --{near.replace('_', '-')}?" if near else ""
+
+
 def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
-    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
+    parser = _Parser(usage="%(prog)s [--preset NAME] [options]", description=description, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
     start = parser.add_argument_group("what to run")
@@ -29,7 +43,8 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
                        help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
                             "settings stored there; newer checkpoints, later lines and exported results are removed")
     start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    start.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
+    start.add_argument("--dry-run", action="store_true",
+                       help="print the settings as YAML, with what comes of those left open, and exit; --preset reads it")
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(TrainingSettings)
     shown = {f.name: f.default for f in dataclasses.fields(TrainingSettings)} | read_preset(DEFAULT_PRESET, presets)
@@ -43,8 +58,10 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         choices = field.metadata["choices"]
-        default = "" if shown[field.name] is None else f" (default: {shown[field.name]})"
-        metavar = "|".join(choices) if choices else _metavar(hints[field.name])
+        default = "" if shown[field.name] is None or "(default: " in text else f" (default: {shown[field.name]})"
+        metavar = "|".join(choices or ()) or _metavar(hints[field.name])
+        if len(metavar) > 40:
+            metavar, text = "NAME", f"{text}; one of {', '.join(choices)}"
         group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS,
                            help=(text + default).replace("%", "%%"))
     return parser

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
-import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -79,10 +80,34 @@ def on_main(work: Callable[[], T]) -> T | None:
     return result
 
 
-def leave_processes() -> None:
-    """End the process group, where one is left."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():  # asking Accelerate could start a new one
-        torch.distributed.destroy_process_group()
+@contextlib.contextmanager
+def leaving_processes() -> Iterator[None]:
+    """Ends, after the body, the process group that it has joined: the group's threads have ended when this returns.
+
+    A finished process can fail at two places. Gloo's threads need the GIL to drop the tensors of the last collectives, and
+    the group's destructor waits for these threads: who destroys it while holding the GIL may wait for ever. And a thread that
+    still owns a tensor when the interpreter ends aborts it (pytorch issue 190489). DistributedDataParallel, a cycle of
+    objects, keeps a reference that is dropped while holding the GIL; Python's own handle of the group releases the GIL first.
+    So the handle is dropped last, when nothing of the body is left.
+    """
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and _in_group():
+            traceback.clear_frames(cause.__traceback__)  # they hold the model
+            cause = cause.__context__
+        raise
+    finally:
+        if _in_group():
+            group = torch.distributed.group.WORLD
+            torch.distributed.destroy_process_group()
+            gc.collect()
+            del group
+
+
+def _in_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()  # asking Accelerate could start a new one
 
 
 def check_memory(config: HBLLConfig) -> None:
@@ -164,19 +189,14 @@ def track(accelerator: Accelerator, values: dict[str, float], step: int) -> None
                 f"({shorten(error)}); metrics.jsonl has them all")
 
 
-def end(accelerator: Accelerator) -> None:
-    """Finish the trackers, whatever becomes of them, and the process group."""
+def end_trackers(accelerator: Accelerator) -> None:
+    """Finish the trackers, whatever becomes of them."""
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
         except Exception as error:
             say(f"warning: the tracker {quote(tracker.name)} could not be finished ({shorten(error)})")
     accelerator.trackers.clear()
-    if accelerator.num_processes > 1:
-        # gloo's threads need the GIL to drop the tensors of the last collective: the group's destructor holds it, waits for
-        # them, and they for it
-        time.sleep(0.5)
-    accelerator.end_training()
 
 
 def precision_name(accelerator: Accelerator) -> str:

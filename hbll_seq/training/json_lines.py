@@ -41,7 +41,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike, flush_seconds: float = 0.0,
-                 is_row: Callable[[dict[str, Any]], bool] = lambda row: True):  # fmt: skip
+                 is_row: Callable[[dict[str, Any]], bool] = lambda row: True):
         self.path, self.flush_seconds, self.is_row = Path(path), flush_seconds, is_row
         self._flushed = -float("inf")
 

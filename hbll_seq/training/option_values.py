@@ -80,13 +80,17 @@ def _precision(value: str) -> str:
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
-    low, high, below, choices = (field.metadata[key] for key in ("low", "high", "below", "choices"))
+    """Raises ValueError where the value of a setting is not one that its field allows."""
+    low, high, above, below, choices = (field.metadata[key] for key in ("low", "high", "above", "below", "choices"))
     if value is None:
         return
     if choices and value not in choices:
         raise ValueError(f"{field.name}={quote(value)}: allowed are {', '.join(choices)}")
     if low is not None and value < low:
         raise ValueError(f"{field.name}={quote(value)}: must be at least {low}")
+    if above is not None and value <= above:
+        remedy = field.metadata.get("remedy")
+        raise ValueError(f"{field.name}={quote(value)}: must be above {above:g}" + (f"; {remedy}" if remedy else ""))
     if not isinstance(value, str) and high is None and below is None:
         high = _MOST if isinstance(value, int) else _LARGEST
     if high is not None and value > high:

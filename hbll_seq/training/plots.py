@@ -1,9 +1,8 @@
-"""Figures of a run as PNG files: no display, no global state."""
+"""Figures as PNG files: no display, no global state. Those of a training run, and what other figures are drawn with."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 import warnings
@@ -28,24 +27,24 @@ def plot_training_curve(
     Raises:
         OSError: it cannot be written.
     """
-    _draw(7.0, 5.0, path, lambda figure: _training_curve(figure, rows, evaluations))
+    draw_figure(7.0, 5.0, path, lambda figure: _training_curve(figure, rows, evaluations))
 
 
 def _training_curve(figure, rows, evaluations) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
     steps = [row["step"] for row in rows]
-    losses = [_number(row.get("ce")) for row in rows]
+    losses = [finite_or_gap(row.get("ce")) for row in rows]
     top.plot(steps, losses, color="0.7", linewidth=0.8)
     top.plot(steps, _smooth(losses), color="0.2", label="training")
     points = [(e["step"], row) for e in evaluations for row in e.get("validation", ())]
     names = dict.fromkeys(row["name"] for _, row in points)
     for name, shade in zip(names, _shades(len(names))):
-        curve = [(step, _number(row.get("loss"))) for step, row in points if row["name"] == name]
-        top.plot(*zip(*curve), marker="o", markersize=3, linewidth=1, color=shade, label=_label(f"validation, {name}"))
+        curve = [(step, finite_or_gap(row.get("loss"))) for step, row in points if row["name"] == name]
+        top.plot(*zip(*curve), marker="o", markersize=3, linewidth=1, color=shade, label=as_label(f"validation, {name}"))
     top.set_ylabel("nats per token")
     if steps or names:
         top.legend(fontsize="small")
-    bottom.plot(steps, [_number(row.get("lr")) for row in rows], color="0.2")
+    bottom.plot(steps, [finite_or_gap(row.get("lr")) for row in rows], color="0.2")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
 
@@ -62,7 +61,7 @@ def plot_perplexity_by_depth(
     Raises:
         OSError: it cannot be written.
     """
-    _draw(6.0, 4.0, path, lambda figure: _perplexity_by_depth(figure, splits))
+    draw_figure(6.0, 4.0, path, lambda figure: _perplexity_by_depth(figure, splits))
 
 
 def _perplexity_by_depth(figure, splits) -> None:
@@ -70,71 +69,13 @@ def _perplexity_by_depth(figure, splits) -> None:
     depths = sorted({row["depth"] for rows in splits.values() for row in rows})
     for label, rows in splits.items():
         rows = sorted(rows, key=lambda row: row["depth"])
-        values = [_number(row["perplexity"]) for row in rows]
-        axes.plot([row["depth"] for row in rows], values, marker="o", label=_label(label))
+        values = [finite_or_gap(row["perplexity"]) for row in rows]
+        axes.plot([row["depth"] for row in rows], values, marker="o", label=as_label(label))
     axes.set_xticks(depths)
     axes.set_xlabel("blocks on the path")
     axes.set_ylabel("perplexity per token")
     axes.grid(axis="y", color="0.9")
     axes.legend(fontsize="small")
-
-
-def plot_comparison(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> None:
-    """The sides of a comparison: the test figure by depth, and validation of the deepest path over steps and over work.
-
-    Args:
-        path: the PNG file to write.
-        runs: side -> its runs, one per seed (entries of train/compare.py's results); sides named ``backprop-N`` are models
-            of one depth each and are drawn as one line.
-        metric: ``"perplexity"`` or ``"accuracy"``, the name of the figure.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    _draw(13.0, 4.2, path, lambda figure: _comparison(figure, runs, metric))
-
-
-def _comparison(figure, runs, metric) -> None:
-    by_depth, by_step, by_work = figure.subplots(1, 3)
-    points: dict[str, list[tuple[int, float]]] = {}
-    for side, of_side in runs.items():
-        single = side.startswith("backprop-") and side != "backprop-mix"
-        label = "backprop, a model per depth" if single else side
-        points.setdefault(label, []).extend((row["depth"], _number(row[metric])) for run in of_side for row in run["test"])
-    for (label, values), marker in zip(points.items(), itertools.cycle("os^vDP*X")):
-        depths = sorted({depth for depth, _ in values})
-        (line,) = by_depth.plot(depths, [_mean(y for x, y in values if x == depth) for depth in depths], label=_label(label))
-        by_depth.plot(*zip(*values), marker, color=line.get_color(), markersize=4)
-    by_depth.set_xticks(sorted({depth for values in points.values() for depth, _ in values}))
-    by_depth.set_xlabel("blocks on the path")
-    by_depth.set_ylabel(f"test {metric}")
-    deepest = max(depth for values in points.values() for depth, _ in values)
-    for side, of_side in runs.items():
-        name = f"depth {deepest}"
-        curve = [(step, _number(row[name])) for run in of_side[:1] for step, row in run["evaluations"] if name in row]
-        if curve:
-            steps, values = zip(*curve)
-            marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
-            by_step.plot(steps, values, marker=marker, label=_label(side))
-            by_work.plot([step * of_side[0]["work"] for step in steps], values, marker=marker, label=_label(side))
-    by_step.set_xlabel("steps")
-    by_work.set_xlabel("block evaluations of training")
-    by_work.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    for axes in (by_step, by_work):
-        axes.set_ylabel(f"validation {metric}, {deepest} blocks")
-    for axes in (by_depth, by_step, by_work):
-        if metric == "perplexity" and axes is not by_depth:
-            axes.set_yscale("log")
-            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                which("{x:.0f}")
-        axes.grid(axis="y", color="0.9")
-        if axes.has_data():
-            axes.legend(fontsize="small")
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def new_figure(width: float, height: float):
@@ -163,19 +104,19 @@ def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
     return smoothed
 
 
-def _number(value: Any) -> float:
+def finite_or_gap(value: Any) -> float:
     """A figure to draw: what is null, missing or infinite is a gap."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else math.nan
 
 
-def _label(text: str) -> str:
+def as_label(text: str) -> str:
     """A name as it is: neither a formula nor hidden (a leading underscore), nor of characters that nothing can draw."""
     text = printable(text.encode("utf-8", "backslashreplace").decode("utf-8")).replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
 
-def _draw(width: float, height: float, path: str | os.PathLike, fill: Callable[[Any], None]) -> None:
+def draw_figure(width: float, height: float, path: str | os.PathLike, fill: Callable[[Any], None]) -> None:
     """A figure that ``fill`` draws, saved as :func:`save_figure` does."""
     try:
         figure = new_figure(width, height)

@@ -6,8 +6,6 @@ Text, tokenizer and preset are compared by what they hold, not by their names: t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
+from hbll_seq.training.presets import SETTINGS, check_keys, preset_fingerprint, read_preset, resolve
 from hbll_seq.training.run_record import CHECKPOINTS
 from hbll_seq.training.run_state import check_run_state
-from hbll_seq.training.settings import (
-    FREE_ON_RESUME,
-    LATER,
-    PATHS,
-    TrainingSettings,
-    as_meant,
-    check_keys,
-    differences,
-    names_file,
-    read_preset,
-    resolve,
-)
+from hbll_seq.training.settings import FREE_ON_RESUME, LEFT_OPEN, PATHS, TrainingSettings, names_file
+from hbll_seq.utils import migration
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.reading import quote, shorten
 
@@ -36,7 +25,11 @@ NEWEST = -1  # of the checkpoints
 
 
 class Resumed(NamedTuple):
-    """A checkpoint that a run goes on from: file -> tensor name -> tensor, and its state.json."""
+    """A checkpoint that a run goes on from, by today's names.
+
+    tensors: file -> tensor name -> tensor.
+    state: its state.json; ``settings`` there are resolved, ``asked`` is what had been left open.
+    """
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
@@ -66,7 +59,7 @@ def check_resumable(folder: Path, step: int = NEWEST) -> int:
 def resume_run(
     given: dict[str, Any], preset: str | None, step: int = NEWEST, presets: Path | None = None
 ) -> tuple[TrainingSettings, str, Resumed]:
-    """Settings, preset and checkpoint of the run in ``given["output_dir"]`` (default: runs/lm).
+    """Settings (resolved), preset and checkpoint of the run in ``given["output_dir"]`` (default: runs/lm).
 
     Settings come from the checkpoint. ``given`` may repeat them; only those that no weight depends on may differ, and the
     names of the text and the tokenizer, whose content :func:`check_identity` compares.
@@ -88,7 +81,8 @@ def resume_run(
     try:
         tensors, state = load_checkpoint(checkpoints, step)
         check_run_state(state)
-        stored = _stored_settings(state, where)
+        state = {**state, **_stored_settings(state, where)}
+        tensors = _by_todays_names(tensors, where)
     except CheckpointError as error:
         older = [s for s in sound_checkpoints(checkpoints) if s < step]
         remedy = (f"the newest sound one is that of step {older[-1]}: go on from it with --resume {older[-1]}"
@@ -96,25 +90,38 @@ def resume_run(
         raise CheckpointError(f"{error}; {remedy}") from None
     if preset is not None:
         _check_preset(preset, state, presets or Path(), where)
-    settings = resolve(stored, given, {"output_dir": str(folder)})
-    _refuse_other_settings(dataclasses.asdict(settings), stored, where)
+    settings = resolve(state["settings"], given, {"output_dir": str(folder)}).resolved()
+    _refuse_other_settings(dataclasses.asdict(settings), state["settings"], where)
     return settings, state["preset"], Resumed(tensors, state)
 
 
-def _stored_settings(state: dict[str, Any], where: str) -> dict[str, Any]:
-    """The checkpoint's settings as they were meant. Raises CheckpointError where they, or the locations, cannot be used."""
-    locations, stored = state.get("locations", {}), state["settings"]
+def _stored_settings(state: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The checkpoint's ``settings``, resolved, and ``asked``, by today's names.
+
+    Raises:
+        CheckpointError: these, or the locations, cannot be used.
+    """
+    locations, asked = state.get("locations", {}), state.get("asked", {})
     if not isinstance(locations, dict) or not all(isinstance(path, str) for path in locations.values()):
         raise CheckpointError(f"{where} is damaged: its locations are {quote(locations)}")
+    if not isinstance(asked, dict) or not asked.items() <= LEFT_OPEN.items():
+        raise CheckpointError(f"{where} is damaged: what it says was asked for is {quote(asked)}")
     try:
+        stored = migration.checkpoint_settings(state["settings"])
         check_keys(stored, "its settings")
-        if missing := sorted({f.name for f in dataclasses.fields(TrainingSettings)} - stored.keys() - LATER):
+        if missing := sorted(set(SETTINGS) - stored.keys() - migration.LATER_SETTINGS):
             raise ValueError(f"its settings lack {', '.join(missing[:4])}")
-        stored = as_meant(stored)
-        resolved = dataclasses.asdict(resolve(stored))
+        resolved = dataclasses.asdict(resolve(stored).resolved())
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where} cannot be used: {error}") from None
-    return {name: resolved[name] for name in stored}
+    return {"settings": resolved, "asked": asked}
+
+
+def _by_todays_names(tensors: dict[str, dict[str, Tensor]], where: str) -> dict[str, dict[str, Tensor]]:
+    try:
+        return migration.checkpoint_tensors(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is damaged: {error}") from None
 
 
 def _check_preset(preset: str, state: dict[str, Any], presets: Path, where: str) -> None:
@@ -123,20 +130,19 @@ def _check_preset(preset: str, state: dict[str, Any], presets: Path, where: str)
     if known is None and preset != state["preset"]:
         raise ValueError(f"preset={quote(preset)} differs from {where}, which was made with preset {quote(state['preset'])}: "
                          f"{remedy}")
-    if known is not None and preset_fingerprint(read_preset(preset, presets)) != known:
+    if known is None:
+        return
+    values = read_preset(preset, presets)
+    if known not in (preset_fingerprint(values), preset_fingerprint(migration.settings_of_0_1(values))):
         raise ValueError(f"preset={quote(preset)} does not say what preset {quote(state['preset'])} said when {where} was "
                          f"made: {remedy}")
 
 
-def preset_fingerprint(values: dict[str, Any]) -> str:
-    """SHA-256 of what a preset says; comments, order and layout do not count."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str) -> None:
-    names = differences(now, stored)
+    fixed = [field.name for field in dataclasses.fields(TrainingSettings) if field.metadata["resume"] == "fixed"]
+    names = [name for name in fixed if now[name] != stored[name]]
     if names:
-        pairs = ", ".join(f"{name}={quote(now.get(name))} (there {quote(stored.get(name))})" for name in names)
+        pairs = ", ".join(f"{name}={quote(now[name])} (there {quote(stored[name])})" for name in names)
         raise ValueError(f"other settings than {where}: {pairs}; leave them out, or start a new run in another "
                          f"--output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
 

@@ -36,7 +36,7 @@ from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
-           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]  # fmt: skip
+           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]
 
 
 def check_place(folder: Path) -> None:
@@ -67,6 +67,8 @@ def check_folder(folder: Path, settings: TrainingSettings, *, resuming: bool, ov
         record = read_record(folder)
         taken = record is not None and not is_untouched(folder)
         if taken and not resuming and not overwrite:
+            if is_finished(folder):
+                raise ValueError(f"{where} holds a finished run: choose another --output-dir, or replace it by --overwrite")
             steps = list_checkpoints(folder / CHECKPOINTS)
             at = f" (saved at step {steps[-1]})" if steps else ""
             raise ValueError(f"{where} already holds a run{at}: go on with it by --resume, replace it by --overwrite, or "
@@ -113,11 +115,16 @@ def _check_inputs(folder: Path, settings: TrainingSettings) -> None:
                          "run's own files would be read as text; choose an --output-dir outside of it")
 
 
-def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int | None) -> None:
+def prepare_folder(folder: Path, settings: str, resumed_step: int | None) -> None:
     """Make the folder ready: empty of an older run, or wound back to the step that is resumed from.
 
     What the winding back removes is said on stderr. Wherever this is broken off, the folder holds the run before it with
     fewer checkpoints, or none.
+
+    Args:
+        folder: of the run.
+        settings: text of settings.yaml.
+        resumed_step: of the checkpoint that is resumed from; None starts anew.
 
     Raises:
         ValueError: it cannot be written, or holds files that no run has written.
@@ -143,7 +150,7 @@ def prepare_folder(folder: Path, settings: TrainingSettings, resumed_step: int |
             else:
                 lines_of(folder, name).rewind(resumed_step)
         RunRecord().write(folder)
-        atomic_write(folder / SETTINGS, settings.to_yaml())
+        atomic_write(folder / SETTINGS, settings)
         sweep(folder)
     except OSError as error:
         raise cannot_write(folder, error, resuming=resumed_step is not None) from None

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from hbll_seq.models.model_files import CHECKPOINTS_NAME as CHECKPOINTS
 from hbll_seq.models.model_files import METRICS_NAME as SUMMARY
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
@@ -28,7 +29,7 @@ from hbll_seq.utils.values import number_or_none
 
 RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
-CURVE, BY_DEPTH, CHECKPOINTS = "training_curve.png", "perplexity_by_depth.png", "checkpoints"
+CURVE, BY_DEPTH = "training_curve.png", "perplexity_by_depth.png"
 #: what the export writes, in the order in which it is removed: without metrics.json a run does not count as finished
 RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME)
 _COMPLETE = (SUMMARY, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME)

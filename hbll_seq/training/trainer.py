@@ -126,8 +126,8 @@ class Trainer:
             raise ValueError(
                 f"batch_size={settings.batch_size} x grad_accum={settings.grad_accum} x {accelerator.num_processes} "
                 f"processes are {self.windows_per_step} windows a step, but the training text has only "
-                f"{windows.n_windows} windows of {windows.block_size} tokens; give a smaller --batch-size, --grad-accum "
-                "or --block-size, or more text"
+                f"{windows.n_windows} windows of {windows.context_length} tokens; give a smaller --batch-size, --grad-accum "
+                "or --context-length, or more text"
             )
         self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
         self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
@@ -146,7 +146,7 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.done * self.windows_per_step * self.windows.block_size
+        return self.done * self.windows_per_step * self.windows.context_length
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -309,7 +309,7 @@ class Trainer:
         """Write the line when it is due; what the progress bar shows."""
         if self.done % self.settings.log_every and self.done < self.total_steps:
             return self._shown(row)
-        tokens = self.windows_per_step * self.windows.block_size
+        tokens = self.windows_per_step * self.windows.context_length
         steps, seconds = self._logged
         row["tokens"] = self.tokens
         row["tokens_per_s"] = (self.done - steps) * tokens / max(self.seconds - seconds, 1e-9)
@@ -322,7 +322,7 @@ class Trainer:
         return self._shown(row)
 
     def _shown(self, row: dict[str, Any]) -> dict[str, str]:
-        speed = self.done and self.windows_per_step * self.windows.block_size / max(self.seconds / self.done, 1e-9)
+        speed = self.done and self.windows_per_step * self.windows.context_length / max(self.seconds / self.done, 1e-9)
         return {"loss": f"{row['loss']:.3f}", "ce": f"{row['ce']:.3f}", "tokens/s": f"{speed:,.0f}"}
 
     def _evaluate_if_due(self) -> None:

@@ -34,7 +34,7 @@ class TreePass:
 
     Attributes:
         messages: forward messages a_n, attached to f_n (and to the embedding on the left spine).
-        discrepancies: e_n per position, or as ``emission`` gives it where the right parent is y; attached to f_n and to the
+        energies: e_n per position, or as ``output_energy`` gives it where the right parent is y; attached to f_n and to the
             right parent's block (or the head).
         means: posterior means of q(z_n | parents), detached; only of the nodes that needed one.
         targets: sampled z_n, detached; only of the nodes that needed one.
@@ -42,7 +42,7 @@ class TreePass:
     """
 
     messages: dict[int, Tensor] = field(default_factory=dict)
-    discrepancies: dict[int, Tensor] = field(default_factory=dict)
+    energies: dict[int, Tensor] = field(default_factory=dict)
     means: dict[int, Tensor] = field(default_factory=dict)
     targets: dict[int, Tensor] = field(default_factory=dict)
     reads: dict[int, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def tree_pass(
     chain: Chain,
     tree: DyadicTree,
     z0: Tensor,
-    emission: Callable[[int, Tensor], Tensor],
+    output_energy: Callable[[int, Tensor], Tensor],
     state_family: StateFamily,
     *,
     sigma: float = 0.0,
@@ -60,37 +60,35 @@ def tree_pass(
     clean_inputs: bool = True,
     posterior_at_leaves: bool = False,
 ) -> TreePass:
-    """Algorithm 1, level by level from the root; all nodes of a level in one call (method.md 1.3).
+    """Algorithm 1, level by level from the root; all nodes of a level in one call (docs/method.md 1.3).
 
     Args:
         chain: the blocks f_1 .. f_{N-1}.
         tree: the tree over them.
         z0: embedded input, [batch, ..., width]; stays attached, so that the left spine trains the embedding.
-        emission: n, a_n -> e = -2 log p(y | head(a_n)), per position or summed, for the nodes whose right parent is y.
+        output_energy: n, a_n -> e = -2 log p(y | head(a_n)), per position or summed, for the nodes whose right parent is y.
         state_family: distribution of the inner states.
         sigma: noise scale of the samples.
         noise: ``(node, like) -> standard normal noise`` of the shape of ``like``; needed where sigma > 0.
         clean_inputs: blocks read the forward message; False lets them read the corrected sample, which carries y: not
-            for language models, where it leaks the next token into what predicts it (method.md 1.3, "No leak").
+            for language models, where it leaks the next token into what predicts it (docs/method.md 1.3, "No leak").
         posterior_at_leaves: also correct the last level's states, which nothing but the free energy asks for.
     """
     result = TreePass(reads={0: z0})
     for level in tree.levels:
         left, right = zip(*(tree.parents(n) for n in level))
-        # A message of frozen parts has no history; the correction needs its gradient all the same.
-        messages = [
-            a if a.requires_grad else a.detach().requires_grad_(True)
-            for a in chain.apply(level, [result.reads[i] for i in left])
-        ]
-        discrepancies = _discrepancies(chain, level, right, messages, emission, state_family, result.targets)
+        # A message of frozen parts has no history; the posterior needs its gradient all the same.
+        messages = [a if a.requires_grad else a.detach().requires_grad_(True)
+                    for a in chain.apply(level, [result.reads[i] for i in left])]  # fmt: skip
+        energies = _energies(chain, level, right, messages, output_energy, state_family, result.targets)
         result.messages.update(zip(level, messages))
-        result.discrepancies.update(zip(level, discrepancies))
+        result.energies.update(zip(level, energies))
         is_leaf_level = level[0] == 1
         if is_leaf_level and not posterior_at_leaves:
             break
         # Nodes of a level share no state, so one call gives each node the gradient of its own e. The sum is over
         # positions too: every position has a posterior of its own, and averaging would shrink the step.
-        gradients = torch.autograd.grad(sum(e.sum() for e in discrepancies), messages, retain_graph=True)
+        gradients = torch.autograd.grad(sum(e.sum() for e in energies), messages, retain_graph=True)
         for n, a, gradient in zip(level, messages, gradients):
             a = a.detach()
             epsilon = noise(n, a) if sigma > 0 else None
@@ -100,11 +98,11 @@ def tree_pass(
     return result
 
 
-def _discrepancies(chain, level, right, messages, emission, state_family, targets) -> list[Tensor]:
+def _energies(chain, level, right, messages, output_energy, state_family, targets) -> list[Tensor]:
     """e_n of each node of a level: against the right parent's state, or against y where that parent is the boundary."""
     inner = [(j, a) for j, a in zip(right, messages) if j in targets]
     predictions = iter(chain.apply([j for j, _ in inner], [a for _, a in inner]) if inner else [])
     return [
-        state_family.discrepancy(next(predictions), targets[j]) if j in targets else emission(n, a)
+        state_family.energy(next(predictions), targets[j]) if j in targets else output_energy(n, a)
         for n, j, a in zip(level, right, messages)
     ]

@@ -1,4 +1,6 @@
-"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (method.md 2.6; MGRIT, Falgout et al. 2014).
+"""Forward states by V-cycles over the tree's jump arcs: parareal on every level (docs/method.md 2.6).
+
+See MGRIT (Falgout et al. 2014).
 
 The arc i -> j of length 2^l has two propagators. The coarse one is the block f_j applied to s_i. The fine one is all blocks
 of the stretch, each at its own old input, composed with identity Jacobians. From the root down, a level corrects the coarse

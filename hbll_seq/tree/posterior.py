@@ -1,7 +1,7 @@
-"""Exponential-family messages: discrepancies, products, KL divergences and the Taylor inversion (paper 3.2, 6.3, 6.4).
+"""Exponential-family messages: energies, products, KL divergences and the Taylor inversion (paper 3.2, 6.3, 6.4).
 
 A *family* says what a state (or the target y) is a random variable of, and so how far a prediction is from it. Every
-family's ``discrepancy`` is twice a divergence per position, summed over features, so that half of its mean is a loss.
+family's ``energy`` is twice a divergence per position, summed over features, so that half of its mean is a loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Family(ABC):
     """What a state or target is distributed as, given the output of the block that predicts it."""
 
     @abstractmethod
-    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def energy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``prediction`` [..., features] and its target -> [...], zero or more."""
 
     def n_scored(self, n_positions: int, target: Tensor) -> Tensor | int:
@@ -54,7 +54,7 @@ class StateFamily(Family, ABC):
 class Gaussian(StateFamily):
     """N(prediction, sigma^2 I) with a known scalar variance: the language and vision experiments (paper 6.4)."""
 
-    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def energy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``||prediction - target||^2`` over the last dimension, in at least float32 (Eq. 30)."""
         _check_alike(prediction, target)
         dtype = torch.promote_types(prediction.dtype, torch.float32)
@@ -62,17 +62,17 @@ class Gaussian(StateFamily):
 
     def kl(self, mean: Tensor, prediction: Tensor, variance: float) -> Tensor:
         """KL(N(mean, variance/2) || N(prediction, variance)): q is twice as sure as p (Eq. 29)."""
-        return self.discrepancy(prediction, mean) / (2.0 * variance) + 0.5 * mean.shape[-1] * (math.log(2.0) - 0.5)
+        return self.energy(prediction, mean) / (2.0 * variance) + 0.5 * mean.shape[-1] * (math.log(2.0) - 0.5)
 
     def log_ratio(self, sample: Tensor, prediction: Tensor, variance: float) -> Tensor:
         """Entropy of N(., variance/2) in closed form against the density of N(prediction, variance) at the sample."""
-        return self.discrepancy(prediction, sample) / (2.0 * variance) + 0.5 * sample.shape[-1] * (math.log(2.0) - 1.0)
+        return self.energy(prediction, sample) / (2.0 * variance) + 0.5 * sample.shape[-1] * (math.log(2.0) - 1.0)
 
 
 class Bernoulli(StateFamily):
     """Independent bits; states are logits, the natural parameters (paper 6.3, Eq. 28)."""
 
-    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def energy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``2 KL(target || prediction)`` over the last dimension, both given as logits."""
         return 2.0 * self._kl_of_logits(target, prediction)
 
@@ -95,7 +95,7 @@ class Bernoulli(StateFamily):
 class Categorical(Family):
     """One of V classes, predicted by logits: the head of a classifier or language model."""
 
-    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def energy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``-2 log p(target)`` [...], 0 where the target is ``IGNORE_INDEX``; logits [..., V], target [...] of int64."""
         target = as_classes(target, prediction.shape[-1], prediction.shape[:-1])
         logits = prediction.flatten(0, -2).to(torch.promote_types(prediction.dtype, torch.float32))
@@ -114,7 +114,7 @@ class Categorical(Family):
 class Bits(Family):
     """Observed independent bits, predicted by logits: a Bernoulli head."""
 
-    def discrepancy(self, prediction: Tensor, target: Tensor) -> Tensor:
+    def energy(self, prediction: Tensor, target: Tensor) -> Tensor:
         """``-2 log p(target)`` summed over the last dimension; ``target`` has the shape of the logits, values 0 to 1."""
         _check_alike(prediction, target)
         logits = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
@@ -160,7 +160,7 @@ class GaussianMessage(NamedTuple):
         return self.shift @ covariance, covariance
 
 
-def posterior_mean(forward_message: Tensor, discrepancy_gradient: Tensor) -> Tensor:
+def posterior_mean(forward_message: Tensor, energy_gradient: Tensor) -> Tensor:
     """Mean of q(z_n | parents): ``a_n - (1/4) grad e`` (Eqs. 29-31; the paper prints a plus, its derivation needs the minus).
 
     The right parent's message is one Taylor step from a_n, ``a_n - (1/2) grad e`` (Eq. 30). At equal variance the product
@@ -168,9 +168,9 @@ def posterior_mean(forward_message: Tensor, discrepancy_gradient: Tensor) -> Ten
 
     Args:
         forward_message: a_n, any shape.
-        discrepancy_gradient: gradient of e, summed over features and not averaged over positions, at a_n.
+        energy_gradient: gradient of e, summed over features and not averaged over positions, at a_n.
     """
-    return forward_message - 0.25 * discrepancy_gradient
+    return forward_message - 0.25 * energy_gradient
 
 
 def sample_posterior(mean: Tensor, noise: Tensor | None, sigma: float) -> Tensor:

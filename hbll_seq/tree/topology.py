@@ -7,7 +7,7 @@ The chain is z_0 -> z_1 -> ... -> z_N. The nodes are 1 .. N-1; 0 and N are the b
     level 2     1       3       5       7        (boundaries 0 and 8)
 
 An *arc* i -> j is a dyadic interval: j = i + 2**l with 2**l dividing i. A *path* walks 0 -> N over arcs and is named by
-the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (method.md 1.4).
+the blocks it runs, so ``(4, 6, 7)`` is 0 -> 4 -> 6 -> 7 -> 8 (docs/method.md 1.4).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class DyadicTree:
 
     @property
     def n_paths(self) -> int:
-        """Number of paths with at least one block: T(D) - 1, T(0) = 1, T(l) = 1 + T(l-1)**2 (method.md 1.4)."""
+        """Number of paths with at least one block: T(D) - 1, T(0) = 1, T(l) = 1 + T(l-1)**2 (docs/method.md 1.4)."""
         return self._count(self.n_level) - 1
 
     def paths(self) -> tuple[tuple[int, ...], ...]:

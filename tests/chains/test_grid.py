@@ -1,4 +1,4 @@
-"""Time x depth: recurrent blocks in a depth hierarchy, both axes by messages. Backprop in the limit and not before."""
+"""Time x depth: recurrent blocks in a depth hierarchy, both axes in parallel. Backprop in the limit and not before."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hbll_seq.chains.depth import DepthChain
-from hbll_seq.chains.layer import TimeOptions
 from hbll_seq.evaluation.span import _Ledger
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.layers.recurrent import Jacobian, RecurrentState
@@ -15,17 +14,18 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import AXES, Sweeps, Tree
 
 T = 8
 MIXED = ("gru", "transformer", "mingru", "elman", "gru", "transformer", "elman-sigmoid")
 STACKS = ["gru", "elman", "mingru", MIXED]
-LIMIT = dict(inference="sweeps", sweeps=6, corrections=6, time_sweeps=T - 1, time_corrections=T - 1, time_chunk=1)
+LIMIT = dict(inference=Sweeps(6, 6), time=Sweeps(T - 1, T - 1, 1))
 
 
 def double_lm(cell, gain=3.0, **changes):
-    """Recurrent matrices large enough that no sweep is exact by chance."""
+    """Recurrent matrices large enough that no iteration is exact by chance."""
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=8, n_head=2, block_size=T, cell=cell), **changes}))
+    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=8, n_head=2, context_length=T, cell=cell), **changes}))
     model.double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -54,42 +54,45 @@ def difference(a, b):
 @pytest.mark.parametrize("linearization", ["zero", "diagonal"])
 @pytest.mark.parametrize("mlp_ratio, mix", [(2, "none"), (0, "none"), (2, "octaves"), (2, "spine")])
 def test_backprop_through_depth_and_time_in_the_limit_and_not_before(cell, linearization, mlp_ratio, mix):
-    shape = dict(default_paths="prefix", readout_rank=2) if mix == "octaves" else {}
+    shape = dict(default_paths="prefix", exit_rank=2) if mix == "octaves" else {}
     model, tokens = double_lm(cell, mlp_ratio=max(mlp_ratio, int(cell == MIXED)), **shape)
-    exact, reference = gradients(BackpropObjective(model, mix=mix), tokens)
-    options = dict(**LIMIT, time_linearization=linearization, mix=mix)
-    output, ours = gradients(LocalObjective(model, **options), tokens)
+    exact, reference = gradients(BackpropObjective(model, depths=mix), tokens)
+
+    def objective(forward=6, backward=6, time_forward=T - 1, time_backward=T - 1):
+        time = Sweeps(time_forward, time_backward, 1, linearization)
+        return LocalObjective(model, Sweeps(forward, backward), depths=mix, time=time)
+
+    output, ours = gradients(objective(), tokens)
     assert len(ours) == len(list(model.parameters()))
     assert difference(ours, reference) < 1e-9
     assert abs(output.loss - exact.loss) < 1e-12
     assert output.states.keys() == exact.states.keys()
     for prefix, state in exact.states.items():
         torch.testing.assert_close(output.states[prefix], state, rtol=0, atol=1e-12)
-    one_scan = cell == "mingru" and linearization == "diagonal"  # is exact after one sweep, without a correction
-    fewer = [dict(sweeps=4), dict(corrections=5)]  # the first call, f_1(z_0), is a sweep as well
-    fewer += [] if one_scan else [dict(time_sweeps=T - 2), dict(time_corrections=T - 2)]
+    one_scan = cell == "mingru" and linearization == "diagonal"  # is exact after one iteration, and none backward
+    fewer = [dict(forward=4), dict(backward=5)]  # the first call, f_1(z_0), is an iteration as well
+    fewer += [] if one_scan else [dict(time_forward=T - 2), dict(time_backward=T - 2)]
     for less in fewer:
-        assert difference(gradients(LocalObjective(model, **{**options, **less}), tokens)[1], reference) > 1e-9, less
+        assert difference(gradients(objective(**less), tokens)[1], reference) > 1e-9, less
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 7, 8])
 @pytest.mark.parametrize("linearization", ["zero", "diagonal"])
-def test_chunks_reach_the_limit_in_fewer_sweeps(chunk, linearization):
+def test_chunks_reach_the_limit_in_fewer_iterations(chunk, linearization):
     model, tokens = double_lm("gru")
     _, reference = gradients(BackpropObjective(model), tokens)
-    sweeps, corrections = math.ceil(T / chunk) - 1, math.ceil((T - 1) / chunk)  # the differentiated sweep is one more
-    chunked = {**LIMIT, "time_chunk": chunk, "time_linearization": linearization}
-    for fewer_sweeps, fewer_corrections in ((0, 0), (1, 0), (0, 1)):
-        if fewer_sweeps <= sweeps:
-            counts = dict(time_sweeps=sweeps - fewer_sweeps, time_corrections=corrections - fewer_corrections)
-            objective = LocalObjective(model, **{**chunked, **counts})
+    forward, backward = math.ceil(T / chunk) - 1, math.ceil((T - 1) / chunk)  # the differentiated iteration is one more
+    for fewer_forward, fewer_backward in ((0, 0), (1, 0), (0, 1)):
+        if fewer_forward <= forward:
+            time = Sweeps(forward - fewer_forward, backward - fewer_backward, chunk, linearization)
+            objective = LocalObjective(model, Sweeps(6, 6), time=time)
             is_exact = difference(gradients(objective, tokens)[1], reference) < 1e-9
-            assert is_exact == (fewer_sweeps + fewer_corrections == 0)
+            assert is_exact == (fewer_forward + fewer_backward == 0)
 
 
 def test_the_papers_tree_trains_recurrent_blocks_too():
     model, tokens = double_lm("gru")
-    output, found = gradients(LocalObjective(model, sigma=0.0, **{**LIMIT, "inference": "tree"}), tokens)
+    output, found = gradients(LocalObjective(model, Tree(sigma=0.0), time=LIMIT["time"]), tokens)
     assert len(found) == len(list(model.parameters())) and output.states == {}
     for depth in (1, 2, 3):
         loss = model(tokens, labels=tokens, path=model.tree.path_for_depth(depth)).loss
@@ -98,12 +101,12 @@ def test_the_papers_tree_trains_recurrent_blocks_too():
 
 @pytest.mark.parametrize("cell", ["gru", MIXED], ids=str)
 @pytest.mark.parametrize("mix, dropout", [("none", 0.0), ("octaves", 0.3), ("ladder", 0.3)])
-def test_recomputed_graphs_give_the_same_gradients(cell, mix, dropout):
+def test_recomputing_gives_the_same_gradients(cell, mix, dropout):
     """Also where the blocks' estimates were refined for another path in the meantime."""
     model, tokens = double_lm(cell, dropout=dropout, default_paths="prefix" if mix == "octaves" else "spine")
     results = [
-        gradients(LocalObjective(model, "sweeps", mix=mix, graphs=g, seed=5, time_chunk=2), tokens, step=3)[1]
-        for g in ("kept", "recomputed")
+        gradients(LocalObjective(model, "sweeps", depths=mix, recompute=r, seed=5, time=Sweeps(chunk_size=2)), tokens, 3)[1]
+        for r in (False, True)
     ]
     assert difference(*results) < 1e-12
 
@@ -149,7 +152,7 @@ def most_recurrences_on_a_way(tensor):
 def test_no_graph_spans_two_transitions_in_time_or_two_blocks_in_depth(cell, mix):
     model, tokens = double_lm(cell, default_paths="prefix")
     log = instrument(model)
-    output = LocalObjective(model, "sweeps", mix=mix)(tokens)
+    output = LocalObjective(model, "sweeps", depths=mix)(tokens)
     assert log["read"] and not any(requires_grad or grad_fn for requires_grad, grad_fn in log["read"])
     assert most_recurrences_on_a_way(output.loss) == 1
     for n, loss in enumerate(output.node_losses, start=1):
@@ -170,15 +173,16 @@ def test_the_instruments_see_backprop():
 
 
 @pytest.mark.parametrize("n_steps", [8, 64])
-@pytest.mark.parametrize("time_sweeps", [0, 3])
-def test_the_sweeps_of_the_axes_do_not_multiply_nor_grow_with_the_text(n_steps, time_sweeps):
-    model, _ = double_lm("gru", gain=1.0, block_size=64)
+@pytest.mark.parametrize("time_forward", [0, 3])
+def test_the_iterations_of_the_axes_do_not_multiply_nor_grow_with_the_text(n_steps, time_forward):
+    model, _ = double_lm("gru", gain=1.0, context_length=64)
     tokens = torch.randint(17, (2, n_steps + 1))
     log = instrument(model)
-    LocalObjective(model, "sweeps", sweeps=3, corrections=4, time_sweeps=time_sweeps, time_chunk=1)(tokens).loss.backward()
-    # seven differentiated calls, each after its own sweeps; three sweeps over depth, which leave out what is exact (f_1 is
-    # done at once, f_2 in the first sweep, f_3 in the second, ..); f_7 too, for its estimate
-    assert log["calls"] == 7 * (time_sweeps + 1) + (5 + 4 + 3)
+    objective = LocalObjective(model, Sweeps(3, 4), time=Sweeps(time_forward, chunk_size=1))
+    objective(tokens).loss.backward()
+    # seven differentiated calls, each after its own iterations; three iterations over depth, which leave out what is exact
+    # (f_1 is done at once, f_2 in the first iteration, f_3 in the second, ..); f_7 too, for its estimate
+    assert log["calls"] == 7 * (time_forward + 1) + (5 + 4 + 3)
 
 
 # ------------------------------------------------------------------------------------------------ causality, leaks
@@ -199,7 +203,7 @@ def test_what_blocks_read_and_make_does_not_move_with_later_tokens(cell, monkeyp
 
     monkeypatch.setattr(DepthChain, "_run", watched)
     for ids in (tokens, changed):
-        LocalObjective(model, "sweeps", mix="octaves", time_chunk=2)(ids)
+        LocalObjective(model, "sweeps", depths="octaves", time="sweeps:chunk_size=2")(ids)
     half = len(seen) // 2
     assert half > 20
     for before, after in zip(seen[:half], seen[half:], strict=True):
@@ -208,11 +212,11 @@ def test_what_blocks_read_and_make_does_not_move_with_later_tokens(cell, monkeyp
             assert (one[:, 5:] - other[:, 5:]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("options", [dict(), dict(mix="octaves"), dict(time_sweeps=0, time_corrections=0)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(depths="octaves"), dict(time=Sweeps(0, 0))], ids=str)
 def test_random_tokens_cannot_be_predicted(options):
     """On i.i.d. tokens no loss on fresh batches may fall below ln V, with the state carried from batch to batch."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=17, n_level=2, n_embd=16, block_size=12, cell="gru", default_paths="prefix")
+    shape = dict(vocab_size=17, n_level=2, n_embd=16, context_length=12, cell="gru", default_paths="prefix")
     model = HBLLForCausalLM(HBLLConfig(**shape))
     objective = LocalObjective(model, "sweeps", **options)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
@@ -231,15 +235,14 @@ def test_random_tokens_cannot_be_predicted(options):
 
 
 def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
-    """x_t = x_{t-5}: no loss below ln 8 without memory; the same sweeps without messages back in time learn nothing."""
+    """x_t = x_{t-5}: no loss below ln 8 without memory; the same iterations without adjoints back in time learn nothing."""
     reached = {}
-    for corrections in (TimeOptions().corrections, 0):
+    for backward in (AXES["layer"].backward, 0):
         torch.manual_seed(0)
         model = HBLLForCausalLM(HBLLConfig(vocab_size=8, n_level=2, n_embd=32, cell="gru", mlp_ratio=1))
-        linearization = "diagonal" if corrections else "zero"  # whose scan is a message as well
-        objective = LocalObjective(
-            model, "sweeps", sweeps=2, corrections=2, time_corrections=corrections, time_linearization=linearization
-        )
+        linearization = "diagonal" if backward else "zero"  # whose scan carries adjoints as well
+        time = Sweeps(backward=backward, linearization=linearization)
+        objective = LocalObjective(model, Sweeps(2, 2), time=time)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         generator = torch.Generator().manual_seed(0)
         for step in range(200):
@@ -251,7 +254,7 @@ def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
             optimizer.step()
         plain = model(tokens, labels=tokens).loss.item()
         assert abs(plain - objective(tokens).metrics["ce"].item()) < 0.1
-        reached[corrections] = plain
+        reached[backward] = plain
     assert reached.pop(0) > 1.9 > 1.5 > reached.popitem()[1]
 
 
@@ -263,7 +266,7 @@ def test_carried_states_join_windows(mix):
     """Each path carries its own: what deployment would have after the same tokens."""
     model, _ = double_lm("gru", default_paths="prefix")
     tokens = torch.randint(17, (2, 3 * T + 1))
-    ours, exact = LocalObjective(model, **LIMIT, mix=mix), BackpropObjective(model, mix=mix)
+    ours, exact = LocalObjective(model, **LIMIT, depths=mix), BackpropObjective(model, depths=mix)
     states, reference, nats = None, None, []
     for w in range(3):
         window = tokens[:, w * T : (w + 1) * T + 1]
@@ -320,15 +323,18 @@ def test_bfloat16_gradients_are_whole_and_near():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(time_sweeps=-1), "time_sweeps=-1.*at least 0"),
-        (dict(time_corrections=True), "time_corrections=True"),
-        (dict(time_chunk=0), "time_chunk=0.*at least 1"),
-        (dict(time_linearization="identity"), "time_linearization='identity'.*zero, diagonal"),
+        ("forward=-1", "forward=-1.*at least 0"),
+        ("backward=true", "backward='true'.*whole number"),
+        ("chunk_size=0", "chunk_size=0.*at least 1"),
+        ("linearization=identity", "linearization='identity' over the time inside of blocks: allowed are zero, diagonal"),
+        ("linearization=shared_matrix", "linearization='shared_matrix' over the time inside of blocks"),
+        ("init=zeros", "init='zeros' over the time inside of blocks: allowed are state"),
+        ("clip=0.5", "clip=0.5 over the time inside of blocks.*leave it out"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        LocalObjective(double_lm("gru")[0], "sweeps", **options)
+        LocalObjective(double_lm("gru")[0], "sweeps", time=f"sweeps:{options}")
 
 
 def test_states_belong_to_paths():
@@ -336,8 +342,8 @@ def test_states_belong_to_paths():
     states = LocalObjective(model, "sweeps")(tokens).states
     with pytest.raises(ValueError, match="states with inference='tree'.*sweeps"):
         LocalObjective(model, "tree")(tokens, states=states)
-    with pytest.raises(ValueError, match="inference='multigrid' with recurrent blocks.*sweeps"):
-        LocalObjective(model, "multigrid")
+    with pytest.raises(ValueError, match="inference='v_cycles' with recurrent blocks.*sweeps"):
+        LocalObjective(model, "v_cycles")
 
 
 # ------------------------------------------------------------------------------------------------------------ span
@@ -374,16 +380,15 @@ def test_span_over_both_axes_does_not_grow_with_the_text_nor_with_the_blocks(mix
     spans = {}
     for n_level in (2, 3, 4):
         model, _ = double_lm("gru", gain=1.0, n_level=n_level, default_paths="prefix")
-        ours = LocalObjective(model, "sweeps", sweeps=2, corrections=2, mix=mix, time_chunk=4)
+        ours = LocalObjective(model, Sweeps(2, 2), depths=mix, time=Sweeps(chunk_size=4))
         for n_steps in (16, 64):
             tokens = torch.randint(17, (2, n_steps + 1))
             spans[n_level, n_steps] = span_in_cells(model, ours, tokens, monkeypatch)
-        exact = span_in_cells(model, BackpropObjective(model, mix=mix), tokens, monkeypatch)
+        exact = span_in_cells(model, BackpropObjective(model, depths=mix), tokens, monkeypatch)
         assert exact[0] >= 64 + 2**n_level - 2  # the wavefront: its forward chain alone
     assert all(spans[n_level, 16] == spans[n_level, 64] for n_level in (2, 3, 4))
-    # K + 2 differentiated calls and M + 1 products, of as many sweeps and corrections, each of which walks four tokens
-    options = TimeOptions()
-    call, product = 4 * (options.sweeps + 1), 4 * options.corrections
+    # K + 2 differentiated calls and M + 1 products, of as many iterations over time, each of which walks four tokens
+    call, product = 4 * (AXES["layer"].forward + 1), 4 * AXES["layer"].backward
     alone = 4 * call + 3 * product
     for n_level in (2, 3, 4):  # the blocks of a branch are walked, there and back
         walked = 0 if mix == "none" else (n_level - 1) * (call + product)

@@ -1,23 +1,27 @@
-"""Messages along time: BPTT in the limit and not before, one batched call a sweep, no graph over two transitions."""
+"""Solved along time: BPTT in the limit and not before, one batched call an iteration, no graph over two transitions."""
 
 import pytest
 import torch
 from torch import nn
 
-from hbll_seq.chains.time import TIME_LINEARIZATIONS, backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
+from hbll_seq.objectives.options import Sweeps, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 N = 9
+LINEARIZATIONS = {"zero": Zero(), "diagonal": Diagonal()}
 
 
 def double_lm(kind="gru", n_steps=N, gain=3.0):
-    """Weights large enough that no sweep is exact by chance."""
+    """Weights large enough that no iteration is exact by chance."""
     torch.manual_seed(0)
     model = RecurrentLM(11, make_cell(kind, 5, 6)).double()
     with torch.no_grad():
@@ -46,87 +50,87 @@ def exact_states(cell, projected, s0):
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 @pytest.mark.parametrize("init", ["zeros", "state", "diagonal", "tree"])
 @pytest.mark.parametrize("n_steps", [1, 2, 3, N])
 def test_bptt_in_the_limit_and_not_before(kind, linearization, init, n_steps):
     model, tokens, state = double_lm(kind, n_steps)
     exact, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    tree = RecurrentTree(kind, 5, 6, 4).double() if init == "tree" else None
-    options = dict(linearization=linearization, init="state" if init == "tree" else init, tree=tree, chunk=1)
-    output, ours = gradients(
-        RecurrentLocalObjective(model, sweeps=n_steps - 1, corrections=n_steps - 1, **options), tokens, state
-    )
+    options = dict(linearization=linearization, init=init, chunk_size=1)
+    if init == "tree":
+        options["init"] = TreeGuess(RecurrentTree(kind, 5, 6, 4).double())
+    limit = Sweeps(n_steps - 1, n_steps - 1, **options)
+    output, ours = gradients(RecurrentLocalObjective(model, limit), tokens, state)
     assert difference(ours, reference) < 1e-9
     assert abs(output.metrics["ce"] - exact.loss) < 1e-12
     torch.testing.assert_close(output.state, exact.state, rtol=0, atol=1e-12)
-    if n_steps < N or (kind == "mingru" and "diagonal" in (linearization, init)):  # the latter need one sweep at most
+    if n_steps < N or (kind == "mingru" and "diagonal" in (linearization, init)):  # the latter need one iteration at most
         return
     fewer = [(N - 2 - (init in ("diagonal", "tree")), N - 1), (N - 1, N - 2)]  # a first estimate may be exact at s_1
-    for sweeps, corrections in fewer:
-        objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
-        assert difference(gradients(objective, tokens, state)[1], reference) > 1e-9, (sweeps, corrections)
+    for forward, backward in fewer:
+        objective = RecurrentLocalObjective(model, Sweeps(forward, backward, **options))
+        assert difference(gradients(objective, tokens, state)[1], reference) > 1e-9, (forward, backward)
 
 
 @pytest.mark.parametrize("n_steps", [63, 64])
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 def test_long_sequences_reach_the_limit_too(n_steps, linearization):
     model, tokens, state = double_lm("gru", n_steps)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    objective = RecurrentLocalObjective(model, sweeps=n_steps, corrections=n_steps, linearization=linearization)
+    objective = RecurrentLocalObjective(model, Sweeps(n_steps, n_steps, linearization=linearization))
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-9
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
-def test_after_k_sweeps_the_first_k_states_are_exact(kind, linearization):
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
+def test_after_k_iterations_the_first_k_states_are_exact(kind, linearization):
     model, tokens, s0 = double_lm(kind)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     exact = exact_states(model.cell, projected, s0).detach()
-    for sweeps in range(N):
-        swept = forward_time_sweeps(model.cell, projected, s0, sweeps=sweeps, linearization=linearization)
-        errors = (swept.inputs - exact[:-1]).abs().amax(dim=(1, 2))
-        assert errors[: sweeps + 1].max() < 1e-12
+    for k in range(N):
+        iterations = Iterations(k, linearization=LINEARIZATIONS[linearization])
+        solution = forward_time_sweeps(model.cell, projected, s0, iterations)
+        errors = (solution.inputs - exact[:-1]).abs().amax(dim=(1, 2))
+        assert errors[: k + 1].max() < 1e-12
         if not (kind == "mingru" and linearization == "diagonal"):
-            assert errors[sweeps + 1 :].min() > 1e-12 if sweeps < N - 1 else swept.residual == 0
-        elif sweeps > 0:
+            assert errors[k + 1 :].min() > 1e-12 if k < N - 1 else solution.residual == 0
+        elif k > 0:
             assert errors.max() < 1e-12
 
 
-def test_min_gru_is_exact_after_one_sweep_without_corrections():
+def test_min_gru_is_exact_after_one_iteration_and_none_backward():
     model, tokens, state = double_lm("mingru", 63)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    options = dict(linearization="diagonal", clip=0.3, chunk=1)
-    objective = RecurrentLocalObjective(model, sweeps=1, corrections=0, **options)
+    options = dict(linearization="diagonal", clip=0.3, chunk_size=1)
+    objective = RecurrentLocalObjective(model, Sweeps(1, 0, **options))
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-9
-    none = RecurrentLocalObjective(model, sweeps=0, corrections=0, **options)
+    none = RecurrentLocalObjective(model, Sweeps(0, 0, **options))
     assert difference(gradients(none, tokens, state)[1], reference) > 1e-9
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 @pytest.mark.parametrize("n_steps", [1, 2, N, 16, 23])
 @pytest.mark.parametrize("chunk", [2, 3, 8, 40])
-def test_chunks_reach_bptt_in_a_fraction_of_the_sweeps_and_not_before(kind, linearization, n_steps, chunk):
+def test_chunks_reach_bptt_in_a_fraction_of_the_iterations_and_not_before(kind, linearization, n_steps, chunk):
     model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 3.0)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    sweeps, corrections = -(-n_steps // chunk) - 1, -(-(n_steps - 1) // chunk)  # the differentiated sweep is one too
-    options = dict(linearization=linearization, chunk=chunk)
-    objective = RecurrentLocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
+    forward, backward = -(-n_steps // chunk) - 1, -(-(n_steps - 1) // chunk)  # the differentiated iteration is one too
+    objective = RecurrentLocalObjective(model, Sweeps(forward, backward, chunk, linearization))
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-11
     if kind == "mingru" and linearization == "diagonal":
         return
-    for fewer in ((sweeps - 1, corrections), (sweeps, corrections - 1)):
+    for fewer in ((forward - 1, backward), (forward, backward - 1)):
         if min(fewer) >= 0:
-            objective = RecurrentLocalObjective(model, sweeps=fewer[0], corrections=fewer[1], **options)
+            objective = RecurrentLocalObjective(model, Sweeps(*fewer, chunk, linearization))
             assert difference(gradients(objective, tokens, state)[1], reference) > 1e-11, fewer
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 @pytest.mark.parametrize("n_steps", [16, 23])
-def test_chunked_sweeps_equal_their_written_out_form(kind, linearization, n_steps):
-    """Every chunk is one long transition whose Jacobian is stood for by the product of its diagonals (or by zero)."""
+def test_chunked_iterations_equal_their_written_out_form(kind, linearization, n_steps):
+    """Every chunk is one long transition whose Jacobian is approximated by the product of its diagonals (or by zero)."""
     model, tokens, s0 = double_lm(kind, n_steps, gain=1.5)
     cell, chunk = model.cell, 4
     projected = cell.project(model.symbols(tokens[:, :-1])).detach()
@@ -142,34 +146,35 @@ def test_chunked_sweeps_equal_their_written_out_form(kind, linearization, n_step
                 new[n + 1] = s + product * off
             corrected = new[min(first + chunk, n_steps - 1)]
         expected = [o + damping * (n - o) for o, n in zip(old, new)]
-        options = dict(linearization=linearization, clip=1.0 if kind != "mingru" else 10.0, damping=damping, chunk=chunk)
-        swept = forward_time_sweeps(cell, projected, s0, sweeps=1, start=torch.stack(old[1:]), **options)
-        starts = torch.stack(expected)[::chunk]  # within the chunks the differentiated sweep has gone on from these
-        torch.testing.assert_close(swept.inputs[::chunk], starts, rtol=0, atol=1e-12)
+        clip = 1.0 if kind != "mingru" else 10.0
+        iterations = Iterations(1, 1, chunk, LINEARIZATIONS[linearization], damping, clip=clip)
+        solution = forward_time_sweeps(cell, projected, s0, iterations, start=torch.stack(old[1:]))
+        starts = torch.stack(expected)[::chunk]  # within the chunks the differentiated iteration has gone on from these
+        torch.testing.assert_close(solution.inputs[::chunk], starts, rtol=0, atol=1e-12)
         for n in range(n_steps - 1):
-            expected[n] = swept.inputs[n]
+            expected[n] = solution.inputs[n]
             if (n + 1) % chunk:
                 expected[n + 1] = cell.transition(expected[n], projected[n])
-        torch.testing.assert_close(swept.inputs, torch.stack(expected), rtol=0, atol=1e-12)
-        torch.testing.assert_close(swept.outputs, cell.transition(swept.inputs, projected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(solution.inputs, torch.stack(expected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(solution.outputs, cell.transition(solution.inputs, projected), rtol=0, atol=1e-12)
 
-    errors = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
-    factors = swept.factors if swept.factors is not None else torch.zeros_like(errors)
-    old = list(errors)  # lambda_1 .. before the correction: the scan
+    upstream = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
+    diagonals = solution.diagonals if solution.diagonals is not None else torch.zeros_like(upstream)
+    old = list(upstream)  # lambda_1 .. before the iteration: the scan
     for n in reversed(range(n_steps - 1)):
-        old[n] = errors[n] + factors[n + 1] * old[n + 1]
+        old[n] = upstream[n] + diagonals[n + 1] * old[n + 1]
     new, corrected = list(old), old[-1]
     for last in range(n_steps - 1, 0, -chunk):
-        message, product, off = old[last], torch.ones_like(s0), corrected - old[last]
+        adjoint, product, off = old[last], torch.ones_like(s0), corrected - old[last]
         for n in range(last - 1, max(last - chunk, 0) - 1, -1):
-            message = errors[n] + swept.jacobian.between(n + 1, n + 2).vjp(message[None])[0]
-            product = product * factors[n + 1]
-            new[n] = message + product * off
+            adjoint = upstream[n] + solution.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
+            product = product * diagonals[n + 1]
+            new[n] = adjoint + product * off
         corrected = new[max(last - chunk, 0)]
-    messages = backward_time_sweeps(swept, errors, corrections=1, chunk=chunk)
+    adjoints = backward_time_sweeps(solution, upstream, iterations)
     if not (kind == "mingru" and linearization == "diagonal"):  # exact before
         assert (torch.stack(new) - torch.stack(old)).abs().max() > 1e-6
-    torch.testing.assert_close(messages, torch.stack(new), rtol=0, atol=1e-12)
+    torch.testing.assert_close(adjoints, torch.stack(new), rtol=0, atol=1e-12)
 
 
 def test_a_chunked_step_spans_the_chunk_and_no_more():
@@ -177,7 +182,7 @@ def test_a_chunked_step_spans_the_chunk_and_no_more():
     for n_steps in (64, 1024):
         model, tokens, state = double_lm("gru", n_steps, gain=1.0)
         log = instrument(model.cell)
-        RecurrentLocalObjective(model, sweeps=2, corrections=2, chunk=8, linearization="zero")(tokens, state=state)
+        RecurrentLocalObjective(model, Sweeps(2, 2, 8, "zero"))(tokens, state=state)
         assert log["calls"] == (2 + 1) * 8
 
 
@@ -197,23 +202,22 @@ class TimeChain(Chain):
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
     model, tokens, s0 = double_lm(kind, gain=1.0)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
-    errors = torch.randn(N, 2, 6, dtype=torch.float64)
-    dials = ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2))
-    for sweeps, corrections, damping, chunk in dials:
-        options = dict(sweeps=sweeps, linearization=linearization, damping=damping, chunk=chunk)
-        ours = forward_time_sweeps(model.cell, projected, s0, **options)
-        theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, **options)
+    upstream = torch.randn(N, 2, 6, dtype=torch.float64)
+    for forward, backward, damping, chunk in ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2)):
+        iterations = Iterations(forward, backward, chunk, LINEARIZATIONS[linearization], damping)
+        ours = forward_time_sweeps(model.cell, projected, s0, iterations)
+        theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, iterations)
         torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
         torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
         if chunk == 1:  # else it is that of the states at the chunks' beginnings alone
             torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
-        messages = backward_time_sweeps(ours, errors, corrections=corrections, chunk=chunk)
-        expected = backward_sweeps(theirs, list(errors), corrections=corrections, chunk=chunk)
-        torch.testing.assert_close(messages, torch.stack(expected), rtol=0, atol=1e-12)
+        adjoints = backward_time_sweeps(ours, upstream, iterations)
+        expected = backward_sweeps(theirs, list(upstream), iterations)
+        torch.testing.assert_close(adjoints, torch.stack(expected), rtol=0, atol=1e-12)
 
 
 def instrument(cell):
@@ -239,15 +243,13 @@ def instrument(cell):
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 @pytest.mark.parametrize("with_tree", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_no_graph_spans_two_transitions(kind, linearization, with_tree, chunk):
     model, tokens, state = double_lm(kind)
-    tree = RecurrentTree(kind, 5, 6, 4).double() if with_tree else None
-    objective = RecurrentLocalObjective(
-        model, sweeps=3, corrections=3, linearization=linearization, tree=tree, chunk=chunk
-    )
+    init = TreeGuess(RecurrentTree(kind, 5, 6, 4).double()) if with_tree else None
+    objective = RecurrentLocalObjective(model, Sweeps(3, 3, chunk, linearization, init))
     # differentiate() calls transition() or its own gates: whatever is called inside counts as one call
     log = instrument(model.cell)
     output = objective(tokens, state=state)
@@ -275,20 +277,21 @@ def test_the_instrument_sees_bptt():
 def test_calls_of_the_cell_do_not_grow_with_the_sequence(n_steps):
     model, tokens, state = double_lm("gru", n_steps, gain=1.0)
     log = instrument(model.cell)
-    RecurrentLocalObjective(model, sweeps=2, corrections=3, chunk=1)(tokens, state=state)
+    RecurrentLocalObjective(model, Sweeps(2, 3, 1))(tokens, state=state)
     assert log["calls"] == 3
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
 def test_states_are_causal(kind):
     model, tokens, s0 = double_lm(kind, 16)
-    for linearization in TIME_LINEARIZATIONS:
+    for linearization in LINEARIZATIONS.values():
         changed = tokens.clone()
         changed[:, 7] = (changed[:, 7] + 1) % 11
         states = []
         for ids in (tokens, changed):
             projected = model.cell.project(model.symbols(ids[:, :-1]))
-            states.append(forward_time_sweeps(model.cell, projected, s0, sweeps=2, linearization=linearization).states)
+            iterations = Iterations(2, linearization=linearization)
+            states.append(forward_time_sweeps(model.cell, projected, s0, iterations).states)
         assert torch.equal(states[0][:7], states[1][:7])  # s_1 .. s_7 have read x_0 .. x_6
         assert (states[0][7] - states[1][7]).abs().max() > 1e-6
 
@@ -297,24 +300,26 @@ def test_a_first_state_and_an_input_that_need_gradients_get_them():
     """As where the recurrence is one layer of several."""
     model, tokens, state = double_lm("gru")
     symbols = model.symbols(tokens[:, :-1]).detach()
-    errors = torch.randn(N, 2, 6, dtype=torch.float64)
+    upstream = torch.randn(N, 2, 6, dtype=torch.float64)
     leaves = [state.requires_grad_(True), symbols.requires_grad_(True)]
     exact = exact_states(model.cell, model.cell.project(symbols), state)[1:]
-    expected = torch.autograd.grad((exact * errors).sum(), leaves)
-    swept = forward_time_sweeps(model.cell, model.cell.project(symbols), state, sweeps=N - 1)
-    messages = backward_time_sweeps(swept, errors, corrections=N - 1)
-    for ours, theirs in zip(torch.autograd.grad(swept.outputs, leaves, messages), expected):
+    expected = torch.autograd.grad((exact * upstream).sum(), leaves)
+    limit = Iterations(N - 1, N - 1, linearization=Diagonal())
+    solution = forward_time_sweeps(model.cell, model.cell.project(symbols), state, limit)
+    adjoints = backward_time_sweeps(solution, upstream, limit)
+    for ours, theirs in zip(torch.autograd.grad(solution.outputs, leaves, adjoints), expected):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", TIME_LINEARIZATIONS)
+@pytest.mark.parametrize("linearization", LINEARIZATIONS)
 def test_bfloat16_gradients_are_whole_and_near(kind, linearization):
     model, tokens, state = double_lm(kind, 33, gain=1.0)
     model.float()
     state = state.float()
     tree = RecurrentTree(kind, 5, 6, 6)
-    objective = RecurrentLocalObjective(model, sweeps=8, corrections=12, linearization=linearization, tree=tree)
+    sweeps = Sweeps(8, 12, linearization=linearization, init=TreeGuess(tree))
+    objective = RecurrentLocalObjective(model, sweeps)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
     objective.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -335,9 +340,8 @@ def test_other_tasks_than_language(readout):
     x = torch.randn(5, N, 3, dtype=torch.float64)
     y = torch.randint(4, (5, N) if readout == "every" else (5,))
     results = []
-    for objective in (
-        RecurrentBackpropObjective(model), RecurrentLocalObjective(model, sweeps=N - 1, corrections=N - 1),
-    ):  # fmt: skip
+    limit = RecurrentLocalObjective(model, Sweeps(N - 1, N - 1))
+    for objective in (RecurrentBackpropObjective(model), limit):
         model.zero_grad()
         output = objective(x, y)
         output.loss.backward()
@@ -355,7 +359,7 @@ def test_other_tasks_than_language(readout):
 def test_carried_state_joins_windows():
     model, tokens, _ = double_lm("gru", 2 * N)
     whole = RecurrentBackpropObjective(model)(tokens)
-    objective = RecurrentLocalObjective(model, sweeps=N - 1, corrections=0)
+    objective = RecurrentLocalObjective(model, Sweeps(N - 1, 0))
     first = objective(tokens[:, : N + 1])
     second = objective(tokens[:, N:], state=first.state)
     assert not first.state.requires_grad
@@ -378,36 +382,39 @@ def test_early_stop_damping_and_clip():
     model, tokens, s0 = double_lm("gru", 64)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     log = instrument(model.cell)
-    forward_time_sweeps(model.cell, projected, s0, sweeps=50, tolerance=1e3)
-    assert log["calls"] == 2  # one sweep and the differentiated call
-    whole = forward_time_sweeps(model.cell, projected, s0, sweeps=1).inputs
-    half = forward_time_sweeps(model.cell, projected, s0, sweeps=1, damping=0.5).inputs
+
+    def solved(forward, linearization=Diagonal(), **options):
+        return forward_time_sweeps(model.cell, projected, s0, Iterations(forward, linearization=linearization, **options))
+
+    solved(50, tolerance=1e3)
+    assert log["calls"] == 2  # one iteration and the differentiated call
+    whole, half = solved(1).inputs, solved(1, damping=0.5).inputs
     torch.testing.assert_close(half[1:], 0.5 * (whole + s0)[1:])
-    assert forward_time_sweeps(model.cell, projected, s0, sweeps=1, clip=0.25).factors.abs().max() <= 0.25
-    zero = forward_time_sweeps(model.cell, projected, s0, sweeps=2, linearization="zero").inputs
-    almost = forward_time_sweeps(model.cell, projected, s0, sweeps=2, clip=1e-15).inputs
-    torch.testing.assert_close(zero, almost, rtol=0, atol=1e-12)
+    assert solved(1, clip=0.25).diagonals.abs().max() <= 0.25
+    torch.testing.assert_close(solved(2, Zero()).inputs, solved(2, clip=1e-15).inputs, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="Identity.*zero, diagonal, shared_matrix"):
+        solved(1, Identity())
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "make, message",
     [
-        (dict(sweeps=-1), "sweeps=-1"),
-        (dict(corrections=True), "corrections=True"),
-        (dict(linearization="identity"), "linearization='identity'.*zero, diagonal"),
-        (dict(init="first"), "init='first'.*zeros, state, diagonal"),
-        (dict(inference="multigrid"), "inference='multigrid'.*sweeps, tree"),
-        (dict(damping=0.0), "damping=0.0"),
-        (dict(clip=0.0), "clip=0.0"),
-        (dict(tolerance=-1.0), "tolerance=-1.0"),
-        (dict(chunk=0), "chunk=0.*at least 1"),
-        (dict(tree_weight=-1.0), "tree_weight=-1.0"),
-        (dict(inference="tree"), "without a tree"),
+        (lambda: Sweeps(-1), "forward=-1"),
+        (lambda: Sweeps(backward=True), "backward=True"),
+        (lambda: Sweeps(linearization="identity"), "linearization='identity' over time: allowed are zero, diagonal"),
+        (lambda: Sweeps(init="first"), "init='first' over time: allowed are zeros, state, diagonal"),
+        (lambda: "v_cycles", "inference='v_cycles'.*sweeps, tree"),
+        (lambda: Sweeps(damping=0.0), "damping=0.0"),
+        (lambda: Sweeps(clip=0.0), "clip=0.0.*inf.*clips nothing"),
+        (lambda: Sweeps(tolerance=-1.0), "tolerance=-1.0"),
+        (lambda: Sweeps(chunk_size=0), "chunk_size=0.*at least 1"),
+        (lambda: TreeGuess(RecurrentTree("gru", 5, 6, 2), -1.0), "weight=-1.0"),
+        (lambda: "tree", "'tree' without a tree.*TimeTree"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
-        RecurrentLocalObjective(double_lm()[0], **options)
+        RecurrentLocalObjective(double_lm()[0], make())
 
 
 def test_what_a_step_refuses():

@@ -219,7 +219,7 @@ def counting_stream(n_tokens: int) -> TokenStream:
 
 @pytest.mark.parametrize("n_tokens", [9, 10, 16, 17, 24, 25, 100, 1001])
 def test_an_epoch_holds_every_window_once(n_tokens: int) -> None:
-    windows = TokenWindows(counting_stream(n_tokens), block_size=8)
+    windows = TokenWindows(counting_stream(n_tokens), context_length=8)
     offsets = set()
     for epoch in range(60):
         offset, order = windows.epoch_order(3, epoch)
@@ -306,11 +306,11 @@ def test_contiguous_evaluation_predicts_every_token_once(n_tokens: int, n_rows: 
 
 
 def test_windows_refuse_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"has 8 tokens.*block_size \+ 1 = 9.*smaller block_size"):
+    with pytest.raises(ValueError, match=r"has 8 tokens.*context_length \+ 1 = 9.*smaller context_length"):
         TokenWindows(counting_stream(8), 8)
-    for block_size in (0, -3):
-        with pytest.raises(ValueError, match=f"block_size={block_size}"):
-            TokenWindows(counting_stream(8), block_size)
+    for context_length in (0, -3):
+        with pytest.raises(ValueError, match=f"context_length={context_length}"):
+            TokenWindows(counting_stream(8), context_length)
     windows = TokenWindows(counting_stream(100), 8)
     for arguments in [(-1, 4, 0), (0, 0, 0), (0, 4, 0, 2, 2), (0, 4, 0, -1, 2), (0, 4, -1)]:
         with pytest.raises(ValueError, match="must"):

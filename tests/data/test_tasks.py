@@ -63,16 +63,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("task", "oracle"), CASES, ids=[f"{task.name}-{task.block_size}" for task, _ in CASES])
+@pytest.mark.parametrize(("task", "oracle"), CASES, ids=[f"{task.name}-{task.context_length}" for task, _ in CASES])
 def test_labels_are_those_of_an_oracle_that_reads_no_further(task, oracle):
     n_scored = 0
     for seed, split in ((0, "train"), (1, "validation"), (2, "test")):
         tokens, labels = task.batch(seed + 3, 5, seed, split)
         assert tokens.dtype == labels.dtype == torch.int64
-        assert tokens.shape == labels.shape == (5, task.block_size + 1)
+        assert tokens.shape == labels.shape == (5, task.context_length + 1)
         assert tokens.min() >= 0 and tokens.max() < task.vocab_size
         for row, answers in zip(tokens.tolist(), labels.tolist()):
-            expected = [oracle(task, row[: t + 1]) for t in range(task.block_size)]
+            expected = [oracle(task, row[: t + 1]) for t in range(task.context_length)]
             assert answers == [IGNORE_INDEX, *(IGNORE_INDEX if answer is None else answer for answer in expected)]
             assert all(answer is None or 0 <= answer < task.vocab_size for answer in expected)
             n_scored += sum(answer is not None for answer in expected)
@@ -111,7 +111,7 @@ def test_later_tokens_do_not_change_the_labels_of_induction(hops):
     task = Induction(hops, 6, 21)
     tokens, labels = task.batch(0, 8, 0)
     other = task.batch(1, 8, 0)[0]
-    for t in range(task.block_size):
+    for t in range(task.context_length):
         changed = torch.cat((tokens[:, : t + 1], other[:, t + 1 :]), dim=1)
         assert torch.equal(task.labels(changed)[:, : t + 2], labels[:, : t + 2])
 
@@ -227,7 +227,7 @@ def test_only_scored_positions_count():
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_is_scored_where_the_task_says(name):
     task = make_task(name)
-    model = HBLLForCausalLM(HBLLConfig(vocab_size=task.vocab_size, block_size=task.block_size, n_embd=32, n_head=2))
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=task.vocab_size, context_length=task.context_length, n_embd=32, n_head=2))
     tokens, labels = task.batch(0, 3, 0)
     read, targets = model.prepare(tokens, labels)
     perfect = torch.nn.functional.one_hot(targets.clamp(min=0), task.vocab_size).float()
@@ -244,16 +244,16 @@ def test_a_model_is_scored_where_the_task_says(name):
         (lambda: make_task("copying"), "'copying'.*induction, recall, listops"),
         (lambda: Induction(hops=0), "hops=0.*at least 1"),
         (lambda: Induction(n_symbols=1), "n_symbols=1.*at least 2"),
-        (lambda: Induction(block_size=1), "block_size=1.*at least 2"),
+        (lambda: Induction(context_length=1), "context_length=1.*at least 2"),
         (lambda: make_task("induction", hops=1.5), "hops=1.5.*whole"),
         (lambda: Induction(hops=True), "hops=True"),
         (lambda: AssociativeRecall(n_pairs=0), "n_pairs=0"),
         (lambda: AssociativeRecall(n_keys=15), "n_keys=15.*at least 16.*n_pairs=16"),
         (lambda: AssociativeRecall(n_values=15), "n_values=15.*at least 16.*n_pairs=16"),
-        (lambda: AssociativeRecall(block_size=32), "block_size=32.*at least 33.*n_pairs=16"),
+        (lambda: AssociativeRecall(context_length=32), "context_length=32.*at least 33.*n_pairs=16"),
         (lambda: ListOps(max_depth=0), "max_depth=0"),
         (lambda: ListOps(max_args=1), "max_args=1.*at least 2"),
-        (lambda: ListOps(block_size=9), "block_size=9.*at least 10.*max_depth=3"),
+        (lambda: ListOps(context_length=9), "context_length=9.*at least 10.*max_depth=3"),
         (lambda: Induction().batch(-1, 1, 0), "step=-1.*at least 0"),
         (lambda: Induction().batch(0, 0, 0), "batch_size=0.*at least 1"),
         (lambda: Induction().batch(0, 1, -1), "seed=-1.*at least 0"),

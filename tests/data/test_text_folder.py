@@ -103,7 +103,7 @@ def test_what_is_read_held_out_and_left_aside_is_said(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "s.txt"))
     assert sources.describe_source(str(tmp_path)) == [
-        "data: train is 'book.txt', less what is held out",
+        "data: train is 'book.txt', without what is held out",
         "data: validation is held out of the training text",
         "data: test is 'test.txt'",
         "data: left aside, broken links: 'gone.txt', 'self.txt'",
@@ -114,7 +114,7 @@ def test_what_is_read_held_out_and_left_aside_is_said(tmp_path: Path) -> None:
     ]
     assert text_of(tmp_path, "train") + text_of(tmp_path, "validation") == lines("book")
     assert sources.describe_source("bundled") == ["data: train, validation and test are those of the bundled WikiText-2"]
-    assert sources.describe_source(str(tmp_path / "book.txt"))[0] == "data: train is 'book.txt', less what is held out"
+    assert sources.describe_source(str(tmp_path / "book.txt"))[0] == "data: train is 'book.txt', without what is held out"
     assert sources.describe_source(str(tmp_path / "none.txt"))[0] == "data: train is empty, less what is held out"
 
 
@@ -187,7 +187,7 @@ def test_a_run_says_what_it_reads(
     script.data(script.resolve(script.read_preset("debug", script.PRESETS), {"data": str(tmp_path / "data")}))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
     assert said == [
-        "data: train is 'book.txt', less what is held out",
+        "data: train is 'book.txt', without what is held out",
         "data: validation is held out of the training text",
         "data: test is 'Test.TXT'",
         "data: left aside, other endings: 'notes.md'",

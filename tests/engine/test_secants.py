@@ -1,4 +1,4 @@
-"""Learned low-rank stand-ins: composed as the written-out chain, fitted as the regression, and exact in the limit."""
+"""Learned low-rank maps: composed as the written-out chain, fitted as the regression, and exact in the limit."""
 
 import dataclasses
 
@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from hbll_seq.engine.linearization.low_rank import LowRankMaps, Secants, low_rank_scan
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Identity
+from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit, low_rank_scan
 from hbll_seq.engine.solve import forward_sweeps
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training.comparison import fidelity
-from hbll_seq.training.settings import TrainingSettings, resolve
+from hbll_seq.objectives.options import Sweeps
+from hbll_seq.training.settings import TrainingSettings
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7])
@@ -22,7 +24,7 @@ from hbll_seq.training.settings import TrainingSettings, resolve
 def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
     torch.manual_seed(0)
     b, initial = torch.randn(n_steps, 2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
-    maps = LowRankMaps(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
+    maps = LowRank(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
     given, state, expected = b.clone(), initial, [None] * n_steps
     for n in reversed(range(n_steps)) if reverse else range(n_steps):
         state = state + maps.branch(n, state) + b[n]
@@ -38,24 +40,24 @@ def test_the_fit_is_the_reduced_rank_regression():
     x = torch.randn(4000, 12, generator=generator) * torch.linspace(0.3, 2.0, 12)
     down, up, full = (torch.randn(shape, generator=generator) for shape in ((12, 3), (3, 12), (12, 12)))
     low = down @ up
-    secants = Secants(2, 12, rank=3, every=5)
+    fit = LowRankFit(2, 12, rank=3, every=5)
     for _ in range(200):
-        secants.observe(1, "forward", x, x @ low)
-        secants.observe(2, "backward", x, x @ full)
-        secants.end_step()
-    found = secants.maps([1], "forward")
+        fit.observe(1, "forward", x, x @ low)
+        fit.observe(2, "backward", x, x @ full)
+        fit.end_step()
+    found = fit.maps([1], "forward")
     torch.testing.assert_close(found.left[0] @ found.right[0], low, rtol=0, atol=0.05)  # of entries of size 2: the ridge
-    found = secants.maps([2], "backward")
+    found = fit.maps([2], "backward")
     error = (x @ full - (x @ found.left[0]) @ found.right[0]).square().sum()
     singular = torch.linalg.svdvals(x @ full)  # Eckart and Young: the least error of any map of rank 3
     assert 1.0 <= error / singular[3:].square().sum() < 1.01
-    assert not secants.maps([2], "forward").left.any()  # what was not seen is the identity
+    assert not fit.maps([2], "forward").left.any()  # what was not seen is the identity
 
 
 @pytest.mark.parametrize("rank", [0, 13, True, 2.0])
 def test_bad_ranks(rank):
     with pytest.raises(ValueError, match="rank=.*from 1 to the width of the states, 12"):
-        Secants(3, 12, rank=rank)
+        LowRankFit(3, 12, rank=rank)
 
 
 class Branch(nn.Module):
@@ -69,11 +71,11 @@ class Branch(nn.Module):
         return x + self.up(self.down(x))
 
 
-def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
-    """And a message needs no correction: it is Newton's method where the Jacobians are of the rank that is learned."""
+def test_linear_branches_are_learned_and_then_an_iteration_is_exact():
+    """And an adjoint needs none: it is Newton's method where the Jacobians are of the rank that is learned."""
     torch.manual_seed(0)
     model = DepthHierarchy([Branch(16) for _ in range(7)], nn.Linear(16, 5), nn.Linear(3, 16), width=16).double()
-    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=1, linearization="secant", secant_rank=2, init="input")
+    objective = LocalObjective(model, Sweeps(2, 1, linearization=LowRank(2), init="input"))
     objective.secants.decay = 0.5  # float64, and every batch says the same
     objective.double()
     generator = torch.Generator().manual_seed(1)
@@ -86,29 +88,29 @@ def test_linear_branches_are_learned_and_then_a_sweep_is_exact():
         states += model.chain.apply((n,), (states[-1],))
 
     def error(linearization):
-        secants = objective.secants if linearization == "secant" else None
-        swept = forward_sweeps(model.chain, path, z0, sweeps=1, linearization=linearization, secants=secants)
-        return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
+        learned = objective.secants if isinstance(linearization, LowRank) else None
+        once = Iterations(1, linearization=linearization)
+        solution = forward_sweeps(model.chain, path, z0, once, learned=learned)
+        return max((s - exact).abs().max().item() for s, exact in zip(solution.states, states[1:]))
 
-    assert error("secant") < 0.02 * error("identity")
+    assert error(LowRank()) < 0.02 * error(Identity())
     exact = BackpropObjective(model)
     cosines = {}
-    for linearization in ("identity", "secant"):
-        rank = 2 if linearization == "secant" else None
-        few = LocalObjective(model, "sweeps", sweeps=6, corrections=0, linearization=linearization, secant_rank=rank).double()
+    for linearization in (Identity(), LowRank(2)):
+        few = LocalObjective(model, Sweeps(6, 0, linearization=linearization)).double()
         if few.secants is not None:
             few.secants.load_state_dict(objective.secants.state_dict())
         ours, theirs = (
             torch.cat([g.flatten() for g in torch.autograd.grad(each(x, y).loss, list(model.parameters()))])
             for each in (few, exact)
         )
-        cosines[linearization] = nn.functional.cosine_similarity(ours, theirs, dim=0).item()
-    assert cosines["secant"] > 0.999 > cosines["identity"]
+        cosines[linearization.name] = nn.functional.cosine_similarity(ours, theirs, dim=0).item()
+    assert cosines["low_rank"] > 0.999 > cosines["identity"]
 
 
 def double_lm(seed=0):
     torch.manual_seed(seed)
-    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=16, n_head=2, block_size=12)).double()
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=16, n_head=2, context_length=12)).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
@@ -125,11 +127,10 @@ def gradients(objective, tokens):
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
     model, tokens = double_lm()
-    exact = gradients(BackpropObjective(model, mix=mix), tokens)
-    options = dict(linearization="secant", mix=mix, chunk=chunk)
+    exact = gradients(BackpropObjective(model, depths=mix), tokens)
 
-    def error(sweeps, corrections):
-        objective = LocalObjective(model, "sweeps", sweeps=sweeps, corrections=corrections, **options).double()
+    def error(forward, backward):
+        objective = LocalObjective(model, Sweeps(forward, backward, chunk, "low_rank"), depths=mix).double()
         with torch.no_grad():
             for name, buffer in objective.secants.named_buffers():
                 if name.endswith(("left", "right")):
@@ -144,10 +145,10 @@ def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
 def test_other_paths_of_a_mix_teach_nothing():
     """Their blocks read other states."""
     model, tokens = double_lm()
-    options = dict(sweeps=1, corrections=1, linearization="secant", init="input")
-    mixed, alone = (LocalObjective(model, "sweeps", mix=mix, **options).double() for mix in ("random", "none"))
-    paths = {route.path for step in range(8) for route in mixed.routes(step)[1:]}
-    assert max(len(path) for path in paths - {mixed.path}) > 3  # long enough to be swept and looked at
+    sweeps = Sweeps(1, 1, linearization="low_rank", init="input")
+    mixed, alone = (LocalObjective(model, sweeps, depths=mix).double() for mix in ("random", "none"))
+    paths = {network.path for step in range(8) for network in mixed.sub_networks(step)[1:]}
+    assert max(len(path) for path in paths - {mixed.path}) > 3  # long enough to be iterated and observed
     for step in range(8):
         mixed(tokens, step=step), alone(tokens, step=step)
     for name, buffer in alone.secants.named_buffers():
@@ -155,22 +156,24 @@ def test_other_paths_of_a_mix_teach_nothing():
             torch.testing.assert_close(dict(mixed.secants.named_buffers())[name], buffer)
 
 
-def test_what_is_looked_at_is_a_copy_in_full_precision():
+def test_what_is_observed_is_a_copy_in_full_precision():
     state = torch.randn(2, 20, 8)
-    kept = Secants.sample(state)
+    kept = LowRankFit.sample(state)
     before = kept.clone()
-    state.zero_()  # sweeps go on to work in place
+    state.zero_()  # iterations go on to work in place
     assert torch.equal(kept, before) and kept.abs().min() > 0
-    secants, reference = Secants(1, 8), Secants(1, 8)
+    fit, reference = LowRankFit(1, 8), LowRankFit(1, 8)
     reference.observe(1, "forward", kept, 2 * kept)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        secants.observe(1, "forward", kept, 2 * kept)
-    assert torch.equal(secants.forward_change, reference.forward_change) and secants.forward_change.any()
+        fit.observe(1, "forward", kept, 2 * kept)
+    assert torch.equal(fit.forward_change, reference.forward_change) and fit.forward_change.any()
 
 
 def test_only_training_steps_on_the_main_path_are_learned_from():
+
     model, tokens = double_lm()
-    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant", mix="sandwich").double()
+    sweeps = Sweeps(2, 2, linearization="low_rank")
+    objective = LocalObjective(model, sweeps, depths="sandwich").double()
 
     def moments():
         return {name: b.clone() for name, b in objective.secants.named_buffers()}
@@ -178,21 +181,20 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
     before = moments()
     with torch.no_grad():
         objective(tokens)
-    objective.eval()  # with gradients, as where a gradient is looked at
+    objective.eval()  # with gradients, as where a gradient is measured
     objective(tokens)
-    fidelity(objective.train(), BackpropObjective(model, mix="sandwich"), list(model.parameters()), tokens, None, 0)
-    assert objective.training
+    objective.train()
     assert all(torch.equal(b, before[name]) for name, b in moments().items())
     objective(tokens)
-    after, alone = moments(), LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant").double()
+    after, alone = moments(), LocalObjective(model, sweeps).double()
     alone(tokens)
     assert after["n_steps"] == 1
     for name, buffer in alone.secants.named_buffers():
-        if name.startswith("forward"):  # the mix adds errors to the messages, but no states
+        if name.startswith("forward"):  # the mix adds upstream gradients to the adjoints, but no states
             torch.testing.assert_close(after[name], buffer)
     for n in range(2, 8):
         assert after["backward_change"][n - 1].any(), n
-    assert not after["backward_change"][0].any()  # no message is carried through the first block
+    assert not after["backward_change"][0].any()  # no adjoint is carried through the first block
     seen = [n for n in range(1, 8) if after["forward_change"][n - 1].any()]
     assert seen == [3, 4, 5, 6, 7]  # the second is exact before it is evaluated twice
 
@@ -200,13 +202,13 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
 def test_under_autocast_sums_and_fits_keep_their_precision():
     torch.manual_seed(0)
     b, initial = torch.randn(5, 2, 3, 8), torch.randn(2, 3, 8)
-    maps = LowRankMaps(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
+    maps = LowRank(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
     expected = low_rank_scan(b, maps, initial), maps.branch(1, initial)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = low_rank_scan(b, maps, initial), maps.branch(1, initial)
     assert all(map(torch.equal, found, expected))
-    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, block_size=12))
-    objective = LocalObjective(model, "sweeps", sweeps=2, corrections=2, linearization="secant")
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=17, n_embd=64, n_head=2, context_length=12))
+    objective = LocalObjective(model, Sweeps(2, 2, linearization="low_rank"))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
@@ -226,27 +228,32 @@ def test_under_autocast_sums_and_fits_keep_their_precision():
 
 def test_it_needs_to_know_the_width_and_sweeps():
     blocks = [nn.Linear(4, 4) for _ in range(3)]
-    with pytest.raises(ValueError, match="secant.*unknown width.*give DepthHierarchy the width"):
-        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps", linearization="secant")
-    with pytest.raises(ValueError, match="secant.*inference='tree'.*sweeps teach it"):
-        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "tree", linearization="secant")
-    with pytest.raises(ValueError, match="secant_rank=2 with linearization='identity'"):
-        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2), width=4), "sweeps", secant_rank=2)
-    with pytest.raises(ValueError, match="'secant' needs its maps"):
-        chain = DepthHierarchy(blocks, nn.Linear(4, 2)).chain
-        forward_sweeps(chain, [1, 2], torch.zeros(1, 4), sweeps=1, linearization="secant")
+    model = DepthHierarchy(blocks, nn.Linear(4, 2), width=4)
+    with pytest.raises(ValueError, match="low_rank.*unknown width.*give DepthHierarchy the width"):
+        LocalObjective(DepthHierarchy(blocks, nn.Linear(4, 2)), "sweeps:linearization=low_rank")
+    with pytest.raises(ValueError, match="tree has no option 'linearization'"):
+        LocalObjective(model, "tree:linearization=low_rank")
+    with pytest.raises(ValueError, match="identity has no option 'rank'"):
+        LocalObjective(model, "sweeps:linearization=identity(rank=2)")
+    with pytest.raises(ValueError, match="rank=5.*from 1 to the width of the states, 4"):
+        LocalObjective(model, Sweeps(linearization=LowRank(5)))
+    for linearization, learned in ((LowRank(), None), (Identity(), LowRankFit(3, 4))):
+        with pytest.raises(ValueError, match="'low_rank' needs its learned maps"):
+            once = Iterations(1, linearization=linearization)
+            forward_sweeps(model.chain, [1, 2], torch.zeros(1, 4), once, learned=learned)
     with pytest.raises(ValueError, match="every=0"):
-        Secants(3, 12, every=0)
+        LowRankFit(3, 12, every=0)
 
 
 def test_a_run_takes_them_where_they_were_measured_to_help():
     """On the full path alone; what it came to is stored, so that a later default changes nothing."""
 
     def of(**options):
-        return TrainingSettings(max_steps=1, **options).linearization
+        return TrainingSettings(max_steps=1, **options).resolved().linearization
 
-    assert of(mix="none") == of(path="4,6,7") == "secant"
-    assert of() == of(mix="sandwich") == of(objective="backprop") == of(mix="none", cell="gru") == "identity"
-    stored = dataclasses.asdict(TrainingSettings(max_steps=1, mix="none"))
-    assert resolve(stored, {"cell": "gru"}).linearization == "identity"  # a run's settings as a preset of another
-    assert of(mix="none", linearization="identity") == "identity" and of(linearization="secant") == "secant"
+    assert of(depth_mix="none") == of(path="4,6,7") == "low_rank"
+    assert of() == of(depth_mix="sandwich") == of(objective="backprop") == of(depth_mix="none", cell="gru") == "identity"
+    run = TrainingSettings(max_steps=1, depth_mix="none")
+    assert dataclasses.replace(run.resolved(), cell="gru").linearization == "low_rank"
+    assert dataclasses.replace(run, cell="gru").resolved().linearization == "identity"  # of what was asked
+    assert of(depth_mix="none", linearization="identity") == "identity" and of(linearization="low_rank") == "low_rank"

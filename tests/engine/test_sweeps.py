@@ -1,24 +1,28 @@
-"""Composed messages along a chain: exact in the limit, inexact one sweep before, and in constant span."""
+"""Chains solved in parallel: exact in the limit, inexact one iteration before, and in constant span."""
 
 import pytest
 import torch
 
 from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
 from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.branches import Branch, messages_of, walk
-from hbll_seq.objectives.depth_mix import MIXES, routes_of_step
+from hbll_seq.objectives.branches import Branch, find_adjoints, walk
+from hbll_seq.objectives.depth_mix import MIXES, sub_networks_of_step
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import DepthMix, Sweeps, Tree, VCycles
 from hbll_seq.tree.multigrid import v_cycle
 from hbll_seq.tree.topology import DyadicTree
 
 
 def double_lm(**changes):
     torch.manual_seed(0)
-    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=16, n_head=2, block_size=12), **changes}))
+    model = HBLLForCausalLM(HBLLConfig(**{**dict(vocab_size=17, n_embd=16, n_head=2, context_length=12), **changes}))
     model.double()
     with torch.no_grad():
         for p in model.parameters():
@@ -45,76 +49,72 @@ def test_exact_in_the_limit_and_not_before(linearization, init, path, tie):
     model, tokens = double_lm(tie_embeddings=tie)
     exact, reference = gradients(BackpropObjective(model, path), tokens)
     steps = len(model.resolve_path(path=path)) - 1
-    options = dict(inference="sweeps", path=path, linearization=linearization, init=init)
-    output, ours = gradients(LocalObjective(model, sweeps=steps, corrections=steps, **options), tokens)
+
+    def objective(forward, backward):
+        sweeps = Sweeps(forward, backward, linearization=linearization, init=init)
+        return LocalObjective(model, sweeps, path=path)
+
+    output, ours = gradients(objective(steps, steps), tokens)
     assert largest_difference(ours, reference) < 1e-9
     assert abs(output.loss - exact.loss) < 1e-12
     if steps > 1:
-        first = 0 if init == "input" else 1  # the others make the first state exact before any sweep
-        fewer_sweeps = LocalObjective(model, sweeps=steps - 1 - first, corrections=steps, **options)
-        fewer_corrections = LocalObjective(model, sweeps=steps, corrections=steps - 1, **options)
-        assert largest_difference(gradients(fewer_sweeps, tokens)[1], reference) > 1e-7
-        assert largest_difference(gradients(fewer_corrections, tokens)[1], reference) > 1e-7
+        first = 0 if init == "input" else 1  # the others make the first state exact before any iteration
+        for fewer in (objective(steps - 1 - first, steps), objective(steps, steps - 1)):
+            assert largest_difference(gradients(fewer, tokens)[1], reference) > 1e-7
 
 
-@pytest.mark.parametrize("linearization", ["identity", "zero"])
-def test_after_k_sweeps_the_first_k_states_are_exact(linearization):
+@pytest.mark.parametrize("linearization", [Identity(), Zero()], ids=str)
+def test_after_k_iterations_the_first_k_states_are_exact(linearization):
     model, tokens = double_lm()
     path = model.resolve_path()
     states = [model.embed(tokens)]
     for n in path:
         states += model.chain.apply((n,), (states[-1],))
-    for sweeps in range(7):
-        swept = forward_sweeps(model.chain, path, states[0].detach(), sweeps=sweeps, linearization=linearization)
-        errors = [(swept.inputs[n] - states[n]).abs().max().item() for n in range(7)]
-        assert max(errors[: sweeps + 1]) < 1e-12
-        assert all(error > 1e-6 for error in errors[sweeps + 1 :])
-        assert (swept.residual > 0) == (0 < sweeps < 6)  # with six all states are exact
+    for k in range(7):
+        solution = forward_sweeps(model.chain, path, states[0].detach(), Iterations(k, linearization=linearization))
+        errors = [(solution.inputs[n] - states[n]).abs().max().item() for n in range(7)]
+        assert max(errors[: k + 1]) < 1e-12
+        assert all(error > 1e-6 for error in errors[k + 1 :])
+        assert (solution.residual > 0) == (0 < k < 6)  # with six all states are exact
 
 
 @pytest.mark.parametrize("linearization", ["identity", "zero"])
 @pytest.mark.parametrize("init", ["input", "first"])
 @pytest.mark.parametrize("chunk", [2, 3, 10])
-def test_chunks_are_exact_in_a_fraction_of_the_sweeps_and_not_before(linearization, init, chunk):
+def test_chunks_are_exact_in_a_fraction_of_the_iterations_and_not_before(linearization, init, chunk):
     model, tokens = double_lm()
     _, reference = gradients(BackpropObjective(model), tokens)
-    options = dict(inference="sweeps", linearization=linearization, init=init, chunk=chunk)
-    first = init == "first"  # makes a state exact before any sweep
-    sweeps, corrections = -(-(7 - first) // chunk) - 1, -(-6 // chunk)  # the differentiated sweep is one too
+    first = init == "first"  # makes a state exact before any iteration
+    forward, backward = -(-(7 - first) // chunk) - 1, -(-6 // chunk)  # the differentiated iteration is one too
 
-    def difference(sweeps, corrections):
-        objective = LocalObjective(model, sweeps=sweeps, corrections=corrections, **options)
+    def difference(forward, backward):
+        objective = LocalObjective(model, Sweeps(forward, backward, chunk, linearization, init))
         return largest_difference(gradients(objective, tokens)[1], reference)
 
-    assert difference(sweeps, corrections) < 1e-9
-    assert sweeps == 0 or difference(sweeps - 1, corrections) > 1e-7
-    assert difference(sweeps, corrections - 1) > 1e-7
+    assert difference(forward, backward) < 1e-9
+    assert forward == 0 or difference(forward - 1, backward) > 1e-7
+    assert difference(forward, backward - 1) > 1e-7
     states = [model.embed(tokens)]
     for n in model.resolve_path():
         states += model.chain.apply((n,), (states[-1],))
-    for k in range(sweeps + 1):
-        swept = forward_sweeps(model.chain, range(1, 8), states[0], sweeps=k, init=init, chunk=chunk)
-        errors = [(swept.inputs[n] - states[n]).abs().max().item() for n in range(7)]
+    for k in range(forward + 1):
+        solution = forward_sweeps(model.chain, range(1, 8), states[0], Iterations(k, chunk_size=chunk), init=init)
+        errors = [(solution.inputs[n] - states[n]).abs().max().item() for n in range(7)]
         n_exact = (k + 1) * chunk + first  # inputs
         assert max(errors[:n_exact]) < 1e-12 and min([*errors[n_exact:], 1.0]) > 1e-6
 
 
-@pytest.mark.parametrize("graphs", ["kept", "recomputed"])
-def test_chunks_have_the_span_of_single_transitions_for_less_work(graphs):
-    """K and M chunks of c take the span of K c and M c sweeps and corrections, for less work."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_have_the_span_of_single_transitions_for_less_work(recompute):
+    """K and M iterations over chunks of c take the span of K c and M c, for less work."""
     x, y = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     for n_level in range(3, 7):
         model = small_hierarchy(n_level)
-        for chunk, sweeps, corrections in ((2, 2, 2), (3, 1, 2)):
-            single, chunks = (
-                measure_span(LocalObjective(model, "sweeps", sweeps=(sweeps + 1) * c - 1, corrections=corrections * c,
-                                            init="input", graphs=graphs, chunk=chunk // c), x, y)
-                for c in (chunk, 1)
-            )  # fmt: skip
+        for chunk, forward, backward in ((2, 2, 2), (3, 1, 2)):
+            sweeps = (Sweeps((forward + 1) * c - 1, backward * c, chunk // c, init="input") for c in (chunk, 1))
+            single, chunks = (measure_span(LocalObjective(model, s, recompute=recompute), x, y) for s in sweeps)
             assert chunks.step == single.step and chunks.work < single.work
-            assert single.step == (sweeps + 1) * chunk + corrections * chunk * (1 + (graphs == "recomputed")) + (
-                4 if graphs == "kept" else 5
-            )
+            assert single.step == (forward + 1) * chunk + backward * chunk * (1 + recompute) + (5 if recompute else 4)
 
 
 def test_v_cycles_and_the_tree_start():
@@ -134,7 +134,7 @@ def test_v_cycles_and_the_tree_start():
         assert max(errors[:exact]) < 1e-12
         assert all(error > 1e-6 for error in errors[exact:])
     exact, reference = gradients(BackpropObjective(model), tokens)
-    output, ours = gradients(LocalObjective(model, "multigrid", sweeps=6, corrections=6), tokens)
+    output, ours = gradients(LocalObjective(model, VCycles(6, 6)), tokens)
     assert largest_difference(ours, reference) < 1e-9
 
 
@@ -163,55 +163,57 @@ def test_diagonal_linearisation_is_newton_where_the_jacobian_is_diagonal():
     for n in indices:
         states += chain.apply((n,), (states[-1],))
 
-    def error(linearization, sweeps):
-        swept = forward_sweeps(chain, indices, s0, sweeps=sweeps, linearization=linearization)
-        return max((s - exact).abs().max().item() for s, exact in zip(swept.states, states[1:]))
+    def error(linearization, k):
+        solution = forward_sweeps(chain, indices, s0, Iterations(k, linearization=linearization))
+        return max((s - exact).abs().max().item() for s, exact in zip(solution.states, states[1:]))
 
-    assert error("diagonal", 4) < 1e-9 < 1e-3 < min(error("zero", 4), error("identity", 4))
-    assert max(error(name, 39) for name in ("identity", "zero", "diagonal")) < 1e-12
+    assert error(Diagonal(), 4) < 1e-9 < 1e-3 < min(error(Zero(), 4), error(Identity(), 4))
+    assert max(error(kind, 39) for kind in (Identity(), Zero(), Diagonal())) < 1e-12
+    with pytest.raises(ValueError, match="SharedMatrix.*identity, zero, diagonal, low_rank"):
+        error(SharedMatrix(), 1)
 
-    # with the true Jacobian even the start of the messages is exact, without a correction
+    # with the true Jacobian even the start of the adjoints is exact, without an iteration
     leaf = s0.clone().requires_grad_(True)
-    swept = forward_sweeps(chain, indices, leaf, sweeps=39, linearization="diagonal")
-    messages = backward_sweeps(swept, [*[None] * 39, torch.ones(5, dtype=torch.float64)], corrections=0)
+    exactly = Iterations(39, linearization=Diagonal())
+    solution = forward_sweeps(chain, indices, leaf, exactly)
+    adjoints = backward_sweeps(solution, [*[None] * 39, torch.ones(5, dtype=torch.float64)], exactly)
     state = leaf
     for n in indices:
         (state,) = chain.apply((n,), (state,))
     (exact,) = torch.autograd.grad(state.sum(), leaf)
-    (ours,) = torch.autograd.grad(swept.outputs[0], leaf, messages[0])
+    (ours,) = torch.autograd.grad(solution.outputs[0], leaf, adjoints[0])
     torch.testing.assert_close(ours, exact, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("family, readouts", [("spine", "jump"), ("prefix", "jump"), ("prefix", "depth")])
+@pytest.mark.parametrize("family, exit_by", [("spine", "jump"), ("prefix", "jump"), ("prefix", "depth")])
 @pytest.mark.parametrize("mix", [name for name in MIXES if name != "none"])
-def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family, readouts):
-    # double_lm moves the corrections from zero
-    model, tokens = double_lm(default_paths=family, readout_rank=3, readout_by=readouts)
+def test_a_mix_is_backprop_on_the_same_mix_in_the_limit(mix, family, exit_by):
+    # double_lm moves the exit adapters from zero
+    model, tokens = double_lm(default_paths=family, exit_rank=3, exit_by=exit_by)
     for step in (0, 1):
-        pair = BackpropObjective(model, mix=mix, mix_weight=0.7), LocalObjective(
-            model, "sweeps", mix=mix, mix_weight=0.7, sweeps=6, corrections=6
-        )
+        depths = DepthMix(mix, 0.7)
+        pair = BackpropObjective(model, depths=depths), LocalObjective(model, Sweeps(6, 6), depths=depths)
         (exact, reference), (output, ours) = (_at(objective, tokens, step) for objective in pair)
         assert largest_difference(ours, reference) < 1e-9
         assert abs(output.loss - exact.loss) < 1e-12
         assert output.metrics["ce"] == pytest.approx(exact.metrics["ce"].item())
         assert output.metrics["ce_mix"] == pytest.approx(exact.metrics["ce_mix"].item())
-    weights = [sum(r.exits.values()) for r in pair[0].routes(1)]
+    weights = [sum(r.exits.values()) for r in pair[0].sub_networks(1)]
     if mix != "few":  # its weights hold on average
         assert sum(weights) == pytest.approx(1.7)
 
 
-@pytest.mark.parametrize("graphs", ["kept", "recomputed"])
-def test_branches_train_each_block_by_itself_and_what_they_share_once(graphs):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_branches_train_each_block_by_itself_and_what_they_share_once(recompute):
     """The six shorter paths of 7 blocks cost five forwards, and no loss reaches a second block."""
     model, tokens = double_lm(default_paths="prefix")
     calls = []
     for n, block in enumerate(model.blocks, start=1):
         block.register_forward_hook(lambda *_, n=n: calls.append(n))
-    LocalObjective(model, "sweeps", graphs=graphs)(tokens)
+    LocalObjective(model, "sweeps", recompute=recompute)(tokens)
     alone = len(calls)
-    output = LocalObjective(model, "sweeps", mix="all", graphs=graphs)(tokens)
-    if graphs == "kept":  # otherwise products call the blocks again
+    output = LocalObjective(model, "sweeps", depths="all", recompute=recompute)(tokens)
+    if not recompute:  # otherwise products call the blocks again
         assert len(calls) - alone == alone + 5
     for n, loss in enumerate(output.node_losses, start=1):
         for m, block in enumerate(model.blocks, start=1):
@@ -224,25 +226,25 @@ def test_branches_add_less_than_the_number_of_levels_to_the_span_each_way(n_leve
     """And of seven blocks all depths cost 66 block evaluations in place of 48, backprop's 36 in place of 21."""
     model = small_hierarchy(n_level, default_paths="prefix")
     x, y = torch.randn(2, 2), torch.tensor([0, 1])
-    for graphs in ("kept", "recomputed"):
-        options = dict(inference="sweeps", graphs=graphs)
-        alone, mixed = (measure_span(LocalObjective(model, mix=mix, **options), x, y) for mix in ("none", "all"))
-        ways = 2 if graphs == "kept" else 3  # forward and back; recomputed: forward once more
+    for recompute in (False, True):
+        options = dict(inference="sweeps", recompute=recompute)
+        alone, mixed = (measure_span(LocalObjective(model, depths=mix, **options), x, y) for mix in ("none", "all"))
+        ways = 3 if recompute else 2  # forward and back; recomputed: forward once more
         assert 0 < mixed.step - alone.step <= ways * (n_level - 1)
-        if n_level == 3 and graphs == "kept":
-            exact = [measure_span(BackpropObjective(model, mix=mix), x, y).block_work for mix in ("none", "all")]
+        if n_level == 3 and not recompute:
+            exact = [measure_span(BackpropObjective(model, depths=mix), x, y).block_work for mix in ("none", "all")]
             assert (alone.block_work, mixed.block_work, *exact) == (48, 66, 21, 36)
             assert mixed.work - mixed.block_work == 28  # seven heads
 
 
-@pytest.mark.parametrize("mix, n_readouts", [("octaves", 6), ("all", 6), ("few", 3)])
-def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights(mix, n_readouts):
+@pytest.mark.parametrize("mix, n_exits", [("octaves", 6), ("all", 6), ("few", 3)])
+def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_weights(mix, n_exits):
     tree = DyadicTree(4, "prefix")
-    steps = [routes_of_step(mix, 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
+    steps = [sub_networks_of_step(mix, 9.0, tree, tree.path_for_depth(15), seed) for seed in range(4000)]
     total = dict.fromkeys(range(1, 15), 0.0)
-    for routes in steps:
-        exits = [(r.path[: r.path.index(n) + 1], w) for r in routes for n, w in r.exits.items()][1:]
-        assert len(exits) == n_readouts and len({len(path) for path, _ in exits}) == n_readouts
+    for networks in steps:
+        exits = [(r.path[: r.path.index(n) + 1], w) for r in networks for n, w in r.exits.items()][1:]
+        assert len(exits) == n_exits and len({len(path) for path, _ in exits}) == n_exits
         for path, weight in exits:
             assert path == tree.path_for_depth(len(path))
             total[len(path)] += weight / len(steps)
@@ -252,23 +254,23 @@ def test_the_mix_of_a_deep_tree_draws_depths_without_changing_their_expected_wei
 
 
 def test_a_branch_tells_the_chain_what_it_needs():
-    """What a branch reads is trained for it too: without the main readout's weight the shared blocks still learn."""
+    """What a branch reads is trained for it too: without the main exit's weight the shared blocks still learn."""
     model, tokens = double_lm(default_paths="prefix")
     z0 = model.embed(tokens).detach()
     (s1,) = model.chain.apply((1,), (z0,))
     start = s1.detach().requires_grad_(True)
     walked = walk(model.chain, [Branch((1,), (2, 4), {4: 1.0}), Branch((), (4,), {4: 1.0})], [start, z0])
-    end = walked.outputs[1][0].detach().requires_grad_(True)
-    (error,) = torch.autograd.grad(end.square().sum(), end)
+    end = walked[0].outputs[1].detach().requires_grad_(True)
     other = torch.ones_like(end)
-    messages, sent = messages_of(walked, [{4: error}, {4: other}])
+    walked[0].upstream, walked[1].upstream = {4: torch.autograd.grad(end.square().sum(), end)[0]}, {4: other}
+    find_adjoints(walked)
     state = s1.detach().requires_grad_(True)
     (two,) = model.chain.apply((2,), (state,))
     (four,) = model.chain.apply((4,), (two,))
     exact = torch.autograd.grad(four.square().sum(), (state, two))
-    torch.testing.assert_close(sent[0], exact[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(messages[0][0], exact[1], rtol=1e-12, atol=1e-12)
-    assert sent[1] is None and messages[0][1] is other
+    torch.testing.assert_close(walked[0].sent, exact[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(walked[0].adjoints[0], exact[1], rtol=1e-12, atol=1e-12)
+    assert walked[1].sent is None and walked[1].adjoints[0] is other
 
 
 def _at(objective, tokens, step):
@@ -278,23 +280,24 @@ def _at(objective, tokens, step):
     return output, {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("inference", ["sweeps", "multigrid", "tree"])
+@pytest.mark.parametrize("inference", ["sweeps", "v_cycles", "tree"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputed_graphs_give_the_same_gradients(inference, dropout):
+def test_recomputing_gives_the_same_gradients(inference, dropout):
     model, tokens = double_lm(dropout=dropout, n_embd=32)
-    results = [_at(LocalObjective(model, inference, graphs=g, seed=5), tokens, 3)[1] for g in ("kept", "recomputed")]
+    results = [_at(LocalObjective(model, inference, recompute=r, seed=5), tokens, 3)[1] for r in (False, True)]
     assert largest_difference(*results) < 1e-12
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mix": "sandwich"}, {"mix": "all"}, {"inference": "multigrid"}, {"graphs": "recomputed"}]
+    "options",
+    [{}, {"depths": "sandwich"}, {"depths": "all"}, {"inference": VCycles(6, 6)}, {"recompute": True}],
 )
 def test_bfloat16_gradients_are_whole_and_near(options):
     """Calls without gradient share the autocast region with the differentiated ones, which must not lose theirs."""
     model, tokens = double_lm(n_embd=32)
     model.float()
-    objective = LocalObjective(model, **{"inference": "sweeps", "sweeps": 6, "corrections": 6, **options})
-    _, reference = _at(BackpropObjective(model, mix=objective.mix), tokens, 0)
+    objective = LocalObjective(model, **{"inference": Sweeps(6, 6), **options})
+    _, reference = _at(BackpropObjective(model, depths=objective.depths), tokens, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         objective.model.zero_grad()
         loss = objective(tokens).loss
@@ -306,10 +309,10 @@ def test_bfloat16_gradients_are_whole_and_near(options):
 
 def test_every_step_has_the_same_metrics_and_micro_batches_one_mix():
     model, tokens = double_lm()
-    objective = LocalObjective(model, "sweeps", mix="random", sweeps=0, micro_batches=2)
-    paths = [[route.path for route in objective.routes(step)] for step in range(60)]
+    objective = LocalObjective(model, Sweeps(0), depths="random", micro_batches=2)
+    paths = [[network.path for network in objective.sub_networks(step)] for step in range(60)]
     assert paths[::2] == paths[1::2] and len({str(p) for p in paths}) > 5
-    alone = next(step for step, routes in enumerate(paths) if len(routes) == 1)  # the random path is the full one
+    alone = next(step for step, walked in enumerate(paths) if len(walked) == 1)  # the random path is the full one
     assert objective(tokens, step=alone).metrics.keys() == objective(tokens, step=(alone + 2) % 60).metrics.keys()
 
 
@@ -317,22 +320,21 @@ def test_dropout_is_the_same_at_every_evaluation_of_a_block():
     """So the limit is backprop with dropout too."""
     model, tokens = double_lm(dropout=0.3)
     exact, reference = _at(BackpropObjective(model, seed=1), tokens, 4)
-    output, ours = _at(LocalObjective(model, "sweeps", sweeps=6, corrections=6, init="input", seed=1), tokens, 4)
+    output, ours = _at(LocalObjective(model, Sweeps(6, 6, init="input"), seed=1), tokens, 4)
     assert largest_difference(ours, reference) < 1e-9
     other = _at(BackpropObjective(model, seed=1), tokens, 5)[0]
     assert abs(other.loss - exact.loss) > 1e-4
 
 
 def test_what_is_exact_is_not_computed_again():
-    """Sweep k + 1 leaves out the k transitions whose input is exact, and a correction those whose message is."""
+    """Iteration k + 1 leaves out the k transitions whose input is exact, and a backward one those whose adjoint is."""
     torch.manual_seed(0)
     x, y, model = torch.randn(2, 2), torch.tensor([0, 1]), small_hierarchy(3)
     head = 4  # forward, product, full backward
-    for sweeps, corrections in ((0, 0), (3, 2), (4, 3), (6, 6)):
-        options = dict(sweeps=sweeps, corrections=corrections, init="input")
-        work = measure_span(LocalObjective(model, "sweeps", **options), x, y).work
-        forwards = sum(6 - k for k in range(sweeps)) + 7 - sweeps  # no sweep needs what the last block makes
-        products = sum(6 - m for m in range(corrections))
+    for forward, backward in ((0, 0), (3, 2), (4, 3), (6, 6)):
+        work = measure_span(LocalObjective(model, Sweeps(forward, backward, init="input")), x, y).work
+        forwards = sum(6 - k for k in range(forward)) + 7 - forward  # no iteration needs what the last block makes
+        products = sum(6 - m for m in range(backward))
         assert work == forwards + products + 2 * 7 + head
 
 
@@ -342,29 +344,29 @@ def test_early_stop_and_damping():
     calls = []
     apply = model.chain.apply
     model.chain.apply = lambda indices, states: calls.append(1) or apply(indices, states)
-    forward_sweeps(model.chain, path, z0, sweeps=50, tolerance=1e-10)
-    assert len(calls) <= 13  # six sweeps of two calls (differentiated or not) make it exact, then the last block
+    forward_sweeps(model.chain, path, z0, Iterations(50, tolerance=1e-10))
+    assert len(calls) <= 13  # six iterations of two calls (differentiated or not) make it exact, then the last block
     calls.clear()
-    forward_sweeps(model.chain, path, z0, sweeps=50, tolerance=1e3)
-    assert len(calls) == 3  # one sweep, and the differentiated call of the others
-    half = torch.stack(forward_sweeps(model.chain, path, z0, sweeps=1, damping=0.5).inputs)
-    whole = torch.stack(forward_sweeps(model.chain, path, z0, sweeps=1).inputs)
+    forward_sweeps(model.chain, path, z0, Iterations(50, tolerance=1e3))
+    assert len(calls) == 3  # one iteration, and the differentiated call of the others
+    half = torch.stack(forward_sweeps(model.chain, path, z0, Iterations(1, damping=0.5)).inputs)
+    whole = torch.stack(forward_sweeps(model.chain, path, z0, Iterations(1)).inputs)
     torch.testing.assert_close(half, 0.5 * (whole + z0))
 
 
 def test_span_does_not_grow_with_the_number_of_blocks():
     torch.manual_seed(0)
     x, y = torch.randn(2, 2), torch.tensor([0, 1])
-    head = 2  # forward, and the product that starts the messages; its own gradients are off the critical path
+    head = 2  # forward, and the product that starts the adjoints; its own gradients are off the critical path
     for n_level in (3, 4, 6, 8):
         model = small_hierarchy(n_level)
-        for sweeps, corrections in ((2, 1), (4, 3), (3, 5)):
+        for forward, backward in ((2, 1), (4, 3), (3, 5)):
             for init, first in (("input", 0), ("first", 1)):
-                options = dict(sweeps=sweeps - first, corrections=corrections, init=init)
-                kept = measure_span(LocalObjective(model, "sweeps", **options), x, y)
-                assert kept.step == (sweeps + 1) + corrections + 2 + head
-                recomputed = measure_span(LocalObjective(model, "sweeps", graphs="recomputed", **options), x, y)
-                assert recomputed.step == (sweeps + 1) + 2 * corrections + 3 + head
+                sweeps = Sweeps(forward - first, backward, init=init)
+                kept = measure_span(LocalObjective(model, sweeps), x, y)
+                assert kept.step == (forward + 1) + backward + 2 + head
+                recomputed = measure_span(LocalObjective(model, sweeps, recompute=True), x, y)
+                assert recomputed.step == (forward + 1) + 2 * backward + 3 + head
 
 
 def test_no_gradient_passes_from_one_block_to_another():
@@ -386,27 +388,32 @@ def test_no_gradient_passes_from_one_block_to_another():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "make, message",
     [
-        (dict(sweeps=-1), "sweeps=-1"),
-        (dict(corrections=1.5), "corrections=1.5"),
-        (dict(linearization="diagonal"), "linearization='diagonal'.*use 'identity' or 'zero'"),
-        (dict(linearization="low-rank"), "linearization='low-rank'.*identity, zero, diagonal"),
-        (dict(init="random"), "init='random'.*input, first, tree"),
-        (dict(damping=0.0), "damping=0.0"),
-        (dict(tolerance=-1.0), "tolerance=-1.0"),
-        (dict(graphs="some"), "graphs='some'.*kept, recomputed"),
-        (dict(mix="every"), "mix='every'.*none, random"),
-        (dict(mix="random", mix_weight=0), "mix_weight=0"),
-        (dict(mix="random", path=(4,)), "leave path out"),
-        (dict(inference="multigrid", path=(4,)), "needs the full path"),
-        (dict(n_samples=2), "n_samples=2 with inference='sweeps'"),
-        (dict(inference="multigrid", linearization="zero"), "V-cycles use 'identity'"),
-        (dict(inference="tree", mix="random"), "mix='random' with inference='tree'"),
-        (dict(path=(2, 6)), "dyadic"),
-        (dict(inference="tree", path=(4,)), "the tree trains all paths"),
+        (lambda m: LocalObjective(m, Sweeps(-1)), "forward=-1"),
+        (lambda m: LocalObjective(m, Sweeps(backward=1.5)), "backward=1.5"),
+        (lambda m: LocalObjective(m, Sweeps(linearization="diagonal")), "linearization='diagonal'.*use 'identity' or 'zero'"),
+        (lambda m: LocalObjective(m, Sweeps(linearization="low-rank")), "linearization='low-rank'.*zero, identity, diagonal"),
+        (lambda m: LocalObjective(m, Sweeps(linearization="shared_matrix")), "over depth: allowed are identity, zero"),
+        (lambda m: LocalObjective(m, Sweeps(init="random")), "init='random'.*input, first, tree"),
+        (lambda m: LocalObjective(m, Sweeps(init="state")), "init='state' over depth: allowed are input, first, tree"),
+        (lambda m: LocalObjective(m, Sweeps(clip=2.0)), "clip=2.0 over depth.*leave it out"),
+        (lambda m: LocalObjective(m, Sweeps(damping=0.0)), "damping=0.0.*1 is the plain iteration"),
+        (lambda m: LocalObjective(m, Sweeps(tolerance=-1.0)), "tolerance=-1.0.*0 does all iterations"),
+        (lambda m: LocalObjective(m, "sweeps", recompute="some"), "recompute='some'.*True or False"),
+        (lambda m: LocalObjective(m, "sweeps", depths="every"), "name='every'.*none, random"),
+        (lambda m: LocalObjective(m, "sweeps", depths=DepthMix("random", 0)), "weight=0.*depths='none'"),
+        (lambda m: LocalObjective(m, "sweeps", depths="random", path=(4,)), "leave path out"),
+        (lambda m: LocalObjective(m, VCycles(), path=(4,)), "needs the full path"),
+        (lambda m: LocalObjective(m, "v_cycles:linearization=zero"), "v_cycles has no option 'linearization'"),
+        (lambda m: LocalObjective(m, "sweeps:n_samples=2"), "sweeps has no option 'n_samples'"),
+        (lambda m: LocalObjective(m, Tree(), depths="random"), "depths='random' with inference='tree'"),
+        (lambda m: LocalObjective(m, "sweeps", path=(2, 6)), "dyadic"),
+        (lambda m: LocalObjective(m, Tree(), path=(4,)), "the tree trains all paths"),
+        (lambda m: LocalObjective(m, "sweeps", time=Tree()), "time=Tree.*allowed are sweeps"),
+        (lambda m: LocalObjective(m, "sweeps", time=Sweeps(linearization="identity")), "'identity' over the time inside"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options(make, message):
     with pytest.raises(ValueError, match=message):
-        LocalObjective(small_hierarchy(3), **{"inference": "sweeps", **options})
+        make(small_hierarchy(3))

@@ -19,9 +19,9 @@ TEXT = "The river runs to the sea .\n It was built in 1923 by the town of Ashfor
 def setting():
     torch.manual_seed(0)
     tokenizer = Tokenizer.default()
-    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, block_size=24, readout_rank=2, readout_by="depth"), tokenizer)
+    model = HBLLForCausalLM(HBLLConfig(n_embd=16, n_head=2, context_length=24, exit_rank=2, exit_by="depth"), tokenizer)
     with torch.no_grad():
-        for p in (*model.blocks.parameters(), *model.readouts.parameters()):
+        for p in (*model.blocks.parameters(), *model.exits.parameters()):
             p.add_(0.2 * torch.randn_like(p))
     return model, TokenWindows(TokenStream.from_text(TEXT, tokenizer), 24)
 
@@ -73,7 +73,7 @@ def test_default_paths_and_table(setting):
 def test_carried_states_make_stretches_of_windows(batch_size):
     torch.manual_seed(0)
     tokenizer = Tokenizer.default()
-    model = HBLLForCausalLM(HBLLConfig(n_level=2, n_embd=16, block_size=8, cell="gru"), tokenizer)
+    model = HBLLForCausalLM(HBLLConfig(n_level=2, n_embd=16, context_length=8, cell="gru"), tokenizer)
     with torch.no_grad():
         for p in model.blocks.parameters():
             p.add_(0.3 * torch.randn_like(p))

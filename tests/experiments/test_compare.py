@@ -1,7 +1,6 @@
-"""The comparison script: resumable, its table and ratio, and that both sides start from the same weights."""
+"""The comparison script: resumable, its table and ratio, and that all methods start from the same weights."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -10,95 +9,93 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare
+from comparisons import fit, plots
+from comparisons.depth_methods import DepthMethod
+from comparisons.results import Results, tune
+from comparisons.runs import DepthShape, train_depth
+from comparisons.tasks import SyntheticTask
+from comparisons.words import current_setting
 from hbll_seq.data.tasks import make_task
 from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training import comparison, plots
-from hbll_seq.training.comparison import Shape, TaskProblem, train
-from hbll_seq.training.results import Results, tune
+from hbll_seq.training import plots as drawing
 from hbll_seq.training.settings import read_preset
-from hbll_seq.training.sides import Side
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train" / "compare.py"
-TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "16", "--batch-size", "2", "--steps", "3",
+TRAIN = Path(__file__).resolve().parents[2] / "train"
+TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "16", "--batch-size", "2", "--steps", "3",
         "--lrs", "1e-3", "1e-2", "--seeds", "0", "1", "--eval-batches", "1",
-        "--eval-every", "2", "--probe-every", "2", "--threads", "1"]  # fmt: skip
+        "--eval-every", "2", "--alignment-every", "2", "--threads", "1"]  # fmt: skip
 
 
-@pytest.fixture()
-def compare():
-    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)
 
 
-SIDES = ["tree", "backprop-1", "backprop-3", "sweeps", "mix", "backprop-mix"]
+METHODS = ["tree", "backprop-1", "backprop-3", "sweeps", "mix", "backprop-mix"]
 
 
-def test_comparison_is_resumable_and_ends_with_the_ratio(compare, tmp_path, capsys, monkeypatch):
+def test_comparison_is_resumable_and_ends_with_the_ratio(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
     output = tmp_path / "results.json"
-    argv = [*TINY, "--data", str(text), "--output", str(output), "--sides", *SIDES]
+    argv = [*TINY, "--data", str(text), "--output", str(output), "--methods", *METHODS]
     monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
     compare.main(argv)
     first = capsys.readouterr().out
     runs = json.loads(output.read_text())["runs"]
-    tried = {side: {run["lr"] for run in runs if run["side"] == side} for side in SIDES}
+    tried = {name: {run["lr"] for run in runs if run["method"] == name} for name in METHODS}
     assert all({1e-3, 1e-2} < lrs for lrs in tried.values())  # the best of two rates lies at an edge
-    assert sum(run["seed"] == 1 for run in runs) == len(SIDES)  # each side's best rate is kept for the second seed
-    by_side = {run["side"]: run for run in runs}
-    assert [row["depth"] for row in by_side["tree"]["test"]] == [1, 2, 3]
-    assert [row["depth"] for row in by_side["sweeps"]["test"]] == [3]
-    assert by_side["backprop-3"]["work"] == 9 < by_side["sweeps"]["work"] < by_side["mix"]["work"]
-    assert by_side["sweeps"]["probes"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
-    assert [step for step, _ in by_side["mix"]["evaluations"]] == [2]
-    for side in ("mix", "backprop-mix"):
-        assert [row["path"] for row in by_side[side]["test"]] == [[2], [1, 2], [1, 2, 3]]  # the prefix family
-    assert by_side["mix"]["probes"][0][4] == pytest.approx(1, abs=1e-3)  # of the full path alone
+    assert sum(run["seed"] == 1 for run in runs) == len(METHODS)  # each method's best rate is kept for the second seed
+    by_method = {run["method"]: run for run in runs}
+    assert [row["depth"] for row in by_method["tree"]["test"]] == [1, 2, 3]
+    assert [row["depth"] for row in by_method["sweeps"]["test"]] == [3]
+    assert by_method["backprop-3"]["work"] == 9 < by_method["sweeps"]["work"] < by_method["mix"]["work"]
+    assert by_method["sweeps"]["alignment"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
+    assert [step for step, _ in by_method["mix"]["evaluations"]] == [2]
+    for name in ("mix", "backprop-mix"):
+        assert [row["path"] for row in by_method[name]["test"]] == [[2], [1, 2], [1, 2, 3]]  # the prefix family
+    assert by_method["mix"]["alignment"][0][4] == pytest.approx(1, abs=1e-3)  # of the full path alone
     assert first.splitlines()[-1].startswith("ratio of perplexity on the full path to 3-block backprop at equal steps: tree ")
     assert (tmp_path / "results.png").stat().st_size > 5000
 
-    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("a finished run was done again"))
+    monkeypatch.setattr(compare, "train_depth", lambda *a: pytest.fail("a finished run was done again"))
     compare.main(argv)
     assert capsys.readouterr().out == first
     compare.main([*argv, "--report-only"])
     assert capsys.readouterr().out == first
-    compare.main([*argv, "--report-only", "--sides", "sweeps", "mix"])
+    compare.main([*argv, "--report-only", "--methods", "sweeps", "mix"])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "the file also holds, for --sides: tree backprop-1 backprop-3 backprop-mix"
+    assert last == "the file also holds, for --methods: tree backprop-1 backprop-3 backprop-mix"
     with pytest.raises(ValueError, match="other settings \\(steps\\).*--output"):
         compare.main([*argv, "--steps", "4"])
 
 
-def test_a_synthetic_task(compare, tmp_path, capsys):
+def test_a_synthetic_task(tmp_path, capsys):
     output = tmp_path / "results.json"
-    compare.main([*TINY, "--task", "induction", "--output", str(output), "--sides", "backprop-1", "sweeps:sweeps=0",
+    compare.main([*TINY, "--task", "induction", "--output", str(output), "--methods", "backprop-1", "sweeps:forward=0",
                   "--seeds", "0", "--lrs", "1e-3"])
-    rows = {run["side"]: run["test"] for run in json.loads(output.read_text())["runs"]}
-    assert {row["depth"] for row in rows["sweeps:sweeps=0"]} == {3} and 0 <= rows["backprop-1"][0]["accuracy"] <= 100
+    rows = {run["method"]: run["test"] for run in json.loads(output.read_text())["runs"]}
+    assert {row["depth"] for row in rows["sweeps:forward=0"]} == {3} and 0 <= rows["backprop-1"][0]["accuracy"] <= 100
     assert "test accuracy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("forward", "side 'forward': allowed are backprop-N"),
-        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, corrections"),
+        ("forward", "method 'forward': allowed are backprop-N"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has backward, chunk_size"),
         ("sweeps:depth=3", "has no option 'depth'"),
-        ("tree:sweeps=2", "tree has no option 'sweeps'; it has graphs, state_weight"),
-        ("sweeps:sweeps=x", "sweeps='x' must be a number"),
+        ("tree:forward=2", "tree has no option 'forward'; it has recompute, state_weight"),
+        ("sweeps:forward=x", "forward='x' must be a number"),
+        ("sweeps:sweeps=x", "method 'sweeps:forward=x': forward='x' must be a number"),
+        ("sweeps:recompute=1", "recompute='1' must be true or false"),
     ],
 )
-def test_bad_sides(name, message):
+def test_bad_names(name, message):
     with pytest.raises(ValueError, match=message):
-        Side.parse(name, "random")
+        DepthMethod.named(name, "random")
 
 
 def test_tuning_goes_past_the_edge_and_stops():
@@ -109,93 +106,100 @@ def test_tuning_goes_past_the_edge_and_stops():
     assert tune(lambda lr: float("nan") if lr < 2 else abs(lr - 2), [1, 2, 4]) == 2
 
 
-def test_sides_start_from_the_same_weights_and_read_the_same_batches(compare, monkeypatch):
-    """With a learning rate of next to nothing, one seed is one model, whatever the side."""
-    problem = compare.problem_of(compare.parse(["--task", "induction"]))
-    shape = Shape(2, 16, 2, 2, steps=2, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=9)
-    losses = {name: train(Side.parse(name, "random"), 1e-12, 3, problem, shape) for name in ("tree", "sweeps", "backprop-3")}
+def test_methods_start_from_the_same_weights_and_read_the_same_batches():
+    """With a learning rate of next to nothing, one seed is one model, whatever the method."""
+    task = compare.task_of(compare.parse(["--task", "induction"]))
+    shape = DepthShape(2, 16, 2, 2, steps=2, warmup_steps=1, eval_batches=1, eval_every=9, alignment_every=9)
+    losses = {name: train_depth(DepthMethod.named(name, "random"), 1e-12, 3, task, shape)
+              for name in ("tree", "sweeps", "backprop-3")}  # fmt: skip
     first, *others = ([row["loss"] for row in run["test"] if row["depth"] == 3] for run in losses.values())
     assert all(other == pytest.approx(first, rel=1e-6) for other in others)
     assert losses["sweeps"]["curve"][0][1] == pytest.approx(losses["backprop-3"]["curve"][0][1], abs=1e-4)
 
 
 def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
-    one, two = (Results(tmp_path / "r.json", {"a": 1}) for _ in range(2))
-    one.add({"side": "tree", "lr": 1.0, "seed": 0})
-    two.add({"side": "mix", "lr": 1.0, "seed": 0})
-    assert [run["side"] for run in Results(tmp_path / "r.json", {"a": 1}).runs] == ["tree", "mix"]
+    one, two = (Results(tmp_path / "r.json", {"a": 1}, "depth") for _ in range(2))
+    one.add({"method": "tree", "lr": 1.0, "seed": 0})
+    two.add({"method": "mix", "lr": 1.0, "seed": 0})
+    assert [run["method"] for run in Results(tmp_path / "r.json", {"a": 1}, "depth").runs] == ["tree", "mix"]
     assert one.find("mix", 1.0, 0) is not None
-    mix = Side.parse("mix", "octaves")
-    assert dict(mix.config) == {"default_paths": "prefix", "readout_rank": 16} and "'mix_weight': 9.0" in mix.method(3)
-    preset = read_preset("small", SCRIPT.parent / "presets")
-    assert {name: value for name, value in mix.options if name in preset} == {k: preset[k] for k in ("sweeps", "corrections")}
-    assert Side.parse("sweeps", "all").method(3) != Side.parse("sweeps:sweeps=4", "all").method(3)
-    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 3"})
+    mix = DepthMethod.named("mix", "octaves")
+    assert list(dict(mix.config).values()) == ["prefix", 16] and "'depth_mix_weight': 9.0" in mix.description
+    preset = read_preset("small", TRAIN / "presets")
+    iterations = [preset.get(new, preset.get(old)) for new, old in (("forward", "sweeps"), ("backward", "corrections"))]
+    assert [dict(mix.options)[name] for name in ("forward", "backward")] == iterations
+    assert DepthMethod.named("sweeps").description != DepthMethod.named("sweeps:forward=4").description
+    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 3"})
     assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
-    one.add({"side": "sweeps", "lr": 1.0, "seed": 0, "method": "K = 4"})
-    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["method"] for k in (3, 4)] == ["K = 3", "K = 4"]
+    one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 4"})
+    assert [one.find("sweeps", 1.0, 0, f"K = {k}")["description"] for k in (3, 4)] == ["K = 3", "K = 4"]
 
 
-STORED = [p for p in sorted(SCRIPT.parent.glob("results/compare*.json")) if not p.stem.startswith("compare-rnn")]
+STORED = [p for p in sorted(TRAIN.glob("results/compare*.json")) if not p.stem.startswith("compare-rnn")]
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_stored_runs_are_still_those_of_the_sides_that_they_name(path):
+def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
     """Otherwise the README's report would be empty, and a comparison would make all runs anew."""
     stored = json.loads(path.read_text())
-    for run in stored["runs"]:
-        shape = [stored["setting"][name] for name in ("n_level", "cell") if name in stored["setting"]]
-        assert Side.parse(run["side"], stored["setting"]["mix"]).method(*shape) == run["method"]
+    setting = stored["setting"]
+    for run, old in zip(Results(path, setting, "depth").runs, stored["runs"], strict=True):
+        shape = {name: setting[name] for name in ("n_level", "cell") if name in setting}
+        for name in (run["method"], old["side"]):
+            method = DepthMethod.named(name, setting["mix"], **shape)
+            assert (method.name, method.description) == (run["method"], run["description"])
+        assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]
 
 
 @pytest.mark.parametrize("path", [p for p in STORED if "-tree-" not in p.stem], ids=lambda path: path.stem)
-def test_stored_settings_are_still_those_of_the_same_command(compare, path):
+def test_stored_settings_are_still_those_of_the_same_command(path):
     """A setting that came later is written only where it is not what every run before it had."""
     stored = json.loads(path.read_text())["setting"]
-    options = {k: v for k, v in stored.items() if k != "text"}
+    options = {k: v for k, v in current_setting(stored).items() if k != "text"}
     argv = [text for k, v in options.items() for text in (f"--{k.replace('_', '-')}", str(v))]
     argv = ["--carry-state" if text == "True" else text for text in argv if text != "--carry-state"]
-    Results(path, {**compare.setting_of(compare.parse(argv)), "text": stored["text"]})
+    Results(path, {**compare.setting_of(compare.parse(argv)), "text": stored["text"]}, "depth")
     with pytest.raises(ValueError, match="other settings \\(cell\\)"):
-        Results(path, {**stored, "cell": "elman"})
+        Results(path, {**stored, "cell": "elman"}, "depth")
 
 
-def test_the_main_path_of_a_mix_is_looked_at_with_what_the_side_has_learned(monkeypatch):
+def test_the_main_path_of_a_mix_is_measured_with_what_the_method_has_learned(monkeypatch):
     seen = []
 
     def look(objective, *_):
-        seen.append((objective.mix, objective.secants, int(objective.secants.n_steps)))
+        seen.append((objective.depths.name, objective.secants, int(objective.secants.n_steps)))
         return [1.0, 1.0, 0.0]
 
-    monkeypatch.setattr(comparison, "fidelity", look)
-    shape = Shape(2, 16, 2, batch_size=2, steps=4, warmup_steps=1, eval_batches=1, eval_every=9, probe_every=4)
-    side = Side.parse("sweeps:linearization=secant,mix=octaves,paths=prefix", "octaves")
-    train(side, 1e-3, 0, TaskProblem(make_task("induction", n_symbols=8, block_size=12)), shape)
+    monkeypatch.setattr(fit, "gradient_alignment", look)
+    shape = DepthShape(2, 16, 2, batch_size=2, steps=4, warmup_steps=1, eval_batches=1, eval_every=9, alignment_every=4)
+    method = DepthMethod.named("sweeps:linearization=low_rank,depth_mix=octaves,paths=prefix")
+    train_depth(method, 1e-3, 0, SyntheticTask(make_task("induction", n_symbols=8, context_length=12)), shape)
     (mix, learned, n_steps), (alone, same, _) = seen
     assert (mix, alone, n_steps) == ("octaves", "none", 3) and same is learned
 
 
 # ---------------------------------------------------------------------------------------------- recurrent stacks
 
-#: every sweep and correction that there can be, over 3 blocks and 8 tokens; taken one by one along time
-EXACT = "sweeps:sweeps=2,corrections=2,time_sweeps=7,time_corrections=7,time_chunk=1,time_linearization=zero"
-GRU = Shape(2, 16, 2, batch_size=2, steps=5, warmup_steps=1, eval_batches=3, eval_every=1, probe_every=3, cell="gru")
+#: every iteration that there can be, over 3 blocks and 8 tokens; taken one by one along time
+EXACT = "sweeps:forward=2,backward=2,time_forward=7,time_backward=7,time_chunk_size=1,time_linearization=zero"
+GRU = DepthShape(2, 16, 2, batch_size=2, steps=5, warmup_steps=1, eval_batches=3, eval_every=1, alignment_every=3, cell="gru")
 
 
 @pytest.fixture()
-def stretches(tmp_path, compare, monkeypatch):
-    """The problem of a recurrent stack, given further options: a text in windows of 8 tokens."""
+def stretches(tmp_path, monkeypatch):
+    """The task of a recurrent stack, given further options: a text in windows of 8 tokens."""
     text = tmp_path / "text.txt"
     text.write_text("The town lies on the river , and the river runs to the sea , past nine more towns .\n" * 300)
     monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
-    options = ["--data", str(text), "--block-size", "8", "--cell", "gru", "--n-level", "2"]
-    return lambda *more: compare.problem_of(compare.parse([*options, *more]))
+    options = ["--data", str(text), "--context-length", "8", "--cell", "gru", "--n-level", "2"]
+    return lambda *more: compare.task_of(compare.parse([*options, *more]))
 
 
-def test_sides_of_a_recurrent_stack_start_from_the_same_weights(stretches):
+def test_methods_of_a_recurrent_stack_start_from_the_same_weights(stretches):
     shape = dataclasses.replace(GRU, steps=2)
-    names = ("backprop-3", "sweeps", "sweeps:time_sweeps=0,time_chunk=2", "mix")
-    losses = [train(Side.parse(name, "random"), 1e-12, 3, stretches(), shape)["test"][-1]["loss"] for name in names]
+    names = ("backprop-3", "sweeps", "sweeps:time_forward=0,time_chunk_size=2", "mix")
+    runs = [train_depth(DepthMethod.named(name, "random"), 1e-12, 3, stretches(), shape) for name in names]
+    losses = [run["test"][-1]["loss"] for run in runs]
     assert losses == pytest.approx([losses[0]] * len(names), rel=1e-6)
 
 
@@ -203,25 +207,25 @@ def test_sides_of_a_recurrent_stack_start_from_the_same_weights(stretches):
 def test_sweeps_without_end_learn_what_backprop_learns(stretches, cell):
     shape = dataclasses.replace(GRU, steps=9, eval_every=2, cell=cell)
     names = ("backprop-3", EXACT, EXACT.replace("=7", "=0"))
-    backprop, exact, less = (train(Side.parse(name, "random"), 2e-2, 0, stretches(), shape) for name in names)
+    backprop, exact, less = (train_depth(DepthMethod.named(name, "random"), 2e-2, 0, stretches(), shape) for name in names)
     curves = [[row["depth 3"] for _, row in run["evaluations"]] for run in (backprop, exact, less)]
     assert len(curves[0]) == 4 and curves[0][-1] < 0.3 * curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert exact["test"][0]["loss"] == pytest.approx(backprop["test"][0]["loss"], rel=1e-5)
-    assert [probe[1] for probe in exact["probes"]] == pytest.approx([1] * 3, abs=1e-5)  # at carried states, by both
+    assert [row[1] for row in exact["alignment"]] == pytest.approx([1] * 3, abs=1e-5)  # at carried states, by both
     assert curves[2] != pytest.approx(curves[0], rel=2e-4)  # or the comparison above would say nothing
-    assert all(probe[1] < 1 - 5e-5 for probe in less["probes"])
+    assert all(row[1] < 1 - 5e-5 for row in less["alignment"])
 
 
 @pytest.mark.parametrize("name, objective", [("sweeps", LocalObjective), ("mix", LocalObjective),
                                              ("backprop-3", BackpropObjective)])  # fmt: skip
 def test_a_window_starts_from_the_state_of_the_one_before(stretches, monkeypatch, name, objective):
-    seen, looks, forward, fidelity = [], [], objective.forward, comparison.fidelity
+    seen, looks, forward, align = [], [], objective.forward, fit.gradient_alignment
 
     def spy(self, inputs, labels=None, step=0, states=None):
         given = {p: s.clone() for p, s in (states or {}).items()}
         output = forward(self, inputs, labels, step, states)
-        if isinstance(self.model, HBLLForCausalLM) and not looking:  # neither a probe nor what counts the work
+        if len(inputs) == GRU.batch_size and not looking:  # neither a measurement nor what counts the work
             seen.append((inputs, given, output.states))
         return output
 
@@ -230,14 +234,14 @@ def test_a_window_starts_from_the_state_of_the_one_before(stretches, monkeypatch
     def look(*args, **carried):
         looking.append(True)
         before = {p: s.clone() for p, s in carried["states"].items()}
-        found = fidelity(*args, **carried)
+        found = align(*args, **carried)
         looking.pop()
         looks.append((before, carried["states"]))
         return found
 
     monkeypatch.setattr(objective, "forward", spy)
-    monkeypatch.setattr(comparison, "fidelity", look)
-    train(Side.parse(name, "random"), 1e-3, 0, stretches(), GRU)
+    monkeypatch.setattr(fit, "gradient_alignment", look)
+    train_depth(DepthMethod.named(name, "random"), 1e-3, 0, stretches(), GRU)
     assert len(seen) == GRU.steps and seen[0][1] == {} and (1, 2, 3) in seen[1][1]
     for (inputs, _, ends), (following, starts, _) in itertools.pairwise(seen):
         assert torch.equal(inputs[:, -1], following[:, 0])  # each row reads on
@@ -249,9 +253,9 @@ def test_a_window_starts_from_the_state_of_the_one_before(stretches, monkeypatch
 
 
 def test_looks_at_the_gradient_change_nothing_with_states(stretches):
-    often, never = (train(Side.parse("mix", "random"), 1e-3, 0, stretches(), dataclasses.replace(GRU, probe_every=n))
-                    for n in (1, 99))  # fmt: skip
-    assert len(often["probes"]) == GRU.steps and often["test"] == never["test"]
+    shapes = (dataclasses.replace(GRU, alignment_every=n) for n in (1, 99))
+    often, never = (train_depth(DepthMethod.named("mix", "random"), 1e-3, 0, stretches(), shape) for shape in shapes)
+    assert len(often["alignment"]) == GRU.steps and often["test"] == never["test"]
 
 
 def test_evaluation_reads_on_where_training_does(stretches):
@@ -259,19 +263,19 @@ def test_evaluation_reads_on_where_training_does(stretches):
     shape = dataclasses.replace(GRU, steps=1)
     rows = {}
     for options in ((), ("--no-carry-state",)):
-        problem = stretches(*options)
+        task = stretches(*options)
         torch.manual_seed(0)
-        model = HBLLForCausalLM(HBLLConfig(vocab_size=problem.vocab_size, n_level=2, n_embd=16, cell="gru", block_size=8))
-        carry = problem.carry_state
-        expected = evaluate_paths(model, problem.windows["test"], {"full": (1, 2, 3)}, max_batches=3, carry_state=carry)
-        rows[carry] = problem.evaluate(model, "test", {"full": (1, 2, 3)}, 3)
+        model = HBLLForCausalLM(HBLLConfig(vocab_size=task.vocab_size, n_level=2, n_embd=16, cell="gru", context_length=8))
+        carry = task.carry_state
+        expected = evaluate_paths(model, task.windows["test"], {"full": (1, 2, 3)}, max_batches=3, carry_state=carry)
+        rows[carry] = task.evaluate(model, "test", 3, paths={"full": (1, 2, 3)})
         assert rows[carry] == expected
-        run = train(Side.parse("sweeps", "random"), 1e-3, 0, problem, shape)
+        run = train_depth(DepthMethod.named("sweeps", "random"), 1e-3, 0, task, shape)
         assert run["test"][0]["tokens"] == expected[0]["tokens"]
     assert rows[True][0]["loss"] != rows[False][0]["loss"]
 
 
-def test_a_comparison_of_recurrent_stacks(compare, tmp_path, capsys, monkeypatch):
+def test_a_comparison_of_recurrent_stacks(tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("The town lies on the river , and the river runs to the sea .\n" * 300)
     monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
@@ -280,21 +284,21 @@ def test_a_comparison_of_recurrent_stacks(compare, tmp_path, capsys, monkeypatch
     compare.main(argv)
     stored = json.loads(output.read_text())
     assert stored["setting"]["cell"] == "gru" and stored["setting"]["carry_state"] is True
-    runs = {run["side"]: run for run in stored["runs"]}
+    runs = {run["method"]: run for run in stored["runs"]}
     assert list(runs) == ["backprop-3", "sweeps", "mix"]  # what a recurrent stack compares of itself
-    assert "'time_chunk': 8" in runs["sweeps"]["method"] and "time" not in runs["backprop-3"]["method"]
-    assert runs["sweeps"]["work"] > Side.parse("sweeps", "random").work(2)  # estimates of the last block too
+    assert "'time_chunk_size': 8" in runs["sweeps"]["description"] and "time" not in runs["backprop-3"]["description"]
+    assert runs["sweeps"]["work"] > DepthMethod.named("sweeps", n_level=2).work()  # estimates of the last block too
     shown = capsys.readouterr().out
     assert "states carried from window to window" in shown
-    bits = {side: math.log2(run["test"][-1]["perplexity"]) for side, run in runs.items()}
-    for side in ("sweeps", "mix"):
-        assert f"{side} {bits[side]:.4f}" in shown and f"{side} {bits[side] - bits['backprop-3']:+.4f}" in shown
+    bits = {name: math.log2(run["test"][-1]["perplexity"]) for name, run in runs.items()}
+    for name in ("sweeps", "mix"):
+        assert f"{name} {bits[name]:.4f}" in shown and f"{name} {bits[name] - bits['backprop-3']:+.4f}" in shown
     for more in (["--no-carry-state"], ["--cell", "transformer"]):  # left out is not the same as equal
         with pytest.raises(ValueError, match="other settings \\(.*carry_state"):
-            compare.main([*argv, *more, "--sides", "sweeps"])
+            compare.main([*argv, *more, "--methods", "sweeps"])
 
 
-def test_names_and_defaults_of_recurrent_stacks(compare):
+def test_names_and_defaults_of_recurrent_stacks():
     def name(*argv):
         return compare.parse(argv).output.name
 
@@ -315,32 +319,33 @@ def test_names_and_defaults_of_recurrent_stacks(compare):
         (["--cell", "gru", "--task", "induction", "--carry-state"], "carry_state=True with task='induction'"),
         (["--cell", "lstm"], "cell='lstm'"),
         (["--cell", "gru,gru", "--n-level", "2"], "names 2 blocks"),
-        (["--sides", "sweeps:time_chunk=4"], "time_chunk.*cell='transformer'"),
-        (["--cell", "gru", "--sides", "tree"], "tree.*carry_state"),
-        (["--cell", "gru", "--sides", "multigrid"], "multigrid"),
-        (["--cell", "gru", "--sides", "sweeps:time_linearization=identity"], "time_linearization='identity'"),
+        (["--methods", "sweeps:time_chunk_size=4"], "time_chunk_size.*cell='transformer'"),
+        (["--cell", "gru", "--methods", "tree"], "tree.*carry_state"),
+        (["--cell", "gru", "--methods", "v_cycles"], "multigrid|v_cycles"),
+        (["--cell", "gru", "--methods", "sweeps:time_linearization=identity"], "time_linearization='identity'"),
     ],
 )
-def test_recurrent_stacks_that_cannot_be_compared(compare, tmp_path, monkeypatch, argv, message):
-    monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("told only after the first run"))
+def test_recurrent_stacks_that_cannot_be_compared(tmp_path, monkeypatch, argv, message):
+    monkeypatch.setattr(compare, "train_depth", lambda *a: pytest.fail("told only after the first run"))
     with pytest.raises(ValueError, match=message):
         compare.main([*argv, "--output", str(tmp_path / "r.json"), "--threads", "1"])
 
 
 def test_induction_is_learned_by_three_blocks_and_not_by_one():
     """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
-    problem = TaskProblem(make_task("induction", n_symbols=8, block_size=24))
-    shape = Shape(2, 32, 2, batch_size=32, steps=200, warmup_steps=20, eval_batches=4, eval_every=999, probe_every=999)
-    reached = {name: train(Side.parse(name, "random"), 5e-3, 0, problem, shape)["test"][-1]["accuracy"]
-               for name in ("backprop-1", "backprop-3", "sweeps:sweeps=1,corrections=1")}  # fmt: skip
-    assert reached["backprop-1"] < 60 < 85 < min(reached["backprop-3"], reached["sweeps:sweeps=1,corrections=1"]), reached
+    task = SyntheticTask(make_task("induction", n_symbols=8, context_length=24))
+    shape = DepthShape(2, 32, 2, batch_size=32, steps=200, warmup_steps=20, eval_batches=4, eval_every=999,
+                       alignment_every=999)  # fmt: skip
+    reached = {name: train_depth(DepthMethod.named(name, "random"), 5e-3, 0, task, shape)["test"][-1]["accuracy"]
+               for name in ("backprop-1", "backprop-3", "sweeps:forward=1,backward=1")}  # fmt: skip
+    assert reached["backprop-1"] < 60 < 85 < min(reached["backprop-3"], reached["sweeps:forward=1,backward=1"]), reached
 
 
 def test_a_run_with_one_evaluation_is_seen_in_the_figure(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, path: figures.append(figure))
     run = {"test": [{"depth": 3, "accuracy": 50.0}], "evaluations": [[10, {"depth 3": 40.0}]], "work": 9.0}
-    plots.plot_comparison("unused.png", {"sweeps": [run]}, "accuracy")
+    plots.plot_depth("unused.png", {"sweeps": [run]}, "accuracy")
     _, by_step, by_work = figures[0].axes
     assert by_step.lines[0].get_marker() == by_work.lines[0].get_marker() == "o"
     assert list(by_work.lines[0].get_xdata()) == [90.0]  # block evaluations

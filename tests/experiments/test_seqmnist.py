@@ -1,34 +1,25 @@
-"""The script on digits pixel by pixel: every side in one run from the same start, resumed, saved, and reported."""
+"""The script on digits pixel by pixel: every method in one run from the same start, resumed, saved, and reported."""
 
-import importlib.util
 import json
-from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from test_mnist import synthetic
+from synthetic_digits import synthetic
 
+import seqmnist
+from comparisons.results import Results
+from comparisons.runs import Length, train_classifier
+from comparisons.tasks import Classes
+from comparisons.time_methods import TimeMethod
 from hbll_seq import HBLLClassifierConfig, HBLLForSequenceClassification, RecurrentBackpropObjective, RecurrentTree
 from hbll_seq.data.mnist import load_mnist
-from hbll_seq.training.classification import Length, accuracies, batches, train_classifier
-from hbll_seq.training.recurrent_sides import RecurrentSide
 
-SCRIPT = Path(__file__).resolve().parents[2] / "train" / "seqmnist.py"
-SIDES = ["bptt", "one-step", "sweeps", "tree:sweeps=0", "tree:sweeps=2"]
-LABELS = {side: side.replace(":", "-") for side in SIDES} | {"sweeps": "sweeps-chunk=1-corrections=1-sweeps=1"}
-TINY = ["--n", "4", "--hidden", "16", "--steps", "6", "--batch-size", "32", "--warmup-steps", "2", "--sides", *SIDES,
-        "--sweeps", "1", "--corrections", "1", "--threads", "1"]  # fmt: skip
-
-
-@pytest.fixture()
-def seqmnist():
-    spec = importlib.util.spec_from_file_location("seqmnist", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)
+STORED = sorted((Path(__file__).resolve().parents[2] / "train" / "results").glob("psmnist-*.json"))
+METHODS = ["bptt", "one-step", "sweeps", "tree:consistency=0", "tree:consistency=2"]
+LABELS = {name: name.replace(":", "-") for name in METHODS} | {"sweeps": "sweeps-backward=1-chunk_size=1-forward=1"}
+TINY = ["--n", "4", "--hidden", "16", "--steps", "6", "--batch-size", "32", "--warmup-steps", "2", "--methods", *METHODS,
+        "--forward", "1", "--backward", "1", "--threads", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -39,42 +30,42 @@ def digits(tmp_path_factory):
 
 
 def runs_of(path):
-    return {(run["side"], run["lr"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+    return {(run["method"], run["lr"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
 
 
-def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, digits, tmp_path, capsys, monkeypatch):
+def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(digits, tmp_path, capsys, monkeypatch):
     output, models = tmp_path / "results.json", tmp_path / "models"
     argv = [*TINY, "--data", str(digits), "--permuted", "--output", str(output), "--save", str(models)]
-    seqmnist.main([*argv, "--sides", "bptt", "--seeds", "0"])
+    seqmnist.main([*argv, "--methods", "bptt", "--seeds", "0"])
     kept = output.read_text().splitlines()
-    assert capsys.readouterr().out.splitlines()[-1] == "deployed minus BPTT in points: no other side"
+    assert capsys.readouterr().out.splitlines()[-1] == "deployed minus BPTT in points: no other method"
     seqmnist.main([*argv, "--seeds", "0", "1"])
     first = capsys.readouterr().out
     assert output.read_text().splitlines()[2].startswith(kept[2])  # results accumulate
     runs = runs_of(output)
-    assert list(runs) == [(side, 2e-3, seed) for seed in (0, 1) for side in SIDES]
-    for (side, _, _), run in runs.items():
-        assert set(run["test"]) == ({"deployed", "tree", "top"} if side.startswith("tree") else {"deployed"})
+    assert list(runs) == [(name, 2e-3, seed) for seed in (0, 1) for name in METHODS]
+    for (name, _, _), run in runs.items():
+        assert set(run["test"]) == ({"deployed", "tree", "top"} if name.startswith("tree") else {"deployed"})
         assert run["curve"][-1][0] == 6 and run["finite"]
     assert "psMNIST, N = 4 steps of 196 pixels" in first
     shown = first.splitlines()[-1]
     assert shown.startswith("deployed minus BPTT in points: one-step ") and shown.count(";") == 3
     expected = runs["sweeps", 2e-3, 1]["test"]["deployed"] - runs["bptt", 2e-3, 1]["test"]["deployed"]
     assert f"; sweeps {runs['sweeps', 2e-3, 0]['test']['deployed'] - runs['bptt', 2e-3, 0]['test']['deployed']:+.2f}" in shown
-    assert f" {expected:+.2f}; tree:sweeps=0" in shown
+    assert f" {expected:+.2f}; tree:consistency=0" in shown
 
     monkeypatch.setattr(seqmnist, "train_classifier", lambda *a: pytest.fail("a finished run was done again"))
     seqmnist.main([*argv, "--seeds", "0", "1"])
     assert capsys.readouterr().out == first
-    seqmnist.main(["--report-only", "--output", str(output), "--sides", *SIDES, "--seeds", "0", "1", "--sweeps", "1",
-                   "--corrections", "1", "--data", "nowhere"])  # fmt: skip
+    seqmnist.main(["--report-only", "--output", str(output), "--methods", *METHODS, "--seeds", "0", "1", "--forward", "1",
+                   "--backward", "1", "--data", "nowhere"])  # fmt: skip
     assert capsys.readouterr().out == first
-    seqmnist.main(["--report-only", "--output", str(output), "--sweeps", "1", "--corrections", "1"])  # all that is stored
+    seqmnist.main(["--report-only", "--output", str(output), "--forward", "1", "--backward", "1"])  # all that is stored
     assert capsys.readouterr().out == first
 
     pixels, labels = load_mnist(str(digits), "test")
-    for (side, _, seed), run in runs.items():
-        folder = models / "results" / f"{LABELS[side]}-lr=0.002-seed={seed}"
+    for (name, _, seed), run in runs.items():
+        folder = models / "results" / f"{LABELS[name]}-lr=0.002-seed={seed}"
         loaded = HBLLForSequenceClassification.from_pretrained(folder)
         assert loaded.config == HBLLClassifierConfig(n_steps=4, hidden_size=16, permutation_seed=0)
         assert (loaded.predict(pixels) == labels).double().mean().item() * 100 == pytest.approx(run["test"]["deployed"])
@@ -88,33 +79,34 @@ def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(seqmnist, dig
         seqmnist.main(argv)
 
 
-def test_learning_rates_are_chosen_on_held_out_images(seqmnist, digits, tmp_path):
+def test_learning_rates_are_chosen_on_held_out_images(digits, tmp_path):
     output = tmp_path / "results.json"
-    argv = [*TINY, "--data", str(digits), "--output", str(output), "--sides", "bptt", "one-step:lr=3e-3", "--seeds", "0"]
+    argv = [*TINY, "--data", str(digits), "--output", str(output), "--methods", "bptt", "one-step:lr=3e-3", "--seeds", "0"]
     with pytest.raises(ValueError, match="--lr of 2 rates with validation-images=0.*such as 5000"):
         seqmnist.main([*argv, "--lr", "1e-3", "2e-3"])
     assert not output.exists()
     seqmnist.main([*argv, "--lr", "1e-3", "2e-3", "--validation-images", "100", "--eval-every", "4"])
     runs = runs_of(output)
-    tried = [lr for side, lr, _ in runs if side == "bptt"]
+    tried = [lr for name, lr, _ in runs if name == "bptt"]
     assert {1e-3, 2e-3} < set(tried)  # the better of two lies at an edge
-    assert [lr for side, lr, _ in runs if side.startswith("one-step")] == [3e-3]
+    assert [lr for name, lr, _ in runs if name.startswith("one-step")] == [3e-3]
     run = runs["bptt", 1e-3, 0]
     assert set(run["validation"]) == {"deployed"} and [step for step, _ in run["evaluations"]] == [4]
 
 
-def test_steps_come_from_epochs_and_quick_is_short(seqmnist, digits, tmp_path, monkeypatch):
+def test_steps_come_from_epochs_and_quick_is_short(digits, tmp_path, monkeypatch):
     seen = []
 
-    def fake(side, lr, seed, config, data, length):
+    def fake(method, lr, seed, config, task, length):
+        data = task.data
         seen.append((config, length, {split: len(labels) for split, (_, labels) in data.items()}))
         if "validation" in data:  # the last images, and none that is trained on
             assert torch.equal(torch.cat((data["train"][0], data["validation"][0])), load_mnist(str(digits), "train")[0])
-        return None, {"side": side.name, "method": side.method, "lr": lr, "seed": seed, "seconds": 1.0, "finite": True,
-                      "curve": [[length.steps, 1.0]], "probes": [], "test": {"deployed": 50.0}}  # fmt: skip
+        run = {"method": method.name, "description": method.description, "lr": lr, "seed": seed, "seconds": 1.0}
+        return None, {**run, "finite": True, "curve": [[length.steps, 1.0]], "alignment": [], "test": {"deployed": 50.0}}
 
     monkeypatch.setattr(seqmnist, "train_classifier", fake)
-    argv = ["--data", str(digits), "--sides", "bptt", "--seeds", "0", "--output"]
+    argv = ["--data", str(digits), "--methods", "bptt", "--seeds", "0", "--output"]
     seqmnist.main([*argv, str(tmp_path / "a.json"), "--epochs", "3", "--batch-size", "100", "--validation-images", "40"])
     pixel_by_pixel = ["--n", "784", "--cell", "elman", "--epochs", "1", "--train-images", "256"]
     seqmnist.main([*argv, str(tmp_path / "b.json"), *pixel_by_pixel])
@@ -143,13 +135,13 @@ def test_steps_come_from_epochs_and_quick_is_short(seqmnist, digits, tmp_path, m
         (["--steps", "0"], "steps=0: must be a whole number of at least 1"),
         (["--lr", "0"], "--lr=0.0: must be a number above 0"),
         (["--warmup-steps", "-1"], "warmup_steps=-1"),
-        (["--corrections", "-1"], "corrections=-1"),
+        (["--backward", "-1"], "(corrections|backward)=-1"),
         (["--threads", "0"], "threads=0: must be a whole number of at least 1"),
-        (["--sides", "bppt"], "side 'bppt': allowed are bptt, one-step, truncated, sweeps, tree"),
+        (["--methods", "bppt"], "method 'bppt': allowed are bptt, one-step, truncated, sweeps, tree"),
         (["--report-only"], "there is no results file .*leave --report-only out"),
     ],
 )
-def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path, monkeypatch, argv, message):
+def test_bad_arguments_are_named_before_anything_runs(digits, tmp_path, monkeypatch, argv, message):
     monkeypatch.setattr(seqmnist, "train_classifier", lambda *a: pytest.fail("a run was started"))
     base = ["--data", str(digits), "--output", str(tmp_path / "r.json"), "--batch-size", "32"]
     with pytest.raises(ValueError, match=message):
@@ -157,48 +149,68 @@ def test_bad_arguments_are_named_before_anything_runs(seqmnist, digits, tmp_path
     assert not (tmp_path / "r.json").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- sides
+# -------------------------------------------------------------------------------------------------------------- methods
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sweeps:k=3", "sweeps has no option 'k'; it has chunk, clip, corrections"),
-        ("bptt:sweeps=3", "bptt has no option 'sweeps'; it has lr"),
-        ("tree:sweeps=x", "sweeps='x' must be a number"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has backward, chunk_size, clip"),
+        ("bptt:forward=3", "bptt has no option 'forward'; it has lr"),
+        ("tree:consistency=x", "consistency='x' must be a number"),
         ("tree:lr=-1", "lr=-1.0: must be a number above 0"),
         ("sweeps:init=full", "init='full': allowed are tree, zeros, state, diagonal"),
         ("sweeps:init=state,share=none", "share needs init=tree"),
         ("tree:share=all", "share='all' needs a deployed cell.*allowed are none, capped"),
-        ("sweeps:linearization=identity", "linearization='identity': allowed are zero, diagonal, secant"),
+        ("sweeps:linearization=identity", "linearization='identity': allowed are zero, diagonal, (secant|shared_matrix)"),
         ("tree:max_symbols=0", "max_symbols=0"),
         ("tree:share=half", "share='half'"),
     ],
 )
-def test_bad_sides(name, message):
+def test_bad_methods(name, message):
     with pytest.raises(ValueError, match=message):
-        RecurrentSide.parse(name).check("gru", 16)
+        TimeMethod.named(name, cell="gru", n_steps=16).check()
 
 
-def test_a_side_is_stored_under_all_that_it_does():
-    parse = RecurrentSide.parse
-    assert parse("sweeps").method == parse("sweeps:sweeps=4,lr=1").method != parse("sweeps:sweeps=2").method
-    assert parse("sweeps", {"sweeps": 2}).method == parse("sweeps:sweeps=2").method
-    assert parse("sweeps:sweeps=3", {"sweeps": 2}).method == parse("sweeps:sweeps=3").method
-    assert parse("tree", {"sweeps": 2}).method == parse("tree:sweeps=4").method != parse("tree:sweeps=0").method
-    assert "max_symbols" not in parse("sweeps").method and parse("tree:lr=1e-3").lr == 1e-3
-    assert "'max_symbols': 8" in parse("sweeps:init=tree").method
-    assert parse("sweeps:sweeps=4,lr=1").label == "sweeps" and parse("tree:sweeps=4").label == "tree"
-    assert parse("sweeps:init=tree", {"sweeps": 2}).label == "sweeps-init=tree-sweeps=2"
+def test_a_method_is_stored_under_all_that_it_does():
+    def described(*args):
+        return TimeMethod.named(*args).description
+
+    def label(*args):
+        return TimeMethod.named(*args).label
+
+    assert described("sweeps") == described("sweeps:forward=4,lr=1") != described("sweeps:forward=2")
+    assert described("sweeps", {"forward": 2}) == described("sweeps:forward=2")
+    assert described("sweeps:forward=3", {"forward": 2}) == described("sweeps:forward=3")
+    assert described("tree", {"forward": 2}) == described("tree:consistency=4") != described("tree:consistency=0")
+    assert "max_symbols" not in described("sweeps") and TimeMethod.named("tree:lr=1e-3").lr == 1e-3
+    assert "'max_symbols': 8" in described("sweeps:init=tree")
+    assert label("sweeps:forward=4,lr=1") == "sweeps" and label("tree:consistency=4") == "tree"
+    assert label("sweeps:init=tree", {"forward": 2}) == "sweeps-forward=2-init=tree"
 
 
-def test_every_side_starts_from_the_same_weights_and_reads_the_same_batches(digits):
-    """At a learning rate of next to nothing one seed is one model, whatever the side."""
-    data = {split: load_mnist(str(digits), split) for split in ("train", "test")}
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
+    stored = json.loads(path.read_text())
+    runs = Results(path, stored["setting"], "time").runs
+    assert runs
+    for run, old in zip(runs, stored["runs"], strict=True):
+        for name in (run["method"], old["side"]):
+            method = TimeMethod.named(name)
+            assert (method.name, method.description) == (run["method"], run["description"])
+        assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]
+
+
+def digits_task(digits):
+    return Classes({split: load_mnist(str(digits), split) for split in ("train", "test")})
+
+
+def test_every_method_starts_from_the_same_weights_and_reads_the_same_batches(digits):
+    """At a learning rate of next to nothing one seed is one model, whatever the method."""
     config, length = HBLLClassifierConfig(n_steps=4, hidden_size=8), Length(batch_size=32, steps=3)
     models, curves = {}, {}
-    for name in (*SIDES, "sweeps:sweeps=3,corrections=3,init=state"):
-        model, run = train_classifier(RecurrentSide.parse(name), 1e-12, 5, config, data, length)
+    for name in (*METHODS, "sweeps:forward=3,backward=3,init=state"):
+        model, run = train_classifier(TimeMethod.named(name), 1e-12, 5, config, digits_task(digits), length)
         models[name], curves[name] = model.state_dict(), run["curve"]
     for weights in models.values():
         for name, tensor in weights.items():
@@ -208,30 +220,32 @@ def test_every_side_starts_from_the_same_weights_and_reads_the_same_batches(digi
 
 
 def test_full_sweeps_train_as_bptt_and_the_truncation_does_not(digits):
-    data = {split: load_mnist(str(digits), split) for split in ("train", "test")}
-    config, length = HBLLClassifierConfig(n_steps=4, hidden_size=8), Length(32, steps=12, warmup_steps=2, probe_every=6)
-    runs = {name: train_classifier(RecurrentSide.parse(name), 1e-2, 0, config, data, length)[1]
-            for name in ("bptt", "sweeps:sweeps=3,corrections=3", "one-step")}  # fmt: skip
+    config, length = HBLLClassifierConfig(n_steps=4, hidden_size=8), Length(32, steps=12, warmup_steps=2, alignment_every=6)
+    runs = {name: train_classifier(TimeMethod.named(name), 1e-2, 0, config, digits_task(digits), length)[1]
+            for name in ("bptt", "sweeps:forward=3,backward=3", "one-step")}  # fmt: skip
     exact, sweeps, truncated = (run["curve"][-1][1] for run in runs.values())
     assert sweeps == pytest.approx(exact, abs=1e-3) and abs(truncated - exact) > 2e-3
-    probes = runs["sweeps:sweeps=3,corrections=3"]["probes"]
-    assert [probe[0] for probe in probes] == [6, 12] and all(probe[1] > 0.999 for probe in probes)
+    rows = runs["sweeps:forward=3,backward=3"]["alignment"]
+    assert [row[0] for row in rows] == [6, 12] and all(row[1] > 0.999 for row in rows)
 
 
 def test_an_epoch_holds_every_image_once():
-    order = list(islice(batches(10, 3, seed=1), 9))
+    task = Classes({"train": (torch.arange(10.0), torch.arange(10))})
+    order = [task.indices(step, 3, seed=1) for step in range(9)]
     first, second = torch.cat(order[:3]), torch.cat(order[3:6])
     assert len(set(first.tolist())) == len(set(second.tolist())) == 9 and first.tolist() != second.tolist()
-    again = list(islice(batches(10, 3, seed=1), 9))
-    assert all(map(torch.equal, order, again)) and not torch.equal(next(batches(10, 3, seed=2)), order[0])
+    again = [task.indices(step, 3, seed=1) for step in range(9)]
+    assert all(map(torch.equal, order, again)) and not torch.equal(task.indices(0, 3, seed=2), order[0])
+    assert torch.equal(task.indices(4, 3, seed=1), order[4])  # whatever was asked for before
+    values, labels = task.batch(4, 3, seed=1)
+    assert torch.equal(values.long(), order[4]) and torch.equal(labels, order[4])
 
 
-def test_the_three_readouts_are_different_networks():
+def test_the_three_outputs_are_different_networks():
     """With f_0 at zero the deployed network is blind, and f_D, which never calls it, is not."""
     torch.manual_seed(0)
     model = HBLLForSequenceClassification(HBLLClassifierConfig(n_steps=4, hidden_size=12, n_classes=2))
-    side = RecurrentSide.parse("tree")
-    objective = side.objective(model, "gru", 4)
+    objective = TimeMethod.named("tree", n_steps=4).objective(model)
     assert isinstance(objective.tree, RecurrentTree) and objective.tree.width(2) == 4
     with torch.no_grad():
         for p in model.cell.parameters():
@@ -239,20 +253,20 @@ def test_the_three_readouts_are_different_networks():
     values = torch.rand(64, 784)
     state = objective.tree.jump(model.cell, model.symbols(model.chunks(values)), model.initial_state(64))
     labels = model.head(state).argmax(-1)
-    found = accuracies(model, values, labels, objective.tree, batch_size=10)
+    found = Classes({"test": (values, labels)}).evaluate(model, "test", tree=objective.tree, batch_size=10)
     blind = model.head(torch.zeros(12)).argmax()
     assert found["top"] == 100
     assert found["deployed"] == pytest.approx(100 * (labels == blind).double().mean().item(), abs=1e-3)
     assert 0 < found["deployed"] < 100 and set(found) == {"deployed", "tree", "top"}
     for name, window in (("bptt", None), ("one-step", 1), ("truncated", 16), ("truncated:window=3", 3)):
-        baseline = RecurrentSide.parse(name).objective(model, "gru", 4)
+        baseline = TimeMethod.named(name, n_steps=4).objective(model)
         assert isinstance(baseline, RecurrentBackpropObjective) and baseline.window == window
 
 
-@pytest.mark.parametrize("cell, linearization", [("gru", "secant"), ("mingru", "diagonal")])
-def test_the_default_dial_follows_length_and_cell(seqmnist, digits, tmp_path, cell, linearization):
+@pytest.mark.parametrize("cell, linearization", [("gru", "shared_matrix"), ("mingru", "diagonal")])
+def test_default_sweeps_follow_length_and_cell(digits, tmp_path, cell, linearization):
     output = tmp_path / "results.json"
-    seqmnist.main(["--n", "16", "--hidden", "8", "--steps", "1", "--batch-size", "16", "--cell", cell, "--sides", "sweeps",
+    seqmnist.main(["--n", "16", "--hidden", "8", "--steps", "1", "--batch-size", "16", "--cell", cell, "--methods", "sweeps",
                    "--seeds", "0", "--data", str(digits), "--output", str(output)])  # fmt: skip
-    method = json.loads(output.read_text())["runs"][0]["method"]
-    assert "'chunk': 2," in method and f"'linearization': '{linearization}'" in method
+    described = json.loads(output.read_text())["runs"][0]["description"]
+    assert "'chunk_size': 2," in described and f"'linearization': '{linearization}'" in described

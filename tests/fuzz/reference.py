@@ -67,7 +67,7 @@ class Reference:
     def options(self, **changed: object) -> list[str]:
         """Options of a run that takes a fraction of a second."""
         values = {"preset": "debug", "data": self.root / "text.txt", "tokenizer": self.root / "tokenizer.model",
-                  "cache_dir": self.root / "cache", "threads": 1, "max_steps": STEPS, "n_embd": 8, "block_size": 8,
+                  "cache_dir": self.root / "cache", "threads": 1, "max_steps": STEPS, "n_embd": 8, "context_length": 8,
                   "eval_every": 0, "sample_tokens": 0, "save_every": 2, "final_eval_batches": 1, **changed}  # fmt: skip
         return [part for name, value in values.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
@@ -127,7 +127,7 @@ def _write(root: Path) -> None:
     Tokenizer.train([words_of(200, 1, 30) + "abcdefghijklmn" * 9], 310).save(root / "other.model")
     for name, seed in (("model", 0), ("other", 1)):
         torch.manual_seed(seed)
-        config = HBLLConfig(vocab_size=tokenizer.vocab_size, n_level=2, n_embd=8, n_head=2, block_size=16)
+        config = HBLLConfig(vocab_size=tokenizer.vocab_size, n_level=2, n_embd=8, n_head=2, context_length=16)
         model = HBLLForCausalLM(config, tokenizer)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)

@@ -30,7 +30,8 @@ _WORDS = (
     "a\0b", "a\nb", "\u001b[2J",
     "gru", "gru,transformer,gru", "gru,,gru", "4,6,7", "2,3", "3,2", "[2, 3]", "1,2,3,", "elman", "layernorm", "bfloat16",
     "fp16", "float64", "tree",
-    "backprop", "sweeps", "octaves", "sandwich", "all", "few", "secant", "identity", "zero", "recomputed", "prefix", "depth",
+    "backprop", "sweeps", "octaves", "sandwich", "all", "few", "secant", "low_rank", "identity", "zero",
+    "recomputed", "prefix", "depth",
     "--", "-", "--help=1",
     "debug", "nowhere.yaml", "train", "~", "~no-such-user/x", "/dev/zero", "/dev/full", "pipe", "folder", "loop", "dangling",
     "a/b/c/d", "\u5b57",
@@ -40,17 +41,16 @@ _OUTPUTS = ("mine", "mine/x", "run", "folder", "pipe", "loop", "dangling", "file
             "a\0b", "\udcff", "/proc/x", "/dev/null/x", ".", "a\nb", "link")  # fmt: skip
 #: options whose valid values may cost more than an input may, or break the training down as they say.
 _ONLY_DRY = frozenset({"n_level", "n_embd", "n_head", "max_steps", "epochs", "batch_size", "grad_accum", "n_samples",
-                       "sample_tokens", "block_size",
-                       "threads", "num_proc", "eval_batch_size", "mlp_ratio", "readout_rank", "sweeps", "corrections",
-                       "time_sweeps", "warmup_steps",
-                       "time_corrections", "vocab_size", "output_dir", "tracker", "trackers", "data",
-                       "log_with"})  # fmt: skip
-_MAY_FAIL = frozenset({"lr", "min_lr_ratio", "weight_decay", "clip", "beta1", "beta2", "sigma", "state_weight", "mix_weight",
-                       "precision", "dropout"})
+                       "sample_tokens", "context_length",
+                       "threads", "num_proc", "eval_batch_size", "mlp_ratio", "exit_rank", "forward", "backward",
+                       "time_forward", "warmup_steps", "time_backward", "vocab_size", "output_dir", "tracker", "trackers",
+                       "data", "log_with"})
+_MAY_FAIL = frozenset({"lr", "min_lr_ratio", "weight_decay", "clip", "beta1", "beta2", "sigma", "state_weight",
+                       "depth_mix_weight", "precision", "dropout"})
 
 
 _SWITCHES = frozenset(field.name for field in dataclasses.fields(TrainingSettings) if isinstance(field.default, bool))
-_AS_RESOLVED = frozenset({"path", "cell", "precision", "mix", "mix_weight", "readout_rank", "linearization", "default_paths"})
+_AS_RESOLVED = frozenset({"path", "cell", "precision"})
 
 
 def targets(reference: Reference) -> dict:
@@ -225,7 +225,7 @@ _EXTRA = (["--nope"], ["x"], ["--seed"], ["--preset", ""], ["--preset", "nowhere
 
 
 def _settings(ran: Ran) -> str:
-    return "".join(line for line in ran.out.splitlines(keepends=True) if not line.startswith("# resolved"))
+    return "".join(line for line in ran.out.splitlines(keepends=True) if not line.startswith("# preset "))
 
 
 def _flags(pairs: dict[str, str]) -> list[str]:

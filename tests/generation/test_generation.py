@@ -23,7 +23,7 @@ BLOCK_SIZE = 12
 
 def model_of(tokenizer=None, seed=0, **changes):
     """A model whose weights are all random: a fresh one has zero output layers, and all its paths agree."""
-    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_embd=16, n_head=2, block_size=BLOCK_SIZE)
+    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_embd=16, n_head=2, context_length=BLOCK_SIZE)
     generator = torch.Generator().manual_seed(seed)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def tokens_of(batch, length, seed=0, vocab_size=50):
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward(model, path):
-    """Every position, from the prompt's end to more than twice the window (block_size = 12)."""
+    """Every position, from the prompt's end to more than twice the window (context_length = 12)."""
     ids = tokens_of(2, 30)
     full = model(ids, path=path).logits
     logits, cache = prefill(model, ids[:, :5], path)

@@ -17,12 +17,13 @@ from hbll_seq.models.config import CELLS, HBLLConfig
 
 MIXED = ("gru", "transformer", "elman", "mingru", "transformer", "gru", "mingru")
 STACKS = [*CELL_KINDS, MIXED]
-BLOCK_SIZE = 12
+CONTEXT_LENGTH = 12
 
 
 def model_of(cell, seed=0, tokenizer=None, **changes):
     """A model whose weights are all random: a fresh one has zero output layers, and all its paths agree."""
-    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_embd=16, n_head=2, block_size=BLOCK_SIZE, cell=cell)
+    vocab_size = tokenizer.vocab_size if tokenizer else 50
+    values = dict(vocab_size=vocab_size, n_embd=16, n_head=2, context_length=CONTEXT_LENGTH, cell=cell)
     generator = torch.Generator().manual_seed(seed)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def test_forward_and_step_are_one_function(kind, mlp_ratio):
 @pytest.mark.parametrize("path", [(4,), (4, 6, 7), (2, 4, 6), (1, 2, 3, 4, 5, 6, 7)], ids=str)
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward(cell, path):
-    """Every position, from the prompt's end to more than twice block_size."""
+    """Every position, from the prompt's end to more than twice context_length."""
     model, ids = model_of(cell), tokens_of(2, 30)
     full = model(ids, path=path).logits
     logits, cache = prefill(model, ids[:, :5], path)
@@ -124,7 +125,7 @@ def test_prompts_of_any_length():
     model = model_of("gru", tokenizer=Tokenizer.default())
     prompt = "The history of the city. " * 20
     ids = model.tokenizer.encode(prompt)
-    assert len(ids) > 5 * BLOCK_SIZE
+    assert len(ids) > 5 * CONTEXT_LENGTH
     for truncate in (False, True):  # nothing is cut, whatever is asked
         text = model.generate(prompt, depth=3, max_new_tokens=4, temperature=0, truncate_prompt=truncate)
         path = model.resolve_path(3)

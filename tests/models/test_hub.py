@@ -32,7 +32,7 @@ METADATA = dict(data="WikiText-2 | raw", settings=SETTINGS, perplexity=ROWS, sec
 
 
 def model_of(tokenizer=TOKENIZER, seed=0, **changes):
-    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_level=2, n_embd=8, n_head=2, block_size=12)
+    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_level=2, n_embd=8, n_head=2, context_length=12)
     generator = torch.Generator().manual_seed(seed)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
     with torch.no_grad():

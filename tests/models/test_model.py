@@ -10,7 +10,7 @@ from hbll_seq.models.config import HBLLConfig
 
 def model_of(**changes):
     torch.manual_seed(0)
-    values = dict(vocab_size=17, n_embd=16, n_head=2, block_size=12)
+    values = dict(vocab_size=17, n_embd=16, n_head=2, context_length=12)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}))
     with torch.no_grad():
         for p in model.parameters():
@@ -74,7 +74,7 @@ def test_attention_against_the_written_out_sum():
 
 
 def test_left_padding_changes_nothing():
-    model = model_of(block_size=64)
+    model = model_of(context_length=64)
     block = model.blocks[0]
     x = torch.randn(1, 6, 16)
     alone, _ = block(x)
@@ -154,7 +154,7 @@ def test_config_round_trip_and_unknown_key():
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(block_size=0), "block_size=0.*at least 1"),
+        (dict(context_length=0), "context_length=0.*at least 1"),
         (dict(n_embd=100, n_head=3), r"n_embd=100 is not divisible by n_head=3.*\[1, 2, 5, 10, 25, 50\]"),
         (dict(n_embd=15, n_head=2), "n_embd=15.*choose an even n_embd"),
         (dict(n_embd=6, n_head=2), "odd width 3"),

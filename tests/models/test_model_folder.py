@@ -35,7 +35,7 @@ TOKENIZER = Tokenizer.train([f"w{i} x{i * 7}" for i in range(900)], 330)
 
 
 def model_of(seed=0, tokenizer=None, **changes):
-    values = dict(vocab_size=330 if tokenizer else 40, n_level=1, n_embd=4, n_head=1, block_size=8)
+    values = dict(vocab_size=330 if tokenizer else 40, n_level=1, n_embd=4, n_head=1, context_length=8)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

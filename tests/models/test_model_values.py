@@ -28,7 +28,7 @@ from hbll_seq.tree.topology import DyadicTree
 
 
 def model_of(**changes):
-    values = dict(vocab_size=40, n_level=2, n_embd=8, n_head=2, block_size=8)
+    values = dict(vocab_size=40, n_level=2, n_embd=8, n_head=2, context_length=8)
     return HBLLForCausalLM(HBLLConfig(**{**values, **changes})).eval()
 
 
@@ -89,7 +89,7 @@ def test_every_key_with_every_odd_value_is_refused_or_loads(folder):
 @pytest.mark.parametrize("value", [np.array([[1, 2]]), np.array(["jump", "depth"]), torch.tensor([1, 2]), ["jump"], 1, None])
 def test_choices_are_words(value):
     """An array compares with a word to an array, which has no truth value."""
-    for name in ("norm", "default_paths", "readout_by", "cell"):
+    for name in ("norm", "default_paths", "exit_by", "cell"):
         with pytest.raises(ValueError, match=f"{name}=.* ?allowed are "):
             HBLLConfig(**{name: value})
     model = model_of()
@@ -124,7 +124,7 @@ def test_bounds_of_the_classifier(name):
 
 @pytest.mark.parametrize("changes", [
     dict(sigma=1e7), dict(sigma=10**400), dict(rope_base=1e300), dict(rope_base=float("inf")), dict(dropout=float("nan")),
-    dict(cell=["gru"] * 10**6), dict(cell=7), dict(cell=(["gru"],)), dict(norm=[]), dict(readout_by={}),
+    dict(cell=["gru"] * 10**6), dict(cell=7), dict(cell=(["gru"],)), dict(norm=[]), dict(exit_by={}),
     dict(tie_embeddings="x" * 1000), dict(n_head=3),
 ], ids=lambda changes: next(iter(changes)))  # fmt: skip
 def test_odd_values_of_a_config(changes):

@@ -15,7 +15,7 @@ from hbll_seq.models.model_files import SUMS_NAME, WEIGHTS_NAME
 
 
 def model_of(**changes):
-    values = dict(vocab_size=40, n_level=2, n_embd=8, n_head=2, block_size=8)
+    values = dict(vocab_size=40, n_level=2, n_embd=8, n_head=2, context_length=8)
     torch.manual_seed(0)
     model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}))
     with torch.no_grad():
@@ -211,7 +211,7 @@ CHANGES = [transposed, views_of_one_buffer, overlapping_views, subclass_of_tenso
 def test_whatever_is_saved_loads_as_equal_tensors(tmp_path, seed):
     rng = random.Random(seed)
     cells = ["transformer", "gru", ("mingru", "transformer", "elman")]
-    config = dict(cell=rng.choice(cells), tie_embeddings=rng.random() < 0.5, readout_rank=rng.choice([0, 2]))
+    config = dict(cell=rng.choice(cells), tie_embeddings=rng.random() < 0.5, exit_rank=rng.choice([0, 2]))
     model = model_of(**config, norm=rng.choice(["rmsnorm", "layernorm"]))
     for change in rng.sample(CHANGES, 3):
         if config["cell"] == "transformer" or change in (transposed, frozen, with_gradients):

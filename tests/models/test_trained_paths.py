@@ -16,7 +16,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.generate import generate
 from hbll_seq.models.hub import CONFIG_NAME
 from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.depth_mix import MIXES, routes_of_step
+from hbll_seq.objectives.depth_mix import MIXES, sub_networks_of_step
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.tree.topology import DyadicTree
 
@@ -111,7 +111,7 @@ def test_a_mix_trains_what_it_says(mix, family):
     read = Counter(
         route.path[: route.path.index(n) + 1]
         for seed in range(400 if mix != "random" else 4000)
-        for route in routes_of_step(mix, 1.0, tree, full, seed)
+        for route in sub_networks_of_step(mix, 1.0, tree, full, seed)
         for n in route.exits
     )
     model = small_lm(default_paths=family)
@@ -130,7 +130,7 @@ def test_a_path_alone_and_the_tree():
 @pytest.mark.parametrize("options, expected", [
     (["--objective", "tree"], "all"),
     (["--objective", "backprop", "--path", "2"], [[2]]),
-    (["--objective", "sweeps", "--mix", "octaves"], "default"),
+    (["--objective", "sweeps", "--depth-mix", "octaves"], "default"),
 ], ids=str)  # fmt: skip
 def test_a_run_writes_what_it_trained(options, expected, lm_options, tmp_path):
     folder = tmp_path / "run"

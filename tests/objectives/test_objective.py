@@ -16,7 +16,7 @@ from hbll_seq.tree import inference
 from hbll_seq.tree.inference import tree_pass
 from hbll_seq.tree.posterior import Gaussian
 
-CONFIG = dict(vocab_size=17, n_embd=16, n_head=2, block_size=12, sigma=0.1)
+CONFIG = dict(vocab_size=17, n_embd=16, n_head=2, context_length=12, sigma=0.1)
 
 
 def small_lm(seed=0, noise=0.3, **changes):
@@ -222,14 +222,17 @@ def test_backprop_objective_is_the_plain_networks_loss():
         assert output.node_losses.shape == (1,) and torch.equal(output.metrics["ce"], output.loss.detach())
 
 
-def test_ce_metrics_are_the_right_spines_losses():
+@pytest.mark.parametrize("unscored", [0, 7, 25])
+def test_ce_metrics_are_the_right_spines_losses(unscored):
     model = small_lm()
     tokens = torch.randint(17, (2, 13))
-    metrics = LocalObjective(model, sigma=0.0)(tokens).metrics
-    for depth in (1, 2, 3):
-        loss = model(tokens, labels=tokens, path=model.tree.path_for_depth(depth)).loss
-        torch.testing.assert_close(metrics[f"ce_{depth}"], loss.detach())
-    assert metrics["ce"] == metrics["ce_3"]
+    labels = tokens.masked_fill(torch.arange(26).view(2, 13) < unscored, -100)
+    output = LocalObjective(model, sigma=0.0)(tokens, labels)
+    for depth, block in ((1, 4), (2, 6), (3, 7)):
+        loss = model(tokens, labels=labels, path=model.tree.path_for_depth(depth)).loss
+        torch.testing.assert_close(output.metrics[f"ce_{depth}"], loss.detach())
+        torch.testing.assert_close(output.node_losses[block - 1], loss)
+    assert output.metrics["ce"] == output.metrics["ce_3"]
 
 
 def linear_gaussian(width, n_blocks=3):

@@ -14,11 +14,11 @@ from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.settings import resolve
+from hbll_seq.training.presets import resolve
 from hbll_seq.training.trainer import Trainer
 
 lm = kr.load_script()
-GRU = ["--cell", "gru", "--carry-state", "--max-steps", "24", "--time-chunk", "4"]
+GRU = ["--cell", "gru", "--carry-state", "--max-steps", "24", "--time-chunk-size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_options_and_their_errors(lm_options, tmp_path, capsys):
         (["--carry-state"], ["carry_state=True with cell='transformer'", "--cell"]),
         (["--cell", "gru", "--carry-state", "--objective", "tree"], ["carry_state=True with objective='tree'"]),
         (["--mlp-ratio", "0"], ["mlp_ratio=0"]),
-        (["--cell", "gru", "--time-chunk", "0"], ["time_chunk=0"]),
+        (["--cell", "gru", "--time-chunk-size", "0"], ["time_chunk_size=0"]),
         (["--cell", "gru", "--time-linearization", "identity"], ["time_linearization='identity'", "diagonal"]),
     ]:
         kr.fails([*lm_options, *given, "--output-dir", str(tmp_path / "no")], capsys, *fragments)

@@ -169,7 +169,7 @@ def test_names_that_are_not_utf8(project, option, tmp_path):
     options = ["--preset", "own.yaml", "--data", "text.txt", "--cache-dir", "cache", "--output-dir", str(tmp_path / "other")]
     folder = tmp_path / "other"
     assert lm.main([*options, *QUICK, option, str(given[option])]) == 0 and is_finished(folder)
-    settings = lm.resolve(lm.read_preset(str(folder / "settings.yaml"), folder))
+    settings = lm.resolve(lm.read_preset(str(folder / "settings.yaml"), folder)).resolved()
     assert lm.resume_run({"output_dir": str(folder)}, None)[0] == settings
     assert go_on(folder) == 0 and is_finished(folder)
     (folder / "README.md").read_text(encoding="utf-8")

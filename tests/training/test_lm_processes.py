@@ -1,6 +1,7 @@
 """train/lm.py in two processes (DistributedDataParallel over gloo): the same run as one process with their batches."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,52 @@ code, left = script.main(sys.argv[1:]), threads()
 sys.stderr.write(f"threads left: {{left}}\n")
 sys.exit(70 if left else code)
 """
+
+
+#: a process group that is left while a thread of it drops a tensor, which takes a second and then the GIL; argument: how the
+#: body ends.
+PENDING = r"""
+import gc, os, sys, threading, time
+import torch, torch.distributed.nn
+from hbll_seq.training.devices import leaving_processes
+class Slow:
+    def __del__(self):
+        print("dropped by", "main" if threading.current_thread() is threading.main_thread() else "gloo", end=", ")
+        time.sleep(1)
+def raise_within(model):
+    raise ValueError
+def work(how, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    big, last = torch.zeros(30_000_000), torch.zeros(4)
+    last.slow = Slow()
+    for _ in range(2):  # both of the group's threads are busy
+        torch.distributed.all_gather([torch.empty_like(big)], big, async_op=True)
+    torch.distributed.all_reduce(last, async_op=True)
+    del last
+    if how == "failed":
+        try:
+            raise_within(model)
+        except ValueError as error:
+            raise RuntimeError("failed") from error
+gc.disable()  # the model is left to leaving_processes
+try:
+    with leaving_processes():
+        work(*sys.argv[1:])
+except RuntimeError as error:
+    print(error, end=", ")
+names = [open(f"/proc/self/task/{number}/comm").read() for number in os.listdir("/proc/self/task")]
+print("left with", [name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the threads")
+@pytest.mark.parametrize("how, said", [("done", ""), ("failed", "failed, ")])
+def test_the_process_group_is_left_while_its_threads_need_the_gil(tmp_path, how, said):
+    command = [sys.executable, "-c", PENDING, how, str(tmp_path)]
+    process = subprocess.run(command, cwd=kr.ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0 and process.stdout == f"dropped by gloo, {said}left with []\n", process.stderr
 
 
 def _two_processes(monkeypatch, options, script=kr.SCRIPT):

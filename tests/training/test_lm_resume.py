@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.json_lines import JsonLines
@@ -78,7 +79,7 @@ def test_signal_saves_and_resume_is_exact(whole_run, lm_options, tmp_path, monke
 
 
 def test_what_secants_have_learned_is_part_of_a_checkpoint(lm_options, tmp_path, monkeypatch):
-    options = [*lm_options, "--linearization", "secant", "--max-steps", "30", "--eval-every", "0"]
+    options = [*lm_options, "--linearization", "low_rank", "--max-steps", "30", "--eval-every", "0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert lm.main([*options, "--output-dir", str(whole)]) == 0
     with monkeypatch.context() as patch:
@@ -184,6 +185,11 @@ def test_resume_from_an_older_checkpoint(whole_run, lm_options, tmp_path, monkey
     assert "metrics.json," in message and "model.safetensors" in message
     assert ck.list_checkpoints(folder / "checkpoints") == [0, 25, 30, 60]
     assert kr.differences(whole_run, folder) == []
+
+
+def test_a_stopped_run_is_no_model_yet(stopped_run):
+    with pytest.raises(ValueError, match="holds a run that is not finished.*--resume --output-dir"):
+        HBLLForCausalLM.from_pretrained(stopped_run)
 
 
 def test_finished_run_has_nothing_left(whole_run, capsys):

@@ -14,9 +14,13 @@ import torch
 import yaml
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
+from hbll_seq.training.objective import evaluated_paths, make_objective
+from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.utils import migration
 
 lm = kr.load_script()
 
@@ -211,41 +215,96 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
         ({"objective": "tree"}, "none", 1.0, 0, "spine"),
         ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
         ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
-        ({"mix": "spine"}, "spine", 1.0, 0, "spine"),
-        ({"mix": "few", "readout_by": "depth"}, "few", 9.0, 16, "prefix"),
-        ({"objective": "backprop", "mix": "all", "mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
+        ({"depth_mix": "spine"}, "spine", 1.0, 0, "spine"),
+        ({"depth_mix": "few", "exit_by": "depth"}, "few", 9.0, 16, "prefix"),
+        ({"objective": "backprop", "depth_mix": "all", "depth_mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
     ],
 )
 def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weight, rank, family):
-    fresh = st.resolve({"max_steps": 5}, given)
-    # the same on top of a finished run's settings, in which everything is written out
-    again = st.resolve(dataclasses.asdict(st.TrainingSettings(max_steps=5)), given)
-    for settings in (fresh, again):
-        found = (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths)
-        assert found == (mix, weight, rank, family)
-    model = HBLLForCausalLM(lm.model_config(fresh, 50))
-    assert model.config.readout_by == fresh.readout_by == given.get("readout_by", "jump")
-    objective, paths = lm.make_objective(fresh, model, 0)
+    fresh = resolve({"max_steps": 5}, given)
+    # the same on top of another run's settings.yaml, which keeps what was left open
+    run = st.TrainingSettings(max_steps=5)
+    again = resolve(yaml.safe_load(run.resolved().to_yaml(run.left_open())), given)
+    for asked in (fresh, again):
+        settings = asked.resolved()
+        found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+        assert found == (mix, weight, rank, family) and settings.resolved() == settings
+    model = HBLLForCausalLM(fresh.model_config(50))
+    assert model.config.exit_by == fresh.exit_by == given.get("exit_by", "jump")
+    assert (model.config.exit_rank, model.config.default_paths) == (rank, family)
+    objective, paths = make_objective(fresh, model, 0), evaluated_paths(fresh, model)
     if mix in ("octaves", "none") and fresh.objective != "tree":
         read = {r.path[: r.path.index(n) + 1] for r in objective.routes(0) for n in r.exits}
         assert set(paths.values()) == read
 
 
-def test_another_mix_takes_back_what_a_run_said_of_its_readouts():
-    run = dataclasses.asdict(st.TrainingSettings(max_steps=5, readout_by="depth"))
-    settings = st.resolve(run, {"mix": "spine"})
-    assert (settings.readout_rank, settings.readout_by) == (0, "jump")
-    assert st.resolve(run, {"lr": 1e-4}).readout_by == "depth"
+def test_what_was_asked_for_is_asked_for_whatever_else_changes():
+    """What is written out is kept, and told where it does not fit; what was left open follows."""
+    run = dataclasses.asdict(st.TrainingSettings(max_steps=5, exit_by="depth", exit_rank=4))
+    settings = resolve(run, {"depth_mix": "spine"}).resolved()
+    assert (settings.exit_rank, settings.exit_by, settings.default_paths) == (4, "depth", "spine")
+    by_depth = resolve({"max_steps": 5, "exit_by": "depth"}, {"depth_mix": "spine"})
+    with pytest.raises(ValueError, match="exit_by='depth' with exit_rank=0"):
+        by_depth.model_config(50)
+
+
+def test_a_checkpoint_holds_what_was_asked_for_and_what_came_of_it(stopped_run, monkeypatch):
+    state = json.loads((stopped_run / "checkpoints" / "step-00000012" / "state.json").read_text())
+    assert state["asked"] == st.LEFT_OPEN
+    assert (state["settings"]["depth_mix"], state["settings"]["exit_rank"]) == ("octaves", 16)
+    text = (stopped_run / "settings.yaml").read_text()
+    assert "depth_mix: auto  # octaves\n" in text and yaml.safe_load(text)["exit_rank"] is None
+    with monkeypatch.context() as patch:  # a later version decides otherwise
+        patch.setattr(st, "DEFAULT_MIX", "spine")
+        assert resolve(yaml.safe_load(text)).resolved().depth_mix == "spine"
+        assert lm.resume_run({"output_dir": str(stopped_run)}, None)[0].depth_mix == "octaves"
+    assert lm.main(["--resume", "--output-dir", str(stopped_run)]) == 0
+    again = (stopped_run / "settings.yaml").read_text()
+    assert again == text
+
+
+def test_every_option_of_the_objects_is_a_setting_or_left_out_on_purpose():
+    """An option exists in one place: default, range and words of a setting are those of the options object."""
+    fields = {f.name: f for f in dataclasses.fields(st.TrainingSettings)}
+    taken = {field.metadata["of"][::2] for field in fields.values() if field.metadata["of"]}
+    elsewhere = {(Sweeps, "damping"), (Sweeps, "tolerance"), (Sweeps, "clip"), (Tree, "clean_inputs")}
+    for kind in (Sweeps, Tree, DepthMix):
+        assert {(kind, f.name) for f in dataclasses.fields(kind)} <= taken | elsewhere
+    settings = st.TrainingSettings(max_steps=1)
+    assert settings.inference() == Sweeps().resolved("depth")
+    assert settings.time().resolved("layer") == Sweeps().resolved("layer")
+    assert st.TrainingSettings(max_steps=1, objective="tree").inference() == Tree(sigma=0.005)
+    assert settings.depths() == DepthMix("octaves", 9.0)
+    for name in ("forward", "time_forward", "state_weight"):
+        kind, _, option = fields[name].metadata["of"]
+        own = next(f.metadata for f in dataclasses.fields(kind) if f.name == option)
+        assert own["help"] in fields[name].metadata["help"]
+        assert all(own[key] == fields[name].metadata[key] for key in ("low", "high", "above", "below"))
+
+
+def test_what_a_model_card_says_of_the_training():
+    def notable(**options):
+        return st.TrainingSettings(max_steps=5, **options).resolved().notable()
+
+    always = {"objective": "sweeps", "depth_mix": "octaves", "max_steps": 5, "batch_size": 8, "lr": 0.002, "seed": 0}
+    assert notable() == always
+    assert notable(sigma=0.1, time_forward=4, output_dir="x", n_embd=64) == always  # nothing that this run reads
+    assert notable(forward=2, dropout=0.1) == {**always, "forward": 2}  # the configuration says the rest
+    tree = {**always, "objective": "tree", "sigma": 0.1}
+    del tree["depth_mix"]
+    assert notable(objective="tree", sigma=0.1, forward=2) == tree
+    assert notable(depth_mix="none") == {**always, "depth_mix": "none", "linearization": "low_rank"}
+    assert notable(cell="gru", carry_state=True, time_forward=2)["time_forward"] == 2
 
 
 def test_settings_of_an_older_checkpoint_keep_their_meaning():
     old = {"objective": "sweeps", "path": "full", "mix": "auto", "mix_weight": 1.0, "max_steps": 5}
-    settings = st.resolve(st.as_meant(old))
-    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
-    assert not st.differences(dataclasses.asdict(settings), st.as_meant(old))
-    assert st.as_meant({**old, "objective": "tree"})["mix"] == "none"
+    settings = resolve(migration.checkpoint_settings(old)).resolved()
+    found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+    assert found == ("sandwich", 1.0, 0, "spine")
+    assert migration.checkpoint_settings({**old, "objective": "tree"})["depth_mix"] == "none"
     new = dataclasses.asdict(settings)
-    assert st.as_meant(new) is new
+    assert migration.checkpoint_settings(new) == new
 
 
 def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tmp_path):
@@ -253,17 +312,18 @@ def test_a_checkpoint_of_an_older_version_is_found_as_it_was_meant(whole_run, tm
     shutil.copytree(whole_run, folder)
     for path in folder.glob("checkpoints/*/state.json"):
         state = json.loads(path.read_text())
-        for name in ("default_paths", "readout_rank"):
+        for name in ("default_paths", "exit_rank", "depth_mix", "depth_mix_weight"):
             del state["settings"][name]
         state["settings"].update(mix="auto", mix_weight=1.0)
         kr.write_state(path.parent, state)
     settings = lm.resume_run({"output_dir": str(folder)}, None)[0]
-    assert (settings.mix, settings.mix_weight, settings.readout_rank, settings.default_paths) == ("sandwich", 1.0, 0, "spine")
+    found = (settings.depth_mix, settings.depth_mix_weight, settings.exit_rank, settings.default_paths)
+    assert found == ("sandwich", 1.0, 0, "spine")
 
 
 def test_weight_decay_falls_on_matrices_only():
     settings = st.TrainingSettings(max_steps=1, weight_decay=0.3)
-    model = HBLLForCausalLM(lm.model_config(settings, 50))
+    model = HBLLForCausalLM(settings.model_config(50))
     model.blocks[0].requires_grad_(False)
     matrices, rest = make_optimizer(model, settings).param_groups
     assert matrices["weight_decay"] == 0.3 and {p.ndim for p in matrices["params"]} == {2, 3}  # 3: a stack of them
@@ -278,7 +338,7 @@ def test_weight_decay_falls_on_matrices_only():
 @pytest.mark.parametrize(
     "options, fragments",
     [
-        (["--block-size", "0"], ["block_size=0", "at least 1"]),
+        (["--context-length", "0"], ["context_length=0", "at least 1"]),
         (["--n-embd", "10", "--n-head", "4"], ["n_embd=10", "n_head=4"]),
         (["--n-level", "0"], ["n_level=0"]),
         (["--n-level", "2.5"], ["n_level='2.5'", "whole number"]),
@@ -290,10 +350,10 @@ def test_weight_decay_falls_on_matrices_only():
         (["--norm", "batch"], ["norm='batch'", "rmsnorm, layernorm"]),
         (["--objective", "both"], ["objective='both'", "sweeps, tree, backprop"]),
         (["--objective", "tree", "--path", "2,3"], ["path='2,3'", "--objective sweeps or backprop"]),
-        (["--objective", "tree", "--mix", "random"], ["mix='random'", "the tree trains all paths"]),
-        (["--path", "4", "--mix", "random"], ["mix='random' with path='4'", "leave one out"]),
-        (["--mix-weight", "0"], ["mix_weight=0.0", "--mix none"]),
-        (["--mix", "every"], ["mix='every'", "sandwich"]),
+        (["--objective", "tree", "--depth-mix", "random"], ["depth_mix='random'", "the tree trains all paths"]),
+        (["--path", "4", "--depth-mix", "random"], ["depth_mix='random' with path='4'", "leave one out"]),
+        (["--depth-mix-weight", "0"], ["depth_mix_weight=0.0", "--depth-mix none"]),
+        (["--depth-mix", "every"], ["depth_mix='every'", "sandwich"]),
         (["--objective", "backprop", "--path", "1,3"], ["1 -> 3", "dyadic"]),
         (["--objective", "backprop", "--path", "x"], ["path='x'", "full"]),
         (["--precision", "fp16"], ["'fp16'", "refused", "bfloat16"]),
@@ -310,6 +370,10 @@ def test_weight_decay_falls_on_matrices_only():
         (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
         (["--preset", "huge"], ["preset 'huge'", "debug, gru-small, small, wikitext-103, wikitext-2"]),
         (["--learning-rate", "1"], ["--learning-rate", "--help"]),
+        (["--sweeps", "2"], ["unrecognized arguments: --sweeps 2; did you mean --forward?"]),
+        (["--mix=octaves"], ["did you mean --depth-mix?"]),
+        (["--graphs", "recomputed"], ["did you mean --recompute?"]),
+        (["--bach-size", "2"], ["did you mean --batch-size?"]),
     ],
 )
 def test_bad_option(lm_options, tmp_path, capsys, options, fragments):
@@ -327,14 +391,14 @@ def test_bad_text(lm_options, tmp_path, capsys, content, fragment):
 
 
 def test_text_shorter_than_a_window(lm_options, tmp_path, capsys):
-    options = ["--block-size", "100000", "--output-dir", str(tmp_path / "run")]
-    kr.fails([*lm_options, *options], capsys, "100001", "block_size")
+    options = ["--context-length", "100000", "--output-dir", str(tmp_path / "run")]
+    kr.fails([*lm_options, *options], capsys, "100001", "context_length")
     assert not (tmp_path / "run").exists()
 
 
 def test_short_evaluation_splits_are_read_in_shorter_windows(lm_options, tmp_path):
     (tmp_path / "short.txt").write_text("a tree of blocks\n" * 400)
-    options = ["--data", str(tmp_path / "short.txt"), "--block-size", "512", "--max-steps", "1"]
+    options = ["--data", str(tmp_path / "short.txt"), "--context-length", "512", "--max-steps", "1"]
     assert lm.main([*lm_options, *options, "--output-dir", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0 < summary["validation"][0]["tokens"] < 512
@@ -357,6 +421,8 @@ def test_run_is_not_overwritten_unasked(stopped_run, lm_options, capsys):
     assert lm.main([*lm_options, "--overwrite", "--max-steps", "3", "--output-dir", str(stopped_run)]) == 0
     assert kr.steps_of(stopped_run) == [1, 2, 3] and ck.list_checkpoints(stopped_run / "checkpoints") == [0, 3]
     assert (stopped_run / "mine.txt").exists()
+    said = kr.fails([*lm_options, "--output-dir", str(stopped_run)], capsys, "holds a finished run", "another --output-dir")
+    assert "--resume" not in said and "--overwrite" in said
 
 
 def test_launcher_asking_for_float16_is_refused(lm_options, tmp_path, monkeypatch, capsys):
@@ -386,10 +452,10 @@ def test_dry_run_checks_the_settings(capsys):
 
 @pytest.mark.parametrize("path", sorted(lm.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(path):
-    settings = st.resolve(st.read_preset(path.stem, lm.PRESETS))
-    lm.model_config(settings, 4096)
+    settings = resolve(read_preset(path.stem, lm.PRESETS))
+    settings.model_config(4096)
     if path.stem == "wikitext-103":  # the paper's setting
-        assert (settings.n_level, settings.n_embd, settings.n_head, settings.block_size) == (3, 768, 12, 1024)
+        assert (settings.n_level, settings.n_embd, settings.n_head, settings.context_length) == (3, 768, 12, 1024)
         assert (settings.batch_size, settings.lr, settings.weight_decay, settings.epochs) == (2, 1e-4, 0.01, 10)
         assert (settings.sigma, settings.vocab_size, settings.objective) == (0.005, 16384, "tree")
 
@@ -414,7 +480,7 @@ def test_bad_preset(tmp_path, capsys, text, fragment):
 
 def test_settings_read_yaml_as_people_write_it(tmp_path):
     (tmp_path / "p.yaml").write_text("lr: 1e-4\npath: [4, 6]\nobjective: backprop\nmax_steps: 10\nclip: 1\n")
-    settings = st.resolve(st.read_preset(str(tmp_path / "p.yaml"), lm.PRESETS), {"epochs": "2"})
+    settings = resolve(read_preset(str(tmp_path / "p.yaml"), lm.PRESETS), {"epochs": "2"})
     assert settings.lr == 1e-4 and settings.path_blocks == (4, 6) and settings.clip == 1.0
     assert settings.max_steps is None and settings.epochs == 2.0  # the later of two rivals
 
@@ -424,7 +490,7 @@ def test_every_option_is_in_the_help(capsys):
         lm.main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("preset data column tokenizer output-dir resume seed max-steps n-level n-embd n-head block-size "
+    for flag in ("preset data column tokenizer output-dir resume seed max-steps n-level n-embd n-head context-length "
                  "batch-size lr weight-decay warmup-steps objective path sigma state-weight n-samples clip grad-accum "
                  "free-energy eval-every save-every log-every keep-checkpoints precision threads log-with dry-run "
                  "overwrite").split():

@@ -14,6 +14,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training import settings as st
 from hbll_seq.training.devices import check_memory
 from hbll_seq.training.failures import disk_is_full, memory_is_full
+from hbll_seq.training.presets import resolve
 
 lm = kr.load_script()
 FIELDS = [field.name for field in dataclasses.fields(st.TrainingSettings)]
@@ -28,7 +29,7 @@ def test_a_wrong_value_of_any_setting(name):
     refused = 0
     for value in [None, True, *WRONG]:
         try:
-            settings = st.resolve({"max_steps": 5}, {name: value})
+            settings = resolve({"max_steps": 5}, {name: value})
         except ValueError as error:
             assert len(str(error)) <= 500 and "\n" not in str(error) and str(error), value
             refused += 1
@@ -41,10 +42,10 @@ def test_a_wrong_value_of_any_setting(name):
     "options",
     [f"--{name.replace('_', '-')} {value}" for name, value in [
         ("n_embd", 10**12), ("n_embd", 65536), ("n_level", 40), ("n_level", 10**9), ("n_head", 10**9),
-        ("block_size", 10**15), ("block_size", 2**31 - 1), ("batch_size", 10**15), ("batch_size", 2**20),
+        ("context_length", 10**15), ("context_length", 2**31 - 1), ("batch_size", 10**15), ("batch_size", 2**20),
         ("grad_accum", 10**15), ("grad_accum", 2**20),
-        ("max_steps", 10**30), ("threads", 10**9), ("num_proc", 10**9), ("mlp_ratio", 10**9), ("readout_rank", 10**9),
-        ("sweeps", 10**12), ("corrections", 10**12), ("time_sweeps", 10**12), ("n_samples", 10**12), ("epochs", "1e300"),
+        ("max_steps", 10**30), ("threads", 10**9), ("num_proc", 10**9), ("mlp_ratio", 10**9), ("exit_rank", 10**9),
+        ("forward", 10**12), ("backward", 10**12), ("time_forward", 10**12), ("n_samples", 10**12), ("epochs", "1e300"),
         ("sample_tokens", 10**9), ("eval_batch_size", 10**12), ("seed", 10**30), ("lr", "1e300"), ("sigma", "1e300"),
         ("keep_checkpoints", 10**30), ("save_every", "9" * 400), ("warmup_steps", 10**30), ("path", "9" * 5000),
         ("path", "1," * 5000), ("cell", "gru," * 5000), ("data", "x/" * 1500), ("resume", "9" * 5000), ("resume", "9" * 30),

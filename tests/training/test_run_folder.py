@@ -205,7 +205,7 @@ def test_a_damaged_record_is_told(finished, quick, capsys):
 
 @pytest.mark.parametrize("options", [["--overwrite"], ["--resume", "2"]])
 def test_the_folder_of_an_older_version_is_recognised(older, quick, capsys, options):
-    kr.fails([*quick, "--output-dir", str(older)], capsys, "already holds a run (saved at step 4)")
+    kr.fails([*quick, "--output-dir", str(older)], capsys, "holds a finished run")
     given = quick if "--overwrite" in options else []
     assert lm.main([*given, *options, "--output-dir", str(older)]) == 0
     assert "written by an older version" in capsys.readouterr().err and is_finished(older)
@@ -358,7 +358,7 @@ def test_a_preparation_broken_off_leaves_no_checkpoint_without_its_lines(finishe
             patch.setattr(os, "replace", until(number, replace))
             patch.setattr(Path, "unlink", until(number, unlink))
             try:
-                prepare_folder(folder, TrainingSettings(max_steps=4), resumed_step)
+                prepare_folder(folder, TrainingSettings(max_steps=4).to_yaml(), resumed_step)
                 ended = True
             except KeyboardInterrupt:
                 pass

@@ -1,11 +1,11 @@
-"""Learned stand-ins for the Jacobians of residual blocks: the identity plus a low-rank map, from secants.
+"""Learned approximations of the Jacobians of residual blocks: the identity plus a low-rank map (Broyden-like).
 
-Between two sweeps a block is evaluated at two estimates of its input. What its output changed by beyond the input's own
-change is a secant of its residual branch, which costs nothing to look at; a linear map fitted to many of them stands for the
-branch's Jacobian between later sweeps (a quasi-Newton method whose Jacobians are regressions over tokens and steps:
-Broyden's idea, with one map for all positions). A few directions carry nearly all that such a map can say, so it is kept at
-low rank r, and a chain of maps ``A_n = I + U_n V_n`` is composed by one cumulative sum, one small linear solve that all
-positions share, and another sum: no more span than the identity's.
+Two iterations evaluate a block at two estimates of its input. What its output changed by, less the input's own change, is a
+secant of its residual branch, and costs nothing to observe. A linear map fitted to many secants approximates the branch's
+Jacobian between later iterations: a quasi-Newton method whose Jacobians are regressions over tokens and steps (Broyden's
+idea, with one map for all positions). A few directions carry nearly all that such a map can say, so it has low rank r. A
+chain of maps ``A_n = I + U_n V_n`` is composed by one cumulative sum, one small linear solve that all positions share, and
+another sum: no more span than the identity's.
 
 Shapes: N transitions, C width, r rank; states are rows, ``[..., C]``, so a map is ``x + (x @ left) @ right``.
 """
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from hbll_seq.engine.linearization.base import Linearization
-from hbll_seq.engine.linearization.regression import RunningFits, full_precision, ridge_factor
+from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
 from hbll_seq.utils.options import check_options, option
 
-#: rank of the learned maps; more explains hardly more (README, "What we tried").
-SECANT_RANK = 8
-#: of the positions of a step every so manyth is looked at; prime to most window lengths, so that rows differ.
+#: rank of the learned maps; a higher one explains hardly more (docs/lab-log.md).
+DEFAULT_RANK = 8
+#: one position in so many of a step is observed; prime to most window lengths, so that rows differ.
 STRIDE = 5
-#: steps of subspace iteration a fit; it goes on from the last fit's directions.
+#: steps of subspace iteration in a fit, which starts from the last fit's directions.
 ITERATIONS = 2
 
 
@@ -36,7 +36,7 @@ class LowRank(Linearization):
     """The identity plus a learned map of low rank for each transition (Broyden-like), over depth.
 
     Attributes:
-        rank: of the maps; None is ``SECANT_RANK``, or the width where that is less.
+        rank: of the maps; None is ``DEFAULT_RANK``, or the width where that is less.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -66,8 +66,8 @@ class LowRankMaps(NamedTuple):
 def low_rank_scan(b: Tensor, maps: LowRankMaps, initial: Tensor, *, reverse: bool = False) -> Tensor:
     """All s_n of ``s_n = A_n s_{n-1} + b_n`` with s_0 = ``initial``, and A_n the n-th map.
 
-    With c_n the sums of b alone, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear system
-    of N r unknowns whose matrix is the same at all positions and triangular.
+    With c_n the cumulative sums of b, ``v_n = s_{n-1} left_n = c_{n-1} left_n + sum_{m < n} v_m right_m left_n``: a linear
+    system of N r unknowns whose matrix is the same at all positions and triangular.
 
     Args:
         b: [N, ..., C].
@@ -100,16 +100,17 @@ def _scan_maps(b: Tensor, maps: LowRankMaps, initial: Tensor) -> Tensor:
     return added.add_(sums[1:]).to(b.dtype)
 
 
-class Secants(RunningFits):
-    """Running regressions of every block's branch on the change of its input, and of its transpose on messages.
+class LowRankFit(RunningFit):
+    """The maps of :class:`LowRank`: running regressions of every block's branch on the change of its input, and of the
+    transposed branch on adjoints.
 
     Buffers hold 4 C^2 numbers a block.
 
     Args:
         n_blocks: blocks, numbered from 1.
         width: C.
-        rank: r; None is ``SECANT_RANK``, or C where that is less.
-        decay, every: see :class:`RunningFits`.
+        rank: r; None is ``DEFAULT_RANK``, or C where that is less.
+        decay, every: see :class:`RunningFit`.
 
     Raises:
         ValueError: the rank does not lie in 1 .. width, or another argument is out of range.
@@ -117,7 +118,7 @@ class Secants(RunningFits):
 
     def __init__(self, n_blocks: int, width: int, rank: int | None = None, *, decay: float = 0.98, every: int = 10):
         super().__init__(decay, every)
-        rank = min(SECANT_RANK, width) if rank is None else rank
+        rank = min(DEFAULT_RANK, width) if rank is None else rank
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= width:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to the width of the states, {width}")
         self.rank = rank
@@ -134,7 +135,7 @@ class Secants(RunningFits):
 
     @staticmethod
     def sample(state: Tensor) -> Tensor:
-        """Some positions of a state [..., C], [n, C] in float32: a copy, since sweeps go on to work in place."""
+        """Some positions of a state [..., C] as [n, C] in float32: a copy, since iterations go on to work in place."""
         return state.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
 
     @torch.no_grad()
@@ -144,16 +145,16 @@ class Secants(RunningFits):
         self._average(change, response, *moments)
 
     @property
-    def looks_at_last(self) -> bool:
-        """Whether this step is to evaluate the last block once more, whose output no sweep needs: one in ``every``."""
+    def wants_last(self) -> bool:
+        """Whether this step evaluates the last block once more, whose output no iteration needs: one step in ``every``."""
         return int(self.n_steps) % self.every == 0
 
     def _fit(self, way: str) -> None:
         change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))
         left, right = (getattr(self, f"{way}_{name}") for name in ("left", "right"))
         factor, sound = ridge_factor(change)
-        # Reduced-rank regression: of the whole map W = (X^T X)^-1 X^T Y the part within the r directions of the response
-        # that it explains most of, the leading eigenvectors of W^T X^T X W; found by iteration from the last fit's.
+        # Reduced-rank regression: the whole map W = (X^T X)^-1 X^T Y, kept within the r directions of the response that it
+        # explains most of. These are the leading eigenvectors of W^T X^T X W, found by iteration from the last fit's.
         kept = right.double().mT
         for _ in range(ITERATIONS):
             kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]

@@ -13,15 +13,15 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class RunningFits(nn.Module, ABC):
-    """What learned stand-ins share: second moments averaged over steps, in buffers, and maps fitted to them now and then.
+class RunningFit(nn.Module, ABC):
+    """What learned approximations share: second moments averaged over steps, in buffers, and maps fitted to them.
 
     The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
     train, DistributedDataParallel gives all of them the first one's whenever it synchronises; that one learns from its own
-    text alone. A look that holds a NaN or an infinity teaches nothing.
+    text alone. An observation that holds a NaN or an infinity teaches nothing.
 
     Args:
-        decay: of the averages, per look.
+        decay: of the averages, per observation.
         every: steps (micro batches) between two fits.
 
     Raises:

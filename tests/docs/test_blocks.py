@@ -1,0 +1,178 @@
+"""Every Python block and every command of README and docs is tried here; a new one that nobody placed fails.
+
+Python blocks run in order, page by page, in one folder that holds the model ``runs/lm``. That model is made by the
+README's first command, shortened. Of the other commands the options are read by the script's own parser.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pages import PAGES, ROOT, blocks, inline_commands, named, shell_commands
+
+#: what makes a training run of seconds of any of them
+SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 2 --sample-tokens 0 --eval-every 0"
+#: commands that are really run: what is run in their place
+RUN = {
+    "accelerate launch train/lm.py": f"python train/lm.py {SHORT} --n-level 3 --output-dir runs/lm",
+    "python train/lm.py --data my.txt --output-dir runs/mine": f"python train/lm.py {SHORT} --output-dir runs/mine",
+    "python train/lm.py --preset gru-small --output-dir runs/gru":
+        f"python train/lm.py {SHORT} --cell gru --output-dir runs/gru",
+    "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
+}  # fmt: skip
+#: the other commands of shell blocks: their options are read, or what they name is looked up
+READ = {
+    'pip install -c constraints.txt -e .',
+    'pip install -c constraints.txt -e ".[test]"',
+    "pytest -n 2",
+    "pytest -m slow",
+    "pytest tests/engine/test_scan.py",
+    "python docs/pictures/make_pictures.py",
+    "python train/lm.py --preset debug --output-dir runs/debug",
+    "accelerate launch train/lm.py --preset debug --output-dir runs/debug",
+    "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",
+    "accelerate launch train/lm.py --objective tree --output-dir runs/tree",
+    "accelerate launch train/lm.py --objective backprop --path 4,6,7 --output-dir runs/backprop-3",
+    "accelerate launch train/lm.py --preset gru-small --output-dir runs/gru",
+    "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
+    "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
+    "python train/experiments/compare.py --quick --output quick.json",
+}  # fmt: skip
+
+
+def load(script: Path):
+    """A script as a module; what lies beside it can be imported, as when it is run."""
+    name = f"of_docs_{script.stem}"
+    if name not in sys.modules:
+        sys.path.insert(0, str(script.parent))
+        spec = importlib.util.spec_from_file_location(name, script)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.path.remove(str(script.parent))
+    return sys.modules[name]
+
+
+def script_and_options(command: str) -> tuple[Path, list[str]]:
+    """Of "python SCRIPT OPTIONS" and "accelerate launch SCRIPT OPTIONS"."""
+    words = shlex.split(command)
+    first = 2 if words[0] == "accelerate" else 1
+    return ROOT / words[first], words[first + 1:]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The working folder of all blocks, with a text and the model that the README's first command makes."""
+    folder = tmp_path_factory.mktemp("docs")
+    rng, words = random.Random(0), "tree node level block the a of in reads writes state path . ,".split()
+    text = "\n".join(" ".join(rng.choice(words) for _ in range(12)) for _ in range(600))
+    (folder / "my.txt").write_text(text, encoding="utf-8")
+    threads = torch.get_num_threads()
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        run(RUN["accelerate launch train/lm.py"])
+    finally:
+        os.chdir(before)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def run(command: str) -> None:
+    """A command of ours, in this process."""
+    script, options = script_and_options(command)
+    assert load(script).main(options) in (0, None), command
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """The test is in that folder."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- Python
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+def test_python_blocks_run(page, here, capsys):
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, named(page), "exec"), names)
+        if "backward()" in block:  # what a block calls trained has gradients
+            gradients = [p.grad for p in names["model"].parameters() if p.grad is not None]
+            assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_there_are_blocks_to_run():
+    assert len(blocks(ROOT / "README.md", "python")) == 3
+    assert sum(len(blocks(page, "python")) for page in PAGES) > 12
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_every_command_of_a_shell_block_has_its_place():
+    found = {command for page in PAGES for command in shell_commands(page)}
+    assert found == set(RUN) | READ
+
+
+def test_the_two_commands_of_the_readme():
+    """As they must stand there, word for word."""
+    lines = "\n".join(blocks(ROOT / "README.md", "bash")).splitlines()
+    assert "pip install -c constraints.txt -e . && accelerate launch train/lm.py" in lines
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -n 2' in lines
+
+
+def test_commands_run(here):
+    for command, shortened in RUN.items():
+        if command != "accelerate launch train/lm.py":  # made the folder's model
+            run(shortened)
+    assert (here / "runs" / "mine" / "model.safetensors").exists() and (here / "runs" / "gru" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("command", sorted(set(RUN) | READ | {c for page in PAGES for c in inline_commands(page)}))
+def test_options_of_commands_are_understood(command, here):
+    words = shlex.split(command)
+    if words[0] == "pip":
+        _check_pip(words[2:])
+    elif words[0] == "pytest":
+        _check_pytest(words[1:])
+    elif words[1] == "-m":
+        assert importlib.util.find_spec(words[2]) is not None
+    else:
+        _check_script(*script_and_options(command))
+
+
+def _check_pip(options: list[str]) -> None:
+    assert options[:3] == ["-c", "constraints.txt", "-e"] and (ROOT / "constraints.txt").exists()
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2], re.M)
+    assert "test" in extras and options[3] in {".", *(f".[{extra}]" for extra in extras)}
+
+
+def _check_pytest(options: list[str]) -> None:
+    assert all((ROOT / word).exists() for word in options if word.startswith("tests/"))
+    assert "-m" not in options or f"{options[options.index('-m') + 1]}:" in (ROOT / "pyproject.toml").read_text()
+
+
+def _check_script(script: Path, options: list[str]) -> None:
+    assert script.exists()
+    module = load(script)
+    if script.name == "lm.py" and not {"--resume", "--help"} & set(options):
+        assert module.main([*options, "--dry-run"]) == 0
+    elif hasattr(module, "parse"):
+        module.parse(options)
+    elif options:  # it parses inside of main
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+            module.main(["--help"])
+        assert ended.value.code == 0
+        assert [word for word in options if word.startswith("--") and word not in shown.getvalue()] == []

@@ -1,0 +1,46 @@
+"""Which tests are asked about which module, nearest first: the first failure ends a mutant's run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "hbll_seq"
+
+#: of a folder or a module of the package (the longest name that fits counts)
+TESTS = {
+    "engine": ("engine", "objectives/test_objective.py", "chains"),
+    "tree": ("tree", "objectives/test_objective.py", "engine/test_sweeps.py"),
+    "chains": ("chains", "engine/test_sweeps.py", "objectives/test_objective.py"),
+    "chains/depth.py": ("objectives/test_objective.py", "engine", "chains/test_grid.py"),
+    "layers": ("layers", "models/test_model.py", "models/test_padding.py", "chains/test_time_sweeps.py"),
+    "data": ("data",),
+    "generation": ("generation",),
+    "models": ("models", "generation"),
+    "objectives": ("objectives", "engine/test_sweeps.py", "chains"),
+    "objectives/recurrent.py": ("objectives/test_recurrent_baselines.py", "chains", "objectives"),
+    "evaluation": ("evaluation", "objectives/test_objective.py"),
+    "training": ("training",),
+    "training/trainer.py": ("training/test_trainer.py", "training/test_lm_script.py", "training/test_lm_resume.py",
+                            "training/test_lm_grid.py", "training/test_lm_signals.py", "training"),
+    "training/checkpoint.py": ("training/test_checkpoint.py", "training/test_checkpoint_faults.py", "training"),
+    "utils": ("utils", "data", "models"),
+}  # fmt: skip
+
+
+def modules_of(target: str) -> list[Path]:
+    """The modules of a folder or file of the package, as ``engine`` or ``training/trainer.py``."""
+    path = PACKAGE / target
+    found = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    if not found:
+        raise SystemExit(f"--targets {target}: no module of hbll_seq; give a folder (engine) or a file (training/trainer.py)")
+    return found
+
+
+def files_of(module: Path) -> list[str]:
+    """Test files and folders for a module, relative to the repository."""
+    name = module.relative_to(PACKAGE).as_posix()
+    fitting = [key for key in TESTS if name == key or name.startswith(key + "/")]
+    if not fitting:
+        raise SystemExit(f"{name}: tests/mutation/targets.py names no tests for it; add them to TESTS")
+    return list(dict.fromkeys(f"tests/{path}" for path in TESTS[max(fitting, key=len)]))

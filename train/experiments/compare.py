@@ -1,0 +1,186 @@
+"""HBLL beside backprop in one run: same data order, initial weights and steps, a learning rate tuned for each method.
+
+    python train/experiments/compare.py --report-only              # the stored runs of train/results/
+    python train/experiments/compare.py --output new.json          # all of them again
+    python train/experiments/compare.py --quick                    # minutes: the same, too short to mean much
+    python train/experiments/compare.py --task induction           # a task that one block cannot do
+    python train/experiments/compare.py --cell gru --n-level 2     # 3 GRU layers, beside backprop through depth and time
+
+A method is an inference with options, such as "sweeps:forward=2,backward=1", "tree", "backprop:depth_mix=sandwich", or a
+short name: "backprop-3" (a model of its own that runs the default path of 3 blocks), "mix" (sweeps on the full path and
+the depth mix), "backprop-mix" (the same mix by backprop). Every method tries every learning rate with the first seed, and
+beyond the grid, in factors of two, as long as its best one lies at the edge (three steps at most). The one with the lowest
+validation loss (of the method's deepest path) is kept for the other seeds. The test split is only reported.
+
+Recurrent stacks read the text window after window and carry their states on, unless --no-carry-state is given: all methods
+alike, in training and where they are evaluated.
+
+Results are added to a JSON file run by run, and a run that is in the file is not done again; two processes may share one.
+
+New names in version 0.2: --methods (was --sides), --depth-mix (--mix), --context-length (--block-size), --alignment-every
+(--probe-every). Files of results and names of methods from before are read as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from comparisons.depth_methods import DepthMethod
+from comparisons.methods import distinct
+from comparisons.plots import plot_depth
+from comparisons.report import report_depth
+from comparisons.results import Comparison, Results
+from comparisons.runs import DepthShape, train_depth
+from comparisons.tasks import LanguageTask, SyntheticTask, Text
+from hbll_seq.data.tasks import make_task
+from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.data.tokens import load_tokens
+from hbll_seq.data.windows import TokenWindows
+from hbll_seq.models.config import CELLS, HBLLConfig
+from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIXES
+from hbll_seq.training.settings import block_cells
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+METHODS = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=low_rank", "mix"]
+TASKS = {
+    "text": {},
+    "induction": {},
+    "induction-2": {"hops": 2, "context_length": 128},
+    "recall": {},
+    "listops": {},
+}
+TRANSFORMER = "transformer"
+#: beside backprop; the tree carries no states
+OF_RECURRENT = ["sweeps", "mix"]
+#: what a short run and a synthetic task change of the defaults below
+QUICK = dict(steps=60, lrs=[3e-3], seeds=[0], eval_batches=4, eval_every=20, alignment_every=20,
+             methods=["backprop-1", "backprop-7", "tree", "sweeps", "mix"])  # fmt: skip
+ON_TASKS = dict(n_embd=64, batch_size=32, steps=600, lrs=[1e-3, 2e-3], eval_every=25, alignment_every=100, eval_batches=16,
+                methods=["backprop-1", "backprop-7", "backprop-mix", "tree", "sweeps", "mix"])  # fmt: skip
+
+
+def options() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="text", help="text, or a synthetic task: induction of one or two hops, associative "
+        f"recall, nested list operations; tasks have their own defaults: {ON_TASKS}")
+    add("--output", type=Path, help="JSON file of results (default: "
+        "train/results/compare[-TASK][-CELL-LEVEL][-quick].json)")
+    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--methods", nargs="+", default=METHODS, help=f"what is compared (default: {' '.join(METHODS)}; of a recurrent "
+        f"stack backprop-N with all its blocks, {' '.join(OF_RECURRENT)})")
+    add("--depth-mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
+    add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
+    add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
+    add("--cell", default=TRANSFORMER, help=f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
+        "gru,transformer,gru")
+    add("--carry-state", action=argparse.BooleanOptionalAction, help="recurrent blocks start a window from their states "
+        "after the one before; each row of a batch then reads its own stretch of the text (default: where all blocks are "
+        "recurrent)")
+    add("--n-embd", type=int, default=128)
+    add("--n-head", type=int, default=4)
+    add("--context-length", type=int, default=128, help="context of text in tokens (default: 128)")
+    add("--batch-size", type=int, default=4)
+    add("--steps", type=int, default=3000)
+    add("--warmup-steps", type=int, default=100)
+    add("--lrs", type=float, nargs="+", default=[1.5e-3, 3e-3], help="learning rates that every method tries, and beyond")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes the learning rate")
+    add("--eval-batches", type=int, default=40, help="batches of validation and test text (16 windows; of a task 32)")
+    add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that")
+    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
+    add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with the defaults that depend on others of its values.
+
+    Raises:
+        ValueError: two values do not go together.
+    """
+    parser, argv = options(), sys.argv[1:] if argv is None else argv
+    first = parser.parse_known_args(argv)[0]
+    task, cell = first.task, first.cell.replace(" ", "").strip("[]()")
+    config = HBLLConfig(n_level=first.n_level, cell=block_cells(cell))
+    if task != "text":
+        parser.set_defaults(**ON_TASKS)
+    if "--quick" in argv:
+        parser.set_defaults(**QUICK)
+    if config.has_recurrence:
+        parser.set_defaults(methods=[f"backprop-{config.n_layer}", *OF_RECURRENT])
+    args = parser.parse_args(argv)
+    args.cell = cell
+    if args.carry_state is None:
+        args.carry_state = task == "text" and not config.has_attention
+    if args.carry_state and not config.has_recurrence:
+        raise ValueError(f"carry_state=True with cell={cell!r}: only recurrent blocks have a state to carry; leave it out, "
+                         "or choose a recurrent --cell")  # fmt: skip
+    if args.carry_state and task != "text":
+        raise ValueError(f"carry_state=True with task={task!r}: its windows do not follow one another; leave it out")
+    if args.output is None:
+        told = [cell.replace(",", "+")] if cell != TRANSFORMER else []
+        told += [str(args.n_level)] if told or args.n_level != parser.get_default("n_level") else []
+        name = "-".join(["compare", *([task] if task != "text" else []), *told, *(["quick"] if args.quick else [])])
+        args.output = RESULTS / f"{name}.json"
+    return args
+
+
+def setting_of(args: argparse.Namespace) -> dict[str, object]:
+    """What all runs of a file of results have in common, but for the text's fingerprint. What came later than the first
+    stored files is left out where it is as it was in them."""
+    names = ("task", "depth_mix", "data", "context_length", *DepthShape.__dataclass_fields__, "carry_state")
+    setting = {name: getattr(args, name) for name in names}
+    return {k: v for k, v in setting.items() if (k, v) not in (("cell", TRANSFORMER), ("carry_state", False))}
+
+
+def task_of(args: argparse.Namespace) -> LanguageTask:
+    """What is learned. Raises ValueError when the text cannot be used."""
+    if args.task != "text":
+        return SyntheticTask(make_task(args.task.removesuffix("-2"), **TASKS[args.task]))
+    tokenizer = Tokenizer.default()
+    splits = ("train", "validation", "test")
+    windows = {s: TokenWindows(load_tokens(args.data, s, tokenizer), args.context_length) for s in splits}
+    return Text(windows, tokenizer.vocab_size, args.carry_state)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is missing, then prints the table and writes the plot beside the JSON file."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    task = task_of(args)
+    methods = distinct(DepthMethod.named(name, args.depth_mix, args.n_level, args.cell) for name in args.methods)
+    for method in methods:
+        method.check(args.carry_state)  # before the first run, not hours later
+    shape = DepthShape(**{name: getattr(args, name) for name in DepthShape.__dataclass_fields__})
+    # text and tokenizer too: a changed file is another comparison
+    results = Results(args.output, {**setting_of(args), "text": task.fingerprint}, "depth")
+
+    def train(method: DepthMethod, lr: float, seed: int) -> dict:
+        return train_depth(method, lr, seed, task, shape)
+
+    comparison = Comparison(results, None if args.report_only else train)
+    runs = comparison.at_rates(methods, lambda method: comparison.rate(method, args.lrs, args.seeds[0]), args.seeds)
+    carried = "; states carried from window to window" if args.carry_state else "; every window from the zero state"
+    print(report_depth(runs, task.metric, "" if args.cell == TRANSFORMER else carried))
+    others = [name for name in results.methods() if name not in {method.name for method in methods}]
+    if args.report_only and others:
+        print(f"the file also holds, for --methods: {' '.join(others)}")
+    plot_depth(args.output.with_suffix(".png"), runs, task.metric)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

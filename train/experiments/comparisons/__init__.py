@@ -1,0 +1,12 @@
+"""What the comparisons of ``train/experiments`` share; the library does not need it.
+
+    fit        one training loop for all of them, and the alignment of a gradient with the exact one
+    methods    ways to train: over depth (``depth_methods``) and over time (``time_methods``)
+    tasks      what is learned: batches, and the figures of a model
+    runs       one run of a method on a task: what the file of results stores
+    results    that file, the learning rates that its runs decide, and what is run
+    words      reads the names that older files of results use
+    report     tables
+    plots      figures
+    fused      torch's fused recurrent layers as a baseline of speed
+"""

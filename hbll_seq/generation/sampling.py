@@ -40,7 +40,7 @@ class SamplingParams:
     """
 
     max_new_tokens: int = option(100, "the most tokens that are added to a prompt", low=1)
-    temperature: float = option(0.8, "0 always takes the most probable token", low=0, remedy=" (0 is greedy)")
+    temperature: float = option(0.8, "0 always takes the most probable token", low=0, below=math.inf, remedy=" (0 is greedy)")
     top_k: int | None = option(None, "keep the k most probable tokens", low=1, remedy=", or None to keep every token")
     top_p: float | None = option(
         None, "keep the fewest tokens of this probability", above=0, high=1, remedy=", or None to keep every token"

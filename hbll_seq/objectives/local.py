@@ -113,8 +113,8 @@ class LocalObjective(Objective):
             raise ValueError(f"path={quote(path)} with inference='v_cycles': it needs the full path; use inference='sweeps'")
         if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError(
-                "inference='v_cycles' with recurrent blocks: its states come from evaluations without gradient, each of which "
-                "is but one iteration over time; use inference='sweeps'"
+                "inference='v_cycles' with recurrent blocks: its states come from evaluations without gradient, and each of "
+                "these is but one iteration over time; use inference='sweeps'"
             )
 
     def _new_fit(self) -> LowRankFit | None:

@@ -6,6 +6,7 @@ these objects in ``registry.py``, for the command line, presets and comparisons.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -22,8 +23,8 @@ from hbll_seq.utils.reading import quote
 LINEARIZATIONS: dict[str, type[Linearization]] = {
     kind.name: kind for kind in (Zero, Identity, Diagonal, LowRank, SharedMatrix)
 }
-#: more iterations than this would be an endless loop
-MOST = 10_000
+#: more iterations or samples than this would be an endless loop
+MOST = 1_000_000
 
 
 def as_linearization(name: str, value: Linearization | str) -> Linearization:
@@ -48,7 +49,7 @@ class TreeGuess:
     """
 
     tree: RecurrentTree
-    weight: float = option(0.1, "weight of the losses that train the tree to agree with the chain", low=0)
+    weight: float = option(0.1, "weight of the losses that train the tree to agree with the chain", low=0, below=math.inf)
 
     def __post_init__(self):
         check_options(self)
@@ -127,10 +128,14 @@ class Sweeps(Inference):
         remedy="; 1 is the plain iteration",
     )
     tolerance: float = option(
-        0.0, "stop iterating once the states change by at most this; 0 does all", low=0, remedy="; 0 does all iterations"
+        0.0,
+        "stop iterating once the states change by at most this; 0 does all",
+        low=0,
+        below=math.inf,
+        remedy="; 0 does all iterations",
     )
     clip: float | None = option(
-        None, "over time: diagonals are held within it", above=0, infinite=True, remedy="; float('inf') clips nothing"
+        None, "over time: diagonals are held within it", above=0, remedy="; float('inf') clips nothing"
     )
 
     def __post_init__(self):
@@ -186,10 +191,16 @@ class Tree(Inference):
     """
 
     name: ClassVar[str] = "tree"
-    sigma: float | None = option(None, "tree: noise scale of the sampled states", low=0, remedy="; 0 switches the noise off")
+    sigma: float | None = option(
+        None, "tree: noise scale of the sampled states", low=0, below=math.inf, remedy="; 0 switches the noise off"
+    )
     n_samples: int = option(1, "tree: Monte-Carlo samples a step", low=1, high=MOST)
     state_weight: float = option(
-        0.1, "tree: weight of the losses on hidden states", above=0, remedy="; without it most blocks would not be trained"
+        0.1,
+        "tree: weight of the losses on hidden states",
+        above=0,
+        below=math.inf,
+        remedy="; without it most blocks would not be trained",
     )
     clean_inputs: bool = option(True, "tree: blocks read forward messages, never corrected states")
     free_energy: bool = option(
@@ -243,8 +254,8 @@ class TimeTree(Inference):
     name: ClassVar[str] = "tree"
     tree: RecurrentTree
     consistency: int = option(1, "iterations of the consistency stage; 0 leaves it out", low=0, high=MOST)
-    arc_weight: float = option(0.1, "weight of the arc losses", low=0)
-    consistency_weight: float = option(1.0, "weight of the consistency stage", low=0)
+    arc_weight: float = option(0.1, "weight of the arc losses", low=0, below=math.inf)
+    consistency_weight: float = option(1.0, "weight of the consistency stage", low=0, below=math.inf)
 
     def __post_init__(self):
         check_options(self)
@@ -271,6 +282,7 @@ class DepthMix:
         None,
         "weight of the mix's losses beside the main path's 1",
         above=0,
+        below=math.inf,
         remedy="; depths='none' trains the main path alone",
     )
 

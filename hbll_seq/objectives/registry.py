@@ -13,6 +13,7 @@ import typing
 from typing import Any
 
 from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.objectives.depth_mix import MIXES
 from hbll_seq.objectives.options import (
     LINEARIZATIONS,
     DepthMix,
@@ -24,6 +25,7 @@ from hbll_seq.objectives.options import (
     VCycles,
 )
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.values import check_choice
 
 #: ways to find states and adjoints, by name: over depth, over the steps of a recurrent model, and inside recurrent blocks
 INFERENCES: dict[str, type[Inference]] = {kind.name: kind for kind in (Sweeps, Tree, VCycles)}
@@ -65,10 +67,12 @@ def parse_depths(value: str | DepthMix | None) -> DepthMix:
     if isinstance(value, DepthMix):
         return value
     name, _, rest = value.partition(":") if isinstance(value, str) else (value, "", "")
+    name = "none" if name is None else name
+    check_choice("depths", name, MIXES)
     options = options_of(rest, "depths")
     if "name" in options:
         raise ValueError(f"depths={quote(value)}: the name goes before the colon, as in octaves:weight=4")
-    return make(DepthMix, options, name="none" if name is None else name)
+    return make(DepthMix, options, name=name)
 
 
 def options_of(text: str, owner: str) -> dict[str, str]:
@@ -108,7 +112,7 @@ def make(kind: type, options: dict[str, str], **objects: Any) -> Any:
 
 
 def _name(kind: type) -> str:
-    return "depths" if kind is DepthMix else kind.name
+    return "depths" if kind is DepthMix else getattr(kind, "name", kind.__name__)
 
 
 def _value(key: str, text: str, hint: Any) -> Any:

@@ -89,9 +89,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     if low is not None and value < low:
         raise ValueError(f"{field.name}={quote(value)}: must be at least {low}")
     if above is not None and value <= above:
-        remedy = field.metadata.get("remedy")
-        raise ValueError(f"{field.name}={quote(value)}: must be above {above:g}" + (f"; {remedy}" if remedy else ""))
-    if not isinstance(value, str) and high is None and below is None:
+        raise ValueError(f"{field.name}={quote(value)}: must be above {above:g}{field.metadata.get('remedy') or ''}")
+    if not isinstance(value, str) and high is None and below in (None, math.inf):
         high = _MOST if isinstance(value, int) else _LARGEST
     if high is not None and value > high:
         raise ValueError(f"{field.name}={quote(value)}: must be at most {high}")

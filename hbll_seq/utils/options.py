@@ -20,7 +20,6 @@ def option(
     high: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    infinite: bool = False,
     choices: tuple[str, ...] | None = None,
     remedy: str = "",
     **more: Any,
@@ -30,15 +29,13 @@ def option(
     Args:
         default: its value where nothing is said.
         help: what it means, for ``--help``.
-        low, high: the least and the largest value. above, below: values that it must exceed, and stay under.
-        infinite: whether infinity is a value.
+        low, high: the least and the largest value. above, below: values that it must exceed, and stay under; a number
+            with ``below=math.inf`` must be finite.
         choices: the words that it may be.
-        remedy: what messages about a wrong value say at their end, such as ``", or None for all"``.
+        remedy: what a message adds to the range, such as ``", or None for all"``.
         more: further metadata, as a command line's group.
     """
-    metadata = dict(
-        help=help, low=low, high=high, above=above, below=below, infinite=infinite, choices=choices, remedy=remedy, **more
-    )
+    metadata = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, remedy=remedy, **more)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -75,7 +72,7 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
         if plain is None or not _is_within(plain, allowed):
             what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{allowed['remedy']}")
+            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{allowed.get('remedy', '')}")
         return plain
     if allowed["choices"]:
         check_choice(name, value, allowed["choices"])
@@ -84,14 +81,8 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
 
 def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
     low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
-    if math.isinf(value) and not allowed["infinite"]:
-        return False
-    return (
-        (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
+    reaches = (low is None or value >= low) and (above is None or value > above)
+    return reaches and (high is None or value <= high) and (below is None or value < below)
 
 
 def _range(allowed: typing.Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.gru import GRUCell
 from hbll_seq.models.recurrent import RecurrentLM
+from hbll_seq.objectives.options import Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentLocalObjective
 from hbll_seq.tree.topology import DyadicTree
 
@@ -155,11 +156,11 @@ def names_with_gradient(objective, tokens, index):
 
 def test_what_trains_what():
     model, tree, tokens = lm_and_tree()
-    own = RecurrentLocalObjective(model, tree=tree)
+    own = RecurrentLocalObjective(model, Sweeps(init=TreeGuess(tree)))
     # as an initialiser the tree is trained alone, and trains nothing else; odd n are the deployed cell's
     assert names_with_gradient(own, tokens, 1) == {"tree.cells"}
     assert names_with_gradient(own, tokens, 0) == {"model.cell", "model.embed", "model.head"}
-    paper = RecurrentLocalObjective(model, "tree", tree=tree)
+    paper = RecurrentLocalObjective(model, TimeTree(tree))
     assert names_with_gradient(paper, tokens, 0) == {"model.cell", "model.embed", "model.head", "tree.cells"}
     assert names_with_gradient(paper, tokens, 1) == {"model.cell", "model.embed", "tree.cells"}  # arcs
     assert names_with_gradient(paper, tokens, 2) == {"model.cell", "model.embed"}  # consistency
@@ -168,7 +169,7 @@ def test_what_trains_what():
 def test_the_initialiser_is_trained_at_even_n():
     """0.1 ||h_n - sg s_n||^2 summed over features and the task loss of the frozen head, both means over even n."""
     model, tree, tokens = lm_and_tree(11)
-    objective = RecurrentLocalObjective(model, tree=tree, sweeps=10, tree_weight=0.1)
+    objective = RecurrentLocalObjective(model, Sweeps(10, init=TreeGuess(tree, 0.1)))
     output = objective(tokens)
     y, _ = model.cell(model.embed(tokens[:, :-1]))
     h = tree.states(model.cell, model.symbols(tokens[:, :-1]), torch.zeros(2, 6, dtype=torch.float64))
@@ -183,19 +184,19 @@ def test_the_initialiser_is_trained_at_even_n():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def test_consistency_differentiates_the_last_sweep_only():
+def test_consistency_differentiates_the_last_iteration_only():
     tree, f0, symbols, h0 = double_tree(8)
     clean = tree.states(f0, symbols, h0).detach()
     before = clean
-    for sweeps in (1, 2, 4):
+    for n_iterations in (1, 2, 4):
         with torch.no_grad():
             before = clean
-            for _ in range(sweeps - 1):
+            for _ in range(n_iterations - 1):
                 read = torch.cat((h0[None], before[:-1]))
                 before = f0.transition(read, f0.project(symbols))
         last = f0.transition(torch.cat((h0[None], before[:-1])), f0.project(symbols))
         expected = sum((last[n] - clean[n]).square().sum(-1).mean() for n in range(8)) / 8
-        ours = tree.consistency(f0, symbols, h0, clean, sweeps)
+        ours = tree.consistency(f0, symbols, h0, clean, n_iterations)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
         for a, b in zip(torch.autograd.grad(ours, f0.parameters()), torch.autograd.grad(expected, f0.parameters())):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
@@ -203,14 +204,14 @@ def test_consistency_differentiates_the_last_sweep_only():
 
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 11, 16])
 @pytest.mark.parametrize("share", ["none", "capped", "all"])
-@pytest.mark.parametrize("sweeps", [0, 1, 4])
-def test_the_papers_objective_takes_any_length(n_steps, share, sweeps):
+@pytest.mark.parametrize("consistency", [0, 1, 4])
+def test_the_papers_objective_takes_any_length(n_steps, share, consistency):
     model, tree, tokens = lm_and_tree(n_steps, share)
-    objective = RecurrentLocalObjective(model, "tree", tree=tree, sweeps=sweeps)
+    objective = RecurrentLocalObjective(model, TimeTree(tree, consistency))
     output = objective(tokens)
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
-    assert ("consistency" in output.metrics) == (sweeps > 0)
+    assert ("consistency" in output.metrics) == (consistency > 0)
     torch.testing.assert_close(output.node_losses.sum(), output.loss)
     with torch.no_grad():
         torch.testing.assert_close(objective(tokens).loss, output.loss)
@@ -222,7 +223,7 @@ def test_the_papers_objective_takes_any_length(n_steps, share, sweeps):
 def test_training_the_papers_form_learns():
     """A few steps on a repeated sequence: the task loss at the tree's states falls."""
     model, tree, tokens = lm_and_tree(16)
-    objective = RecurrentLocalObjective(model, "tree", tree=tree, sweeps=2)
+    objective = RecurrentLocalObjective(model, TimeTree(tree, 2))
     optimizer = torch.optim.Adam(objective.parameters(), lr=2e-2)
     history = []
     for _ in range(60):
@@ -237,7 +238,7 @@ def test_training_the_papers_form_learns():
 def test_bad_values_are_named():
     model, tree, tokens = lm_and_tree()
     with pytest.raises(ValueError, match="17 steps.*1 to 16"):
-        RecurrentLocalObjective(model, "tree", tree=tree)(torch.zeros(1, 18, dtype=torch.long))
+        RecurrentLocalObjective(model, TimeTree(tree))(torch.zeros(1, 18, dtype=torch.long))
     with pytest.raises(ValueError, match="share='some'.*none, capped, all"):
         RecurrentTree(GRUCell, 5, 6, 4, share="some")
     with pytest.raises(ValueError, match="n_level=0"):
@@ -246,6 +247,6 @@ def test_bad_values_are_named():
         RecurrentTree("grru", 5, 6, 4)
     assert [type(cell) for cell in RecurrentTree("gru", 5, 6, 2).cells] == [GRUCell, GRUCell]
     with pytest.raises(ValueError, match="hidden_size=7.*cell of 6"):
-        RecurrentLocalObjective(model, tree=RecurrentTree(GRUCell, 5, 7, 4))
+        RecurrentLocalObjective(model, Sweeps(init=TreeGuess(RecurrentTree(GRUCell, 5, 7, 4))))
     with pytest.raises(ValueError, match="share='all'"):
-        RecurrentLocalObjective(model, tree=RecurrentTree(GRUCell, 5, 6, 4, share="all"))
+        TreeGuess(RecurrentTree(GRUCell, 5, 6, 4, share="all"))

@@ -8,7 +8,7 @@ from torch import nn
 
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Identity
-from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit, low_rank_scan
+from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit, LowRankMaps, low_rank_scan
 from hbll_seq.engine.solve import forward_sweeps
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
@@ -24,7 +24,7 @@ from hbll_seq.training.settings import TrainingSettings
 def test_the_scan_is_the_chain_of_maps(n_steps, reverse):
     torch.manual_seed(0)
     b, initial = torch.randn(n_steps, 2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
-    maps = LowRank(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
+    maps = LowRankMaps(torch.randn(n_steps, 6, 3, dtype=torch.float64), torch.randn(n_steps, 3, 6, dtype=torch.float64))
     given, state, expected = b.clone(), initial, [None] * n_steps
     for n in reversed(range(n_steps)) if reverse else range(n_steps):
         state = state + maps.branch(n, state) + b[n]
@@ -170,7 +170,6 @@ def test_what_is_observed_is_a_copy_in_full_precision():
 
 
 def test_only_training_steps_on_the_main_path_are_learned_from():
-
     model, tokens = double_lm()
     sweeps = Sweeps(2, 2, linearization="low_rank")
     objective = LocalObjective(model, sweeps, depths="sandwich").double()
@@ -202,7 +201,7 @@ def test_only_training_steps_on_the_main_path_are_learned_from():
 def test_under_autocast_sums_and_fits_keep_their_precision():
     torch.manual_seed(0)
     b, initial = torch.randn(5, 2, 3, 8), torch.randn(2, 3, 8)
-    maps = LowRank(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
+    maps = LowRankMaps(torch.randn(5, 8, 2), torch.randn(5, 2, 8))
     expected = low_rank_scan(b, maps, initial), maps.branch(1, initial)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = low_rank_scan(b, maps, initial), maps.branch(1, initial)

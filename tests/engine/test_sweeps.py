@@ -401,7 +401,7 @@ def test_no_gradient_passes_from_one_block_to_another():
         (lambda m: LocalObjective(m, Sweeps(damping=0.0)), "damping=0.0.*1 is the plain iteration"),
         (lambda m: LocalObjective(m, Sweeps(tolerance=-1.0)), "tolerance=-1.0.*0 does all iterations"),
         (lambda m: LocalObjective(m, "sweeps", recompute="some"), "recompute='some'.*True or False"),
-        (lambda m: LocalObjective(m, "sweeps", depths="every"), "name='every'.*none, random"),
+        (lambda m: LocalObjective(m, "sweeps", depths="every"), "depths='every'.*none, random"),
         (lambda m: LocalObjective(m, "sweeps", depths=DepthMix("random", 0)), "weight=0.*depths='none'"),
         (lambda m: LocalObjective(m, "sweeps", depths="random", path=(4,)), "leave path out"),
         (lambda m: LocalObjective(m, VCycles(), path=(4,)), "needs the full path"),

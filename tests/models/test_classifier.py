@@ -76,7 +76,7 @@ def test_logits_are_the_heads_of_the_last_state_of_the_plain_recurrence(kind):
 
 def test_an_objective_takes_the_values_themselves():
     model = model_of()
-    output = RecurrentLocalObjective(model, sweeps=3, corrections=3)(torch.rand(2, 10), torch.tensor([0, 2]))
+    output = RecurrentLocalObjective(model, "sweeps:forward=3,backward=3")(torch.rand(2, 10), torch.tensor([0, 2]))
     output.loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 

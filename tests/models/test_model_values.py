@@ -19,6 +19,7 @@ from hbll_seq import (
     LocalObjective,
     RecurrentLM,
     RecurrentModel,
+    Sweeps,
     make_cell,
 )
 from hbll_seq.models.config import BOUNDS
@@ -94,10 +95,11 @@ def test_choices_are_words(value):
             HBLLConfig(**{name: value})
     model = model_of()
     makers = {"cell": lambda v: HBLLClassifierConfig(cell=v), "inference": lambda v: LocalObjective(model, v),
-              "linearization": lambda v: LocalObjective(model, linearization=v),
-              "init": lambda v: LocalObjective(model, init=v),
-              "time_linearization": lambda v: LocalObjective(model, time_linearization=v),
               "family": lambda v: DyadicTree(2, v)}
+    if value is not None:  # which stands for a default here
+        makers |= {"linearization": lambda v: Sweeps(linearization=v), "init": lambda v: Sweeps(init=v),
+                   "depths": lambda v: LocalObjective(model, "sweeps", depths=v),
+                   "time": lambda v: LocalObjective(model, time=v)}
     for name, make in makers.items():
         with pytest.raises(ValueError, match=f"{name}=.*allowed are "):
             make(value)

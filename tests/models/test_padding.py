@@ -12,10 +12,10 @@ from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import Sweeps, TimeTree, Tree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 LENGTHS = [3, 7, 1, 7, 4]
-EXACT = dict(sweeps=7, corrections=7)
 SIDES = ("right", "left")
 
 
@@ -27,14 +27,14 @@ def tree():
 OBJECTIVES = {
     "backprop": RecurrentBackpropObjective,
     "truncated": lambda m: RecurrentBackpropObjective(m, window=2),
-    "zero": lambda m: RecurrentLocalObjective(m, linearization="zero", chunk=1, **EXACT),
-    "zero, short": lambda m: RecurrentLocalObjective(m, linearization="zero", chunk=1, sweeps=1, corrections=1),
-    "diagonal": lambda m: RecurrentLocalObjective(m, linearization="diagonal", chunk=1, **EXACT),
-    "diagonal, chunks": lambda m: RecurrentLocalObjective(m, linearization="diagonal", chunk=3, **EXACT),
-    "secant": lambda m: RecurrentLocalObjective(m, linearization="secant", chunk=2, **EXACT),
-    "sweeps from the tree": lambda m: RecurrentLocalObjective(m, tree=tree(), **EXACT),
-    "tree": lambda m: RecurrentLocalObjective(m, "tree", tree=tree(), sweeps=2),
-    "tree alone": lambda m: RecurrentLocalObjective(m, "tree", tree=tree(), sweeps=0),
+    "zero": lambda m: RecurrentLocalObjective(m, Sweeps(7, 7, 1, "zero")),
+    "zero, short": lambda m: RecurrentLocalObjective(m, Sweeps(1, 1, 1, "zero")),
+    "diagonal": lambda m: RecurrentLocalObjective(m, Sweeps(7, 7, 1, "diagonal")),
+    "diagonal, chunks": lambda m: RecurrentLocalObjective(m, Sweeps(7, 7, 3, "diagonal")),
+    "shared matrix": lambda m: RecurrentLocalObjective(m, Sweeps(7, 7, 2, "shared_matrix")),
+    "sweeps from the tree": lambda m: RecurrentLocalObjective(m, Sweeps(7, 7, init=TreeGuess(tree()))),
+    "tree": lambda m: RecurrentLocalObjective(m, TimeTree(tree(), 2)),
+    "tree alone": lambda m: RecurrentLocalObjective(m, TimeTree(tree(), 0)),
 }
 
 
@@ -139,7 +139,7 @@ def test_a_language_models_padding_is_as_labels_of_none(name, side):
 
 def test_the_tree_over_time_takes_padded_language():
     torch.manual_seed(0)
-    objective = RecurrentLocalObjective(RecurrentLM(17, make_cell("gru", 2, 6)).double(), "tree", tree=tree(), sweeps=2)
+    objective = RecurrentLocalObjective(RecurrentLM(17, make_cell("gru", 2, 6)).double(), TimeTree(tree(), 2))
     tokens, lengths = torch.randint(17, (4, 8)), [8, 2, 5, 5]
     alone = [objective(row[None, :n]).loss for row, n in zip(tokens, lengths)]
     together = objective(tokens, lengths=lengths).loss
@@ -156,7 +156,7 @@ def test_vectors_as_targets(family, readout):
     if readout == "every":
         for row, n in zip(targets, LENGTHS):
             row[7 - n :] = torch.rand(n, 3)
-    exact = RecurrentLocalObjective(model, linearization="diagonal", chunk=3, **EXACT)
+    exact = RecurrentLocalObjective(model, Sweeps(7, 7, 3, "diagonal"))
     for objective in (RecurrentBackpropObjective(model), exact):
         parts = targets if readout == "last" else [t[7 - n :] for t, n in zip(targets, LENGTHS)]
         losses = [objective(row[None], t[None]).loss for row, t in zip(rows, parts)]
@@ -217,12 +217,12 @@ def zero(objective, *arguments):
 
 DEPTH = {
     "backprop": BackpropObjective,
-    "backprop, mix": lambda m: BackpropObjective(m, mix="octaves"),
+    "backprop, mix": lambda m: BackpropObjective(m, depths="octaves"),
     "sweeps": lambda m: LocalObjective(m, "sweeps"),
-    "sweeps, mix": lambda m: LocalObjective(m, "sweeps", mix="octaves"),
-    "multigrid": lambda m: LocalObjective(m, "multigrid"),
+    "sweeps, mix": lambda m: LocalObjective(m, "sweeps", depths="octaves"),
+    "V-cycles": lambda m: LocalObjective(m, "v_cycles"),
     "tree": LocalObjective,
-    "tree, samples": lambda m: LocalObjective(m, n_samples=2, sigma=0.1, free_energy=True),
+    "tree, samples": lambda m: LocalObjective(m, Tree(0.1, 2, free_energy=True)),
 }
 
 

@@ -104,17 +104,17 @@ def test_older_folders_lack_it_and_load(tmp_path):
 @pytest.mark.parametrize("family", ["spine", "prefix"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_mix_trains_what_it_says(mix, family):
-    """Against the routes of many steps: what is read out is named, and nothing else is."""
+    """Against the sub-networks of many steps: every exit is named, and nothing else is."""
     tree = DyadicTree(3, family)
     full = tree.path_for_depth(7)
     read = Counter(
-        route.path[: route.path.index(n) + 1]
+        network.path[: network.path.index(n) + 1]
         for seed in range(400 if mix != "random" else 4000)
-        for route in sub_networks_of_step(mix, 1.0, tree, full, seed)
-        for n in route.exits
+        for network in sub_networks_of_step(mix, 1.0, tree, full, seed)
+        for n in network.exits
     )
     model = small_lm(default_paths=family)
-    config = dataclasses.replace(model.config, trained_paths=BackpropObjective(model, mix=mix).trained_paths())
+    config = dataclasses.replace(model.config, trained_paths=BackpropObjective(model, depths=mix).trained_paths())
     assert {path for path in tree.paths() if config.is_trained(path)} == set(read)
 
 

@@ -12,6 +12,7 @@ from hbll_seq.models.generate import generate
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import Tree
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 TOKENS = torch.randint(17, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -40,12 +41,12 @@ def recurrent():
 
 
 MAKE = {
-    "tree": lambda: LocalObjective(small_lm(dropout=0.1), sigma=0.1),
-    "sweeps": lambda: LocalObjective(small_lm(dropout=0.1), "sweeps", mix="random"),
-    "recomputed": lambda: LocalObjective(small_lm(), "sweeps", path=(4, 6), graphs="recomputed"),
-    "backprop": lambda: BackpropObjective(small_lm(dropout=0.1), mix="nested"),
+    "tree": lambda: LocalObjective(small_lm(dropout=0.1), Tree(sigma=0.1)),
+    "sweeps": lambda: LocalObjective(small_lm(dropout=0.1), "sweeps", depths="random"),
+    "recomputed": lambda: LocalObjective(small_lm(), "sweeps", path=(4, 6), recompute=True),
+    "backprop": lambda: BackpropObjective(small_lm(dropout=0.1), depths="nested"),
     "grid": lambda: LocalObjective(small_lm(cell="gru"), "sweeps"),
-    "time": lambda: RecurrentLocalObjective(recurrent(), linearization="secant"),
+    "time": lambda: RecurrentLocalObjective(recurrent(), "sweeps:linearization=shared_matrix"),
     "backprop through time": lambda: RecurrentBackpropObjective(recurrent()),
 }
 

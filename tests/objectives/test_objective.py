@@ -11,6 +11,7 @@ from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import Tree
 from hbll_seq.tree import inference
 from hbll_seq.tree.inference import tree_pass
 from hbll_seq.tree.posterior import Gaussian
@@ -46,10 +47,10 @@ def test_left_spine_trains_the_embedding_and_right_spine_the_head():
 
 def tree_states(model, tokens, **options):
     targets = tokens[:, 1:]
-    emission = lambda n, a: model.target_family.discrepancy(model.head(a), targets)  # noqa: E731
+    output_energy = lambda n, a: model.target_family.energy(model.head(a), targets)  # noqa: E731
     noise = lambda n, like: torch.randn(like.shape, generator=torch.Generator().manual_seed(n))  # noqa: E731
     z0 = model.embed(tokens[:, :-1])
-    return tree_pass(model.chain, model.tree, z0, emission, Gaussian(), sigma=0.1, noise=noise, **options)
+    return tree_pass(model.chain, model.tree, z0, output_energy, Gaussian(), sigma=0.1, noise=noise, **options)
 
 
 def test_no_leak_what_a_block_reads_does_not_move_with_later_tokens():
@@ -77,7 +78,7 @@ def test_the_no_leak_test_can_see_a_leak():
 
 def test_a_language_model_refuses_to_read_corrected_states():
     with pytest.raises(ValueError, match="clean_inputs=False"):
-        LocalObjective(small_lm(), clean_inputs=False)
+        LocalObjective(small_lm(), Tree(clean_inputs=False))
 
 
 def train_on_random_tokens(objective, steps=120):
@@ -109,9 +110,9 @@ def test_random_tokens_cannot_be_predicted(objective, monkeypatch):
     if objective == "tree, strong correction":
         strong_correction(monkeypatch)
     trained = {
-        "tree": lambda: LocalObjective(model, state_weight=0.1),
-        "tree, 2 samples, no noise": lambda: LocalObjective(model, sigma=0.0, n_samples=2),
-        "tree, strong correction": lambda: LocalObjective(model, sigma=0.0),
+        "tree": lambda: LocalObjective(model, Tree(state_weight=0.1)),
+        "tree, 2 samples, no noise": lambda: LocalObjective(model, Tree(sigma=0.0, n_samples=2)),
+        "tree, strong correction": lambda: LocalObjective(model, Tree(sigma=0.0)),
         "backprop": lambda: BackpropObjective(model),
     }[objective]()
     # The spread of a mean of 16 * 12 * 40 nearly constant terms is far below the 0.02 allowed here.
@@ -120,8 +121,8 @@ def test_random_tokens_cannot_be_predicted(objective, monkeypatch):
 
 def test_the_random_token_test_can_see_a_leak(monkeypatch):
     strong_correction(monkeypatch)
-    leaky = LocalObjective(small_lm(noise=0.0), sigma=0.0)
-    leaky.clean_inputs = False  # which a language model's objective refuses at construction
+    leaky = LocalObjective(small_lm(noise=0.0))
+    leaky.inference = Tree(sigma=0.0, clean_inputs=False)  # which a language model's objective refuses at construction
     assert train_on_random_tokens(leaky) < math.log(17) - 0.2
 
 
@@ -131,7 +132,7 @@ def test_tree_pass_by_hand():
     model = small_hierarchy(2)
     f1, f2, f3 = model.blocks
     x, y = torch.randn(5, 2), torch.randint(3, (5,))
-    output = LocalObjective(model, sigma=0.0, state_weight=0.7)(x, y)
+    output = LocalObjective(model, Tree(sigma=0.0, state_weight=0.7))(x, y)
 
     def nll(a):
         return nn.functional.cross_entropy(model.head(a), y, reduction="none")
@@ -152,14 +153,14 @@ def test_tree_pass_by_hand():
 def test_samples_average_and_noise_is_a_function_of_seed_step_and_node():
     model = small_lm()
     tokens = torch.randint(17, (2, 13))
-    once = LocalObjective(model, sigma=0.1)
+    once, other = LocalObjective(model, Tree(sigma=0.1)), LocalObjective(model, Tree(sigma=0.1), seed=1)
     assert torch.equal(once(tokens, step=3).node_losses, once(tokens, step=3).node_losses)
     assert not torch.equal(once(tokens, step=3).node_losses, once(tokens, step=4).node_losses)
-    assert not torch.equal(once(tokens, step=3).node_losses, LocalObjective(model, sigma=0.1, seed=1)(tokens, step=3)[1])
-    silent = [LocalObjective(model, sigma=0.0, n_samples=s)(tokens).node_losses for s in (1, 3)]
+    assert not torch.equal(once(tokens, step=3).node_losses, other(tokens, step=3).node_losses)
+    silent = [LocalObjective(model, Tree(sigma=0.0, n_samples=s))(tokens).node_losses for s in (1, 3)]
     torch.testing.assert_close(*silent)
     spread = [
-        torch.stack([LocalObjective(model, sigma=1.0, n_samples=s)(tokens, step=i).loss for i in range(12)]).std()
+        torch.stack([LocalObjective(model, Tree(sigma=1.0, n_samples=s))(tokens, step=i).loss for i in range(12)]).std()
         for s in (1, 16)
     ]
     assert spread[1] < 0.6 * spread[0]  # 16 samples: a quarter of the spread, in expectation
@@ -214,7 +215,7 @@ def test_ce_metrics_are_the_right_spines_losses(unscored):
     model = small_lm()
     tokens = torch.randint(17, (2, 13))
     labels = tokens.masked_fill(torch.arange(26).view(2, 13) < unscored, -100)
-    output = LocalObjective(model, sigma=0.0)(tokens, labels)
+    output = LocalObjective(model, Tree(sigma=0.0))(tokens, labels)
     for depth, block in ((1, 4), (2, 6), (3, 7)):
         loss = model(tokens, labels=labels, path=model.tree.path_for_depth(depth)).loss
         torch.testing.assert_close(output.metrics[f"ce_{depth}"], loss.detach())
@@ -238,7 +239,7 @@ def test_free_energy_bounds_the_log_likelihood_from_above():
     sigma, width = 1.0, 2
     model = linear_gaussian(width)
     x, y = torch.randn(3, width), torch.randn(3, width)
-    objective = LocalObjective(model, sigma=sigma, clean_inputs=False, free_energy=True, n_samples=4000)
+    objective = LocalObjective(model, Tree(sigma, 4000, clean_inputs=False, free_energy=True))
     metrics = objective(x, y).metrics
     chain = torch.eye(width)
     for block in (*model.blocks, model.head):
@@ -259,10 +260,10 @@ def test_free_energy_is_the_expected_log_ratio(n_blocks):
     width, sigma, n_samples = 8, 0.7, 20_000
     model = linear_gaussian(width, n_blocks)
     x, y = torch.randn(1, width), torch.randn(1, width)
-    objective = LocalObjective(model, sigma=sigma, clean_inputs=False, free_energy=True, n_samples=n_samples)
+    objective = LocalObjective(model, Tree(sigma, n_samples, clean_inputs=False, free_energy=True))
     metrics = objective(x, y).metrics
     expanded = [t.repeat_interleave(n_samples, dim=0) for t in (x, y)]
-    result = objective._tree_pass(*expanded, step=0)
+    _, result = objective._run_tree(x, y, step=0)
     states = {0: expanded[0], **result.targets}
     ratio = 0.0
     for n in range(1, model.tree.N):
@@ -277,7 +278,7 @@ def test_free_energy_is_the_expected_log_ratio(n_blocks):
 
 def test_free_energy_needs_noise_and_local_losses_need_gradients_and_range():
     with pytest.raises(ValueError, match="sigma=0.*give a sigma above 0"):
-        LocalObjective(linear_gaussian(2), free_energy=True)
+        LocalObjective(linear_gaussian(2), "tree:free_energy=true")
     objective, x, y = LocalObjective(small_hierarchy(2)), torch.randn(2, 2), torch.tensor([0, 1])
     with torch.inference_mode(), pytest.raises(ValueError, match="use torch.no_grad"):
         objective(x, y)
@@ -306,7 +307,7 @@ def test_free_energy_of_bernoulli_states_by_hand():
     blocks = [nn.Sequential(nn.Sigmoid(), nn.Linear(4, 4))]
     model = DepthHierarchy(blocks, nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)), state_family="bernoulli")
     x, y = torch.randn(6, 4), torch.randint(3, (6,))
-    metrics = LocalObjective(model, free_energy=True)(x, y).metrics
+    metrics = LocalObjective(model, Tree(free_energy=True))(x, y).metrics
     a = model.blocks[0](x)
     e = 2 * nn.functional.cross_entropy(model.head(a), y, reduction="none")
     z = (a - 0.25 * torch.autograd.grad(e.sum(), a)[0]).detach()
@@ -324,7 +325,7 @@ def test_span_grows_with_the_logarithm_of_the_number_of_blocks():
     for n_level in (1, 2, 3, 4, 6):
         model = small_hierarchy(n_level)
         tree, backprop = measure_span(LocalObjective(model), x, y), measure_span(BackpropObjective(model), x, y)
-        as_queued = measure_span(LocalObjective(model, clean_inputs=False), x, y)
+        as_queued = measure_span(LocalObjective(model, Tree(clean_inputs=False)), x, y)
         assert (tree.forward, tree.step) == (n_level + 1, n_level + 5)
         assert as_queued.step == 3 * n_level + 3
         assert backprop.step == 3 * 2**n_level
@@ -332,8 +333,9 @@ def test_span_grows_with_the_logarithm_of_the_number_of_blocks():
 
 def test_bad_arguments():
     model = small_lm()
+    with pytest.raises(ValueError, match="'loop'.*tree"):
+        LocalObjective(model, "loop")
     for options, message in [
-        (dict(inference="loop"), "'loop'.*tree"),
         (dict(sigma=-1.0), "sigma=-1.0"),
         (dict(sigma=float("nan")), "sigma=nan"),
         (dict(sigma=float("inf")), "sigma=inf"),
@@ -344,7 +346,7 @@ def test_bad_arguments():
         (dict(state_weight=0), "state_weight=0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            LocalObjective(model, **options)
+            LocalObjective(model, Tree(**options))
     with pytest.raises(ValueError, match="dyadic"):
         BackpropObjective(model, path=(2, 6))
     with pytest.raises(ValueError, match="6 blocks.*2\\*\\*D - 1.*use 3 or 7"):

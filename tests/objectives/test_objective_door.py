@@ -13,6 +13,7 @@ from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.objectives.options import DepthMix, Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 TOKENS = torch.randint(17, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -40,8 +41,8 @@ def recurrent_lm():
 
 def over_time(model):
     tree = RecurrentTree("gru", 5, 6, 3)
-    return [RecurrentBackpropObjective(model), RecurrentLocalObjective(model),
-            RecurrentLocalObjective(model, tree=tree), RecurrentLocalObjective(model, "tree", tree=tree)]  # fmt: skip
+    local = [RecurrentLocalObjective(model, each) for each in ("sweeps", Sweeps(init=TreeGuess(tree)), TimeTree(tree))]
+    return [RecurrentBackpropObjective(model), *local]
 
 
 # ------------------------------------------------------------------------------------------------------ carried states
@@ -52,7 +53,7 @@ def width_of(model):
 
 
 @pytest.mark.parametrize("make", [BackpropObjective, lambda m: LocalObjective(m, "sweeps"),
-                                  lambda m: LocalObjective(m, "sweeps", mix="octaves")])  # fmt: skip
+                                  lambda m: LocalObjective(m, "sweeps", depths="octaves")])  # fmt: skip
 def test_carried_states_fit_or_are_named(make):
     model = grid()
     objective, width = make(model), width_of(model)
@@ -231,11 +232,16 @@ def test_a_step_is_a_whole_number(step):
 
 
 @pytest.mark.parametrize("options", [
-    dict(mix=["octaves"]), dict(mix=None), dict(graphs={}), dict(seed="a"), dict(seed=-1), dict(seed=1.0), dict(rank=-1),
-    dict(rank=None), dict(micro_batches=0), dict(micro_batches=2.0), dict(mix="octaves", mix_weight=10**400),
-    dict(mix="octaves", mix_weight=float("nan")), dict(path="46"), dict(path={4, 6}), dict(path=[4.0]), dict(path=[]),
+    dict(depths=["octaves"]), dict(depths=3), dict(recompute={}), dict(recompute="no"), dict(seed="a"), dict(seed=-1),
+    dict(seed=1.0), dict(rank=-1), dict(rank=None), dict(micro_batches=0), dict(micro_batches=2.0), dict(path="46"),
+    dict(path={4, 6}), dict(path=[4.0]), dict(path=[]),
 ], ids=str)  # fmt: skip
 def test_options_that_are_none_are_named(options):
     name = list(options)[-1]
     for make in (BackpropObjective, lambda m, **o: LocalObjective(m, "sweeps", **o)):
         refused(f"{name}=", make, small_lm(), **options)
+
+
+@pytest.mark.parametrize("weight", [10**400, float("nan"), float("inf"), 0, -1.0, True, "9"])
+def test_a_weight_of_a_mix_is_a_number(weight):
+    refused("weight=.*above 0; depths='none'", DepthMix, "octaves", weight)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from helpers.recurrent_models import N, difference, double_lm, gradients
 
+from hbll_seq.objectives.options import Sweeps
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 
-def test_one_step_truncation_is_zero_corrections():
+def test_one_step_truncation_is_no_backward_iteration():
     model, tokens, state = double_lm("gru")
     _, reference = gradients(RecurrentBackpropObjective(model, window=1), tokens, state)
-    objective = RecurrentLocalObjective(model, sweeps=N - 1, corrections=0, linearization="zero")
+    objective = RecurrentLocalObjective(model, Sweeps(N - 1, 0, linearization="zero"))
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-12
     assert difference(gradients(RecurrentBackpropObjective(model), tokens, state)[1], reference) > 1e-4
 

@@ -106,14 +106,14 @@ def test_one_block_for_every_arc_is_not_the_exact_posterior():
 def taylor_step(jacobian, a, target, sign=-1.0):
     """The step with the derivation's sign (-1) or the paper's printed one (+1), and e before and after."""
     a = a.clone().requires_grad_()
-    e = Gaussian().discrepancy(a @ jacobian.T, target)
+    e = Gaussian().energy(a @ jacobian.T, target)
     (gradient,) = torch.autograd.grad(e.sum(), a)
     z = posterior_mean(a.detach(), -sign * gradient)
-    return z, e.detach(), Gaussian().discrepancy(z @ jacobian.T, target)
+    return z, e.detach(), Gaussian().energy(z @ jacobian.T, target)
 
 
 @pytest.mark.parametrize("norm", [0.1, 1.0, 1.9])
-def test_taylor_step_lowers_the_discrepancy_below_norm_two_and_the_printed_sign_raises_it(norm):
+def test_taylor_step_lowers_the_energy_below_norm_two_and_the_printed_sign_raises_it(norm):
     jacobian = torch.randn(5, 5)
     jacobian *= norm / torch.linalg.matrix_norm(jacobian, 2)
     a, target = torch.randn(200, 5), torch.randn(200, 5)
@@ -129,7 +129,7 @@ def test_taylor_step_overshoots_above_norm_two_but_is_still_first_order_descent(
     z, before, after = taylor_step(jacobian, a, target)
     assert (after > before).all()
     small = a + 1e-3 * (z - a)
-    assert (Gaussian().discrepancy(small @ jacobian.T, target) < before).all()
+    assert (Gaussian().energy(small @ jacobian.T, target) < before).all()
 
 
 def test_taylor_step_is_the_exact_posterior_mean_for_an_orthogonal_jacobian():
@@ -143,13 +143,13 @@ def test_taylor_step_is_the_exact_posterior_mean_for_an_orthogonal_jacobian():
     torch.testing.assert_close(exact.moments()[1], 0.5 * torch.eye(6), atol=1e-12, rtol=0)  # Eq. 29: half the variance
 
 
-def test_bernoulli_discrepancy_is_twice_the_kl_of_equation_28():
+def test_bernoulli_energy_is_twice_the_kl_of_equation_28():
     p, q = torch.randn(7, 5) * 3, torch.randn(7, 5) * 3
     alpha, rho = p.sigmoid(), q.sigmoid()
     by_paper = (((1 - rho) / (1 - alpha)).log() + rho * (rho * (1 - alpha) / (alpha * (1 - rho))).log()).sum(-1)
-    torch.testing.assert_close(Bernoulli().discrepancy(p, q), 2 * by_paper)
-    assert (Bernoulli().discrepancy(q, q).abs() < 1e-12).all()
-    far = Bernoulli().discrepancy(torch.full((1, 1), 800.0), torch.full((1, 1), -800.0))
+    torch.testing.assert_close(Bernoulli().energy(p, q), 2 * by_paper)
+    assert (Bernoulli().energy(q, q).abs() < 1e-12).all()
+    far = Bernoulli().energy(torch.full((1, 1), 800.0), torch.full((1, 1), -800.0))
     assert torch.isfinite(far).all() and far > 100
 
 
@@ -165,13 +165,13 @@ def test_gaussian_kl_matches_torch_distributions():
 def test_categorical_ignores_and_counts():
     logits = torch.randn(2, 3, 4)
     target = torch.tensor([[0, 1, -100], [3, -100, 2]])
-    e = Categorical().discrepancy(logits, target)
+    e = Categorical().energy(logits, target)
     assert e.shape == (2, 3) and e[0, 2] == e[1, 1] == 0
     assert torch.isclose(e[1, 0], -2 * logits[1, 0].log_softmax(0)[3])
 
 
-def test_discrepancy_of_low_precision_states_is_computed_in_float32():
-    e = Gaussian().discrepancy(torch.ones(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 4096, dtype=torch.bfloat16))
+def test_energy_of_low_precision_states_is_computed_in_float32():
+    e = Gaussian().energy(torch.ones(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 4096, dtype=torch.bfloat16))
     assert e.dtype == torch.float32 and e.item() == 4096
 
 
@@ -185,6 +185,6 @@ def test_log_ratio_averages_to_the_kl_when_the_prediction_is_independent_of_the_
 def test_observed_bits():
     logits, bits = torch.randn(4, 3), torch.randint(2, (4, 3))
     expected = -torch.distributions.Bernoulli(logits=logits).log_prob(bits.double()).sum(-1)
-    e = Bits().discrepancy(logits, bits)
+    e = Bits().energy(logits, bits)
     torch.testing.assert_close(e, 2 * expected)
     assert Bits().n_scored(4, bits) == 4

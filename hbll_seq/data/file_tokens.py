@@ -1,6 +1,6 @@
 """A file of token ids that is too large for memory, read slice by slice.
 
-A memory map would do the same, until somebody cuts the file: then the process is killed by SIGBUS, without a word.
+A memory map would do the same, but a process dies of SIGBUS, without a message, when a mapped file is cut.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 from hbll_seq.utils.reading import open_regular, quote, shorten
 
 BLOCK = 1 << 20  # tokens read at once where all are
-_SETTLED_NS = 2_000_000_000  # a file changed again within a clock tick keeps its time: a younger one is not remembered
+_SETTLED_NS = 2_000_000_000  # a change within one clock tick keeps the file's time, so a younger file is not remembered
 
 _verified: set[tuple[object, ...]] = set()
 
 
 def verified_before(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) -> bool:
-    """Whether this process has found these bytes right: the same file, by identity, size and time."""
+    """Whether this process has checked this file before: the same identity, size and time."""
     return _key(path, info, digest, vocab_size) in _verified
 
 
 def remember_verified(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) -> None:
-    """Spares this process another look at the same bytes."""
+    """Remembers that these bytes are right, so that this process need not check them again."""
     if time.time_ns() - info.st_mtime_ns > _SETTLED_NS:
         _verified.add(_key(path, info, digest, vocab_size))
 
@@ -39,10 +39,10 @@ def _key(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) 
 
 
 class FileTokens:
-    """The ids in a file, as far as a read-only 1-D array is needed: length, indices, slices, `take`, conversion.
+    """The ids in a file, with the methods of a read-only 1-D array: length, indices, slices, `take`, conversion.
 
-    The file stays open, so that it may be renamed or deleted meanwhile. Every read finds out whether it was cut or
-    written to: bytes other than those of `digest` (SHA-256 of the file; None: not known) are never returned.
+    The file stays open, so that it may be renamed or deleted meanwhile. Every read notices whether the file was cut or
+    changed: bytes other than those of `digest` (SHA-256 of the file; None: unknown) are never returned.
 
     Raises ValueError when the file is not one of `length` ids below `vocab_size` with that sum, on opening or at a later
     read; OSError when it cannot be opened.
@@ -137,7 +137,7 @@ class FileTokens:
         return np.frombuffer(data, dtype=self.dtype)
 
     def _verify(self) -> None:
-        """Reads the whole file once; what is true of it then holds as long as its stamp stays."""
+        """Reads the whole file once and checks it; the result holds as long as the file's stamp does."""
         info = os.fstat(self._handle)
         if info.st_size != self._length * self.dtype.itemsize:
             raise ValueError(f"{self._path.name} has {info.st_size:,} bytes, not {self._length * self.dtype.itemsize:,}")

@@ -1,4 +1,4 @@
-"""What a tokenizer and its training share: names of pieces, limits, and how a text is cut into lines."""
+"""Names of pieces, limits and the cutting of a text into lines: shared by a tokenizer and its training."""
 
 from __future__ import annotations
 

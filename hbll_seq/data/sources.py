@@ -43,7 +43,7 @@ HUB_WIKITEXT = "Salesforce/wikitext"
 
 _ARTICLE = re.compile(r" = (?!= ).* = \n?")
 # Word counts (end of line counted as one) that word-level perplexity is reported over, for the token version and, by
-# convention, for the raw version too, whose own count differs a little. Told apart by the number of lines.
+# convention, for the raw version too, whose own count differs a little. The number of lines tells the texts apart.
 _WIKITEXT_WORDS = {3760: 217_646, 4358: 245_569, 36_718: 2_088_628, 1_801_350: 103_227_021}
 
 Segments = Iterator["str | None"]  # lines as split_lines cuts them; None ends a document
@@ -253,7 +253,7 @@ def _open_files(found: _Found, share: Share, split: str, column: str) -> Corpus:
     cut = [wikitext, found.kind, column if found.kind != ".txt" else "", list(share.slots())]
     changed = [rule] * bool(rule) + ["without byte order mark"] * any(starts)
     digest = _combine(json.dumps(cut + changed), *(sha for sha, _ in measured))
-    known = None if found.kind == ".parquet" else n_bytes  # of packed columns that says little
+    known = None if found.kind == ".parquet" else n_bytes  # the size of packed columns says little
     return Corpus(name, digest, known, segments, _WIKITEXT_WORDS if wikitext else None)
 
 
@@ -294,7 +294,7 @@ def _found_hub(repo: str, config: str | None) -> _Found:
     splits, aside = {}, []
     for key, rows in loaded.items():
         split = split_named(str(key))
-        if split is None or (split in loaded and split != key):  # no guess between two: the exact name is meant
+        if split is None or (split in loaded and split != key):  # two splits fit: only the exact name counts
             split = str(key)
             aside.append(split)
         elif split in splits:
@@ -336,5 +336,5 @@ def _combine(*parts: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A file name whose bytes are no UTF-8 with these written out."""
+    """A file name for a message: bytes that are not UTF-8 are written out."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -37,7 +37,7 @@ class Task(ABC):
     def batch(self, step: int, batch_size: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
         """Tokens and labels, int64 [B, T + 1]: a pure function of the arguments.
 
-        Another step, seed or split gives an unrelated stream.
+        Other steps, seeds and splits give unrelated streams.
 
         Raises:
             ValueError: an argument is out of range.
@@ -109,7 +109,7 @@ class AssociativeRecall(Task):
 
     A window is ``k1 v1 k2 v2 ...``, different keys with different values, and then keys of the window until it is full:
     each of them once in random order, then each again, and so on. The answer at a queried key is its value. As in the
-    paper values do not follow the queries; unlike there every position after the pairs is a query, there is no filler.
+    paper, values do not follow the queries. Unlike in the paper, every position after the pairs is a query.
 
     By default 32 positions of a window, half of them, are scored. Chance is 1 / n_values, 3 %; to name any value of the
     window scores 1 / n_pairs, 6 %.

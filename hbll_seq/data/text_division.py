@@ -1,8 +1,8 @@
 """Which part of a source's text each split gets: a split of its own, or a part held out of the training text.
 
-Texts that can be divided at line ends are, as whole documents where there are 20 of them. Where that would leave a split
-without text the cut goes to the next blank, else to the next character, else between documents. Every rule but the first one
-has a name, which belongs into what identifies a text.
+Texts are divided at line ends where that is possible, and as whole documents where there are 20 of them. Where a split would
+get no text, the cut goes to the next blank, else to the next character, else between documents. Every rule but the first one
+has a name, which is part of the text's fingerprint.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _cut_after(piece: Piece, position: int, pattern: re.Pattern[bytes]) -> int:
 
 
 def _cut(piece: Piece, held: int, pattern: re.Pattern[bytes]) -> list[tuple[int, int]]:
-    """What training keeps and every held-out part, as places in the text."""
+    """The parts that training keeps and the parts that are held out, as places in the text."""
     size = piece.end - piece.start
     cuts: list[int] = []
     for slot in range(N_SLOTS - held, N_SLOTS):
@@ -170,12 +170,12 @@ class RowPart(NamedTuple):
 
 
 def part_of_rows(have_text: Iterable[bool], rows: Callable[[], Iterable[str]], share: Share) -> RowPart:
-    """What a split gets of rows, of which it is known which have text, and which can be read as often as needed."""
+    """The rows of a split, where it is known which rows have text and rows can be read repeatedly."""
     if not share.held:
         return RowPart(N_SLOTS, range(N_SLOTS), "")
     slots, n_rows = share.slots(), 0
-    usual = []  # of the first rows, whether this part would get them if empty rows took a slot
-    moved = False  # whether it gets others than that
+    usual = []  # for the first rows, whether this part would get them if empty rows took a slot
+    moved = False  # whether it gets other rows than those
     for i, has_text in enumerate(have_text):
         if has_text:
             if n_rows < N_SLOTS:

@@ -1,8 +1,8 @@
 """Data files: what they are, how they are unpacked, and the lines and rows in them.
 
-A file is read as a stream; nothing here holds more than one block of text or one row in memory. Whatever goes wrong while
-a file is read is a ValueError that names it: also when it has changed since it was found, for then what is known of it is
-wrong.
+A file is read as a stream; nothing here holds more than one block of text or one row in memory. Every error of reading is a
+ValueError that names the file. A file that has changed since it was found is an error too, because its stored digest and
+size no longer hold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MARKS = {  # in this order: UTF-32's mark starts with that of UTF-16
 
 
 def kind_of(name: str | os.PathLike[str]) -> tuple[str, str] | None:
-    """The kind of file that a name's ending says and how it is packed ('' for not at all); None for any other file."""
+    """(kind, packing) of a file by the ending of its name; the packing is '' for none. None for any other file."""
     stem, ending = os.path.splitext(os.path.basename(name).lower())
     if ending in KINDS:
         return ending, ""
@@ -89,7 +89,7 @@ class DataFile:
                 try:
                     yield file
                 except Exception:
-                    self._check(raw)  # what is wrong with a file that was cut meanwhile is that
+                    self._check(raw)  # a file that was cut meanwhile is reported as such
                     raise
                 self._check(raw)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -224,7 +224,7 @@ def rows_with_text(file: DataFile, column: str) -> Iterator[bool]:
 
 
 def have_text(array: Any) -> list[bool]:
-    """Of every value of an Arrow array, whether it is more than an empty text."""
+    """For each value of an Arrow array, whether it is more than an empty text."""
     import pyarrow.compute
 
     try:
@@ -286,7 +286,7 @@ def _json_text(file: DataFile, number: int, offset: int, line: bytes, column: st
 
 
 def check_marks(file: DataFile) -> None:
-    """Raises ValueError where a parquet file lacks the marks at its start and end: told before all of it is read."""
+    """Raises ValueError where a parquet file lacks the marks at its start and end: checked before the whole file is read."""
     if file.kind != ".parquet" or not file.stamp[0]:
         return
     with file.open() as content:

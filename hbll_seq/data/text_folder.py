@@ -1,4 +1,4 @@
-"""What a folder of data files holds: the files of each split, and what is left aside for which reason."""
+"""The data files of a folder: those of each split, and those that are left aside, with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = {
     "test": "test(?:ing)?",
 }
 _ANY_WORD = "|".join(f"(?P<{split}>{words})" for split, words in _WORDS.items())
-# A split's word stands between what are no letters. Before a blank it does not: "test of time" is a title.
+# A split's word stands between characters that are no letters, and not before a blank: "test of time" is a title.
 _IN_NAME = re.compile(rf"(?<![^\W\d_])(?:{_ANY_WORD})[ _.-]?(?:set|data)?(?=$|[\d_]|[^\w\s])", re.IGNORECASE)
 _WHOLE = re.compile(rf"(?:{_ANY_WORD})[ _.-]?(?:set|data)?", re.IGNORECASE)
 _WIKITEXT_CONFIG = re.compile(r"wikitext-(2|103)(-raw)?-v1")
@@ -134,7 +134,7 @@ def _reason_aside(entry: os.DirEntry[str]) -> str | None:
 
 
 def _without_copies(files: list[Path], aside: dict[str, list[str]]) -> tuple[list[Path], dict[str, list[str]]]:
-    """Of a file and its packed copies beside it one is read: the file itself if it is there."""
+    """Keeps one of a file and its packed copies: the file itself if it is there."""
     chosen: dict[Path, Path] = {}
     for path in sorted(files, key=lambda path: kind_of(path)[1]):
         plain = path.with_suffix("") if kind_of(path)[1] else path

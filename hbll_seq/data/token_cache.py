@@ -1,4 +1,4 @@
-"""What lies in the cache: token files and tokenizers, with the sums by which they are checked when they are opened.
+"""The cache of token files and tokenizers, with the sums that each is checked against when it is opened.
 
 A token cache is a folder of tokens.bin and meta.json, which holds the SHA-256 of tokens.bin and one of its own values. A
 cached tokenizer KEY.model has its sum in KEY.model.sha256. Both appear whole or not at all.
@@ -28,7 +28,7 @@ from hbll_seq.utils.reading import open_regular, read_bytes, read_json, shorten
 
 META, TOKENS = "meta.json", "tokens.bin"
 IN_MEMORY = 1 << 28  # bytes; a larger token file is read slice by slice
-STALE_AFTER_S = 24 * 3600.0  # what was written so long ago, by a process that holds no lock, belongs to nobody
+STALE_AFTER_S = 24 * 3600.0  # a file of this age is left over from a killed process, if no process holds its lock
 _META_SUM = "meta_sha256"
 _KEY = re.compile(r"[0-9a-f]{32}")  # of an entry: what is called otherwise is not the cache's to remove
 
@@ -42,11 +42,11 @@ class Missing(NotUsable):
 
 
 class Broken(NotUsable):
-    """It is not as it was written."""
+    """Its bytes are not those that were written."""
 
 
 class WithoutSums(NotUsable):
-    """An older version wrote it: nothing says whether it still is as it was written."""
+    """An older version wrote it without sums, so that its bytes cannot be checked."""
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------
@@ -156,13 +156,13 @@ def save_sum(path: Path, tokenizer: Tokenizer) -> None:
     atomic_write(sum_path(path), f"{tokenizer.fingerprint}  {path.name}\n")
 
 
-# -- what killed processes leave ----------------------------------------------------------------------------------
+# -- files left by killed processes ----------------------------------------------------------------------------------
 
 
 def sweep(target: Path) -> None:
-    """Removes what killed writers left beside `target`, whose lock the caller holds.
+    """Removes the files that killed writers left beside `target`, whose lock the caller holds.
 
-    Of the target itself that is everything unfinished; of others, what is older than a day and whose lock nobody holds.
+    Everything unfinished of the target itself is removed. Of other targets, it must be older than a day and not locked.
     """
     key = target.name.partition(".")[0]
     for path in [*target.parent.glob("*.tmp"), *target.parent.glob(f"{ASIDE}*")]:

@@ -25,7 +25,7 @@ from hbll_seq.utils.values import as_whole
 
 DEFAULT_MODEL = "wikitext-2-bpe-4k.model"
 MAX_MODEL = 1 << 26  # bytes of a model file
-# One specimen of everything a lossy tokenizer changes: outer and double blanks, a ligature, a tab, CRLF, an emoji.
+# Examples of what a lossy tokenizer changes: outer and double blanks, a ligature, a tab, CRLF, an emoji.
 _PROBE = "  a  \ufb01\t\r\n \U0001f600 e\u0301 "
 
 

@@ -58,8 +58,8 @@ def _can_be_iterated(texts: object) -> bool:
 def _train_with_blank(lines: list[str], options: dict) -> bytes:
     """A model that has a piece for the blank: without one, every blank would become three bytes, and another character.
 
-    Where the text has blanks it learns one by itself, as a rule. It must be demanded where blanks are too rare to be
-    covered, and where there are none: Chinese, DNA, one word a line. SentencePiece then needs a line that holds one.
+    A model of text with blanks usually learns one by itself. The piece must be demanded where blanks are too rare, or where
+    there are none (Chinese, DNA, one word a line); SentencePiece then needs a line that holds a blank.
     """
     is_symbol = BLANK in options["user_defined_symbols"]
     if is_symbol or any(" " in line for line in lines):

@@ -40,7 +40,7 @@ from hbll_seq.utils.values import as_whole
 
 _T = TypeVar("_T")
 
-FORMAT = 1  # raise it when the same text and tokenizer would be stored differently
+FORMAT = 1  # a new number where the same text and tokenizer are stored in another way
 BATCH_CHARS = 1 << 21  # text encoded at once: bounds memory
 PROGRESS_AFTER_S = 2.0
 _REMEDY = "set HBLL_CACHE (or cache_dir) to a folder that can be written and has room"
@@ -97,9 +97,9 @@ def load_tokens(
     threads tokenise; default: every core this process may use.
 
     The cache is keyed by content and tokenizer, and appears complete or not at all; processes that need the same one at
-    once wait for the first. What is there already is opened without a lock, from a folder that cannot be written too. Its
-    bytes are checked once a process: a broken cache is made again, and so is one of an older version, which has no sums;
-    each is said in one line. Memory stays bounded whatever the size of the corpus.
+    once wait for the first. An existing cache is opened without a lock, also from a
+    folder that cannot be written. Each process checks its bytes once. A broken cache is made again, and so is one of an older
+    version, which has no sums; one line says so. Memory stays bounded, however large the corpus is.
 
     Raises ValueError: unknown source or split, missing or empty file, text that is not UTF-8 (with the byte offset),
     missing column, a split without text, a cache that cannot be written, a Hub that cannot be reached, an argument of
@@ -134,8 +134,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """A tokenizer trained on the source's training split, or the cached one of an earlier call.
 
-    The cached one is checked by its sum, and trained again when it is broken. One of an older version has no sum: it gets
-    one, since another training might give another vocabulary than the models that use it have.
+    The cached one is checked by its sum, and trained again when it is broken. One of an older version has no sum and gets
+    one: a new training might give another vocabulary, and models already use this one.
 
     Sources and errors: as for `load_tokens`; ValueError too when the text does not support the vocabulary size.
     """
@@ -155,7 +155,7 @@ def load_tokenizer(
 def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[], _T]) -> _T:
     """What `opened()` finds, else what `make()` makes under the lock, else what `opened(without_sums=True)` finds.
 
-    Nothing but making needs the lock, or a folder that can be written.
+    Only making needs the lock and a folder that can be written.
     """
     try:
         return opened()
@@ -196,7 +196,7 @@ def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
         say(f"the cached tokenizer {quote(str(path))} {found}; it is trained again")
     say(f"training a tokenizer of {vocab_size} pieces on {corpus.name}")
     tokenizer = Tokenizer.train((s for s in _segments(corpus) if s is not None), vocab_size)
-    for old in (path, sum_path(path)):  # in this order: a model without a sum is a whole one, whenever this is killed
+    for old in (path, sum_path(path)):  # in this order, a model without a sum is whole even if this process is killed
         remove(old)
     tokenizer.save(path)
     save_sum(path, tokenizer)
@@ -213,7 +213,7 @@ def _open_corpus(source: str | os.PathLike[str], split: str, column: str) -> Cor
 
 
 def _segments(corpus: Corpus) -> Segments:
-    """Its lines; text that cannot be read is not mistaken for a cache that cannot be written."""
+    """Its lines; an error of reading them is kept apart from one of writing the cache."""
     try:
         yield from corpus.segments()
     except OSError as error:

@@ -15,7 +15,7 @@ from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole
 
 MAX_BATCH = 1 << 27  # tokens of one batch: a GiB of ids
-_CONTIGUOUS = 1 << 32  # no epoch has this number: a seed stream of its own
+_CONTIGUOUS = 1 << 32  # no epoch has this number, so it seeds a separate stream
 
 
 class TokenWindows:
@@ -68,9 +68,9 @@ class TokenWindows:
     def contiguous_batch(self, step: int, rows: range, n_rows: int, seed: int) -> torch.Tensor:
         """Training windows for states that are carried, LongTensor [len(rows), T + 1]: a pure function of the arguments.
 
-        Each of ``n_rows`` rows reads the text window after window from a start of its own, row r at step s + 1 what follows
-        its window of step s. The starts are spread evenly behind a seeded one; behind the text's last window comes its
-        first one. After ``n_windows / n_rows`` steps every window was read once.
+        Each of ``n_rows`` rows reads the text window by window from its own start: at step s + 1 a row reads the window
+        after that of step s, and after the text's last window its first one. The starts are spread evenly, behind a seeded
+        one. After ``n_windows / n_rows`` steps every window was read once.
 
         Raises ValueError: there are more rows than windows, or a row is not one of them.
         """
@@ -101,8 +101,8 @@ class TokenWindows:
     def evaluation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """The whole stream in order, LongTensors [b, t + 1] with b <= batch_size and t <= T.
 
-        Every token after the first is predicted exactly once. What is left over behind the last full window comes last,
-        as one shorter row.
+        Every token after the first is predicted exactly once. The rest behind the last full window comes last, as one
+        shorter row.
         """
         batch_size = as_whole("batch_size", batch_size, 1)
         n_full = (self.stream.n_tokens - 1) // self.context_length
@@ -115,8 +115,8 @@ class TokenWindows:
     def contiguous_evaluation_batches(self, n_rows: int, max_windows: int | None = None) -> Iterator[torch.Tensor]:
         """As :meth:`evaluation_batches` for states that are carried: row b of a batch goes on where row b before it ended.
 
-        The windows (all, or the first ``max_windows``) lie in ``n_rows`` stretches side by side. What is left over behind
-        them goes on from the last row, in batches of one row. Every token but the first is predicted exactly once.
+        The windows (all, or the first ``max_windows``) lie in ``n_rows`` stretches side by side. The rest behind them
+        continues the last row, in batches of one row. Every token but the first is predicted exactly once.
         """
         n_rows = as_whole("n_rows", n_rows, 1)
         max_windows = None if max_windows is None else as_whole("max_windows", max_windows, 0)

@@ -1,9 +1,9 @@
 """Measures the span of a training step: the longest chain of block evaluations that depend on each other.
 
-The count follows the data, not the program: every tensor carries the number of block evaluations behind it, the largest
-of those it was made from, and passing a block adds to it. What could run in parallel so counts once, however the
-evaluations are queued on this machine. Unit (method.md 2.5): one block forward or one input-only vector-Jacobian product is
-1, a full backward (input and weights) is 2.
+The count follows the data and not the program. Every tensor carries the number of block evaluations behind it: the largest
+number among the tensors that it was made from, plus one for each block that it passes. So evaluations that could run in
+parallel count once, in whatever order this machine runs them. Unit (method.md 2.5): one block forward or one input-only
+vector-Jacobian product is 1, a full backward (input and weights) is 2.
 """
 
 from __future__ import annotations
@@ -80,15 +80,15 @@ class _Gate(torch.autograd.Function):
         ctx.ledger, ctx.recomputes, ctx.is_head = ledger, recomputes, is_head
         y = x.clone()
         ledger.set_stamp(y, ledger.stamp(x) + 1)
-        ledger.count(not ledger.recomputing, ctx.is_head)  # which is counted with the product that asked for it
+        ledger.count(not ledger.recomputing, ctx.is_head)  # a recomputation is counted with the product that asks for it
         return y
 
     @staticmethod
     def backward(ctx, gradient):
         ledger = ctx.ledger
         passed = gradient.clone()
-        # What was not kept is computed again when the gradient arrives: earlier, and the insides of all blocks would be
-        # alive at once. (The recomputation itself stops where the last saved tensor is made, often before the gate.)
+        # A block that was not kept is computed again when the gradient arrives, since computed earlier the insides of all
+        # blocks would be alive at once. (The recomputation stops at the last saved tensor, often before this gate.)
         cost = ledger.backward_cost + ctx.recomputes
         ledger.set_stamp(passed, ledger.stamp(gradient) + cost)
         ledger.count(cost, ctx.is_head)

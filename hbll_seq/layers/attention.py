@@ -116,5 +116,5 @@ class TransformerBlock(ResidualBlock):
         if state.start is None:
             return mask
         visible = key_positions >= state.start[:, None]  # [B, S]
-        # A padding query sees itself alone: an empty row of the mask would turn into NaN.
+        # A padding query sees itself: an empty row of the mask would turn into NaN.
         return (mask & visible[:, None] | (distance == 0))[:, None]

@@ -19,8 +19,8 @@ CHUNK_ELEMENTS = 2**24
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Sum over positions of ``-log softmax(hidden @ weight.T)[target]``, a scalar in nats, in at least float32.
 
-    Keeps the gradients, [P, C] and [V, C], until the graph is freed. Can be differentiated any number of times by
-    the first order (not twice): gradients are made with the loss, so each further backward costs a multiplication.
+    The gradients, [P, C] and [V, C], are computed with the loss and kept until the graph is freed, so that each backward
+    pass costs one multiplication. There is no second derivative.
 
     Args:
         hidden: [P, C].
@@ -62,8 +62,8 @@ def _chunked(hidden, weight, targets, ignore_index, needs_hidden, needs_weight):
     for low in range(0, len(hidden), rows):
         part, answer = hidden[low : low + rows], targets[low : low + rows]
         scored = (answer != ignore_index).unsqueeze(1)
-        answer = answer.unsqueeze(1).masked_fill(~scored, 0)  # another wrong label is left for gather to refuse
-        logits = (part @ weight.T).to(work)  # under autocast the product is in its precision, the sum below never is
+        answer = answer.unsqueeze(1).masked_fill(~scored, 0)  # gather refuses any other wrong label
+        logits = (part @ weight.T).to(work)  # autocast lowers the product, never the sum below
         log_norm = logits.logsumexp(1, keepdim=True)
         total += ((log_norm - logits.gather(1, answer)) * scored).sum()
         if not (needs_hidden or needs_weight):

@@ -15,9 +15,9 @@ from hbll_seq.layers.residual import ResidualBlock, make_norm
 class RecurrentBlock(ResidualBlock):
     """``x + out(cell(norm(x)))``, then ``+ mlp(norm(.))``: the Transformer block with a recurrence in place of attention.
 
-    Its memory is one vector [B, C], however long the text. ``forward`` walks the recurrence transition by transition:
-    differentiated it is backpropagation through time. Training by messages evaluates the same recurrence through
-    :meth:`enter` and :meth:`leave` (``time_layer.py``).
+    Its memory is one vector [B, C], however long the text is. ``forward`` walks the recurrence step by step; to
+    differentiate it is backpropagation through time. ``chains/layer.py`` evaluates the same recurrence in parallel, between
+    :meth:`enter` and :meth:`leave`.
 
     Args:
         width: C, of the stream and of the cell.
@@ -45,10 +45,10 @@ class RecurrentBlock(ResidualBlock):
         return self._add_branches(x, self.cell_out(hidden)), state
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the recurrence reads of ``x`` [B, T, C], time first [T, B, G * C], and the state zero [B, C] in its dtype."""
+        """``x`` [B, T, C] -> what the recurrence reads, time first [T, B, G * C], and a zero state [B, C] of its dtype."""
         normed = self.norm_cell(x)
         return self.cell.project(normed.transpose(0, 1)), normed.new_zeros((len(x), self.cell.hidden_size))
 
     def leave(self, x: Tensor, states: Tensor) -> Tensor:
-        """The block's output [B, T, C] of its input ``x`` and the recurrence's states s_1 .. s_T, time first [T, B, C]."""
+        """Input ``x`` [B, T, C] and the states s_1 .. s_T, time first [T, B, C] -> the block's output [B, T, C]."""
         return self._add_branches(x, self.cell_out(states.transpose(0, 1)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hbll_seq.layers.base import Cell
 
-#: the normalisation layers that there are
+#: the normalisation layers.
 NORMS = ("rmsnorm", "layernorm")
 
 
@@ -43,7 +43,7 @@ class ResidualBlock(Cell):
             nn.init.zeros_(layer.weight)
 
     def _add_branches(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """``x`` and what its branch of mixed tokens adds, both [B, T, C], and the MLP branch."""
+        """Add the mixed tokens [B, T, C] to ``x`` [B, T, C], then the MLP branch."""
         x = x + self.dropout(mixed)
         if not self.has_mlp:
             return x

@@ -18,7 +18,7 @@ FOREIGN_KEYS = frozenset(
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
-#: kinds of blocks: attention, and the recurrent cells (``cells.CELL_KINDS``), which read one state of their own.
+#: kinds of blocks: attention, and the recurrent cells (``layers.cells.CELL_KINDS``).
 CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
 #: the largest value of each size: far beyond any sensible model, and small enough for every product of them.
 BOUNDS = {
@@ -106,8 +106,7 @@ class HBLLConfig(ModelConfig):
         default_paths: which path a depth names, one of ``PATH_FAMILIES``; see :meth:`DyadicTree.path_for_depth`.
         exit_rank: rank of the exit adapters, corrections of a state before the head; 0 for none. See
             :class:`hbll_seq.models.exits.ExitAdapters`.
-        exit_by: what has an adapter of its own: ``"jump"``, each length of the head's jump, or ``"depth"``, each
-            number of blocks.
+        exit_by: ``"jump"`` has an adapter for each length of the head's jump, ``"depth"`` for each number of blocks.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (method.md 1.1; the paper's LM runs use 0.005).

@@ -16,9 +16,9 @@ EXIT_BY = ("jump", "depth")
 class ExitAdapters(nn.Module):
     """Low-rank linear corrections of a state before the head.
 
-    By ``"jump"``: the head is a transition too, shared by the arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (method.md 1.1), and the
-    states that it reads there lie 2**l blocks before the output: one correction for each of the D lengths. By ``"depth"``:
-    one for each number of blocks that a path has, N - 1 in all. Corrections start at zero.
+    ``"jump"`` has one correction for each of the D lengths of the head's jump. The head is a transition too, shared by the
+    arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (method.md 1.1), and the states that it reads there lie 2**l blocks before the
+    output. ``"depth"`` has one for each number of blocks of a path, N - 1 in all. Corrections start at zero.
 
     Args:
         tree: the paths and their jumps.
@@ -30,13 +30,13 @@ class ExitAdapters(nn.Module):
     def __init__(self, tree: DyadicTree, width: int, rank: int, by: str = "jump"):
         super().__init__()
         self.tree, self.by = tree, by
-        # One tensor for all, so that every process has a gradient for it whichever paths a step reads.
+        # One tensor for all corrections, so that every process has a gradient for it, whichever paths a step reads.
         n = tree.n_level if by == "jump" else tree.n_nodes
         self.down = nn.Parameter(torch.randn(n, rank, width) * width**-0.5)
         self.up = nn.Parameter(torch.zeros(n, width, rank))
 
     def row(self, path: Sequence[int]) -> int:
-        """Which correction the head reads through after the blocks ``path``."""
+        """The number of the correction for a state after the blocks ``path``."""
         return (self.tree.N - path[-1]).bit_length() - 1 if self.by == "jump" else len(path) - 1
 
     def forward(self, state: Tensor, path: Sequence[int]) -> Tensor:

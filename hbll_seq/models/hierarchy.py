@@ -25,8 +25,8 @@ class DepthHierarchy(nn.Module):
         state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
         default_paths: which path a depth names, ``"spine"`` or ``"prefix"``; see :meth:`DyadicTree.path_for_depth`.
         width: of the states; only ``linearization="secant"`` asks for it.
-        target_family: what y is and the head predicts: ``"categorical"`` (class numbers, logits), ``"gaussian"`` (vectors,
-            their means) or ``"bernoulli"`` (vectors of bits, logits).
+        target_family: what the head predicts: ``"categorical"`` (class numbers, from logits), ``"gaussian"`` (vectors, from
+            their means) or ``"bernoulli"`` (vectors of bits, from logits).
 
     Raises:
         ValueError: the number of blocks is not ``2**D - 1``, something is no module, or a family is unknown.
@@ -95,13 +95,13 @@ class DepthHierarchy(nn.Module):
         return block.cell.hidden_size
 
     def prepare(self, inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the chain reads and what its head is scored on; a language model shifts here."""
+        """Inputs and labels -> what the blocks read and what the head is scored on; a language model shifts here."""
         if labels is None:
             raise ValueError("labels=None: this model needs labels to be scored on; pass them")
         return inputs, labels
 
     def before_head(self, state: Tensor, path: Sequence[int]) -> Tensor:
-        """What the head reads of the state after the blocks ``path``: the state itself, unless a model says otherwise."""
+        """The state after the blocks ``path`` as the head reads it: unchanged, unless a model overrides this."""
         return state
 
     def read_out(self, state: Tensor, path: Sequence[int]) -> Tensor:

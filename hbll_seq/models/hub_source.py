@@ -42,7 +42,7 @@ def refuse_unknown(unknown: dict[str, Any]) -> None:
 
 
 def as_source(source: Any) -> str:
-    """The name of a folder or a Hub id as text. Raises ValueError for what is none of both."""
+    """The name of a folder or a Hub id as text. Raises ValueError for anything else."""
     try:
         text = os.fsdecode(source)
     except TypeError:

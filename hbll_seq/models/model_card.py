@@ -123,7 +123,7 @@ def may_overwrite(text: str) -> bool:
 
 
 def with_location(card: str, location: str) -> str:
-    """The card with the place to load from put into its example."""
+    """The card, with ``location`` as the place that its example loads from."""
     return re.sub(r'from_pretrained\("[^"\n]*"\)', lambda _: f"from_pretrained({json.dumps(location)})", card)
 
 
@@ -140,11 +140,11 @@ def _cell(value: Any, column: str = "") -> str:
         value = "-".join(map(str, [0, *value])) + "-head"
     if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
         return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
-    if isinstance(value, str) and os.path.isabs(value):  # where it lies on the machine is nobody's business
+    if isinstance(value, str) and os.path.isabs(value):  # paths of this machine do not belong on a card
         value = os.path.basename(value.rstrip(os.sep))
     try:
         text = str(value)
-    except Exception:  # of a whole number with thousands of digits, or somebody else's __str__
+    except Exception:  # a whole number with thousands of digits, or a foreign __str__
         text = quote(value)
     text = text if len(text) <= MAX_CELL else text[: MAX_CELL - 3] + "..."
     return text.replace("|", "\\|").replace("\n", " ").replace("\r", " ")

@@ -1,4 +1,4 @@
-"""A recurrent network between an embedding and a readout: what the hierarchy over time trains and what is deployed.
+"""A recurrent network between an embedding and a readout: the model that is trained over time, and deployed.
 
 Shapes: B batch, T steps, I symbol width, H hidden width, V outputs. Inside, time is the first dimension.
 """

@@ -79,16 +79,18 @@ class HBLLClassifierConfig(ModelConfig):
 
 
 def fixed_order(n: int, seed: int | None) -> list[int]:
-    """A permutation of 0 .. n - 1 that is a function of the seed alone, on any machine and with any version of torch, so
-    that a saved seed is a saved permutation; None: the identity."""
+    """A permutation of 0 .. n - 1; None is the identity.
+
+    It depends on the seed alone, on any machine and with any version of torch, so that a saved seed is a saved permutation.
+    """
     return list(range(n)) if seed is None else sorted(range(n), key=lambda i: mix_seeds(seed, i))
 
 
 class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     """One recurrent cell over the steps of a sequence, and a linear head on its last state.
 
-    An objective of ``recurrent_objective.py`` around it trains it: half the loss is that of the last state and half the
-    mean over all states (method.md 2.4). A tree that training needs is not part of it.
+    Train it with :class:`hbll_seq.RecurrentLocalObjective`. Half the loss is that of the last state, and half is the mean
+    over all states (method.md 2.4). A tree that training needs is not part of the model.
 
     Args:
         config: shape of the model.
@@ -104,8 +106,10 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         self.register_buffer("order", torch.tensor(fixed_order(config.n_inputs, config.permutation_seed)), persistent=False)
 
     def chunks(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
-        """What the cell reads, [B, N, I]: the values [B, L] in the model's order, cut into steps, with zeros before the
-        first one where ``N * I`` is more than L (method.md 1.5). Chunks [B, T, I] are returned as they are.
+        """Values [B, L] -> what the cell reads, [B, N, I]: the values in the model's order, cut into steps.
+
+        Where ``N * I`` is more than L, zeros stand before the first value (method.md 1.5). Chunks [B, T, I] are returned as
+        they are.
 
         Args:
             inputs: values or chunks.
@@ -156,8 +160,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
         return chunks, as_classes(labels, self.config.n_classes, chunks.shape[:1])
 
     def forward(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
-        """The deployed network, one transition after the other: see :meth:`chunks` -> logits of the last state [B, V], of
-        padded sequences that after the last real chunk."""
+        """The deployed network, step by step: inputs (see :meth:`chunks`) -> logits [B, V] of each row's last state."""
         chunks = self.chunks(inputs, lengths, padding_side)
         states, _ = self.cell(chunks)
         if lengths is None:

@@ -2,10 +2,10 @@
 
 See MGRIT (Falgout et al. 2014).
 
-The arc i -> j of length 2^l has a coarse propagator, the one block f_j applied to s_i, and a fine one, all blocks of
-the stretch, each at its own old input and composed with identity Jacobians. Going down the tree, a level corrects its
-nodes by what the fine stretch made of the old states and the coarse block missed: ``s_j <- f_j(s_i new) + [fine(s_i
-old) - f_j(s_i old)]``.
+The arc i -> j of length 2^l has two propagators. The coarse one is the block f_j applied to s_i. The fine one is all blocks
+of the stretch, each at its own old input, composed with identity Jacobians. From the root down, a level corrects the coarse
+values of its nodes by the difference of both at the old states:
+``s_j <- f_j(s_i new) + [fine(s_i old) - f_j(s_i old)]``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def v_cycle(chain: Chain, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[
     """Estimates of the full path's inputs s_1 .. s_{N-2} after V-cycles from the tree's own states.
 
     A cycle is one parallel call of all blocks at the old states and D calls, one level after the other: span D + 1.
-    Level by level from the root, node j with left parent i takes its new coarse step, corrected by the old error of that
-    step against the old fine states: all blocks of the interval, composed with identity Jacobians.
+    Level by level from the root, node j with left parent i takes its new coarse step, corrected by how far the old coarse
+    step was from the old fine one.
 
     After k cycles at least the first 2 k + 1 states are exact, whatever the coarse blocks are worth: from an exact prefix of
     m states a cycle makes m + 1, and a leaf after it.

@@ -132,12 +132,12 @@ class DyadicTree:
 
         ``"spine"``: up to D blocks it is the start of the *right spine* N/2, 3N/4, .., N-1 (the paper's table). Beyond, the
         rightmost interval that can still be split is split at its middle, one at a time, until every block is on the path.
-        From D on every path so contains the one before it: for D = 3 they are (4) (4,6) (4,6,7) (4,5,6,7) (2,4,5,6,7)
+        So every path from D blocks on contains the one before it: for D = 3 they are (4) (4,6) (4,6,7) (4,5,6,7) (2,4,5,6,7)
         (2,3,4,5,6,7) (1,..,7).
 
         ``"prefix"``: the path that leaves the full one as late as it can, the first in the order of block numbers: for
-        D = 3 (4) (2,4) (1,2,4) (1,2,3,4) (1,2,3,4,6) (1,..,6) (1,..,7). What the blocks right of it read so is what they
-        read on the full path, and at most D blocks are not shared with it.
+        D = 3 (4) (2,4) (1,2,4) (1,2,3,4) (1,2,3,4,6) (1,..,6) (1,..,7). Its blocks then read what they read on the full
+        path, and at most D of them read something else.
 
         Raises:
             ValueError: ``depth`` is not a whole number in 1 .. N-1.

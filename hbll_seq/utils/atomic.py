@@ -121,8 +121,8 @@ def atomic_folder(folder: Path, names: Sequence[str], keep: Collection[str] = ()
 
 
 def whole_folder(folder: Path) -> Path:
-    """Where the files that count lie: ``folder`` itself, or the old version inside it while a new one is being put in its
-    place, or after that was cut short."""
+    """The folder to read from: ``folder`` itself, or the old version inside it while a save replaces it or after a save was
+    cut short."""
     pinned = folder / PINNED
     return pinned if pinned.is_dir() else folder
 
@@ -130,7 +130,7 @@ def whole_folder(folder: Path) -> Path:
 def roll_back(folder: Path, names: Sequence[str], keep: Collection[str] = ()) -> None:
     """Put the files of the version that counts back in their places, after a save that was cut short; else do nothing.
 
-    What removes or replaces such files by other means must call it first, or they come back.
+    Code that removes or replaces such files by other means must call this first, or they come back.
 
     Args:
         folder, names, keep: as :func:`atomic_folder` has them.
@@ -190,7 +190,7 @@ def _replace(folder: Path, aside: Path, names: Sequence[str], keep: Collection[s
 
 
 def _clean_up(folder: Path, aside: Path | None, made: list[Path], names: Sequence[str], keep: Collection[str]) -> str:
-    """Undo what a failed save has done; what is there now, in words."""
+    """Undo a failed save; returns in words what the folder now holds."""
     state = "Nothing was changed there"
     if aside is not None:
         if aside.parent == folder:  # which is held then
@@ -214,14 +214,14 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Flush a folder after the step that counts: a failure must be told, but can no longer make the save fail."""
+    """Flush a folder after the save has taken effect: a failure is reported, and no longer fails the save."""
     try:
         fsync(folder)
     except OSError as error:
         say(f"hbll_seq: {folder} is saved, but could not be flushed ({shorten(error)}): a power cut may undo it")
 
 
-# ------------------------------------------------------------------------------------- where it is written
+# ----------------------------------------------------------------------------------- folders to write in
 
 
 def _make_aside(where: Path, folder: Path, locks: ExitStack) -> Path:
@@ -238,7 +238,7 @@ def _make_aside(where: Path, folder: Path, locks: ExitStack) -> Path:
 
 
 def _make_beside(folder: Path, made: list[Path], locks: ExitStack) -> Path:
-    """One beside ``folder``, which does not exist, in the parents ``made`` for it."""
+    """A new folder beside ``folder``, which does not exist, in the parents ``made`` for it."""
     for parent in reversed(made):
         parent.mkdir(exist_ok=True)
     parent = folder.absolute().parent
@@ -258,7 +258,7 @@ def sweep(folder: Path) -> None:
 
 
 def _sweep(where: Path, folder: Path) -> None:
-    """Remove what killed saves of ``folder`` left in ``where``; what a living one writes is held by it."""
+    """Remove what killed saves of ``folder`` left in ``where``; a running save holds its files."""
     for path in list(where.iterdir()):
         if _is_version(path, folder):
             with suppress(OSError), _locked(path, seconds=0) as is_held:

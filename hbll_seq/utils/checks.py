@@ -1,6 +1,6 @@
-"""Tensors at the door of models and objectives: told apart before torch broadcasts them, or fails far from the cause.
+"""Checks of the tensors that models and objectives are given, before torch broadcasts them or fails far from the cause.
 
-Values are looked at on a CPU alone: on a GPU the check would wait for the device.
+Values are checked on a CPU only, since on a GPU the check would wait for the device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Objectives under ``torch.compile``: their steps run as they are written, and what is compiled inside of them stays so.
+"""Objectives under ``torch.compile``: their steps run uncompiled, and compiled blocks inside of them run compiled.
 
-Routes, seeds and inner gradients are Python's business: traced, they would be frozen into a graph, or fail in the tracer.
+Paths, seeds and inner gradients change from step to step. Traced, they would be frozen into a graph or fail in the tracer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 
 
 def eagerly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, never traced by ``torch.compile`` around it. Blocks that are compiled themselves run compiled.
+    """The method, never traced by a ``torch.compile`` around it; blocks that are compiled themselves run compiled.
 
-    ``torch.compiler.disable`` is put around it only once somebody has loaded the compiler, which takes seconds.
+    ``torch.compiler.disable`` is put around it only once the compiler is loaded, because loading takes seconds.
     """
     disabled: Callable[..., Any] | None = None
 

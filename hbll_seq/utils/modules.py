@@ -1,4 +1,4 @@
-"""Modules as they are, and as they are evaluated."""
+"""Plain modules and evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """The module inside of what ``torch.compile`` makes of it; any other as it is."""
+    """The module that ``torch.compile`` wrapped; any other module as it is."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -18,7 +18,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No gradient and no dropout inside; training flags are put back as they were.
 
-    Not ``inference_mode``: a tensor that a block caches in there could not be used in training afterwards.
+    It does not use ``inference_mode``: training could not use a tensor that a block cached in there.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -1,7 +1,7 @@
 """Batches of sequences of unequal length: all of them are brought to the left, with the padding behind.
 
-A recurrence is causal: what is behind a sequence's last step changes none of its states, and what no readout reads sends no
-message back. So the engine stays as it is, and readouts alone have to know where a sequence ends.
+A recurrence is causal: the padding behind a sequence's last step changes none of its states, and a step that no readout
+reads sends no gradient back. So only the readouts have to know where a sequence ends.
 
 Shapes: B batch, T steps.
 """
@@ -64,7 +64,7 @@ def to_right(values: Tensor, lengths: Tensor, padding_side: str, fill: float = 0
 
 
 def is_real(lengths: Tensor, n_steps: int, device: torch.device) -> Tensor:
-    """Which steps are no padding, time first: [T, B]."""
+    """Whether each step is real (no padding), time first: [T, B]."""
     return torch.arange(n_steps, device=device)[:, None] < lengths.to(device)
 
 

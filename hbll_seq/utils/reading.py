@@ -1,7 +1,7 @@
 """Reading what others may have written: regular files of bounded size, strict JSON and YAML, messages of bounded length.
 
-Nothing is believed of a file before it is checked: a pipe or device in its place would be waited for, a large one would fill
-the memory, a deeply nested document would end in a RecursionError.
+A file is checked before it is read: reading a pipe or a device could wait for ever, a large file could fill the memory, and
+a deeply nested document would end in a RecursionError.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Repr(reprlib.Repr):
     def repr_instance(self, x: object, level: int) -> str:
         try:
             return super().repr_instance(x, level)
-        except Exception:  # a __repr__ of somebody else's, while a message about the value is being made
+        except Exception:  # a foreign __repr__ may raise anything
             return f"<{type(x).__name__}>"
 
 
@@ -107,7 +107,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_DOCUMENT) -> bytes
     """All bytes of a regular file. Raises as :func:`open_regular`."""
     with open_regular(path, limit) as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # it has grown since its size was asked
+    if len(data) > limit:  # it has grown meanwhile
         raise ValueError(f"{quote(os.fspath(path))} has more than {limit:,} bytes")
     return data
 
@@ -241,5 +241,5 @@ def possible_name(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"path {quote(text)} is too long for a file name; parts may have 255 bytes, choose a shorter one")
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # no such user, or a home that nobody knows
+    except RuntimeError as error:  # an unknown user, or an unknown home
         raise ValueError(f"path {quote(text)}: {shorten(error)}; write the folder out") from None

@@ -1,4 +1,4 @@
-"""Seeds that are functions of what they are for, such as (run, step, node)."""
+"""Seeds as functions of their use, such as (run, step, node)."""
 
 from __future__ import annotations
 

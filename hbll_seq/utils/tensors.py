@@ -1,7 +1,7 @@
 """What checkpoints and saved models share: which tensors of a module are stored, and whether they are sound.
 
-A saved model must load again, and its file must hold exactly what its configuration asks for. Both are measured by a model
-of that configuration without values, on the meta device, which takes no memory however large it is.
+A saved model must load again, and its file must hold exactly the tensors of its configuration. Both are checked against a
+model of that configuration on the meta device, which holds no values and takes no memory.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ _FILLS = frozenset(
 
 
 class WithoutValues(TorchFunctionMode):
-    """Inside it, new parameters are not filled: their values are replaced anyway, and drawing them takes most of the time
-    of making a model. On the meta device a random fill would even load a second's worth of torch's Python modules."""
+    """Inside it, new parameters are not filled, because a caller replaces their values anyway.
+
+    Drawing the values takes most of the time of making a model. On the meta device a random fill would even load more of
+    torch's Python modules, which takes a second.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         tensor = args[0] if args else (kwargs or {}).get("tensor")

@@ -1,4 +1,4 @@
-"""Values at the door: what Python and NumPy give as whole numbers, numbers and flags, made plain or refused by name."""
+"""Checks of the numbers, flags and words that a caller gives: plain Python values come back, or a ValueError names them."""
 
 from __future__ import annotations
 

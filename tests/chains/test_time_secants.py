@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_time_sweeps import difference, double_lm, exact_states, gradients, instrument
+from helpers.recurrent_models import difference, double_lm, exact_states, gradients, instrument
 
 from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
 from hbll_seq.engine.iterations import Iterations

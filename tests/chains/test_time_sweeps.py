@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.recurrent_models import N, difference, double_lm, exact_states, gradients, instrument
 from torch import nn
 
 from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
@@ -12,41 +13,11 @@ from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.recurrent import RecurrentState
-from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
+from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.options import Sweeps, TreeGuess
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
-N = 9
 LINEARIZATIONS = {"zero": Zero(), "diagonal": Diagonal()}
-
-
-def double_lm(kind="gru", n_steps=N, gain=3.0):
-    """Weights large enough that no iteration is exact by chance."""
-    torch.manual_seed(0)
-    model = RecurrentLM(11, make_cell(kind, 5, 6)).double()
-    with torch.no_grad():
-        for p in model.cell.parameters():
-            p.mul_(gain)
-    return model, torch.randint(11, (2, n_steps + 1)), 0.5 * torch.randn(2, 6, dtype=torch.float64)
-
-
-def gradients(objective, tokens, state=None):
-    objective.zero_grad()
-    output = objective(tokens, state=state)
-    output.loss.backward()
-    return output, {name: p.grad.clone() for name, p in objective.model.named_parameters()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def exact_states(cell, projected, s0):
-    states = [s0]
-    for p in projected:
-        states.append(cell.transition(states[-1], p))
-    return torch.stack(states)
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
@@ -218,28 +189,6 @@ def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
         adjoints = backward_time_sweeps(ours, upstream, iterations)
         expected = backward_sweeps(theirs, list(upstream), iterations)
         torch.testing.assert_close(adjoints, torch.stack(expected), rtol=0, atol=1e-12)
-
-
-def instrument(cell):
-    """Counts calls of the cell, and notes which of them a backward pass goes through, by the gradient of which output."""
-    log = dict(calls=0, differentiated=[], passed=[])
-
-    def wrap(method):
-        def call(state, projected):
-            number = log["calls"]
-            log["calls"] += 1
-            if torch.is_grad_enabled():
-                log["differentiated"].append((number, state.requires_grad, state.grad_fn))
-            result = method(state, projected)
-            output = result[0] if isinstance(result, tuple) else result
-            if output.requires_grad:
-                output.register_hook(lambda g: log["passed"].append(number))
-            return result
-
-        return call
-
-    cell.transition, cell.differentiate = wrap(cell.transition), wrap(cell.differentiate)
-    return log
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)

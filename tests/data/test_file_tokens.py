@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from token_entries import entry, flip, load, same
+from helpers.cache_entries import entry, flip, load, same
 
 from hbll_seq.data import token_cache
 from hbll_seq.data.file_tokens import FileTokens

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from synthetic_digits import synthetic
+from helpers.digits import synthetic
 
 from hbll_seq.data.mnist import load_mnist
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from token_entries import entry, flip, load, same
+from helpers.cache_entries import entry, flip, load, same
 
 from hbll_seq.data import token_cache
 from hbll_seq.data import tokens as data

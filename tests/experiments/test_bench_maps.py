@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from synthetic_digits import synthetic
+from helpers.digits import synthetic
 
 import bench_maps
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic_digits import synthetic
+from helpers.digits import synthetic
 
 import seqmnist
 from comparisons.results import Results

@@ -5,33 +5,16 @@ import os
 
 import pytest
 import torch
+from helpers.language_models import CONTEXT_LENGTH, TOKENIZER, model_of
 
-from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation import decoding as generation
 from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.sampling import SamplingParams, sample
-from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.generate import generate
 from hbll_seq.tree.topology import DyadicTree
 
 PATHS = DyadicTree(3).paths()
-TOKENIZER = Tokenizer.default()
-BLOCK_SIZE = 12
-
-
-def model_of(tokenizer=None, seed=0, **changes):
-    """A model whose weights are all random: a fresh one has zero output layers, and all its paths agree."""
-    values = dict(vocab_size=tokenizer.vocab_size if tokenizer else 50, n_embd=16, n_head=2, context_length=BLOCK_SIZE)
-    generator = torch.Generator().manual_seed(seed)
-    model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
-    return model.eval()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The models here are so small that a second thread only waits for the first."""
@@ -161,7 +144,7 @@ def test_a_copy_of_the_cache_can_be_rolled_back_to(model):
 def test_one_path_keeps_no_outputs(model):
     _, cache = prefill(model, tokens_of(1, 8), (2, 4, 6))
     assert all(entry.pending is None for entry in cache._entries.values())
-    assert all(entry.state.keys.shape[2] <= BLOCK_SIZE for entry in cache._entries.values() if entry.state)
+    assert all(entry.state.keys.shape[2] <= CONTEXT_LENGTH for entry in cache._entries.values() if entry.state)
 
 
 @torch.no_grad()
@@ -297,8 +280,8 @@ def test_depth_and_path_name_the_same_network(text_model):
 def test_truncated_prompt_keeps_its_last_tokens(text_model):
     long = "One two three four five six seven eight nine ten eleven twelve"
     ids = TOKENIZER.encode(long)
-    tail = TOKENIZER.decode(ids[-BLOCK_SIZE:])
-    assert len(ids) > BLOCK_SIZE and TOKENIZER.encode(tail) == ids[-BLOCK_SIZE:]
+    tail = TOKENIZER.decode(ids[-CONTEXT_LENGTH:])
+    assert len(ids) > CONTEXT_LENGTH and TOKENIZER.encode(tail) == ids[-CONTEXT_LENGTH:]
     options = dict(temperature=0, max_new_tokens=6)
     whole = text_model.generate(long, truncate_prompt=True, **options)
     assert whole == long + text_model.generate(tail, **options)[len(tail) :]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_generation import TOKENIZER, model_of
+from helpers.language_models import TOKENIZER, model_of
 
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, sample
@@ -231,7 +231,7 @@ def test_a_long_path_is_refused_shortly_in_a_deep_tree():
 
 SCRIPT = """
 import sys
-from test_generation import TOKENIZER, model_of
+from helpers.language_models import TOKENIZER, model_of
 model = model_of(TOKENIZER)
 text = model.generate("Caf\\u00e9 \\u65e5\\u672c", stream=True, temperature=0, max_new_tokens=4)
 silent = model.generate("Caf\\u00e9 \\u65e5\\u672c", temperature=0, max_new_tokens=4)
@@ -243,9 +243,9 @@ sys.stderr.flush()
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_stdout_that_takes_nothing_ends_no_generation(tmp_path):
     """A pipe that nobody reads, a full disk, and an encoding that lacks some of the characters; as processes of their own."""
-    folder = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(Path(folder).parents[1])]),
-                   "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
     read, write = os.pipe()
     os.close(read)
     with open("/dev/full", "wb") as full, open(tmp_path / "out", "wb") as file:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from helpers.language_models import CONTEXT_LENGTH
+from helpers.language_models import model_of as language_model_of
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.decoding import decode_one_token, generate_ids, prefill
@@ -17,19 +19,8 @@ from hbll_seq.models.config import CELLS, HBLLConfig
 
 MIXED = ("gru", "transformer", "elman", "mingru", "transformer", "gru", "mingru")
 STACKS = [*CELL_KINDS, MIXED]
-CONTEXT_LENGTH = 12
-
-
 def model_of(cell, seed=0, tokenizer=None, **changes):
-    """A model whose weights are all random: a fresh one has zero output layers, and all its paths agree."""
-    vocab_size = tokenizer.vocab_size if tokenizer else 50
-    values = dict(vocab_size=vocab_size, n_embd=16, n_head=2, context_length=CONTEXT_LENGTH, cell=cell)
-    generator = torch.Generator().manual_seed(seed)
-    model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (p.dim() == 1))
-    return model.eval()
+    return language_model_of(tokenizer, seed, cell=cell, **changes)
 
 
 def tokens_of(batch, length, seed=0):

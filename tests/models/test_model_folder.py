@@ -12,9 +12,9 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-import torch
+from helpers.language_models import tiny_lm
 
-from hbll_seq import HBLLClassifierConfig, HBLLConfig, HBLLForCausalLM, HBLLForSequenceClassification, Tokenizer
+from hbll_seq import HBLLClassifierConfig, HBLLForCausalLM, HBLLForSequenceClassification, Tokenizer
 from hbll_seq.models.model_card import MARKER
 from hbll_seq.models.model_files import (
     CARD_NAME,
@@ -32,16 +32,6 @@ from hbll_seq.utils.atomic import PINNED, atomic_folder, roll_back, whole_folder
 from hbll_seq.utils.integrity import SUMS_NAME
 
 TOKENIZER = Tokenizer.train([f"w{i} x{i * 7}" for i in range(900)], 330)
-
-
-def model_of(seed=0, tokenizer=None, **changes):
-    values = dict(vocab_size=330 if tokenizer else 40, n_level=1, n_embd=4, n_head=1, context_length=8)
-    model = HBLLForCausalLM(HBLLConfig(**{**values, **changes}), tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 def seen(model):
@@ -93,24 +83,24 @@ def intercepted(before):
 
 
 def old_with_tokenizer(folder):
-    model_of(0, TOKENIZER).save_pretrained(folder, note="old")
+    tiny_lm(0, TOKENIZER).save_pretrained(folder, note="old")
 
 
 def old_without_sums(folder):
-    model_of(0).save_pretrained(folder, note="old")
+    tiny_lm(0).save_pretrained(folder, note="old")
     (folder / SUMS_NAME).unlink()
     (folder / "mine.txt").write_text("mine")
 
 
 def old_with_readme_of_the_user(folder):
-    model_of(0).save_pretrained(folder, note="old")
+    tiny_lm(0).save_pretrained(folder, note="old")
     (folder / CARD_NAME).write_text("# Mine")
 
 
 SCENES = {
-    "a tokenizer goes": (old_with_tokenizer, lambda: model_of(1, n_embd=8)),
-    "a tokenizer comes": (old_without_sums, lambda: model_of(1, TOKENIZER)),
-    "the same shapes": (old_with_readme_of_the_user, lambda: model_of(1)),
+    "a tokenizer goes": (old_with_tokenizer, lambda: tiny_lm(1, n_embd=8)),
+    "a tokenizer comes": (old_without_sums, lambda: tiny_lm(1, TOKENIZER)),
+    "the same shapes": (old_with_readme_of_the_user, lambda: tiny_lm(1)),
 }
 
 
@@ -136,7 +126,7 @@ def test_killed_at_any_point_the_old_or_the_new_model_loads(scene, tmp_path):
     with intercepted(snapshot):
         new.save_pretrained(folder, note="new")
     snapshot()
-    third, found = model_of(2), []
+    third, found = tiny_lm(2), []
     third_seen = seen(third)[:2]
     for shot in sorted(shots.iterdir()):
         found.append(load(shot / "model"))
@@ -193,7 +183,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
             shots.append(sorted(path.name for path in target.iterdir()))
 
     with intercepted(snapshot):
-        model_of().save_pretrained(target)
+        tiny_lm().save_pretrained(target)
     assert shots and all(shot == sorted(set(FILES) - {TOKENIZER_NAME}) for shot in shots)
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
@@ -231,18 +221,18 @@ def end_before_config(folder):
     code = f"""
 import os, sys
 from pathlib import Path
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-from test_model_folder import model_of
+sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+from helpers.language_models import tiny_lm
 replace = os.replace
 os.replace = lambda a, b: os._exit(9) if Path(b).name == "config.json" else replace(a, b)
-model_of(1, n_embd=8).save_pretrained({str(folder)!r})
+tiny_lm(1, n_embd=8).save_pretrained({str(folder)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 9
 
 
 def test_a_killed_process_and_those_who_read_after_it(tmp_path, capfd):
     folder = tmp_path / "runs" / "model"
-    model_of(0).save_pretrained(folder)
+    tiny_lm(0).save_pretrained(folder)
     old = load(folder)
     (folder / "metrics.json").write_text("{}")
     end_before_config(folder)
@@ -260,17 +250,17 @@ def test_a_killed_process_and_those_who_read_after_it(tmp_path, capfd):
 
 def test_a_readme_written_after_a_kill_stays(tmp_path):
     folder = tmp_path / "model"
-    model_of(0).save_pretrained(folder)
-    kill_before_config(folder, model_of(1, n_embd=8))
+    tiny_lm(0).save_pretrained(folder)
+    kill_before_config(folder, tiny_lm(1, n_embd=8))
     (folder / CARD_NAME).write_text("# Mine")
-    model_of(2).save_pretrained(folder)
-    assert (folder / CARD_NAME).read_text() == "# Mine" and load(folder)[:2] == seen(model_of(2))[:2]
+    tiny_lm(2).save_pretrained(folder)
+    assert (folder / CARD_NAME).read_text() == "# Mine" and load(folder)[:2] == seen(tiny_lm(2))[:2]
 
 
 def test_two_saves_at_once_wait_for_each_other(tmp_path):
     """Into a folder that is there, and one that is not: the last model is whole, and nothing is left over."""
     for folder in (tmp_path / "new", tmp_path / "new"):
-        errors, models = [], [model_of(seed, n_embd=4 + 4 * (seed % 2)) for seed in range(6)]
+        errors, models = [], [tiny_lm(seed, n_embd=4 + 4 * (seed % 2)) for seed in range(6)]
 
         def save(model):
             try:
@@ -309,16 +299,16 @@ def test_what_a_living_save_writes_is_not_swept(tmp_path, monkeypatch):
 def test_links_to_files_are_replaced_and_put_back(tmp_path):
     """A folder of the Hub's cache is one of links."""
     blobs, folder = tmp_path / "blobs", tmp_path / "model"
-    model_of(0).save_pretrained(blobs)
+    tiny_lm(0).save_pretrained(blobs)
     old = load(blobs)
     folder.mkdir()
     for path in blobs.iterdir():
         (folder / path.name).symlink_to(f"../blobs/{path.name}")
     assert load(folder) == old
-    kill_before_config(folder, model_of(1, n_embd=8))
+    kill_before_config(folder, tiny_lm(1, n_embd=8))
     assert load(folder) == old
-    model_of(2).save_pretrained(folder)
-    assert load(folder)[:2] == seen(model_of(2))[:2] and load(blobs) == old
+    tiny_lm(2).save_pretrained(folder)
+    assert load(folder)[:2] == seen(tiny_lm(2))[:2] and load(blobs) == old
 
 
 # ------------------------------------------------------------------------------------------------------- sums
@@ -326,7 +316,7 @@ def test_links_to_files_are_replaced_and_put_back(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    model_of(0, TOKENIZER).save_pretrained(tmp_path / "saved")
+    tiny_lm(0, TOKENIZER).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
 
@@ -350,7 +340,7 @@ def test_every_flipped_bit_is_found(saved, name, at):
 
 def test_what_is_exchanged_is_found(saved, tmp_path):
     remedy = "is not the file that SHA256SUMS lists.*load an intact copy; if you changed it on purpose, delete SHA256SUMS"
-    model_of(0, n_head=2).save_pretrained(tmp_path / "heads")
+    tiny_lm(0, n_head=2).save_pretrained(tmp_path / "heads")
     text = (tmp_path / "heads" / CONFIG_NAME).read_text()
     (tmp_path / "heads" / CONFIG_NAME).write_text(text.replace('"n_head": 2', '"n_head": 1'))
     with pytest.raises(ValueError, match=f"config.json {remedy}"):
@@ -359,7 +349,7 @@ def test_what_is_exchanged_is_found(saved, tmp_path):
     (saved / TOKENIZER_NAME).write_bytes(other.model_proto)
     with pytest.raises(ValueError, match=f"tokenizer.model {remedy}"):
         HBLLForCausalLM.from_pretrained(saved)
-    model_of(5, TOKENIZER).save_pretrained(tmp_path / "other")
+    tiny_lm(5, TOKENIZER).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / WEIGHTS_NAME, saved)
     (saved / TOKENIZER_NAME).write_bytes(TOKENIZER.model_proto)
     with pytest.raises(ValueError, match=f"model.safetensors {remedy}"):
@@ -375,7 +365,7 @@ def test_what_is_not_checked_is_told_in_one_line(saved, tmp_path, capfd):
     (saved / CARD_NAME).write_text("edited")  # which sums leave out
     load(saved)
     assert capfd.readouterr().err == ""
-    model_of(0, vocab_size=2000).save_pretrained(saved)
+    tiny_lm(0, vocab_size=2000).save_pretrained(saved)
     (saved / SUMS_NAME).unlink()
     load(saved)
     assert capfd.readouterr().err == f"hbll_seq: '{saved}' has no SHA256SUMS: its files are not checked for damage\n"
@@ -384,7 +374,7 @@ def test_what_is_not_checked_is_told_in_one_line(saved, tmp_path, capfd):
     load(saved)
     err = capfd.readouterr().err
     assert err.count("\n") == 2 and "tokenizer.model has 320 pieces, the model 2000 tokens: is it the one" in err
-    model_of(0, vocab_size=1024).save_pretrained(tmp_path / "by hand")
+    tiny_lm(0, vocab_size=1024).save_pretrained(tmp_path / "by hand")
     small.save(tmp_path / "by hand" / TOKENIZER_NAME)  # 320 of 1024: padding explains it
     load(tmp_path / "by hand")
     assert capfd.readouterr().err == f"hbll_seq: '{tmp_path / 'by hand'}': SHA256SUMS does not list tokenizer.model: not " \
@@ -411,11 +401,11 @@ def test_a_folder_that_is_written_to_meanwhile_is_read_again(saved):
     def read():
         calls.append(None)
         if len(calls) == 1:
-            model_of(1, TOKENIZER).save_pretrained(saved)
+            tiny_lm(1, TOKENIZER).save_pretrained(saved)
             raise ValueError("half of one, half of another")
         return load(saved)
 
-    assert read_unchanged(saved, read)[:2] == seen(model_of(1, TOKENIZER))[:2] and len(calls) == 2
+    assert read_unchanged(saved, read)[:2] == seen(tiny_lm(1, TOKENIZER))[:2] and len(calls) == 2
     with pytest.raises(ValueError, match="is being written to all the time"):
         read_unchanged(saved, lambda: os.utime(saved / CONFIG_NAME, ns=(1, len(calls))) or calls.append(None))
 
@@ -434,7 +424,7 @@ def test_the_weights_are_hashed_once(saved, monkeypatch):
 @pytest.mark.parametrize("name", [*SUMMED, SUMS_NAME, CARD_NAME])
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "socket", "folder", "sparse"])
 def test_only_regular_files_of_bounded_size_are_read(saved, tmp_path, name, kind, monkeypatch):
-    model = model_of(3)
+    model = tiny_lm(3)
     path = saved / name
     path.unlink()
     if kind == "pipe":
@@ -468,21 +458,21 @@ def test_only_regular_files_of_bounded_size_are_read(saved, tmp_path, name, kind
 
 def test_a_card_with_the_marker_is_written_anew(saved):
     assert MARKER in (saved / CARD_NAME).read_text()
-    model_of(0, TOKENIZER).save_pretrained(saved, data="other")
+    tiny_lm(0, TOKENIZER).save_pretrained(saved, data="other")
     assert "Data: other" in (saved / CARD_NAME).read_text()
 
 
 def test_latest_run_passes_over_what_it_cannot_read(tmp_path):
     runs = tmp_path / "runs"
     for age, (name, text) in enumerate({"good": '{"loss": NaN}', "byte": "x", "list": "[]", "deep": "[" * 100_000}.items()):
-        model_of(0).save_pretrained(runs / name)
+        tiny_lm(0).save_pretrained(runs / name)
         (runs / name / "metrics.json").write_text(text)
         os.utime(runs / name / "metrics.json", ns=(10**18 + age, 10**18 + age))
     (runs / "loop").symlink_to(runs)
     (runs / "self").symlink_to(runs / "self")
     odd = {"pipe": os.mkfifo, "broken": lambda p: os.symlink("nowhere", p), "turn": lambda p: os.symlink(p, p)}
     for name, make in odd.items():
-        model_of(0).save_pretrained(runs / name)
+        tiny_lm(0).save_pretrained(runs / name)
         make(runs / name / "metrics.json")
     (runs / "closed").mkdir(mode=0)
     assert find_latest_run(runs) == runs / "good"

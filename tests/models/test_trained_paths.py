@@ -8,8 +8,7 @@ from collections import Counter
 import kill_and_resume as kr
 import pytest
 import torch
-from test_generation import TOKENIZER, model_of
-from test_objective import small_lm
+from helpers.language_models import TOKENIZER, model_of, small_lm
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig

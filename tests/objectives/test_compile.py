@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_generation import TOKENIZER, model_of
-from test_objective import small_lm
+from helpers.language_models import TOKENIZER, model_of, small_lm
 
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.generate import generate

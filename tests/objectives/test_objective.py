@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers.language_models import small_lm
 from torch import nn
 
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
-from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
@@ -16,18 +15,6 @@ from hbll_seq.objectives.options import Tree
 from hbll_seq.tree import inference
 from hbll_seq.tree.inference import tree_pass
 from hbll_seq.tree.posterior import Gaussian
-
-CONFIG = dict(vocab_size=17, n_embd=16, n_head=2, context_length=12, sigma=0.1)
-
-
-def small_lm(seed=0, noise=0.3, **changes):
-    """A 3-level model moved away from its initial identity, so that nothing vanishes by accident."""
-    torch.manual_seed(seed)
-    model = HBLLForCausalLM(HBLLConfig(**{**CONFIG, **changes}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(noise * torch.randn_like(p) / max(1, p.shape[-1]) ** 0.5)
-    return model
 
 
 def touched(loss, parameters):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_objective import small_lm
+from helpers.language_models import small_lm
 from torch import nn
 
 from hbll_seq.chains.time_tree import RecurrentTree

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_time_sweeps import N, difference, double_lm, gradients
+from helpers.recurrent_models import N, difference, double_lm, gradients
 
 from hbll_seq.objectives.options import Sweeps
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_objective import small_lm
+from helpers.language_models import small_lm
 
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.data.tokens import TokenStream

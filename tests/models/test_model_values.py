@@ -298,7 +298,10 @@ def test_what_is_no_module_is_named():
         DepthHierarchy([block], head, torch.tanh)
 
 
-@pytest.mark.parametrize("cell", [torch.nn.GRUCell(3, 4), "gru", None, lambda s, x: s], ids=lambda value: type(value).__name__)
+NO_CELLS = [torch.nn.GRUCell(3, 4), "gru", None, lambda s, x: s]
+
+
+@pytest.mark.parametrize("cell", NO_CELLS, ids=lambda value: type(value).__name__)
 def test_what_is_no_recurrent_cell_is_named(cell):
     message = f"cell={type(cell).__name__} object: must be a RecurrentCell, such as make_cell"
     with pytest.raises(ValueError, match=message):

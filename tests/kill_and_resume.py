@@ -143,11 +143,11 @@ def fails(options: list[str], capsys, *fragments: str, code: int = 2) -> str:
     return message
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=5)
     parser.add_argument("--kill-seed", type=int, default=None)
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args(argv)
     options = ["--preset", "debug", "--max-steps", "60", "--log-every", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"

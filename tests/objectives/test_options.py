@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_objective import small_lm
+from helpers.language_models import small_lm
 
 import hbll_seq
 from hbll_seq.chains.time_tree import RecurrentTree

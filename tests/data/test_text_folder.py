@@ -115,7 +115,7 @@ def test_what_is_read_held_out_and_left_aside_is_said(tmp_path: Path) -> None:
     assert text_of(tmp_path, "train") + text_of(tmp_path, "validation") == lines("book")
     assert sources.describe_source("bundled") == ["data: train, validation and test are those of the bundled WikiText-2"]
     assert sources.describe_source(str(tmp_path / "book.txt"))[0] == "data: train is 'book.txt', without what is held out"
-    assert sources.describe_source(str(tmp_path / "none.txt"))[0] == "data: train is empty, less what is held out"
+    assert sources.describe_source(str(tmp_path / "none.txt"))[0] == "data: train is empty, without what is held out"
 
 
 def test_a_description_is_short_whatever_the_names(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Fixtures of several test files: of the training script's, and of those that read text."""
 
+import base64
 import os
 import random
 import signal
@@ -17,6 +18,21 @@ from hbll_seq.data.tokenizer import Tokenizer  # noqa: E402
 from hbll_seq.training import checkpoint as ck  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def checked_alone(file) -> None:
+    """os.fsync without the wait for the disk: what a power failure leaves is tests/kill_points.py's, in its own processes."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = checked_alone
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """The figures of a run in white: drawing them takes longer than a short run."""
+    white = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsA4ukAAAAABJRU5ErkJggg=="
+    monkeypatch.setattr("hbll_seq.training.plots._png", lambda figure: base64.b64decode(white))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from hbll_seq.training.settings import differences
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 STEP = 4
 NAN = "a number that is none"

@@ -18,6 +18,8 @@ from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 
 

@@ -1,6 +1,5 @@
 """Fixtures of several test files: of the training script's, and of those that read text."""
 
-import base64
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from hbll_seq.data.tokenizer import Tokenizer  # noqa: E402
 from hbll_seq.training import checkpoint as ck  # noqa: E402
+from hbll_seq.training import plots  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -28,11 +28,16 @@ def checked_alone(file) -> None:
 os.fsync = checked_alone
 
 
+@pytest.fixture(scope="session")
+def blank_figure():
+    """An empty figure of Matplotlib's, as a file."""
+    return plots._png(plots.new_figure(0.1, 0.1))
+
+
 @pytest.fixture
-def blank_figures(monkeypatch):
-    """The figures of a run in white: drawing them takes longer than a short run."""
-    white = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsA4ukAAAAABJRU5ErkJggg=="
-    monkeypatch.setattr("hbll_seq.training.plots._png", lambda figure: base64.b64decode(white))
+def blank_figures(monkeypatch, blank_figure):
+    """The figures of a run are empty ones: drawing them takes longer than a short run."""
+    monkeypatch.setattr(plots, "_png", lambda figure: blank_figure)
 
 
 @pytest.fixture(scope="session")

@@ -145,14 +145,15 @@ def _server() -> socket.socket:
 
 def serve(connection: socket.socket) -> None:
     """Fork for every request. The fork's parent is a small process of its own, which waits for it and tells its end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # of the small ones
+    small = set()
     while True:
+        small = {pid for pid in small if os.waitpid(pid, os.WNOHANG)[0] == 0}
         data, handles, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not data:
             return
-        if os.fork() == 0:
+        small.add(child := os.fork())
+        if child == 0:
             connection.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             pid = os.fork()
             if pid == 0:
                 os.close(handles[0])
@@ -178,7 +179,11 @@ def _become(request: dict, stdout: int, stderr: int) -> None:
     sys.argv = request["arguments"]
     before = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [str(Path(sys.argv[0]).parent), *before, *sys.path[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

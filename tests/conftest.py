@@ -28,6 +28,16 @@ def checked_alone(file) -> None:
 os.fsync = checked_alone
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2`` a file stays on one worker: its runs, which its tests share, are made once. In the order of the names, so
+    that the files at the end are short ones and no worker waits long for the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def blank_figure():
     """An empty figure of Matplotlib's, as a file."""

@@ -15,8 +15,39 @@ from accelerate.state import AcceleratorState  # noqa: E402
 
 from hbll_seq.data.tokenizer import Tokenizer  # noqa: E402
 from hbll_seq.training import checkpoint as ck  # noqa: E402
+from hbll_seq.training import plots  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def checked_alone(file) -> None:
+    """os.fsync without the wait for the disk: what a power failure leaves is tests/kill_points.py's, in its own processes."""
+    os.fstat(file if isinstance(file, int) else file.fileno())
+
+
+os.fsync = checked_alone
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2`` a file stays on one worker: its runs, which its tests share, are made once. In the order of the names, so
+    that the files at the end are short ones and no worker waits long for the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def blank_figure():
+    """An empty figure of Matplotlib's, as a file."""
+    return plots._png(plots.new_figure(0.1, 0.1))
+
+
+@pytest.fixture
+def blank_figures(monkeypatch, blank_figure):
+    """The figures of a run are empty ones: drawing them takes longer than a short run."""
+    monkeypatch.setattr(plots, "_png", lambda figure: blank_figure)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from forked import Forked
+
 from hbll_seq.utils.integrity import SUMS_NAME, format_sums
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +36,17 @@ def load_script():
     return module
 
 
-def start(options: list[str], launcher: tuple[str, ...] = (sys.executable,), script: Path = SCRIPT,
-          **keywords) -> subprocess.Popen:
-    """train/lm.py, or another script, in a process of its own."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([*launcher, str(script), *options], env=environment, **keywords)
+def environment_of_scripts() -> dict[str, str]:
+    """With the library of this tree."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+def start(options: list[str], launcher: tuple[str, ...] = (), script: Path = SCRIPT,
+          **keywords) -> subprocess.Popen | Forked:
+    """train/lm.py, or another script, in a process of its own: a fork with everything imported, or of a launcher."""
+    if not launcher:
+        return Forked([str(script), *options], environment_of_scripts(), **keywords)
+    return subprocess.Popen([*launcher, str(script), *options], env=environment_of_scripts(), **keywords)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -151,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     options = ["--preset", "debug", "--max-steps", "60", "--log-every", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        if start([*options, "--output-dir", str(whole)], stdout=subprocess.DEVNULL).wait():
+        if start([*options, "--output-dir", str(whole)]).wait():
             return 1
         rng, failures, total = random.Random(arguments.kill_seed), 0, len(lines(whole))
         for point in range(arguments.points):

@@ -245,7 +245,7 @@ def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
         objective = LocalObjective(model, Sweeps(2, 2), time=time)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         generator = torch.Generator().manual_seed(0)
-        for step in range(200):
+        for step in range(130):
             tokens = torch.randint(8, (32, 5), generator=generator).repeat(1, 5)[:, :21]
             output = objective(tokens, step=step)
             optimizer.zero_grad()
@@ -255,7 +255,7 @@ def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
         plain = model(tokens, labels=tokens).loss.item()
         assert abs(plain - objective(tokens).metrics["ce"].item()) < 0.1
         reached[backward] = plain
-    assert reached.pop(0) > 1.9 > 1.5 > reached.popitem()[1]
+    assert reached.pop(0) > 1.9 > 1.6 > reached.popitem()[1]
 
 
 # -------------------------------------------------------------------------------------------------- carried states
@@ -392,5 +392,5 @@ def test_span_over_both_axes_does_not_grow_with_the_text_nor_with_the_blocks(mix
     alone = 4 * call + 3 * product
     for n_level in (2, 3, 4):  # the blocks of a branch are walked, there and back
         walked = 0 if mix == "none" else (n_level - 1) * (call + product)
-        assert spans[n_level, 64][1] <= alone + walked
-    assert mix == "octaves" or spans[4, 64] == spans[3, 64] == (alone - product, alone)
+        assert spans[n_level, 32][1] <= alone + walked
+    assert mix == "octaves" or spans[4, 32] == spans[3, 32] == (alone - product, alone)

@@ -21,6 +21,8 @@ from hbll_seq.training.settings import FREE_ON_RESUME
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 STEP = 4
 NAN = "a number that is none"

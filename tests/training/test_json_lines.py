@@ -10,6 +10,8 @@ import pytest
 from hbll_seq.training import json_lines
 from hbll_seq.training.json_lines import JsonLines
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 GOOD = [b'{"step": %d, "loss": %d.5}\n' % (step, step) for step in range(1, 9)]
 
 

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import sys
 
 import kill_and_resume as kr
 import pytest
 import torch
+from forked import pair
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.evaluation.perplexity import evaluate_paths
@@ -16,6 +16,8 @@ from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.presets import resolve
 from hbll_seq.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 lm = kr.load_script()
 GRU = ["--cell", "gru", "--carry-state", "--max-steps", "24", "--time-chunk-size", "4"]
@@ -109,20 +111,14 @@ def test_rows_read_their_own_stretch_and_keep_their_own_state(options, tmp_path,
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-def test_two_processes_equal_one_and_resume(options, tmp_path, monkeypatch):
+def test_two_processes_equal_one_and_resume(options, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*options, "--max-steps", "6", "--save-every", "3", "--keep-checkpoints", "9", "--eval-every", "0"]
     assert lm.main([*options, "--batch-size", "4", "--output-dir", str(one)]) == 0
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
     def launch(*arguments):
-        process = kr.start(list(arguments), launcher, stdout=-3, stderr=-1, text=True)
-        try:
-            _, errors = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        assert process.returncode == 0, errors
+        codes, said = pair([str(kr.SCRIPT), *arguments], kr.environment_of_scripts())
+        assert codes == [0, 0], said
 
     launch(*options, "--batch-size", "2", "--output-dir", str(two))
     for row, expected in zip(kr.lines(two), kr.lines(one), strict=True):

@@ -15,6 +15,8 @@ from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.resuming import resume_run
 from hbll_seq.training.run_folder import is_finished
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 QUICK = ["--max-steps", "4", "--eval-every", "0", "--sample-tokens", "0", "--save-every", "2", "--threads", "1"]
 LAST = ("checkpoints", "step-00000004", "state.json")

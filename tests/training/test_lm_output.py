@@ -60,7 +60,7 @@ def test_help_and_settings_into_a_pipe_that_closes(monkeypatch):
     for option in ("--help", "--dry-run"):
         read, write = os.pipe()
         os.close(read)
-        process = kr.start([option], stdout=write, stderr=subprocess.PIPE)
+        process = kr.start([option], (sys.executable,), stdout=write, stderr=subprocess.PIPE)
         os.close(write)
         _, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, b"")

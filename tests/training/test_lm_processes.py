@@ -7,8 +7,11 @@ from pathlib import Path
 
 import kill_and_resume as kr
 import pytest
+from forked import pair
 
 from hbll_seq.training import checkpoint as ck
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 STEPS = 6
 
@@ -83,7 +86,8 @@ def test_the_process_group_is_left_while_its_threads_need_the_gil(tmp_path, how,
     assert process.returncode == 0 and process.stdout == f"dropped by gloo, {said}left with []\n", process.stderr
 
 
-def _two_processes(monkeypatch, options, script=kr.SCRIPT):
+def _launched(monkeypatch, options, script):
+    """By a launcher."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = kr.start(options, launcher, script, stdout=-3, stderr=-1, text=True)
@@ -95,6 +99,13 @@ def _two_processes(monkeypatch, options, script=kr.SCRIPT):
     return errors
 
 
+def _two_processes(options, script=kr.SCRIPT):
+    """As a launcher starts them."""
+    codes, said = pair([str(script), *options], kr.environment_of_scripts())
+    assert codes == [0, 0], said
+    return "".join(said)
+
+
 @pytest.mark.parametrize("objective, figure", [("sweeps", "ce_mix"), ("tree", "state")])
 def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch, objective, figure):
     one, two = tmp_path / "one", tmp_path / "two"
@@ -104,7 +115,8 @@ def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch, o
     assert kr.load_script().main([*options, "--batch-size", "4", "--output-dir", str(one)]) == 0
     script = tmp_path / "threads_end.py"
     script.write_text(THREADS_END.format(tests=str(Path(__file__).parents[1])))
-    errors = _two_processes(monkeypatch, [*options, "--batch-size", "2", "--output-dir", str(two)], script)
+    two_runs = [*options, "--batch-size", "2", "--output-dir", str(two)]
+    errors = _launched(monkeypatch, two_runs, script) if objective == "sweeps" else _two_processes(two_runs, script)
     assert "on 2 x cpu" in errors
     if Path("/proc/self/task").is_dir():
         assert errors.count("threads while training: True") == errors.count("threads left: []") == 2
@@ -117,7 +129,7 @@ def test_two_processes_equal_one_and_resume(lm_options, tmp_path, monkeypatch, o
     evaluations = (two / "evaluations.jsonl").read_text()
     model = (two / "model.safetensors").read_bytes()
 
-    errors = _two_processes(monkeypatch, ["--resume", "2", "--output-dir", str(two)])
+    errors = _two_processes(["--resume", "2", "--output-dir", str(two)])
     assert "steps 2 to 6" in errors and errors.count("to go on from step 2, removed") == 1  # one process speaks
     times = dict.fromkeys(kr.TIMES)
     assert [{**row, **times} for row in kr.lines(two)] == [{**row, **times} for row in rows]

@@ -23,6 +23,8 @@ from hbll_seq.training.run_folder import EVALUATIONS, RESULTS
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 
 

@@ -22,6 +22,8 @@ from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils import migration
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 
 

@@ -13,6 +13,8 @@ import pytest
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.signals import StopNow, StopSignal
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
@@ -78,7 +80,7 @@ def test_before_training_nothing_is_left_behind(short, unbroken, tmp_path, monke
     assert f"stopped by signal {int(number)} outside of training" in capsys.readouterr().err and not folder.exists()
 
 
-@pytest.mark.parametrize("number, where", list(zip(ALL, ["evaluation", "export", "plot_training_curve", "end"])))
+@pytest.mark.parametrize("number, where", list(zip(ALL, ["evaluation", "export", "plot_training_curve", "end_trackers"])))
 def test_at_the_end_of_a_run(short, unbroken, tmp_path, monkeypatch, capsys, number, where):
     folder = tmp_path / "run"
     module = sys.modules["hbll_seq.training.export"] if where == "plot_training_curve" else lm

@@ -19,6 +19,8 @@ from hbll_seq.training.run_record import RECORD, RunRecord, foreign_files, read_
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.atomic import PINNED
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 lm = kr.load_script()
 QUICK = ["--max-steps", "4", "--eval-every", "0", "--sample-tokens", "0", "--save-every", "2"]
 #: train/lm.py in a process of its own, after other lines.

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import kill_and_resume as kr
 import pytest
+from forked import pair
 
 from hbll_seq.training import run_lock
 from hbll_seq.training.run_folder import is_finished
 from hbll_seq.training.run_lock import LOCK, FolderLock
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 lm = kr.load_script()
 
@@ -79,15 +82,12 @@ code = script.main(sys.argv[1:])
 sys.stderr.write(f"rank {{os.environ['RANK']}} ends with {{code}}\\n")
 sys.exit(code)
 """)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(kr.ROOT)}
-    done = subprocess.run([*launcher, str(script), *lm_options, "--output-dir", str(folder)], env=environment, timeout=120,
-                          stderr=subprocess.PIPE, text=True)  # fmt: skip
+    codes, said = pair([str(script), *lm_options, "--output-dir", str(folder)], kr.environment_of_scripts())
     lock.release()
-    assert done.returncode != 0 and done.stderr.count("\nerror: ") == 1  # one speaks
+    assert codes == [2, 2] and "".join(said).count("\nerror: ") + "".join(said).startswith("error: ") == 1  # one speaks
     for rank in (0, 1):
-        assert f"rank {rank} is told: output_dir='{folder}' is held by another run (process {os.getpid()} " in done.stderr
-        assert f"rank {rank} ends with 2" in done.stderr
+        assert f"rank {rank} is told: output_dir='{folder}' is held by another run (process {os.getpid()} " in said[rank]
+        assert f"rank {rank} ends with 2" in said[rank]
     assert os.listdir(folder) == []
 
 

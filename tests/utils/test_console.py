@@ -4,13 +4,20 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hbll_seq.utils.console import ForgivingStream, forgiving_output, printable, say
 
-PROGRAM = """
-import sys
+ROOT = Path(__file__).resolve().parents[2]
+#: hbll_seq without its __init__, which imports torch
+BARE = """
+import sys, types
+sys.modules["hbll_seq"] = types.ModuleType("hbll_seq")
+sys.modules["hbll_seq"].__path__ = ["hbll_seq"]
+"""
+PROGRAM = BARE + """
 from hbll_seq.utils.console import forgiving_output
 with forgiving_output():
     for i in range(3000):
@@ -23,7 +30,7 @@ sys.exit(7)
 
 def run(shell_redirection, **environment):
     return subprocess.run(["bash", "-c", f'"$0" -c "$1" {shell_redirection}', sys.executable, PROGRAM],
-                          env={**os.environ, "PYTHONPATH": os.getcwd(), **environment}, capture_output=True, timeout=60)
+                          cwd=ROOT, env={**os.environ, **environment}, capture_output=True, timeout=60)
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&-", "> >(head -1) 2> >(head -1)", ">/dev/null"])
@@ -42,10 +49,10 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding):
 
 def test_no_file_gets_the_number_of_a_closed_output(tmp_path):
     """What a library of C prints would be written into it, between the weights of a checkpoint."""
-    program = ("import os, sys\nfrom hbll_seq.utils.console import forgiving_output\n"
+    program = BARE + ("from hbll_seq.utils.console import forgiving_output\n"
                "with forgiving_output():\n    file = open(sys.argv[1], 'wb')\n    sys.exit(file.fileno() > 2)")
     command = ["bash", "-c", '"$0" -c "$1" "$2" >&- 2>&-', sys.executable, program, str(tmp_path / "file")]
-    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, timeout=60).returncode == 1
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 1
 
 
 class Broken(io.StringIO):

@@ -21,6 +21,7 @@ from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils import migration
+from hbll_seq.utils.tensors import module_tensors
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -56,7 +57,7 @@ def test_metrics_lines(whole_run):
 def test_exported_model_is_the_trained_one(whole_run, lm_options):
     settings, _, resumed = lm.resume_run({"output_dir": str(whole_run)}, None)
     model = HBLLForCausalLM.from_pretrained(whole_run)
-    for name, tensor in ck.module_tensors(model).items():
+    for name, tensor in module_tensors(model).items():
         assert torch.equal(tensor, resumed.tensors["model"][f"model.{name}"])
     summary = json.loads((whole_run / "metrics.json").read_text())
     opened = lm.data(settings)

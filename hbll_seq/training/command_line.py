@@ -12,7 +12,6 @@ from hbll_seq.training.presets import DEFAULT_PRESET, nearest_setting, read_pres
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.reading import shorten
 
-
 #: names that other programs give to settings of ours
 OTHER_NAMES = {"learning_rate": "lr"}
 

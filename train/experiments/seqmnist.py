@@ -4,7 +4,8 @@
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --quick      # a minute or so, too short to mean much
 
 The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5;
---n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options as in "sweeps:forward=2,backward=2,lr=1e-3":
+--n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options
+as in "sweeps:forward=2,backward=2,lr=1e-3":
 
     bptt      backpropagation through time over the same cell
     truncated the same within windows of steps ("truncated:window=16"), and one-step: of one step

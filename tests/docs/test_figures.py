@@ -37,8 +37,8 @@ def test_full_path_alone(method, figure):
 
 
 def test_all_depths_with_the_same_mix():
-    found = {run["side"]: run["test"] for run in runs("compare") if run["seed"] == 0 and run["side"] in ("mix", "backprop-mix")}
-    for test in found.values():
+    both = ("mix", "backprop-mix")
+    for test in [run["test"] for run in runs("compare") if run["seed"] == 0 and run["side"] in both]:
         first, last = (test[i]["perplexity"] for i in (0, -1))
         assert f"{first:.2f}, {last:.2f}" in row("all depths from one model")
 

@@ -110,9 +110,8 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     def chunks(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
         """Values [B, L] -> what the cell reads, [B, N, I]: the values in the model's order, cut into steps.
 
-        Where ``N * I`` is more than L, zeros stand before the first value (docs/method.md 1.5). Chunks [B, T, I] are returned
-            as
-        they are.
+        Where ``N * I`` is more than L, zeros stand before the first value (docs/method.md 1.5). Chunks [B, T, I] are
+        returned as they are.
 
         Args:
             inputs: values or chunks.

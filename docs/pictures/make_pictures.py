@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from matplotlib.ticker import MultipleLocator
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "train" / "results"
+sys.path.insert(0, str(HERE.parents[1] / "train" / "experiments"))  # for the words of older results
+
+from comparisons.words import current_run  # noqa: E402
+
 STYLE = {"svg.hashsalt": "hbll_seq", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 11}
 
 
@@ -128,7 +133,7 @@ def _tree(axes: Axes, theme: Theme) -> None:
 
 def perplexities(runs: list[dict], name: str, lr: float | None = None) -> dict[int, list[float]]:
     """Test perplexity by depth of the runs of one method at one learning rate (None: the one that most seeds have)."""
-    runs = [run for run in runs if run["side"] == name]
+    runs = [run for run in runs if run["method"] == name]
     if runs and lr is None:
         rates = [run["lr"] for run in runs]
         lr = max(sorted(set(rates)), key=rates.count)
@@ -141,7 +146,8 @@ def perplexities(runs: list[dict], name: str, lr: float | None = None) -> dict[i
 
 def perplexity_by_depth(theme: Theme) -> plt.Figure:
     """One model at all its depths, beside backprop: with the same mix where the results hold it, and one model a depth."""
-    runs = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["runs"]
+    stored = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["runs"]
+    runs = [current_run(run, "depth") for run in stored]
     figure, axes = plt.subplots(figsize=(8, 4.3), layout="constrained")
     separate = {}
     for depth in range(1, 8):

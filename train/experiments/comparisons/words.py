@@ -1,4 +1,4 @@
-"""Reads the words of older files of results as today's. The files themselves stay as they are.
+"""Reads the words of older files of results as today's. A file stays as it is until a run is added.
 
 A stored run names its method twice: as it was asked for, such as ``"sweeps:forward=2,backward=3"``, and by a description with
 every default written out, such as ``"sweeps {'forward': 2, ...}"``. Both are translated, and so are the keys. What is in

@@ -27,6 +27,7 @@ TESTS = {
     "objectives/registry.py": ("objectives/test_options.py", "objectives", "engine/test_sweeps.py", "chains"),
     "objectives/depth_mix.py": ("engine/test_sweeps.py", "objectives", "chains"),
     "objectives/branches.py": ("engine/test_sweeps.py", "objectives", "chains"),
+    "objectives/tree.py": ("models/test_exits.py", "tree", "objectives/test_objective.py", "objectives"),
     "objectives/recurrent.py": ("objectives/test_recurrent_baselines.py", "chains", "objectives"),
     "evaluation": ("evaluation", "objectives/test_objective.py"),
     "training": ("training",),

@@ -374,3 +374,16 @@ def test_what_a_step_refuses():
         RecurrentLocalObjective(model)(tokens)
     with pytest.raises(ValueError, match=r"\(2, 1\).*\[batch, T \+ 1\]"):
         RecurrentLocalObjective(model)(tokens[:, :1])
+
+
+@pytest.mark.parametrize("forward", [0, 1, 2])
+def test_a_step_without_graph_gives_what_one_with_graph_gives(forward):
+    model, tokens, state = double_lm("gru")
+    objective = RecurrentLocalObjective(model, Sweeps(forward, 1))
+    kept = objective(tokens, state=state)
+    with torch.no_grad():
+        bare = objective(tokens, state=state)
+    assert bare.node_losses.shape == kept.node_losses.shape == (1,)
+    assert bare.metrics.keys() == kept.metrics.keys() == {"ce"} | ({"residual"} if forward else set())
+    for one, other in [(bare.loss, kept.loss), (bare.node_losses, kept.node_losses), (bare.state, kept.state)]:
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-12)

@@ -45,6 +45,12 @@ def over_time(model):
     return [RecurrentBackpropObjective(model), *local]
 
 
+@pytest.mark.parametrize("make", [RecurrentBackpropObjective, lambda m: RecurrentLocalObjective(m, "sweeps")])
+def test_a_model_that_is_not_recurrent_is_named(make):
+    refused("model=Linear object: must be a RecurrentModel, such as RecurrentLM", make, nn.Linear(3, 2))
+    refused("model=HBLLForCausalLM object: must be a RecurrentModel", make, grid())
+
+
 # ------------------------------------------------------------------------------------------------------ carried states
 
 

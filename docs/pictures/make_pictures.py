@@ -165,7 +165,7 @@ def perplexity_by_depth(theme: Theme) -> plt.Figure:
 
 def _dress(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor("none")
-    axes.set_xlabel("blocks run, of the seven of one model", color=theme.ink)
+    axes.set_xlabel("blocks run", color=theme.ink)
     axes.set_ylabel("test perplexity per token", color=theme.ink)
     axes.yaxis.set_major_locator(MultipleLocator(5))
     axes.tick_params(colors=theme.ink, length=0)

@@ -1,4 +1,4 @@
-"""The hierarchy over depth: any list of blocks between an embedding and a head."""
+"""Blocks as the transitions of a chain over depth."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ class Iterations:
         backward: M, iterations of the adjoints.
         chunk_size: c, transitions that one iteration takes one after the other, the differentiated one too.
         linearization: what approximates the Jacobians.
-        damping: an iteration moves so far from the old estimate to the new one; 1 is the plain iteration, and the only one
-            that ever makes a state exact.
+        damping: fraction of the step from the old estimate to the new one that an iteration takes; 1 is the plain
+            iteration, and the only one that ever makes a state exact.
         tolerance: stop early once the residual is at most this (waits for the device); 0 does all iterations.
         clip: diagonals of a recurrent cell are held within -clip .. clip, so that a scan of many cannot explode.
     """

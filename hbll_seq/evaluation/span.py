@@ -2,7 +2,7 @@
 
 The count follows the data and not the program. Every tensor carries the number of block evaluations behind it: the largest
 number among the tensors that it was made from, plus one for each block that it passes. So evaluations that could run in
-parallel count once, in whatever order this machine runs them. Unit (method.md 2.5): one block forward or one input-only
+parallel count once, in whatever order this machine runs them. Unit (docs/method.md 2.5): one block forward or one input-only
 vector-Jacobian product is 1, a full backward (input and weights) is 2.
 """
 

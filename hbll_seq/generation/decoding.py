@@ -67,7 +67,7 @@ def generate_ids(
         For each step B ids, None in a row that has ended; ends when all rows have.
 
     Raises:
-        ValueError: the sampling options are none, or the path or a prompt is not possible.
+        ValueError: ``sampling`` is no SamplingParams, or the path or a prompt is not possible.
     """
     path, sampling = model.resolve_path(path=path), as_sampling(sampling, {})
     prompts = _check_prompts(prompts, model.config.vocab_size)

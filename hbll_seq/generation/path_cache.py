@@ -1,7 +1,7 @@
 """Key-value cache keyed by path prefix.
 
 A cache belongs to a *path prefix*, not to a block: on the path (4, 6) block 6 reads what block 4 made, on the path
-(2, 4, 6) something else. Only paths that share a prefix share its cache (arXiv 2606.21497; method.md 1.4).
+(2, 4, 6) something else. Only paths that share a prefix share its cache (arXiv 2606.21497; docs/method.md 1.4).
 
 Shapes: B rows of a batch, T tokens, S tokens not yet read by a path, P outputs kept for later readers, C width.
 """

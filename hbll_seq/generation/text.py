@@ -150,7 +150,8 @@ class TextGenerator:
             return
         warned.add(path)
         mixed = config.trained_paths == "default"
-        remedy = "choose one of these" if mixed else "choose one of these, or train all depths (train/lm.py --mix octaves)"
+        remedy = "choose one of these"
+        remedy += "" if mixed else ", or train all depths (train/lm.py --depth-mix octaves)"
         warn_user(
             f"depth {len(path)} (path {quote(list(path))}) of this model was not trained, so that its text is worse; "
             f"trained: {config.trained_depths}; {remedy}"

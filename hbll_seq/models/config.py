@@ -109,7 +109,7 @@ class HBLLConfig(ModelConfig):
         exit_by: ``"jump"`` has an adapter for each length of the head's jump, ``"depth"`` for each number of blocks.
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
-        sigma: noise scale of the sampled states (method.md 1.1; the paper's LM runs use 0.005).
+        sigma: noise scale of the sampled states (docs/method.md 1.1; the paper's LM runs use 0.005).
         trained_paths: which paths were trained: ``"all"`` dyadic ones, ``"default"`` (that of every depth), or a list of
             paths, each a list of block numbers; None where nobody has said. Generating along another path warns.
 

@@ -17,7 +17,7 @@ class ExitAdapters(nn.Module):
     """Low-rank linear corrections of a state before the head.
 
     ``"jump"`` has one correction for each of the D lengths of the head's jump. The head is a transition too, shared by the
-    arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (method.md 1.1), and the states that it reads there lie 2**l blocks before the
+    arcs N/2 -> N, 3N/4 -> N, .., N-1 -> N (docs/method.md 1.1), and the states that it reads there lie 2**l blocks before the
     output. ``"depth"`` has one for each number of blocks of a path, N - 1 in all. Corrections start at zero.
 
     Args:

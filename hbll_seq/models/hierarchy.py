@@ -24,7 +24,7 @@ class DepthHierarchy(nn.Module):
         embed: module from the raw input to z_0, which must have the states' width; None where the input has it already.
         state_family: ``"gaussian"`` or ``"bernoulli"`` (states are then logits): what inner states are.
         default_paths: which path a depth names, ``"spine"`` or ``"prefix"``; see :meth:`DyadicTree.path_for_depth`.
-        width: of the states; only ``linearization="secant"`` asks for it.
+        width: of the states; only ``linearization="low_rank"`` asks for it.
         target_family: what the head predicts: ``"categorical"`` (class numbers, from logits), ``"gaussian"`` (vectors, from
             their means) or ``"bernoulli"`` (vectors of bits, from logits).
 

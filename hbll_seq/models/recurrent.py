@@ -38,11 +38,11 @@ class RecurrentModel(nn.Module):
         head: module from a state [..., H] to the parameters of ``p(y | s)``, such as logits.
         embed: module from raw inputs [T, B, ...] to symbols [T, B, I]; None where they are symbols already.
         readout: ``"every"``: each step has a target; ``"last"``: one per sequence, whose loss is half that of the last
-            state and half the mean over all (method.md 2.4).
+            state and half the mean over all (docs/method.md 2.4).
         target_family: see :class:`hbll_seq.models.hierarchy.DepthHierarchy`.
 
     Raises:
-        ValueError: the cell is none, or readout or family is unknown.
+        ValueError: the cell is no RecurrentCell, or readout or family is unknown.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class RecurrentLM(RecurrentModel):
         cell: its ``input_size`` is the embedding's width.
 
     Raises:
-        ValueError: the size is not a whole number of at least 1, or the cell is none.
+        ValueError: the size is not a whole number of at least 1, or the cell is no RecurrentCell.
     """
 
     def __init__(self, vocab_size: int, cell: RecurrentCell):

@@ -1,4 +1,6 @@
-"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys (method.md 1.5).
+"""A recurrent cell and a linear head that classify whole sequences: what the hierarchy over time deploys.
+
+See docs/method.md 1.5.
 
 Shapes: B batch, L values of a sequence, T steps (N where all values are read), I values a step, H hidden width,
 V classes.
@@ -90,7 +92,7 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     """One recurrent cell over the steps of a sequence, and a linear head on its last state.
 
     Train it with :class:`hbll_seq.RecurrentLocalObjective`. Half the loss is that of the last state, and half is the mean
-    over all states (method.md 2.4). A tree that training needs is not part of the model.
+    over all states (docs/method.md 2.4). A tree that training needs is not part of the model.
 
     Args:
         config: shape of the model.
@@ -108,8 +110,8 @@ class HBLLForSequenceClassification(HubMixin, RecurrentModel):
     def chunks(self, inputs: Tensor, lengths: Tensor | Sequence[int] | None = None, padding_side: str = "right") -> Tensor:
         """Values [B, L] -> what the cell reads, [B, N, I]: the values in the model's order, cut into steps.
 
-        Where ``N * I`` is more than L, zeros stand before the first value (method.md 1.5). Chunks [B, T, I] are returned as
-        they are.
+        Where ``N * I`` is more than L, zeros stand before the first value (docs/method.md 1.5). Chunks [B, T, I] are
+        returned as they are.
 
         Args:
             inputs: values or chunks.

@@ -21,7 +21,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
-from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference
+from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
 from hbll_seq.objectives.sweeps import SweepStep
 from hbll_seq.objectives.tree import free_energy, node_noise, run_tree, tree_losses
 from hbll_seq.tree.inference import TreePass
@@ -133,6 +133,10 @@ class LocalObjective(Objective):
                 "its states, or use 'identity'"
             )
         return LowRankFit(model.tree.n_nodes, model.width, linearization.rank)
+
+    def extra_repr(self) -> str:
+        """The options as text, for ``print(objective)``."""
+        return f"{text_of(self.inference)}, depths={text_of(self.depths)}, time={text_of(self.time)}"
 
     def trained_paths(self) -> str | tuple[tuple[int, ...], ...]:
         """See :meth:`Objective.trained_paths`; the tree trains all."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.engine.iterations import Iterations
@@ -29,7 +29,7 @@ MOST = 1_000_000
 
 def as_linearization(name: str, value: Linearization | str) -> Linearization:
     """A linearization, from its name or as it is. Raises ValueError for anything else."""
-    if isinstance(value, Linearization):
+    if type(value) in LINEARIZATIONS.values():
         return value
     if isinstance(value, str) and value in LINEARIZATIONS:
         return LINEARIZATIONS[value]()
@@ -100,13 +100,14 @@ class Sweeps(Inference):
     With K and M at least the chain's length less one, every gradient is backpropagation's; see docs/method.md 2.2.
 
     Attributes:
-        forward: K; None is the axis's own (over depth 3, over time 1).
-        backward: M (4; 1).
-        chunk_size: c, transitions that one iteration takes one after the other (1; 8).
-        linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero).
+        forward: K; None is the axis's own: over depth 3, over time 1, over the time inside of recurrent blocks 1.
+        backward: M (4; 1; 1).
+        chunk_size: c, transitions that one iteration takes one after the other (1; 8; 8).
+        linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero; diagonal).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
-        damping: an iteration moves so far from the old estimate to the new one; only 1 ever makes a state exact.
+        damping: fraction of the step from the old estimate to the new one that an iteration takes; only 1 ever makes a
+            state exact.
         tolerance: stop early once the states change by at most this, relative to their size (waits for the device).
         clip: over time, diagonals are held within -clip .. clip; None is 1, infinity clips nothing.
 
@@ -122,7 +123,7 @@ class Sweeps(Inference):
     init: TreeGuess | str | None = option(None, "first estimate of the states")
     damping: float = option(
         1.0,
-        "an iteration moves so far from the old estimate to the new one",
+        "fraction of the step to the new estimate that an iteration takes",
         above=0,
         high=2,
         remedy="; 1 is the plain iteration",
@@ -164,12 +165,15 @@ class Sweeps(Inference):
             given = "init=TreeGuess(..)" if self.clip is None else f"clip={self.clip}"
             raise ValueError(f"{given} {where}: it belongs to a recurrent model's own steps; leave it out")
         if isinstance(found.init, str) and found.init not in own.inits:
-            raise ValueError(f"init={quote(found.init)} {where}: allowed are {', '.join(own.inits)}")
+            also = ", or a TreeGuess object" if axis == "time" else ""
+            raise ValueError(f"init={quote(found.init)} {where}: allowed are {', '.join(own.inits)}{also}")
         return replace(found, clip=1.0) if axis == "time" and found.clip is None else found
 
     @property
     def iterations(self) -> Iterations:
         """What the engine is told, of sweeps that :meth:`resolved` gave."""
+        if self.forward is None:
+            raise ValueError("these sweeps leave open what an axis decides: take resolved(axis).iterations")
         of_engine = {field.name: getattr(self, field.name) for field in fields(Iterations)}
         return Iterations(**{**of_engine, "clip": 1.0 if self.clip is None else self.clip})
 
@@ -287,20 +291,9 @@ class DepthMix:
     )
 
     def __post_init__(self):
-        check_options(self)
+        check_options(self, "depth mix ")
 
     @property
     def total_weight(self) -> float:
         """The weight, written out."""
         return MIX_WEIGHTS.get(self.name, 1.0) if self.weight is None else self.weight
-
-
-def written_out(options: Any) -> dict[str, Any]:
-    """The fields of an options object as plain values, linearizations with their names and options."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Linearization):
-            return {"name": value.name, **{f.name: getattr(value, f.name) for f in fields(value)}}
-        return type(value).__name__ if isinstance(value, TreeGuess) else value
-
-    return {field.name: plain(getattr(options, field.name)) for field in fields(options)}

@@ -55,7 +55,10 @@ def parse_inference(
             f"{name}={quote(value)}: allowed are {', '.join(allowed)}, with options as in sweeps:forward=2, and "
             f"objects of {classes}"
         )
-    return make(allowed[kind], options_of(rest, kind))
+    try:
+        return make(allowed[kind], options_of(rest, kind))
+    except ValueError as error:
+        raise ValueError(f"{'' if name == 'inference' else f'{name}: '}{error}") from None
 
 
 def parse_depths(value: str | DepthMix | None) -> DepthMix:
@@ -83,7 +86,7 @@ def options_of(text: str, owner: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in re.split(r",(?![^(]*\))", text))):
-        key, equals, value = item.partition("=")
+        key, equals, value = (word.strip() for word in item.partition("="))
         if not equals or key in found:
             what = "comes twice" if equals else "has no value"
             raise ValueError(f"{owner}: option {quote(key)} {what}; write key=value once for each")
@@ -121,11 +124,7 @@ def _value(key: str, text: str, hint: Any) -> Any:
     if text == "none" and type(None) in kinds:
         return None
     if key == "linearization":
-        found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
-        if found is None or found[1] not in LINEARIZATIONS:
-            allowed = ", ".join(LINEARIZATIONS)
-            raise ValueError(f"linearization={quote(text)}: allowed are {allowed}, with options as in low_rank(rank=4)")
-        return make(LINEARIZATIONS[found[1]], options_of(found[2] or "", found[1]))
+        return parse_linearization(text)
     if bool in kinds:
         if text not in ("true", "false"):
             raise ValueError(f"{key}={quote(text)}: must be true or false")
@@ -138,6 +137,19 @@ def _value(key: str, text: str, hint: Any) -> Any:
                 what = "a number" if number is float else "a whole number"
                 raise ValueError(f"{key}={quote(text)}: must be {what}") from None
     return text
+
+
+def parse_linearization(text: str) -> Linearization:
+    """A linearization from its text, such as ``"low_rank(rank=4)"``.
+
+    Raises:
+        ValueError: it is no such text, or an option is out of range.
+    """
+    found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
+    if found is None or found[1] not in LINEARIZATIONS:
+        allowed = ", ".join(LINEARIZATIONS)
+        raise ValueError(f"linearization={quote(text)}: allowed are {allowed}, with options as in low_rank(rank=4)")
+    return make(LINEARIZATIONS[found[1]], options_of(found[2] or "", found[1]))
 
 
 def text_of(options: Any) -> str:

@@ -12,6 +12,9 @@ from hbll_seq.training.presets import DEFAULT_PRESET, nearest_setting, read_pres
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.reading import shorten
 
+#: names that other programs give to settings of ours
+OTHER_NAMES = {"learning_rate": "lr"}
+
 
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
@@ -27,7 +30,8 @@ class _Parser(argparse.ArgumentParser):
 def _meant(unknown: list[str]) -> str:
     """What is said of the first option that there is not."""
     option = next((word for word in unknown if word.startswith("--")), "")
-    near = nearest_setting(option[2:].partition("=")[0].replace("-", "_"))
+    name = option[2:].partition("=")[0].replace("-", "_")
+    near = OTHER_NAMES.get(name) or nearest_setting(name)
     return f"; did you mean --{near.replace('_', '-')}?" if near else ""
 
 
@@ -55,6 +59,7 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
         flag = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if hints[field.name] is bool:
+            text += f" (default: {'yes' if shown[field.name] else 'no'})"
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             continue
         choices = field.metadata["choices"]

@@ -42,7 +42,7 @@ LEFT_OPEN = {
     "linearization": "auto",
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
-_MOST_WINDOWS, _WIDEST = 2**20, 2**16
+_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST = 10_000, 2**20, 2**16
 #: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes
 _EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREFIXES[-1]))
 #: over depth; the blocks of these models do not tell the diagonal of their Jacobian
@@ -110,7 +110,7 @@ class TrainingSettings:
     cell: str = _model("transformer", f"kind of block: {', '.join(CELLS)}; or one for each block, as in gru,transformer,gru")
     n_embd: int = _model(128, "width of the stream", low=1, high=_WIDEST)
     n_head: int = _model(4, "attention heads; must divide n_embd", low=1, high=_WIDEST)
-    context_length: int = _model(128, "tokens of a training window; attention looks so far back", low=1)
+    context_length: int = _model(128, "tokens of a training window; also how far attention looks back", low=1)
     mlp_ratio: int = _model(4, "hidden width of a block's MLP in units of n_embd; 0: none, for recurrent blocks", low=0,
                             high=64)
     norm: str = _model("rmsnorm", "normalisation", choices=tuple(NORMS))
@@ -134,8 +134,8 @@ class TrainingSettings:
     depth_mix_weight: float | None = _of(DepthMix, "weight", remedy="; --depth-mix none trains one path alone",
                                          help="weight of the mix's losses beside the main path's 1 (default: "
                                          f"{', '.join(f'{mix} {w:g}' for mix, w in MIX_WEIGHTS.items())}, others 1)")
-    forward: int = _of(Sweeps, "forward", "depth")
-    backward: int = _of(Sweeps, "backward", "depth")
+    forward: int = _of(Sweeps, "forward", "depth", high=_MOST_ROUNDS)
+    backward: int = _of(Sweeps, "backward", "depth", high=_MOST_ROUNDS)
     chunk_size: int = _of(Sweeps, "chunk_size", "depth")
     linearization: str = _of(Sweeps, "linearization", "depth", default="auto",
                              choices=("auto", *_LINEARIZATIONS),
@@ -143,8 +143,8 @@ class TrainingSettings:
                              "way; auto: low_rank for Transformer blocks without a depth mix, else identity")
     init: str = _of(Sweeps, "init", "depth", help="sweeps: first estimate of the states: input, the embedding; first, "
                     "the first block's output; tree, the tree's")
-    time_forward: int = _of(Sweeps, "forward", "layer")
-    time_backward: int = _of(Sweeps, "backward", "layer")
+    time_forward: int = _of(Sweeps, "forward", "layer", high=_MOST_ROUNDS)
+    time_backward: int = _of(Sweeps, "backward", "layer", high=_MOST_ROUNDS)
     time_chunk_size: int = _of(Sweeps, "chunk_size", "layer")
     time_linearization: str = _of(Sweeps, "linearization", "layer")
     carry_state: bool = _objective(False, "recurrent blocks start a window from their states after the one before; each row "
@@ -152,7 +152,7 @@ class TrainingSettings:
     recompute: bool = _objective(False, "activation checkpointing: less memory for more work")
     sigma: float = _of(Tree, "sigma", default=HBLLConfig.sigma)
     state_weight: float = _of(Tree, "state_weight")
-    n_samples: int = _of(Tree, "n_samples")
+    n_samples: int = _of(Tree, "n_samples", high=_MOST_ROUNDS)
     free_energy: bool = _of(Tree, "free_energy", resume="free")
 
     max_steps: int | None = _optimisation(None, "optimizer steps (or give --epochs)", low=1)

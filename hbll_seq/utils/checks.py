@@ -47,7 +47,7 @@ def as_token_ids(name: str, ids: object, vocab_size: int, module: nn.Module, *, 
         raise ValueError(f"{name}={quote(ids)}: must be a tensor [batch, T] of token ids; make one with torch.as_tensor")
     if ids.dim() != 2 or not holds_whole_numbers(ids) or not ids.shape[1] or not (empty or len(ids)):
         raise ValueError(
-            f"{name} of shape {tuple(ids.shape)} and {ids.dtype}: must be [batch, T] token ids of int64, none of both zero"
+            f"{name} of shape {tuple(ids.shape)} and {ids.dtype}: must be [batch, T] token ids of int64, neither of them 0"
         )
     check_device(name, ids, module)
     ids = ids.long()

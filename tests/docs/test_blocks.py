@@ -45,6 +45,7 @@ READ = {
     "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
     "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
     "python train/experiments/compare.py --quick --output quick.json",
+    "python train/experiments/compare.py --methods mix --lrs 1.5e-3 3e-3 --seeds 0 1 --output new.json",
 }  # fmt: skip
 
 

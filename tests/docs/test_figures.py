@@ -25,8 +25,8 @@ def row(beginning: str) -> str:
     return found
 
 
-def test_the_table_has_five_rows():
-    assert len(ROWS) == 6  # and its heading
+def test_the_table_has_six_rows():
+    assert len(ROWS) == 7  # and its heading
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,13 @@ def test_the_table_has_five_rows():
 )
 def test_full_path_alone(method, figure):
     assert f"{mean(of('compare', method, 1.5e-3, 'perplexity')):.1f}" == figure and figure in row("full path alone")
+
+
+def test_all_depths_with_the_same_mix():
+    both = ("mix", "backprop-mix")
+    for test in [run["test"] for run in runs("compare") if run["seed"] == 0 and run["side"] in both]:
+        first, last = (test[i]["perplexity"] for i in (0, -1))
+        assert f"{first:.2f}, {last:.2f}" in row("all depths from one model")
 
 
 @pytest.mark.parametrize("method", ["bptt", "sweeps", "truncated:window=16"])
@@ -57,5 +64,6 @@ def test_seconds_and_work():
     assert f"{ours:.1f} ms" in text and f"{bptt:.1f} ms" in text
     speedup = by_batch[32]["bptt"]["processor"]["min"] / by_batch[32][default]["processor"]["min"]
     assert f"{speedup:.1f} times as fast at batch 32" in text
+    text = row("work over depth")
     work = {run["side"]: run["work"] for run in runs("compare")}
     assert f"{work['sweeps']:.0f} block calls" in text and f"{work['backprop-7']:.0f} block calls" in text

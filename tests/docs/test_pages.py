@@ -42,6 +42,13 @@ def test_lines_keep_within_100_columns(page):
 
 
 @each_page
+def test_tables_have_one_row_a_line(page):
+    """A table that somebody reflowed into a paragraph has its rule in the middle of a line."""
+    lines = page.read_text("utf-8").splitlines()
+    assert [line for line in lines if "|---" in line and not line.lstrip().startswith("|---")] == []
+
+
+@each_page
 def test_the_first_paragraph_says_what_the_page_is_for(page):
     title, paragraph, *_ = re.split(r"\n\s*\n", page.read_text("utf-8"))
     assert re.fullmatch(r"# [^\n]+", title)

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.generation.decoding import generate_ids
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training.presets import preset_fingerprint, read_preset, resolve
@@ -76,7 +77,7 @@ def test_a_stopped_run_goes_on_as_the_unbroken_run_of_then(project, name, monkey
 
 
 def greedy(model, path, prompt):
-    steps = generate_ids(model, [prompt], tuple(map(int, path.split(","))), max_new_tokens=12, temperature=0.0)
+    steps = generate_ids(model, [prompt], tuple(map(int, path.split(","))), SamplingParams(max_new_tokens=12, temperature=0))
     return [step[0] for step in steps]
 
 

@@ -21,6 +21,7 @@ from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils import migration
+from hbll_seq.utils.tensors import module_tensors
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -56,7 +57,7 @@ def test_metrics_lines(whole_run):
 def test_exported_model_is_the_trained_one(whole_run, lm_options):
     settings, _, resumed = lm.resume_run({"output_dir": str(whole_run)}, None)
     model = HBLLForCausalLM.from_pretrained(whole_run)
-    for name, tensor in ck.module_tensors(model).items():
+    for name, tensor in module_tensors(model).items():
         assert torch.equal(tensor, resumed.tensors["model"][f"model.{name}"])
     summary = json.loads((whole_run / "metrics.json").read_text())
     opened = lm.data(settings)
@@ -371,7 +372,7 @@ def test_weight_decay_falls_on_matrices_only():
         (["--batch-size", "100000"], ["batch_size=100000", "windows", "smaller --batch-size"]),
         (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
         (["--preset", "huge"], ["preset 'huge'", "debug, gru-small, small, wikitext-103, wikitext-2"]),
-        (["--learning-rate", "1"], ["--learning-rate", "--help"]),
+        (["--learning-rate", "1"], ["--learning-rate", "did you mean --lr?", "--help"]),
         (["--sweeps", "2"], ["unrecognized arguments: --sweeps 2; did you mean --forward?"]),
         (["--mix=octaves"], ["did you mean --depth-mix?"]),
         (["--graphs", "recomputed"], ["did you mean --recompute?"]),
@@ -497,4 +498,5 @@ def test_every_option_is_in_the_help(capsys):
                  "free-energy eval-every save-every log-every keep-checkpoints precision threads log-with dry-run "
                  "overwrite").split():
         assert any(f"--{flag}{end}" in text for end in (" ", "\n", ",")), flag
+    assert "activation checkpointing: less memory for more work (default: no)" in " ".join(text.split())
     assert "newer checkpoints" in " ".join(text.split()) and "removed" in text

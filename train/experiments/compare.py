@@ -83,21 +83,24 @@ def options() -> argparse.ArgumentParser:
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
     add("--cell", default=TRANSFORMER, help=f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
-        "gru,transformer,gru")
+        f"gru,transformer,gru (default: {TRANSFORMER})")
     add("--carry-state", action=argparse.BooleanOptionalAction, help="recurrent blocks start a window from their states "
         "after the one before; each row of a batch then reads its own stretch of the text (default: where all blocks are "
         "recurrent)")
-    add("--n-embd", type=int, default=128)
-    add("--n-head", type=int, default=4)
+    add("--n-embd", type=int, default=128, help="width of the stream (default: 128)")
+    add("--n-head", type=int, default=4, help="attention heads (default: 4)")
     add("--context-length", type=int, default=128, help="context of text in tokens (default: 128)")
-    add("--batch-size", type=int, default=4)
-    add("--steps", type=int, default=3000)
-    add("--warmup-steps", type=int, default=100)
-    add("--lrs", type=float, nargs="+", default=[1.5e-3, 3e-3], help="learning rates that every method tries, and beyond")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes the learning rate")
-    add("--eval-batches", type=int, default=40, help="batches of validation and test text (16 windows; of a task 32)")
-    add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that")
-    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
+    add("--batch-size", type=int, default=4, help="windows of a step (default: 4)")
+    add("--steps", type=int, default=3000, help="of training (default: 3000)")
+    add("--warmup-steps", type=int, default=100, help="of linear warm-up (default: 100)")
+    add("--lrs", type=float, nargs="+", default=[1.5e-3, 3e-3], help="learning rates that every method tries, and beyond "
+        "(default: 1.5e-3 3e-3)")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes the learning rate (default: 0 1)")
+    add("--eval-batches", type=int, default=40, help="batches of validation and test text (16 windows; of a task "
+        "32) (default: 40)")  # fmt: skip
+    add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that (default: 500)")
+    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one "
+        "(default: 250)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     return parser

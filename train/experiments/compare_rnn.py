@@ -64,7 +64,7 @@ def options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--task", choices=TASKS, default="bytes", help="text as bytes or as tokens, or copying over a delay; the latter has "
         f"its own defaults: {ON_COPY}")
-    add("--cell", choices=CELL_KINDS, default="gru")
+    add("--cell", choices=CELL_KINDS, default="gru", help="recurrent cell (default: gru)")
     add("--output", type=Path, help="JSON file of results (default: train/results/compare-rnn-TASK-CELL[-quick].json)")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
@@ -75,16 +75,19 @@ def options() -> argparse.ArgumentParser:
     add("--memory", type=float, help="longest memory in steps that the gates are set to at first, 0 for none (default: on "
         "text and with Elman cells none, where copying its delay)")
     add("--context-length", type=int, help=f"steps N of a training window of text (default: {CONTEXT_LENGTH})")
-    add("--batch-size", type=int, default=16)
-    add("--steps", type=int, default=3000)
-    add("--warmup-steps", type=int, default=50)
-    add("--clip", type=float, default=1.0)
-    add("--weight-decay", type=float, default=1e-4)
-    add("--lrs", type=float, nargs="+", default=[4e-3, 8e-3], help="learning rates that every method tries, and beyond")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes the learning rate")
-    add("--eval-batches", type=int, default=24, help="windows of each of 64 stretches of text (of a task: batches of 64)")
-    add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that")
-    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with BPTT's")
+    add("--batch-size", type=int, default=16, help="windows of a step (default: 16)")
+    add("--steps", type=int, default=3000, help="of training (default: 3000)")
+    add("--warmup-steps", type=int, default=50, help="of linear warm-up (default: 50)")
+    add("--clip", type=float, default=1.0, help="limit of the gradient's norm (default: 1)")
+    add("--weight-decay", type=float, default=1e-4, help="of AdamW (default: 1e-4)")
+    add("--lrs", type=float, nargs="+", default=[4e-3, 8e-3], help="learning rates that every method tries, and beyond "
+        "(default: 4e-3 8e-3)")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="the first one tunes the learning rate (default: 0 1)")
+    add("--eval-batches", type=int, default=24, help="windows of each of 64 stretches of text (of a task: batches "
+        "of 64) (default: 24)")  # fmt: skip
+    add("--eval-every", type=int, default=500, help="steps between two evaluations on a quarter of that (default: 500)")
+    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with BPTT's "
+        "(default: 250)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     return parser

@@ -82,16 +82,17 @@ def train(objective_name: str, n_layers: int, args: argparse.Namespace, data: di
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Trains every network, prints the table, and writes it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--width", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-images", type=int, help="use only so many images (default: all)")
-    parser.add_argument("--threads", type=int, default=1, help="small matrices gain nothing from more (default: 1)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add = parser.add_argument
+    add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
+    add("--layers", type=int, nargs="+", default=[4, 8, 16], help="sigmoid layers, powers of two (default: 4 8 16)")
+    add("--width", type=int, default=100, help="units of a layer (default: 100)")
+    add("--epochs", type=int, default=5, help="passes over the images (default: 5; the paper: 100)")
+    add("--batch-size", type=int, default=64, help="images of a batch (default: 64)")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW (default: 1e-3)")
+    add("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    add("--train-images", type=int, help="use only so many images (default: all)")
+    add("--threads", type=int, default=1, help="small matrices gain nothing from more (default: 1)")
+    add("--output", type=Path, help="JSON file to write (default: none)")
     args = parser.parse_args(argv)
     for n_layers in args.layers:
         if n_layers < 2 or n_layers & (n_layers - 1):

@@ -3,8 +3,8 @@
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --quick      # a minute or so, too short to mean much
 
-The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5
-and 3; --n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options
+The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5;
+--n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options
 as in "sweeps:forward=2,backward=2,lr=1e-3":
 
     bptt      backpropagation through time over the same cell
@@ -69,9 +69,9 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, sweeps = parser.add_argument, DEFAULTS["sweeps"]
     add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
-    add("--permuted", action="store_true", help="read the pixels in one fixed random order")
+    add("--permuted", action="store_true", help="read the pixels in one fixed random order (default: as they are)")
     add("--n", "--steps-per-image", dest="n_steps", type=int, default=16, help="N, steps of an image (default: 16)")
-    add("--cell", choices=CELL_KINDS, default="gru")
+    add("--cell", choices=CELL_KINDS, default="gru", help="recurrent cell (default: gru)")
     add("--hidden", type=int, default=128, help="width of the state (default: 128; the paper: 2048)")
     add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
         "stored)")
@@ -81,11 +81,11 @@ def options() -> argparse.ArgumentParser:
     add("--train-images", type=int, help="use only the first so many (default: all that are not held out)")
     add("--validation-images", type=int, default=0, help="hold out so many, the last ones of the training set (default: 0)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, help=f"(default: {EPOCHS}; the paper: 200)")
-    length.add_argument("--steps", type=int, help="in place of epochs")
-    add("--batch-size", type=int, default=128)
-    add("--warmup-steps", type=int, default=50)
-    add("--weight-decay", type=float, default=1e-4)
+    length.add_argument("--epochs", type=int, help=f"passes over the images (default: {EPOCHS}; the paper: 200)")
+    length.add_argument("--steps", type=int, help="of training, in place of epochs (default: as --epochs says)")
+    add("--batch-size", type=int, default=128, help="images of a batch (default: 128)")
+    add("--warmup-steps", type=int, default=50, help="of linear warm-up (default: 50)")
+    add("--weight-decay", type=float, default=1e-4, help="of AdamW (default: 1e-4)")
     add("--clip", type=float, default=5.0, help="limit of the gradient's norm (default: 5)")
     add("--forward", type=int, default=sweeps["forward"], help=f"K of the method sweeps (default: {sweeps['forward']})")
     add("--backward", type=int, default=sweeps["backward"], help=f"M of it (default: {sweeps['backward']})")
@@ -93,10 +93,13 @@ def options() -> argparse.ArgumentParser:
     add("--linearization", choices=[kind.name for kind in AXES["time"].linearizations], help="its approximation of Jacobians "
         f"(default: {sweeps['linearization']}; of mingru diagonal, which is exact)")  # fmt: skip
     add("--init", choices=INITS, default=sweeps["init"], help=f"its first estimate of the states (default: {sweeps['init']})")
-    add("--eval-every", type=int, default=500, help="steps between two evaluations on the validation images")
-    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one")
+    add("--eval-every", type=int, default=500, help="steps between two evaluations on the validation images "
+        "(default: 500)")  # fmt: skip
+    add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one "
+        "(default: 250)")  # fmt: skip
     add("--output", type=Path, help="JSON file of results (default: train/results/[p]smnist-N-CELL[-quick].json)")
-    add("--save", type=Path, help="folder for the deployed models: SAVE/NAME-OF-OUTPUT/METHOD-lr=..-seed=..")
+    add("--save", type=Path, help="folder for the deployed models: SAVE/NAME-OF-OUTPUT/METHOD-lr=..-seed=.. "
+        "(default: none is kept)")  # fmt: skip
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--threads", type=int, help="CPU threads (default: as torch is set up)")
     add("--report-only", action="store_true", help="run nothing: print what the file of results holds")

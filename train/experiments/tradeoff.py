@@ -69,24 +69,24 @@ def options() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--train", nargs="+", choices=TRAIN, help="what trains the models that are measured (default: backprop sweeps; "
         "none where --model is given)")  # fmt: skip
-    add("--model", type=Path, nargs="+", default=[], help="folders of saved models to measure")
+    add("--model", type=Path, nargs="+", default=[], help="folders of saved models to measure (default: none)")
     add("--cache", type=Path, help="folder that keeps trained models, so that a stopped run goes on (default: none)")
     add("--output", type=Path, help="JSON file of results, with a PNG file beside it (default: "
         "train/results/dial.json, or dial-quick.json)")  # fmt: skip
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
     add("--n-level", type=int, default=3, help="levels D of the tree; L = 2^D - 1 blocks (default: 3)")
-    add("--n-embd", type=int, default=128)
-    add("--n-head", type=int, default=4)
+    add("--n-embd", type=int, default=128, help="width of the stream (default: 128)")
+    add("--n-head", type=int, default=4, help="attention heads (default: 4)")
     add("--context-length", type=int, default=128, help="tokens in a window, of training and measuring (default: 128)")
     add("--batch-size", type=int, default=4, help="windows in a batch, of training and measuring (default: 4)")
     add("--steps", type=int, default=1000, help="of training (default: 1000)")
-    add("--warmup-steps", type=int, default=100)
-    add("--lr", type=float, default=1.5e-3)
+    add("--warmup-steps", type=int, default=100, help="of linear warm-up (default: 100)")
+    add("--lr", type=float, default=1.5e-3, help="learning rate of AdamW (default: 1.5e-3)")
     add("--train-forward", type=int, default=3, help="K with which --train sweeps trains (default: 3)")
     add("--train-backward", type=int, default=4, help="M with which --train sweeps trains (default: 4)")
     add("--eval-batches", type=int, default=4, help="validation batches that gradients are averaged over (default: 4)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights and order (default: 0)")
     add("--threads", type=int, help="CPU threads (default: torch's choice, which OMP_NUM_THREADS sets)")
     return parser
 

@@ -1,1 +1,1 @@
-"""What stands for the Jacobians between two passes of the engine."""
+"""What approximates the Jacobians between two passes of the engine."""

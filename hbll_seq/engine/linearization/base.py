@@ -1,6 +1,6 @@
 """Jacobian approximations: what carries a change of a state from transition to transition between two passes.
 
-A pass evaluates all transitions at once, ``a_n = f_n(s_{n-1})``; the linearization A_n then stands for the Jacobian of f_n in
+A pass evaluates all transitions at once, ``a_n = f_n(s_{n-1})``; the linearization A_n then approximates f_n's Jacobian in
 ``new_n = a_n + A_n (new_{n-1} - s_{n-1})`` (docs/method.md 2.2). These objects name one and hold its options.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Linearization:
-    """What stands for the Jacobians between passes.
+    """What approximates the Jacobians between passes.
 
     Attributes:
         name: the word for it on a command line.

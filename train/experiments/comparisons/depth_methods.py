@@ -21,7 +21,7 @@ from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.depth_mix import OF_PREFIXES
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
-from hbll_seq.objectives.registry import INFERENCES
+from hbll_seq.objectives.registry import INFERENCES, parse_linearization
 from hbll_seq.training.settings import block_cells
 
 #: how recurrent blocks are evaluated along time
@@ -110,10 +110,12 @@ class DepthMethod(Method):
             if options.get("linearization") != LowRank.name:
                 raise ValueError(f"method {self.name!r}: rank={rank} needs linearization=low_rank; leave one out")
             options["linearization"] = LowRank(rank)
+        elif isinstance(options.get("linearization"), str):
+            options["linearization"] = parse_linearization(options["linearization"])
         return LocalObjective(model, INFERENCES[self.kind](**options), time=Sweeps(**time), **common)
 
     def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
-        """The same objective without its depth mix, with what ``trained`` has learned to stand for Jacobians."""
+        """The same objective without its depth mix, with the Jacobian approximations that ``trained`` has learned."""
         options = tuple((key, value) for key, value in self.options if not key.startswith("depth_mix"))
         alone = replace(self, options=options).objective(model, seed)
         alone.secants = getattr(trained, "secants", None)

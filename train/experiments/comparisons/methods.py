@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from torch import nn
 
 from comparisons.words import current_name
+from hbll_seq.objectives.registry import options_of
 
 #: what an option's text becomes, by the option's name
 Types = Mapping[str, Callable[[str], Any]]
@@ -78,8 +79,7 @@ def parse(name: str, over: str, kinds: Mapping[str, Types], also: str = "") -> t
         allowed = also + ", ".join(kinds)
         raise ValueError(f"method {name!r}: allowed are {allowed}; options follow a colon, as in sweeps:forward=2")
     options = {}
-    for item in filter(None, rest.split(",")):
-        key, _, value = item.partition("=")
+    for key, value in options_of(rest, f"method {name!r}").items():
         if key not in kinds[kind]:
             known = ", ".join(sorted(kinds[kind])) or "none"
             raise ValueError(f"method {name!r}: {kind} has no option {key!r}; it has {known}")

@@ -163,7 +163,7 @@ def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, sha
 
 @dataclass(frozen=True)
 class Length:
-    """Steps of every run of a comparison of classifiers, and how they are done (method.md 2.4)."""
+    """Steps of every run of a comparison of classifiers, and how they are done (docs/method.md 2.4)."""
 
     batch_size: int
     steps: int

@@ -281,7 +281,7 @@ class Classes(Task):
 
         Returns:
             ``"deployed"``: f_0 as an ordinary recurrent network; with a tree also ``"tree"``, its output along
-            0 -> N/2 -> 3N/4 -> .. -> N, and ``"top"``, f_D alone, a feed-forward net on the whole input (method.md 1.5).
+            0 -> N/2 -> 3N/4 -> .. -> N, and ``"top"``, f_D alone, a feed-forward net on the whole input (docs/method.md 1.5).
         """
         values, labels = self.data[split]
         predicted: dict[str, list[Tensor]] = {"deployed": []}

@@ -28,7 +28,7 @@ KINDS = {
     "tree": {**types_of(TimeTree), **_OF_TREE, "lr": float},
 }  # fmt: skip
 #: written out in what a run is stored under, so that a later default is not taken for this one. Those of sweeps are what
-#: permuted MNIST takes with N = 64 (docs, results); a tree that starts them reads the last 8 symbols (method.md 2.1).
+#: permuted MNIST takes with N = 64 (docs, results); a tree that starts them reads the last 8 symbols (docs/method.md 2.1).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bptt": {},
     "one-step": {},

@@ -221,6 +221,14 @@ def test_ce_metrics_are_the_right_spines_losses(unscored):
         torch.testing.assert_close(output.metrics[f"ce_{depth}"], loss.detach())
         torch.testing.assert_close(output.node_losses[block - 1], loss)
     assert output.metrics["ce"] == output.metrics["ce_3"]
+    of_states = torch.stack([output.node_losses[n - 1] for n in (1, 2, 3, 5)]) / 0.1  # without their weight
+    torch.testing.assert_close(output.metrics["state"], 2 * of_states.detach().mean())
+
+
+@pytest.mark.parametrize("make", [LocalObjective, lambda m: LocalObjective(m, "sweeps"), BackpropObjective])
+def test_metrics_hold_no_graph(make):
+    metrics = make(small_lm())(torch.randint(17, (2, 13))).metrics
+    assert metrics and not any(value.requires_grad for value in metrics.values())
 
 
 def linear_gaussian(width, n_blocks=3):

@@ -285,7 +285,8 @@ def test_every_option_of_the_objects_is_a_setting_or_left_out_on_purpose():
         own = next(f.metadata for f in dataclasses.fields(kind) if f.name == option)
         assert own["help"] in fields[name].metadata["help"]
         assert all(own[key] == fields[name].metadata[key] for key in ("low", "above", "below"))
-    for name in ("forward", "backward", "time_forward", "time_backward", "n_samples"):  # a slip of the keyboard ends no machine
+    # a slip of the keyboard ends in no endless loop
+    for name in ("forward", "backward", "time_forward", "time_backward", "n_samples"):
         with pytest.raises(ValueError, match=f"{name}=10001: must be at most 10000"):
             st.TrainingSettings(max_steps=1, **{name: 10_001})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "hbll_seq").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "train").rglob("*.py"))
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 60, 12
 #: files that may be longer, each with the reason
 LONGER: dict[str, str] = {}
@@ -62,22 +63,22 @@ def without_docstring(text):
     return found
 
 
-def offenders(check):
-    return [f"{name_of(path)}: {what}" for path in FILES for what in check(path.read_text(encoding="utf-8"))]
+def offenders(check, files=FILES):
+    return [f"{name_of(path)}: {what}" for path in files for what in check(path.read_text(encoding="utf-8"))]
 
 
 def test_no_file_is_too_long():
-    lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in [*FILES, *SCRIPTS]}
     assert {name: n for name, n in lines.items() if n > MAX_LINES and name not in LONGER} == {}
     assert [name for name in LONGER if lines.get(name, 0) <= MAX_LINES] == []  # an exception that is not needed any more
 
 
 def test_no_function_is_too_long():
-    assert offenders(too_long) == []
+    assert offenders(too_long, [*FILES, *SCRIPTS]) == []
 
 
 def test_no_signature_is_too_wide():
-    assert offenders(too_wide) == []
+    assert offenders(too_wide, [*FILES, *SCRIPTS]) == []
 
 
 def test_no_import_is_hidden_from_the_interpreter():

@@ -105,6 +105,7 @@ def test_citation_and_changes_are_of_this_version():
     assert "2606.21497" in citation["preferred-citation"]["url"] and len(citation["preferred-citation"]["authors"]) == 7
     newest = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert newest[1] == hbll_seq.__version__
+    assert f'\nversion = "{hbll_seq.__version__}"\n' in (ROOT / "pyproject.toml").read_text("utf-8")
 
 
 def test_pictures_are_drawn_alike_twice_and_for_both_backgrounds(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from helpers.language_models import CONTEXT_LENGTH, TOKENIZER, model_of
+from helpers.language_models import CONTEXT_LENGTH, TOKENIZER, check_cached_logits, model_of
 
 from hbll_seq.generation import decoding as generation
 from hbll_seq.generation.decoding import decode_one_token, prefill
@@ -45,13 +45,7 @@ def tokens_of(batch, length, seed=0, vocab_size=50):
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward(model, path):
     """Every position, from the prompt's end to more than twice the window (context_length = 12)."""
-    ids = tokens_of(2, 30)
-    full = model(ids, path=path).logits
-    logits, cache = prefill(model, ids[:, :5], path)
-    assert (logits - full[:, 4]).abs().max() < 1e-4
-    for t in range(5, 30):
-        logits = decode_one_token(model, ids[:, t], path, cache)
-        assert (logits - full[:, t]).abs().max() < 1e-4, t
+    check_cached_logits(model, tokens_of(2, 30), path)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)

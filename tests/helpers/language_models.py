@@ -3,6 +3,7 @@
 import torch
 
 from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 
@@ -43,3 +44,14 @@ def tiny_lm(seed=0, tokenizer=None, **changes):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def check_cached_logits(model, ids, path):
+    """Logits token by token, from the fifth on, are those of the full forward; ``ids`` [B, T]."""
+    full = model(ids, path=path).logits
+    logits, cache = prefill(model, ids[:, :5], path)
+    assert (logits - full[:, 4]).abs().max() < 1e-4
+    for t in range(5, ids.shape[1]):
+        logits = decode_one_token(model, ids[:, t], path, cache)
+        assert (logits - full[:, t]).abs().max() < 1e-4, t

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers.language_models import CONTEXT_LENGTH
+from helpers.language_models import CONTEXT_LENGTH, check_cached_logits
 from helpers.language_models import model_of as language_model_of
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.decoding import decode_one_token, generate_ids, prefill
+from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.attention import TransformerBlock
@@ -65,13 +65,7 @@ def test_forward_and_step_are_one_function(kind, mlp_ratio):
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward(cell, path):
     """Every position, from the prompt's end to more than twice context_length."""
-    model, ids = model_of(cell), tokens_of(2, 30)
-    full = model(ids, path=path).logits
-    logits, cache = prefill(model, ids[:, :5], path)
-    assert (logits - full[:, 4]).abs().max() < 1e-4
-    for t in range(5, 30):
-        logits = decode_one_token(model, ids[:, t], path, cache)
-        assert (logits - full[:, t]).abs().max() < 1e-4, t
+    check_cached_logits(model_of(cell), tokens_of(2, 30), path)
 
 
 @pytest.mark.parametrize("cell", STACKS, ids=str)

@@ -171,7 +171,8 @@ class HubMixin:
         global random state is left as it was.
 
         Args:
-            pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
+            pretrained_model_name_or_path: a folder, ``"bundled"`` for the language model in this package, else a Hub id such
+                as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
             device: where the model goes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from hbll_seq.models.model_files import FILES, WHAT_TO_LOAD, called
 from hbll_seq.utils.reading import possible_name, quote, shorten
 
+#: the name of the language model in the package, ``hbll_seq/assets/bundled``
+BUNDLED = "bundled"
 #: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
 HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 #: arguments of transformers' from_pretrained, and what takes their place here.
@@ -82,12 +85,24 @@ def as_device(device: Any) -> torch.device:
     return device
 
 
+def bundled_folder(revision: str | None = None) -> Path:
+    """The folder of the bundled model. Raises ValueError for a revision, and where a folder here has its name."""
+    if revision is not None:
+        raise ValueError(f"revision={quote(revision)} with the bundled model: only Hub models have one")
+    if os.path.lexists(BUNDLED):
+        raise ValueError(f"{quote(BUNDLED)} is the bundled model and a file or folder here: write './{BUNDLED}' for the one here, "
+                         "or work in another folder for the bundled one")
+    return Path(str(resources.files("hbll_seq") / "assets" / BUNDLED))
+
+
 def find_folder(source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool) -> Path:
-    """The folder ``source``, or a local copy of the Hub's repository of that name.
+    """The folder ``source``, the bundled model's, or a local copy of the Hub's repository of that name.
 
     Raises:
-        ValueError: there is neither, or a local folder is asked for a revision.
+        ValueError: there is none of these, a local folder is asked for a revision, or ``"bundled"`` may mean two.
     """
+    if source == BUNDLED:
+        return bundled_folder(revision)
     if source.startswith("~"):
         source = os.fspath(possible_name(source))
     if os.path.isdir(source):

@@ -77,7 +77,7 @@ class Matrix:
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None):
         self.bias = None if bias is None else bias.detach()
-        self._weight = weight.detach() if scale is None else weight.detach() * scale
+        self._given, self._scale = weight.detach(), scale
         self._panels: Tensor | None = None
         self._transposed: Tensor | None = None
         self._few = FEW_ROWS if len(weight) % PANEL == 0 else 0
@@ -101,14 +101,16 @@ class Matrix:
     def _by_panels(self, x: Tensor, n_rows: int) -> Tensor:
         panels = self._panels
         if panels is None:
-            panels = self._weight.view(-1, PANEL, self._weight.shape[1]).transpose(1, 2).contiguous()
-            self._panels = panels  # [O / 16, I, 16]
+            panels = self._given.view(-1, PANEL, self._given.shape[1]).transpose(1, 2)
+            panels = panels.contiguous() if self._scale is None else panels * self._scale[:, None]
+            self._panels = panels = panels.contiguous()  # [O / 16, I, 16]
         y = torch.bmm(x.expand(panels.shape[0], n_rows, x.shape[1]), panels)  # [O / 16, R, 16]
         return y.view(1, -1) if n_rows == 1 else y.transpose(0, 1).reshape(n_rows, -1)
 
     def _as_transposed(self) -> Tensor:
         if self._transposed is None:
-            self._transposed = self._weight.t().contiguous()
+            scaled = self._given if self._scale is None else self._given * self._scale
+            self._transposed = scaled.t().contiguous()
         return self._transposed
 
 
@@ -136,3 +138,23 @@ class MLP:
         else:
             hidden = F.gelu(hidden, approximate="tanh")
         return self._last.add_to(x, hidden)
+
+
+class ReadOut:
+    """Normalisation and projection of states, for a few rows at a time.
+
+    Args:
+        norm, projection: an nn.RMSNorm or nn.LayerNorm, and an nn.Linear without bias.
+    """
+
+    def __init__(self, norm: nn.Module, projection: nn.Linear):
+        self._modules = nn.Sequential(norm, projection)
+        self._norm = Norm(norm)
+        self._matrix = Matrix(projection.weight, self._norm.scale)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """``states`` [..., C] -> [..., V]."""
+        if states.numel() > MANY_ROWS * states.shape[-1]:
+            return self._modules(states)
+        rows = self._matrix(self._norm(states).view(-1, states.shape[-1]))
+        return rows.view(*states.shape[:-1], -1)

@@ -120,7 +120,7 @@ class Decoding:
 
     def end(self, row: int, reason: str = "stop") -> None:
         """No more tokens for this row: its text holds a stop string, or nobody reads it."""
-        if self.reasons[row] is None:
+        if self.reasons[row] in (None, "length"):  # the last token may complete a stop string
             self.reasons[row] = reason
 
     def __iter__(self) -> Decoding:

@@ -68,10 +68,11 @@ class LMHead(nn.Module):
 
 def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     """Block n = 1 .. ``config.n_layer`` of the kind that the configuration names for it."""
-    kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
-    if kind != "transformer":
+    common = dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout, mlp=config.mlp)
+    if (kind := config.cells[n - 1]) != "transformer":
         return RecurrentBlock(config.n_embd, kind, **common)
-    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, rope_base=config.rope_base, **common)
+    heads = dict(n_kv_head=config.n_kv_head, qk_norm=config.qk_norm, rope_base=config.rope_base)
+    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, **heads, **common)
 
 
 class HBLLForCausalLM(HubMixin, DepthHierarchy):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.protocol import CausalLM
+from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampling import SamplingParams, as_sampling, sample
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
@@ -103,13 +104,14 @@ def _steps(
     start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
     input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     generator = sampling.generator()
-    running, cache, tokens = [True] * len(prompts), None, input_ids
+    running, runner, tokens = [True] * len(prompts), None, input_ids
     for _ in range(sampling.max_new_tokens):
         with evaluation_mode(model):
-            if cache is None:  # without padding no start is given: the blocks then need no mask of their own
-                logits, cache = prefill(model, input_ids, path, start if start.any() else None)
+            if runner is None:  # without padding no start is given: the blocks then need no mask of their own
+                runner = Runner(model, path, start if start.any() else None)
+                logits = runner.prefill(input_ids)
             else:
-                logits = decode_one_token(model, tokens, path, cache)
+                logits = runner.step(tokens)
             tokens = sample(logits[:, :n_tokens], sampling, generator)
         step = tokens.tolist()
         running = [alive and token != eos_id for alive, token in zip(running, step)]

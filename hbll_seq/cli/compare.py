@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _on_text(args: argparse.Namespace, out: Output) -> None:
-    from hbll_seq.cli.models import chosen_paths, open_model
+    from hbll_seq.cli.models import open_model
     from hbll_seq.cli.texts import measured_text
     from hbll_seq.evaluation.perplexity import evaluate_paths
     from hbll_seq.evaluation.text import split_windows, text_windows
@@ -72,7 +72,7 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
         model = open_model(name, args.device)
         windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
         limits = {"batch_size": args.batch_size, "max_batches": args.max_batches}
-        for row in evaluate_paths(model, windows, chosen_paths(model, args), **limits):
+        for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
             rows.append({"model": name, **row, "parameters": model.n_parameters(row["path"])})
         vocabularies.add(model.tokenizer.fingerprint)
     if args.json:
@@ -86,17 +86,29 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
 
 
 def _on_prompt(args: argparse.Namespace, sampling: SamplingParams, out: Output) -> None:
-    from hbll_seq.cli.models import chosen_paths, open_model
+    from hbll_seq.cli.models import open_model
     from hbll_seq.cli.texts import prompt_text
-    from hbll_seq.evaluation.perplexity import default_paths
 
     prompt, texts = prompt_text(args.prompt), []
     for name in args.models:
         model = open_model(name, args.device)
-        for path in (chosen_paths(model, args) or default_paths(model)).values():
+        for path in _paths_of(name, model, args).values():
             text = model.generate(prompt, path=path, sampling=sampling)
             texts.append({"model": name, "depth": len(path), "path": list(path), "text": text})
             if not args.json:
                 out.write(f"\n=== {name}, depth {len(path)} ({path_text(path)})\n{text}\n")
     if args.json:
         out.json({"prompt": prompt, "sampling": vars(sampling), "texts": texts})
+
+
+def _paths_of(name: str, model: Any, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """The paths of one of the models; depths that it does not have are left out, where it has others, and told."""
+    from hbll_seq.cli.models import chosen_paths
+    from hbll_seq.evaluation.perplexity import default_paths
+
+    too_deep = [k for k in args.depth or () if isinstance(k, int) and k > model.tree.n_nodes]
+    depths = [k for k in args.depth or () if k not in too_deep]
+    if too_deep and (depths or args.path):
+        say(f"hbll-seq: {name} has {model.tree.n_nodes} blocks: depth {', '.join(map(str, too_deep))} is left out")
+        args = argparse.Namespace(depth=depths, path=args.path)
+    return chosen_paths(model, args) or default_paths(model)

@@ -18,6 +18,7 @@ NAME = "hbll-seq"
 #: command -> its module in this folder, and what it does
 COMMANDS = {
     "generate": ("generate", "continue a text, at any depth"),
+    "train": ("train", "train a language model"),
     "eval": ("evaluate", "perplexity and bits per byte of a text, by depth"),
     "compare": ("compare", "several models and depths on one text, or on one prompt"),
     "info": ("info", "what a model is: sizes, files, trained paths, its tree"),

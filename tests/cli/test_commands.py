@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from helpers.language_models import TOKENIZER, model_of
 
 from hbll_seq.cli.options import add_fields
 from hbll_seq.cli.tree_picture import draw_levels, draw_paths
@@ -122,6 +123,15 @@ def test_compare_on_a_text(cli, model, tmp_path):
     assert len(lines) == 9 and lines[-1].startswith("runs/lm")
 
 
+def test_compare_leaves_out_the_depths_that_a_model_lacks(cli, tmp_path, capsys):
+    model_of(TOKENIZER, n_level=2, trained_paths="all").save_pretrained(tmp_path / "small")
+    argv = ("compare", "runs/lm", tmp_path / "small", "--text", "-", "--json", "--depth", "1,7")
+    rows = json.loads(cli(*argv, stdin=TEXT))["rows"]
+    assert [row["depth"] for row in rows] == [1, 7, 1]
+    argv = ("compare", tmp_path / "small", "--text", "-", "--depth", 7)
+    assert "depth=7: a model with n_level=2" in cli(*argv, stdin=TEXT, code=2)
+
+
 def test_compare_on_a_prompt(cli, model):
     argv = ("compare", "runs/lm", "--prompt", "The", "--depth", "1,3", "--max-new-tokens", 4, "--seed", 0)
     texts = [model.generate("The", depth, max_new_tokens=4, seed=0) for depth in (1, 3)]
@@ -155,6 +165,19 @@ def test_the_tree_in_plain_characters():
 def test_the_newest_run_is_named(cli, lm, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "there is no finished run" in cli("info", "latest", code=2)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_is_the_training_run(cli, monkeypatch):
+    settings = cli("train", "--preset", "debug", "--lr", "0.01", "--dry-run")
+    assert settings.startswith("# preset debug") and "\nlr: 0.01\n" in settings
+    shown = cli("train", "--help")
+    assert shown.startswith("usage: hbll-seq train [--preset NAME]") and "--max-steps" in shown
+    assert "did you mean --lr?" in cli("train", "--learning-rate", "0.1", code=2)
+    monkeypatch.setattr("hbll_seq.training.language_model.main", lambda argv: 143)
+    assert cli("train", code=143) == ""  # stopped by a signal and saved
 
 
 # ---------------------------------------------------------------------------------------------------------------- push

@@ -1,6 +1,7 @@
 """Pre-norm Transformer block with rotary positions and a sliding attention window.
 
-Shapes: B batch, T tokens in this call, S keys in sight, C width, H heads, D = C / H width of a head.
+Shapes: B batch, T tokens in this call, S keys in sight, C width, H heads, K heads of keys and values, D = C / H width of a
+head.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hbll_seq.layers.residual import ResidualBlock, make_norm
+from hbll_seq.utils.reading import quote
 
 
 def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -29,10 +31,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def check_kv_heads(n_head: int, n_kv_head: int | None) -> None:
+    """Raises ValueError unless ``n_kv_head`` is a divisor of ``n_head``, or None for as many."""
+    is_whole = isinstance(n_kv_head, int) and not isinstance(n_kv_head, bool)
+    if n_kv_head is not None and (not is_whole or n_kv_head < 1 or n_head % n_kv_head):
+        divisors = [k for k in range(1, n_head + 1) if n_head % k == 0]
+        raise ValueError(f"n_kv_head={quote(n_kv_head)} does not divide n_head={n_head}: choose one of {quote(divisors)}, or "
+                         "None for as many as n_head")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): head h reads the keys of head ``h * K // H``.
+
+    Args:
+        q: [B, H, T, D].
+        k, v: [B, K, S, D]; K divides H.
+        mask: bool, broadcast to [B, H, T, S], but equal for all heads; True where a query sees a key. None: all are seen.
+        is_causal: in place of a mask, for T = S: a query sees no later key.
+
+    Returns:
+        [B, H, T, D].
+    """
+    (n_head, n_new), n_kv_head = q.shape[1:3], k.shape[1]
+    if n_head == n_kv_head:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if n_new == 1:  # the heads of a group are queries of one sequence: nothing is copied
+        y = F.scaled_dot_product_attention(q.reshape(len(q), n_kv_head, -1, q.shape[-1]), k, v, attn_mask=mask)
+        return y.reshape(q.shape)
+    # torch's own enable_gqa is not faster on a CPU, and not in all of its kernels.
+    k, v = (x.repeat_interleave(n_head // n_kv_head, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
 class KVState(NamedTuple):
     """What attention remembers: at most ``window - 1`` keys and values.
 
-    keys, values: [B, H, S, D] or None before the first token (keys are already turned).
+    keys, values: [B, K, S, D] or None before the first token (keys are already turned).
     seen: number of tokens read so far.
     start: [B] number of left-padding positions of each row, or None.
     """
@@ -50,10 +84,17 @@ class TransformerBlock(ResidualBlock):
         width: C.
         n_head: H; must divide C into heads of even width.
         window: tokens that a query sees, itself included.
-        mlp_ratio: hidden width of the MLP in units of C.
+        mlp_ratio: hidden width of the MLP in units of C, see :func:`residual.hidden_width`.
         norm: one of ``residual.NORMS``.
         dropout: probability of dropping a unit of a branch in training.
         rope_base: base of the rotary positions' wavelengths.
+        n_kv_head: K, heads of keys and values, each read by H / K heads of queries; None is H.
+        mlp: one of ``residual.MLPS``.
+        qk_norm: queries and keys are normalised over D (RMS, with a learned scale) before they are turned (Dehghani et al.
+            2023, arXiv 2302.05442).
+
+    Raises:
+        ValueError: ``n_kv_head`` does not divide H, or ``mlp`` is unknown.
     """
 
     def __init__(
@@ -66,13 +107,21 @@ class TransformerBlock(ResidualBlock):
         norm: str = "rmsnorm",
         dropout: float = 0.0,
         rope_base: float = 10000.0,
+        n_kv_head: int | None = None,
+        mlp: str = "gelu",
+        qk_norm: bool = False,
     ):
         super().__init__()
-        self.n_head, self.window, self.rope_base = n_head, window, rope_base
+        check_kv_heads(n_head, n_kv_head)
+        self.n_head, self.n_kv_head = n_head, n_head if n_kv_head is None else n_kv_head
+        self.window, self.rope_base, self.qk_norm = window, rope_base, qk_norm
         self.norm_attention = make_norm(norm, width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        head_width = width // n_head
+        self.qkv = nn.Linear(width, width + 2 * self.n_kv_head * head_width, bias=False)
+        if qk_norm:
+            self.norm_q, self.norm_k = make_norm("rmsnorm", head_width), make_norm("rmsnorm", head_width)
         self.attention_out = nn.Linear(width, width, bias=False)
-        self._add_mlp(width, mlp_ratio, norm, dropout)
+        self._add_mlp(width, mlp_ratio, norm, dropout, mlp)
         self._start([self.qkv, self.mlp_in], [self.attention_out, self.mlp_out])
 
     def initial_state(self, start: Tensor | None = None) -> KVState:
@@ -84,8 +133,15 @@ class TransformerBlock(ResidualBlock):
         attended, state = self._attend(self.norm_attention(x), state or KVState())
         return self._add_branches(x, self.attention_out(attended)), state
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of what the block reads, [B, T, C]; nothing is turned yet."""
+        n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        qkv = rearrange(self.qkv(x), "b t (h d) -> b h t d", h=sum(n_heads))
+        q, k, v = qkv.split(n_heads, dim=1)
+        return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
+
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        q, k, v = self._heads(x)
         n_new = x.shape[1]
         for name, part in (("state", state.keys), ("start", state.start)):
             if part is not None and len(part) != len(x):  # which torch would broadcast
@@ -98,7 +154,7 @@ class TransformerBlock(ResidualBlock):
         n_keys = k.shape[2]
         mask = self._mask(positions, n_keys, state)
         is_causal = mask is None and n_new > 1  # one new token sees every key that the state still holds
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = attention(q, k, v, mask, is_causal=is_causal)
         keep = min(n_keys, self.window - 1)
         kept = (k[:, :, n_keys - keep :], v[:, :, n_keys - keep :])
         return rearrange(y, "b h t d -> b t (h d)"), KVState(*kept, state.seen + n_new, state.start)

@@ -20,7 +20,7 @@ import yaml
 
 from hbll_seq.engine.linearization.base import Diagonal, Linearization
 from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
-from hbll_seq.layers.residual import NORMS
+from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
@@ -110,9 +110,14 @@ class TrainingSettings:
     cell: str = _model("transformer", f"kind of block: {', '.join(CELLS)}; or one for each block, as in gru,transformer,gru")
     n_embd: int = _model(128, "width of the stream", low=1, high=_WIDEST)
     n_head: int = _model(4, "attention heads; must divide n_embd", low=1, high=_WIDEST)
+    n_kv_head: int | None = _model(None, "heads of keys and values, a divisor of n_head, for a smaller cache; none: n_head",
+                                   low=1, high=_WIDEST)
+    qk_norm: bool = _model(False, "attention normalises its queries and keys")
     context_length: int = _model(128, "tokens of a training window; also how far attention looks back", low=1)
     mlp_ratio: int = _model(4, "hidden width of a block's MLP in units of n_embd; 0: none, for recurrent blocks", low=0,
                             high=64)
+    mlp: str = _model("gelu", "MLP of a block: gelu, or swiglu with two thirds of the hidden width, for as many parameters",
+                      choices=MLPS)
     norm: str = _model("rmsnorm", "normalisation", choices=tuple(NORMS))
     dropout: float = _model(0.0, "dropout on residual branches", low=0, below=1)
     tie_embeddings: bool = _model(True, "share the embedding's and the head's matrix")

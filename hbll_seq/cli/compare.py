@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from hbll_seq.cli import options
@@ -98,7 +99,7 @@ def _on_prompt(args: argparse.Namespace, sampling: SamplingParams, out: Output) 
             if not args.json:
                 out.write(f"\n=== {name}, depth {len(path)} ({path_text(path)})\n{text}\n")
     if args.json:
-        out.json({"prompt": prompt, "sampling": vars(sampling), "texts": texts})
+        out.json({"prompt": prompt, "sampling": asdict(sampling), "texts": texts})
 
 
 def _paths_of(name: str, model: Any, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:

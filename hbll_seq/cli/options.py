@@ -57,8 +57,17 @@ def add_text_options(parser: Any) -> None:
 
 def whole(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no whole number of at least 1")
+    return _at_least(text, 1)
+
+
+def whole_or_zero(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, low: int) -> int:
+    if not text.isdecimal() or len(text) > 18 or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{quote(text)} is no whole number of at least {low}")
     return int(text)
 
 

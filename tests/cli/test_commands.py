@@ -40,6 +40,29 @@ def test_generate_writes_what_the_library_writes(cli, model):
     assert "The river" + told["texts"][0]["continuation"] == text
 
 
+def test_several_texts_and_what_ends_them(cli, model):
+    options = dict(n=3, stop=("e", " of"), seed=1, max_new_tokens=5, min_p=0.001, repetition_penalty=1.2)
+    argv = ("generate", "The", *LM, "--n", 3, "--stop", "e", "--stop", " of", "--seed", 1, "--max-new-tokens", 5, "--min-p",
+            "0.001", "--repetition-penalty", "1.2")  # fmt: skip
+    texts = model.generate("The", **options)
+    assert cli(*argv) == "---\n".join(f"{text}\n" for text in texts)
+    told = cli.json(*argv)["texts"]
+    details = model.generate_detailed("The", **options)
+    assert [row["text"] for row in told] == texts and [row["ended_by"] for row in told] == [d.reason for d in details]
+    assert "stop" in {row["ended_by"] for row in told} and "tokens" not in told[0]
+
+
+def test_logprobs_of_every_token(cli, model):
+    argv = ("generate", "The", *LM, "--seed", 1, "--max-new-tokens", 4)
+    (detail,) = model.generate_detailed("The", seed=1, max_new_tokens=4, alternatives=2)
+    for k, n in (((), 0), ((2,), 2)):
+        tokens = cli.json(*argv, "--logprobs", *k)["texts"][0]["tokens"]
+        assert [row["logprob"] for row in tokens] == list(detail.logprobs)
+        assert [row["token"] for row in tokens] == list(detail.tokens)
+        assert [len(row["alternatives"]) for row in tokens] == [n] * 4
+    assert tokens[0]["alternatives"][0] == detail.alternatives[0][0]._asdict()
+
+
 def test_a_prompt_of_stdin_loses_one_line_end_alone(cli, model):
     options = dict(max_new_tokens=3, seed=0)
     written = cli("generate", "-", *LM, "--max-new-tokens", 3, "--seed", 0, stdin="a \n\r\n")

@@ -15,8 +15,6 @@ from hbll_seq.cli.output import Output, table
 ROOT = Path(__file__).resolve().parents[2]
 #: whose help is that of the training run
 WITHOUT_PARSER = {"train"}
-#: whose help imports torch
-SLOW_HELP = WITHOUT_PARSER | {"generate", "compare"}
 
 
 def test_help_and_version_of_every_command(cli):
@@ -31,7 +29,7 @@ def test_help_and_version_of_every_command(cli):
 
 def test_help_needs_no_torch():
     program = ("import sys\nfrom hbll_seq.cli import main\nfrom hbll_seq.cli.program import COMMANDS\n"
-               f"codes = [main([name, '--help']) for name in COMMANDS if name not in {SLOW_HELP}] + [main(['--help'])]\n"
+               f"codes = [main([name, '--help']) for name in COMMANDS if name not in {WITHOUT_PARSER}] + [main(['--help'])]\n"
                "sys.exit(any(codes) or 'torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -51,6 +49,8 @@ def test_help_needs_no_torch():
     (["generate", "x", "--model", "runs/lm", "--depth", "3", "--path", "4"], "not allowed with"),
     (["generate", "x", "--model", "runs/lm", "--path", "1,x"], "'1,x' is no list of block numbers such as 1,2,4"),
     (["generate", "x", "--top-k", "0"], "top_k=0: must be a whole number of at least 1"),
+    (["generate", "x", "--logprobs", "3", "--model", "runs/lm"], "--logprobs belongs to --json"),
+    (["generate", "x", "--logprobs", "-3"], "argument --logprobs"),
     (["generate", "x", "--top-k", "few"], "argument --top-k: 'few' is no whole number"),
     (["generate", "--model", "runs/lm"], "stdin holds no prompt"),
     (["eval", "nothing.txt", "--model", "runs/lm"], "cannot read 'nothing.txt': No such file or directory"),

@@ -72,7 +72,7 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
     for name in args.models:
         model = open_model(name, args.device)
         windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
-        limits = {"batch_size": args.batch_size, "max_batches": args.max_batches}
+        limits = {"batch_size": args.batch_size, "max_batches": args.max_batches, "progress": True}
         for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
             rows.append({"model": name, **row, "parameters": model.n_parameters(row["path"])})
         vocabularies.add(model.tokenizer.fingerprint)

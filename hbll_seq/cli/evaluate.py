@@ -49,7 +49,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     model = open_model(args.model, args.device)
     paths = chosen_paths(model, args)
     windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
-    rows = evaluate_paths(model, windows, paths, batch_size=args.batch_size, max_batches=args.max_batches)
+    rows = evaluate_paths(model, windows, paths, batch_size=args.batch_size, max_batches=args.max_batches,
+                          progress=True)
     stream = windows.stream
     if args.json:
         sizes = {"tokens": stream.n_tokens, "words": stream.n_words, "bytes": stream.n_bytes}

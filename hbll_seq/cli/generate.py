@@ -83,7 +83,7 @@ def _told(generation: Any, tokenizer: Any, with_logprobs: bool) -> dict[str, Any
     if with_logprobs:
         steps = zip(generation.tokens, generation.logprobs, generation.alternatives)
         told["tokens"] = [
-            {"token": token, "text": tokenizer.decode([token]), "logprob": logprob, "alternatives": [o._asdict() for o in others]}
-            for token, logprob, others in steps
+            {"token": i, "text": tokenizer.decode([i]), "logprob": p, "alternatives": [each._asdict() for each in others]}
+            for i, p, others in steps
         ]
     return told

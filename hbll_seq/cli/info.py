@@ -28,14 +28,15 @@ def parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     """Print what there is to know. Raises ValueError where there is no such model."""
-    from hbll_seq.cli.models import model_folder, open_model
+    from hbll_seq.cli.models import find_model, model_folder, open_model
     from hbll_seq.evaluation.perplexity import default_paths
 
-    model, folder = open_model(args.model, args.device), model_folder(args.model)
+    name = find_model(args.model)
+    model, folder = open_model(name, args.device), model_folder(name)
     config, n_parameters = model.config, sum(p.numel() for p in model.parameters())
     paths = default_paths(model)
     about = {
-        "model": args.model,
+        "model": name,
         "folder": os.fspath(folder),
         "class": type(model).__name__,
         "parameters": n_parameters,

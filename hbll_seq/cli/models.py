@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
 from hbll_seq.models.hub_source import find_folder
 from hbll_seq.models.model_files import CONFIG_NAME
-from hbll_seq.utils.arguments import did_you_mean
 from hbll_seq.utils.console import say
+from hbll_seq.utils.reading import quote
 
 #: names that stand for a model wherever one is asked for
 NAMES = ("bundled", "latest")
@@ -26,11 +27,11 @@ def find_model(name: str) -> str:
     if name == "latest":
         name = os.fspath(find_latest_run())
         say(f"hbll-seq: model from {name}")
-    elif not os.path.isdir(os.path.expanduser(name)):
-        parent = os.path.dirname(name) or "."
-        hint = did_you_mean(name, [*NAMES, *_models_of(parent)])
-        if hint and (parent != "." or "/" not in name):  # before the Hub is asked for a name that it cannot have
-            raise ValueError(f"there is no model {name!r} here{hint}")
+    elif name not in NAMES and not os.path.isdir(os.path.expanduser(name)):
+        parent, own = os.path.split(name)
+        near = difflib.get_close_matches(own, [*_models_of(parent or "."), *(NAMES if not parent else ())], n=1)
+        if near:  # before the Hub is asked for a name that it cannot have
+            raise ValueError(f"there is no model {quote(name)} here; did you mean {os.path.join(parent, near[0])}?")
     return name
 
 
@@ -45,12 +46,11 @@ def model_folder(name: str) -> Path:
 
 
 def _models_of(folder: str) -> list[str]:
-    """The folders in one that hold a model, as they would be named."""
+    """Names of the folders in one that hold a model."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if (Path(entry.path) / CONFIG_NAME).is_file())
+        return sorted(entry.name for entry in os.scandir(folder) if (Path(entry.path) / CONFIG_NAME).is_file())
     except OSError:
         return []
-    return [name if folder == "." else os.path.join(folder, name) for name in names[:1000]]
 
 
 def chosen_paths(model: HBLLForCausalLM, args: Any) -> dict[str, tuple[int, ...]] | None:

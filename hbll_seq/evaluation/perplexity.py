@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hbll_seq.chains.depth import DepthChain
 from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.tree.posterior import Categorical
+from hbll_seq.utils.console import ForgivingStream
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.values import as_flag, as_whole
 
@@ -34,6 +37,7 @@ def evaluate_paths(
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     carry_state: bool = False,
+    progress: bool = False,
 ) -> list[dict]:
     """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
 
@@ -47,6 +51,7 @@ def evaluate_paths(
         carry_state: recurrent blocks go on from their states after the window before; the text is then read in
             ``batch_size`` stretches side by side, each from zero; attention still looks back within its window only. False
             starts every window from zero.
+        progress: show a bar on stderr, where that is a terminal and it takes more than two seconds.
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
@@ -70,6 +75,8 @@ def evaluate_paths(
         batches = windows.contiguous_evaluation_batches(batch_size, limit)
     else:
         batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
+    if progress:
+        batches = _with_bar(batches, windows, batch_size, max_batches)
     with evaluation_mode(model):
         nats, n_tokens = _sum_nats(model, (batch.to(device) for batch in batches), paths, carry_state)
     if not n_tokens:
@@ -90,6 +97,12 @@ def _row(name: str, path: tuple[int, ...], nats: float, n_tokens: int, stream: T
         "bits_per_byte": loss / math.log(2) * (n_predicted / max(1, stream.n_bytes)),
         "tokens": n_tokens,
     }
+
+
+def _with_bar(batches: Iterable[Tensor], windows: TokenWindows, batch_size: int, max_batches: int | None) -> Iterable[Tensor]:
+    n_batches = math.ceil((windows.stream.n_tokens - 1) / (windows.context_length * batch_size))
+    total = min(n_batches, max_batches or n_batches)
+    return tqdm(batches, "evaluating", total, leave=False, file=ForgivingStream(sys.stderr), disable=None, delay=2)
 
 
 def _sum_nats(

@@ -38,6 +38,7 @@ def cli(lm, capsys, monkeypatch, tmp_path):
         ended = main([str(word) for word in argv])
         said = capsys.readouterr()
         assert ended == code, said.err
+        assert code == 0 or said.out == ""
         return said.out if code == 0 else said.err
 
     run.json = lambda *argv, **options: json.loads(run(*argv, "--json", **options))

@@ -1,6 +1,7 @@
 """The program around the commands: help, mistakes, exit codes, and output that fails."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,17 @@ def test_a_reader_that_goes_ends_the_program_in_silence(lm, started):
     process.stdout.close()
     process.stdout = None
     assert process.communicate(60)[1] == b"" and process.wait(10) == 141
+
+
+def test_ctrl_c_ends_the_program_in_silence(lm, started):
+    process = started("generate", "The", "--model", lm, "--max-new-tokens", 50000, stdout=-1)
+    assert process.stdout.read(3) == b"The"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(60)[1] == b"" and process.wait(10) == 130
+
+
+def test_stdin_must_be_text(cli):
+    assert "stdin is not UTF-8 text (byte 2)" in cli("generate", "-", "--model", "runs/lm", stdin=b"ab\xff", code=2)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full")

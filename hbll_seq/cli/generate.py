@@ -36,8 +36,8 @@ def parser(prog: str) -> Parser:
                        "model's context, instead of refusing it")
     options.add_model_option(found)
     group = found.add_argument_group("path").add_mutually_exclusive_group()
-    group.add_argument("--depth", type=options.depth, metavar="N", help="how many blocks to run, or best, or fast (default: "
-                       "all)")
+    group.add_argument("--depth", type=options.depth, metavar="N", help="how many blocks to run, or best, fast or all "
+                       "(default: all)")
     group.add_argument("--path", type=options.path, metavar="LIST", help="which blocks to run, such as 1,2,4")
     names = options.add_fields(found.add_argument_group("sampling"), SamplingParams)
     found.set_defaults(sampling_names=names)

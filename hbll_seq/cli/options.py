@@ -71,19 +71,23 @@ def _at_least(text: str, low: int) -> int:
     return int(text)
 
 
-def depth(text: str) -> int | str:
-    """A number of blocks, or the name of a depth."""
+def depth(text: str) -> int | str | None:
+    """A number of blocks, or the name of a depth; None for all blocks."""
+    return None if text == "all" else _depth(text)
+
+
+def depths(text: str) -> list[int | str] | None:
+    """Depths joined by commas; None for all of them."""
+    return None if text == "all" else [_depth(part.strip()) for part in text.split(",")]
+
+
+def _depth(text: str) -> int | str:
     if text in NAMED_DEPTHS:
         return text
     if not text.isdecimal() or len(text) > 18:
         hint = did_you_mean(text, (*NAMED_DEPTHS, "all"))
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no number of blocks, nor {' or '.join(NAMED_DEPTHS)}{hint}")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is no number of blocks, nor {', '.join(NAMED_DEPTHS)} or all{hint}")
     return int(text)
-
-
-def depths(text: str) -> list[int | str] | None:
-    """Depths joined by commas; None for all."""
-    return None if text == "all" else [depth(part.strip()) for part in text.split(",")]
 
 
 def path(text: str) -> list[int]:

@@ -32,6 +32,7 @@ def test_generate_writes_what_the_library_writes(cli, model):
     given = ("--max-new-tokens", 6, "--seed", 3, "--temperature", "0.5", "--top-p", "0.9")
     options = dict(max_new_tokens=6, seed=3, temperature=0.5, top_p=0.9)
     assert cli("generate", "The river", *LM, *given, "--depth", 3) == model.generate("The river", 3, **options) + "\n"
+    assert cli("generate", "The river", *LM, *given, "--depth", "all") == model.generate("The river", **options) + "\n"
     text = model.generate("The river", path=[4, 6], **options)
     assert cli("generate", "-", *LM, *given, "--path", "4,6", stdin="The river\n") == text + "\n"
     assert cli("generate", *LM, *given, "--path", "4,6", stdin="The river") == text + "\n"

@@ -45,7 +45,7 @@ def test_help_needs_no_torch():
     (["info", "runs/ml"], "error: there is no model 'runs/ml' here; did you mean runs/lm?\n"),
     (["info", "bundeld"], "did you mean bundled?"),
     (["info", "zzzz"], "there is no folder 'zzzz', and it is no Hub id"),
-    (["generate", "x", "--model", "runs/lm", "--depth", "bst"], "'bst' is no number of blocks, nor best or fast; did you"),
+    (["generate", "x", "--model", "runs/lm", "--depth", "bst"], "'bst' is no number of blocks, nor best, fast or all; did"),
     (["generate", "x", "--model", "runs/lm", "--depth", "9"], "depth=9: a model with n_level=3 runs 1 to 7 blocks"),
     (["generate", "x", "--model", "runs/lm", "--depth", "3", "--path", "4"], "not allowed with"),
     (["generate", "x", "--model", "runs/lm", "--path", "1,x"], "'1,x' is no list of block numbers such as 1,2,4"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.chains.depth import DepthChain
+from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.tree.posterior import Categorical
@@ -49,8 +50,10 @@ def evaluate_paths(
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
-        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one: with
-        ``max_batches`` an extrapolation), ``tokens`` that were scored.
+        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one),
+        ``bits_per_byte`` (the same in bits, over the bytes of its UTF-8 text, whatever the tokenizer: what models of other
+        vocabularies are compared by), ``tokens`` that were scored. With ``max_batches`` the two before the last are
+        extrapolated.
 
     Raises:
         ValueError: an option is out of range, or states are to be carried and there are none.
@@ -71,19 +74,22 @@ def evaluate_paths(
         nats, n_tokens = _sum_nats(model, (batch.to(device) for batch in batches), paths, carry_state)
     if not n_tokens:
         raise ValueError("no tokens were evaluated: max_batches must be at least 1")
-    tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)
-    return [
-        {
-            "name": name,
-            "path": list(path),
-            "depth": len(path),
-            "loss": nats[name] / n_tokens,
-            "perplexity": _exp(nats[name] / n_tokens),
-            "word_perplexity": _exp(nats[name] / n_tokens * tokens_per_word),
-            "tokens": n_tokens,
-        }
-        for name, path in paths.items()
-    ]
+    return [_row(name, path, nats[name], n_tokens, windows.stream) for name, path in paths.items()]
+
+
+def _row(name: str, path: tuple[int, ...], nats: float, n_tokens: int, stream: TokenStream) -> dict:
+    """What :func:`evaluate_paths` tells of a path with so many nats over so many tokens of the stream."""
+    loss, n_predicted = nats / n_tokens, stream.n_tokens - 1
+    return {
+        "name": name,
+        "path": list(path),
+        "depth": len(path),
+        "loss": loss,
+        "perplexity": _exp(loss),
+        "word_perplexity": _exp(loss * (n_predicted / max(1, stream.n_words))),
+        "bits_per_byte": loss / math.log(2) * (n_predicted / max(1, stream.n_bytes)),
+        "tokens": n_tokens,
+    }
 
 
 def _sum_nats(
@@ -122,10 +128,11 @@ def _logits_of_paths(
 
 def format_table(rows: list[dict]) -> str:
     """The rows of :func:`evaluate_paths` as a table in plain text."""
-    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  path"]
+    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  {'bits/byte':>9}  path"]
     for row in rows:
         lines.append(
             f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {row['word_perplexity']:>10.2f}  "
+            + (f"{row['bits_per_byte']:>9.4f}  " if "bits_per_byte" in row else f"{'-':>9}  ")  # older runs lack it
             + "-".join(map(str, [0, *row["path"]]))
             + "-head"
         )

@@ -12,7 +12,8 @@ from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
-from hbll_seq.generation.text import TextGenerator
+from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
+from hbll_seq.generation.text_pieces import Generation
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy
 from hbll_seq.layers.prepared import ReadOut, can_prepare
@@ -162,14 +163,14 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
     def generate(
         self,
         prompt: str | list[str],
-        depth: int | None = None,
-        path: Sequence[int] | None = None,
+        depth: Depths = None,
+        path: Paths = None,
         *,
         sampling: SamplingParams | None = None,
         stream: bool = False,
         truncate_prompt: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> str | list[str]:
+    ) -> str | list[str] | list[list[str]]:
         """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
 
         Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
@@ -177,10 +178,28 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **options)
         return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
 
+    def generate_detailed(
+        self,
+        prompt: str | list[str],
+        depth: Depths = None,
+        path: Paths = None,
+        *,
+        sampling: SamplingParams | None = None,
+        alternatives: int = 0,
+        truncate_prompt: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]:
+        """As :meth:`generate`, with the log-probability of every new token, and why each text ended; always a list.
+
+        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate_detailed`.
+        """
+        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **options)
+        return TextGenerator(self, self.tokenizer).generate_detailed(prompt, depth, path, **given)
+
     def stream(
         self,
         prompt: str,
-        depth: int | None = None,
+        depth: Depth = None,
         path: Sequence[int] | None = None,
         *,
         sampling: SamplingParams | None = None,

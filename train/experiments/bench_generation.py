@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -29,10 +28,12 @@ from statistics import median
 
 import torch
 
+from comparisons.program import as_program
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -43,7 +44,7 @@ PEERS = ("generate", "forward loop")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command-line arguments. Raises ValueError where one is not possible."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--widths", type=int, nargs="+", default=[128, 384], help="widths of the models (default: 128 384)")
     add("--batches", type=int, nargs="+", default=[1, 8], help="rows that are generated together (default: 1 8)")
@@ -176,7 +177,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "hbll_seq"
 #: from the ground up; a module may import from its own floor and from those below
 FLOORS = (
     "utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation", "training",
-    "cli",
+    "integrations", "cli",
 )  # fmt: skip
 #: the package itself, and what ``python -m`` runs
 ON_TOP = {"hbll_seq", "hbll_seq.__main__"}

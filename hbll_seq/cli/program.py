@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": ("compare", "several models and depths on one text, or on one prompt"),
     "info": ("info", "what a model is: sizes, files, trained paths, its tree"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
+    "demo": ("demo", "a page in the browser: text at any depth, which words need depth"),
 }
 EPILOG = """\
 examples:

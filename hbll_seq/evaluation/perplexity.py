@@ -115,14 +115,14 @@ def _sum_nats(
         chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
         x, targets = model.prepare(batch)
         n_tokens += targets.numel()
-        for name, logits in _logits_of_paths(model, chain, x, paths):
+        for name, logits in logits_of_paths(model, chain, x, paths):
             nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
         if carry_state:
             carried = chain.last
     return nats, n_tokens
 
 
-def _logits_of_paths(
+def logits_of_paths(
     model: HBLLForCausalLM, chain: DepthChain, x: Tensor, paths: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The logits [B, T, V] of each path for the tokens ``x`` [B, T], by the path's name.

@@ -8,6 +8,7 @@ PACKAGE = ROOT / "hbll_seq"
 #: from the ground up; a module may import from its own floor and from those below
 FLOORS = (
     "utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation", "training",
+    "integrations",
 )  # fmt: skip
 
 

@@ -84,6 +84,27 @@ class TransformerBlock(ResidualBlock):
         attended, state = self._attend(self.norm_attention(x), state or KVState())
         return self._add_branches(x, self.attention_out(attended)), state
 
+    def enter(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, D] of ``x`` [B, T, C], whose tokens stand at ``positions`` [T].
+
+        Queries and keys are turned. A cache that is not ours goes between here and :meth:`leave`.
+        """
+        q, k, v = rearrange(self.qkv(self.norm_attention(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def leave(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """The block's output [B, T, C] for its input ``x`` [B, T, C].
+
+        Args:
+            q: [B, H, T, D] of :meth:`enter`.
+            k, v: [B, H, S, D], of earlier tokens and of these.
+            mask: True where a query sees a key, broadcast to [B, H, T, S]; None: all are seen, or with ``is_causal`` those
+                that do not come after the query.
+        """
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self._add_branches(x, self.attention_out(rearrange(attended, "b h t d -> b t (h d)")))
+
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         n_new = x.shape[1]

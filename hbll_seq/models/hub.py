@@ -20,7 +20,15 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
-from hbll_seq.models.hub_source import HUB_ERRORS, as_device, as_source, check_hub_options, find_folder, refuse_unknown
+from hbll_seq.models.hub_source import (
+    HUB_ERRORS,
+    as_device,
+    as_dtype,
+    as_source,
+    check_hub_options,
+    find_folder,
+    refuse_unknown,
+)
 from hbll_seq.models.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
 from hbll_seq.models.model_files import (
     CARD_NAME,
@@ -161,10 +169,12 @@ class HubMixin:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        subfolder: str | None = None,
         device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
         **unknown: Any,
     ) -> T:
-        """The model of a folder or of the Hub, in evaluation mode, with the dtypes it was saved in.
+        """The model of a folder or of the Hub, in evaluation mode.
 
         A folder may hold anything else beside the files of :meth:`save_pretrained`: a training output folder is fine.
         Files are compared with SHA256SUMS; where there is none, or a file is not in it, one line on stderr says so. The
@@ -174,7 +184,9 @@ class HubMixin:
             pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
+            subfolder: the folder inside that holds the model; parts divided by "/".
             device: where the model goes.
+            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved.
             unknown: refused; transformers has more arguments.
 
         Raises:
@@ -185,9 +197,11 @@ class HubMixin:
         refuse_unknown(unknown)
         source = as_source(pretrained_model_name_or_path)
         check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
-        device = as_device(device)
-        folder = find_folder(source, revision, token, cache_dir, local_files_only)
-        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device).eval()
+        check_hub_options(subfolder=subfolder)
+        device, dtype = as_device(device), as_dtype(dtype)
+        folder = find_folder(source, revision, token, cache_dir, local_files_only, subfolder)
+        source = f"{source}/{subfolder}" if subfolder else source
+        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device=device, dtype=dtype).eval()
 
     @classmethod
     def _read(cls: type[T], folder: Path, source: str) -> T:
@@ -203,10 +217,24 @@ class HubMixin:
             model = make()
         for name, own in module_tensors(model).items():
             own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
+        model._adopt_card(files)
+        return model
+
+    def adopt(self, files: ModelFiles) -> None:
+        """Take on what lies beside the weights of a folder: tokenizer and model card. For those who load the weights
+        themselves. Raises ValueError for a tokenizer that is none, or that has more pieces than the model tokens.
+        """
+        if self.has_tokenizer:
+            self.tokenizer = files.tokenizer(self.config.vocab_size)
+            if self.tokenizer is not None and self.tokenizer.vocab_size > self.config.vocab_size:
+                raise ValueError(f"{files.source}: tokenizer {TOKENIZER_NAME} has {self.tokenizer.vocab_size} pieces but "
+                                 f"vocab_size={self.config.vocab_size}; load an intact copy")
+        self._adopt_card(files)
+
+    def _adopt_card(self, files: ModelFiles) -> None:
         card = files.card()
         if card is not None and is_model_card(card):
-            model._card = (card, files.weights_sha256())
-        return model
+            self._card = (card, files.weights_sha256())
 
     def push_to_hub(
         self,

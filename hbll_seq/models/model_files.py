@@ -204,6 +204,16 @@ class ModelFiles:
             self._sha256[WEIGHTS_NAME] = sha256(self.folder / WEIGHTS_NAME)
         return self._sha256[WEIGHTS_NAME]
 
+    def check(self, name: str) -> None:
+        """Compare the file with its sum, without keeping it. Raises ValueError when it is missing or another one."""
+        self._check_there(name)
+        if self.sums is not None and name in self.sums:
+            try:
+                found = self.weights_sha256() if name == WEIGHTS_NAME else sha256(self.folder / name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.source}: {name} cannot be read: {shorten(error)}; load an intact copy") from None
+            self._compare(name, found)
+
     def card(self) -> str | None:
         """The text of README.md; None where there is none that can be read."""
         try:

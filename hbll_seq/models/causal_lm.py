@@ -21,7 +21,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.exits import ExitAdapters
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.hub import HubMixin
-from hbll_seq.models.model_card import CardText
+from hbll_seq.models.model_card import AUTO_USAGE, CardText
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
 
 
@@ -86,6 +86,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
 
     config_class = HBLLConfig
     has_tokenizer = True
+    auto_classes = {"AutoConfig": "HBLLTransformersConfig", "AutoModelForCausalLM": "HBLLTransformersForCausalLM"}
 
     def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -200,7 +201,8 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
             "those that\nit was trained and measured as are listed below."
         )
         usage = f'print(model.generate("The history of the city", depth={min(3, n_layer)}, max_new_tokens=50))'
-        return CardText("text-generation", "HBLL language model", about, usage)
+        elsewhere = AUTO_USAGE.format(depth=min(3, n_layer))
+        return CardText("text-generation", "HBLL language model", about, usage, elsewhere)
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""

@@ -29,13 +29,22 @@ from hbll_seq.models.hub_source import (
     find_folder,
     refuse_unknown,
 )
-from hbll_seq.models.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.models.model_card import (
+    CardText,
+    check_metadata,
+    code_pointer,
+    is_model_card,
+    may_overwrite,
+    model_card,
+    with_location,
+)
 from hbll_seq.models.model_files import (
     CARD_NAME,
     CONFIG_NAME,
     FILES,
     MAX_CONFIG,
     METRICS_NAME,
+    POINTER_NAME,
     REPLACED,
     SUMMED,
     TOKENIZER_NAME,
@@ -51,7 +60,7 @@ from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
 from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
 from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 
-__all__ = ["FILES", "METRICS_NAME", "HubMixin", "find_latest_run"]
+__all__ = ["FILES", "METRICS_NAME", "POINTER_NAME", "HubMixin", "find_latest_run"]
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -63,10 +72,12 @@ class HubMixin:
     Attributes:
         config_class: of ``config``; the model is made by ``cls(config)``.
         has_tokenizer: whether the model takes ``tokenizer=`` as well.
+        auto_classes: transformers' Auto class -> the class in ``hbll_seq.integrations.transformers`` that it stands for.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     has_tokenizer: ClassVar[bool] = False
+    auto_classes: ClassVar[dict[str, str]] = {}
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     _card: tuple[str, str] | None = None  # (text, SHA-256 of the weights it was written for), from from_pretrained
@@ -123,6 +134,8 @@ class HubMixin:
         }
         if self.tokenizer is not None:
             config["eos_token_id"] = self.tokenizer.eos_id
+        if location is not None and self.auto_classes:  # on the Hub
+            config["auto_map"] = {auto: f"{Path(POINTER_NAME).stem}.{name}" for auto, name in self.auto_classes.items()}
         config_text = to_json(config, indent=2) + "\n"
         if len(config_text) > MAX_CONFIG:
             raise ValueError(
@@ -140,6 +153,8 @@ class HubMixin:
                 card = with_location(self._card[0] if kept else model_card(self, metadata), location or _portable(folder))
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
             (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+            if "auto_map" in config:
+                (aside / POINTER_NAME).write_text(code_pointer(self.auto_classes.values()), encoding="utf-8")
             summed = [name for name in SUMMED if (aside / name).exists()]
             (aside / SUMS_NAME).write_text(format_sums(aside, summed), encoding="utf-8")
 

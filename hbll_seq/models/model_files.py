@@ -28,6 +28,9 @@ from hbll_seq.utils.tensors import check_found, listing
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 TOKENIZER_NAME, CARD_NAME = "tokenizer.model", "README.md"
+#: of a language model that was pushed: what transformers runs with trust_remote_code. It is not one of FILES, which loading
+#: fetches: no code is ever loaded.
+POINTER_NAME = "modeling_hbll.py"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME)
 #: those that SHA256SUMS lists; the model card is not one, since people edit it, on the Hub's web page too.
 SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME)

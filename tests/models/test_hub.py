@@ -456,7 +456,7 @@ def test_push_and_load_again(fake_hub, model):
         ("token", "t"), ("create", "me/small", True, True), ("upload", "me/small", "New", "dev", False)
     ]  # fmt: skip
     pushed = fake_hub.root / "me" / "small"
-    assert {path.name for path in pushed.iterdir()} == set(hub.FILES)
+    assert {path.name for path in pushed.iterdir()} == {*hub.FILES, hub.POINTER_NAME}
     card = (pushed / CARD).read_text()
     assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-4-6-head |" in card
     loaded = HBLLForCausalLM.from_pretrained("me/small", revision="dev", token="t", local_files_only=True)

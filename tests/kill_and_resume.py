@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -29,11 +29,13 @@ TIMES = ("tokens_per_s", "seconds")
 
 @functools.cache
 def load_script():
-    """train/lm.py as a module, for runs in this process."""
-    spec = importlib.util.spec_from_file_location("lm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module whose ``main`` train/lm.py calls, for runs in this process."""
+    return importlib.import_module("hbll_seq.training.language_model")
+
+
+def load_run():
+    """The module that does what the command line says, for tests that put something of their own into it."""
+    return importlib.import_module("hbll_seq.training.language_model_run")
 
 
 def environment_of_scripts() -> dict[str, str]:

@@ -71,6 +71,11 @@ class HBLLTransformersConfig(PreTrainedConfig):
         return len(self.run_path)
 
     @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
     def layer_types(self) -> list[str]:
         """What transformers' caches keep for each block on the path: keys and values of a window, or one state."""
         cells = self.hbll.cells

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,11 @@ from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
-from hbll_seq.generation.text import TextGenerator
+from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
+from hbll_seq.generation.text_pieces import Generation
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy
+from hbll_seq.layers.prepared import ReadOut, can_prepare
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
@@ -67,10 +69,11 @@ class LMHead(nn.Module):
 
 def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     """Block n = 1 .. ``config.n_layer`` of the kind that the configuration names for it."""
-    kind, common = config.cells[n - 1], dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout)
-    if kind != "transformer":
+    common = dict(mlp_ratio=config.mlp_ratio, norm=config.norm, dropout=config.dropout, mlp=config.mlp)
+    if (kind := config.cells[n - 1]) != "transformer":
         return RecurrentBlock(config.n_embd, kind, **common)
-    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, rope_base=config.rope_base, **common)
+    heads = dict(n_kv_head=config.n_kv_head, qk_norm=config.qk_norm, rope_base=config.rope_base)
+    return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, **heads, **common)
 
 
 class HBLLForCausalLM(HubMixin, DepthHierarchy):
@@ -121,6 +124,13 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         """See :meth:`DepthHierarchy.before_head`."""
         return state if self.exits is None else self.exits(state, path)
 
+    def prepare_read_out(self) -> Callable[[Tensor, Sequence[int]], Tensor]:
+        """:meth:`read_out` for one generation: with a copy of the head's matrix that does not follow the model's weights."""
+        if type(self).read_out is not DepthHierarchy.read_out or not can_prepare(self.head, [LMHead]):
+            return self.read_out
+        read_out = ReadOut(self.head.norm, self.head.projection)
+        return lambda state, path: read_out(self.before_head(state, path))
+
     def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
         """See :meth:`DepthHierarchy.score`; logits exist only in chunks."""
         if not isinstance(self.head, LMHead):  # wrapped, as to count its evaluations
@@ -154,14 +164,14 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
     def generate(
         self,
         prompt: str | list[str],
-        depth: int | None = None,
-        path: Sequence[int] | None = None,
+        depth: Depths = None,
+        path: Paths = None,
         *,
         sampling: SamplingParams | None = None,
         stream: bool = False,
         truncate_prompt: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> str | list[str]:
+    ) -> str | list[str] | list[list[str]]:
         """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
 
         Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
@@ -169,10 +179,28 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **options)
         return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
 
+    def generate_detailed(
+        self,
+        prompt: str | list[str],
+        depth: Depths = None,
+        path: Paths = None,
+        *,
+        sampling: SamplingParams | None = None,
+        alternatives: int = 0,
+        truncate_prompt: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]:
+        """As :meth:`generate`, with the log-probability of every new token, and why each text ended; always a list.
+
+        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate_detailed`.
+        """
+        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **options)
+        return TextGenerator(self, self.tokenizer).generate_detailed(prompt, depth, path, **given)
+
     def stream(
         self,
         prompt: str,
-        depth: int | None = None,
+        depth: Depth = None,
         path: Sequence[int] | None = None,
         *,
         sampling: SamplingParams | None = None,

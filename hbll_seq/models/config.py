@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from hbll_seq.layers.residual import NORMS
+from hbll_seq.layers.attention import check_kv_heads
+from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.tree.topology import PATH_FAMILIES, DyadicTree
 from hbll_seq.utils import migration
@@ -111,6 +112,11 @@ class HBLLConfig(ModelConfig):
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (docs/method.md 1.1; the paper's LM runs use 0.005).
+        n_kv_head: heads of keys and values, a divisor of ``n_head``; groups of the others share them. None: as many as
+            ``n_head``. The cache of a token has ``2 * n_kv_head * n_embd / n_head`` numbers a block.
+        mlp: ``"gelu"`` or ``"swiglu"``; the latter has a hidden width of two thirds, for as many parameters, see
+            :func:`hbll_seq.layers.residual.hidden_width`.
+        qk_norm: attention normalises its queries and keys, which keeps scores from growing at high learning rates.
         trained_paths: which paths were trained: ``"all"`` dyadic ones, ``"default"`` (that of every depth), or a list of
             paths, each a list of block numbers; None where nobody has said. Generating along another path warns.
 
@@ -135,7 +141,10 @@ class HBLLConfig(ModelConfig):
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
-    #: older files lack it
+    # older files lack these
+    n_kv_head: int | None = field(default=None, metadata={"optional": True})
+    mlp: str = field(default="gelu", metadata={"optional": True})
+    qk_norm: bool = field(default=False, metadata={"optional": True})
     trained_paths: str | tuple[tuple[int, ...], ...] | None = field(default=None, metadata={"optional": True})
 
     @classmethod
@@ -169,9 +178,8 @@ class HBLLConfig(ModelConfig):
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
         self._check_cells()
-        if self.has_attention:
-            self._check_heads()
-        choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
+        self._check_heads()
+        choices = {"norm": NORMS, "mlp": MLPS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.exit_by != "jump" and not self.exit_rank:
@@ -181,8 +189,12 @@ class HBLLConfig(ModelConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
                 raise ValueError(f"{name}={quote(value)}: must be a number in [{low:g}, {high:g})")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings={quote(self.tie_embeddings)}: must be true or false")
+        for name in ("tie_embeddings", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={quote(getattr(self, name))}: must be true or false")
+        if self.mlp != "gelu" and self.mlp_ratio == 0:
+            raise ValueError(f"mlp={self.mlp!r} with mlp_ratio=0: there is no MLP; give an mlp_ratio, such as 4, or leave "
+                             "mlp out")
         self._check_trained_paths()
 
     def _check_trained_paths(self) -> None:
@@ -230,6 +242,12 @@ class HBLLConfig(ModelConfig):
                              "at least 1, or recurrent cells alone")
 
     def _check_heads(self) -> None:
+        if not self.has_attention:
+            for name, usual in (("n_kv_head", None), ("qk_norm", False)):
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(f"{name}={quote(value)} with cell={quote(self.cell)}: there is no attention; leave "
+                                     f"{name} out, or make a block a transformer")
+            return
         if self.n_embd % self.n_head:
             divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
             remedy = f"choose n_head from {quote(divisors)}" if divisors else "choose an even n_embd"
@@ -239,3 +257,4 @@ class HBLLConfig(ModelConfig):
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
                 "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
             )
+        check_kv_heads(self.n_head, self.n_kv_head)

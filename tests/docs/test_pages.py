@@ -124,7 +124,7 @@ def test_pictures_are_drawn_alike_twice_and_for_both_backgrounds(tmp_path, monke
 
 def test_code_names_no_section_that_left_the_readme():
     """They are in docs/results.md and docs/lab-log.md."""
-    files = [*CODE, *(ROOT / "train" / "presets").glob("*.yaml")]
+    files = [*CODE, *(ROOT / "hbll_seq" / "training" / "presets").glob("*.yaml")]
     left = re.compile(r'README, "?(What we tried|Results)|see README')
     own = ROOT / "tests" / "docs" / "test_pages.py"
     assert [named(path) for path in files if path != own and left.search(path.read_text("utf-8"))] == []

@@ -24,7 +24,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import plots as drawing
-from hbll_seq.training.presets import read_preset
+from hbll_seq.training.presets import PRESETS, read_preset
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "16", "--batch-size", "2", "--steps", "3",
@@ -113,7 +113,7 @@ def test_methods_start_from_the_same_weights_and_read_the_same_batches():
 def test_the_short_name_mix_is_the_preset_small():
     mix = DepthMethod.named("mix", "octaves")
     assert list(dict(mix.config).values()) == ["prefix", 16] and "'depth_mix_weight': 9.0" in mix.description
-    preset = read_preset("small", TRAIN / "presets")
+    preset = read_preset("small", PRESETS)
     iterations = [preset.get(new, preset.get(old)) for new, old in (("forward", "sweeps"), ("backward", "corrections"))]
     assert [dict(mix.options)[name] for name in ("forward", "backward")] == iterations
     assert DepthMethod.named("sweeps").description != DepthMethod.named("sweeps:forward=4").description

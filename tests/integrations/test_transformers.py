@@ -29,6 +29,7 @@ MIXED = ("gru", "transformer", "mingru", "transformer", "transformer", "gru", "t
 KINDS = {
     "attention": {},
     "exits, untied, layernorm": dict(exit_rank=2, tie_embeddings=False, norm="layernorm", default_paths="prefix"),
+    "grouped queries": dict(n_kv_head=1, mlp="swiglu", qk_norm=True),
     "recurrent": dict(cell="gru"),
     "mixed": dict(cell=MIXED),
 }

@@ -23,7 +23,7 @@ from hbll_seq.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
-lm = kr.load_script()
+lm, lm_run = kr.load_script(), kr.load_run()
 STEP = 4
 NAN = "a number that is none"
 VALUES = [None, -1, 1.5, "x", [], {}, True, 10**30, NAN]
@@ -42,8 +42,8 @@ def run(lm_options, tmp_path_factory):
     settings, preset, resumed = lm.resume_run(given, None, STEP)
     state = resumed.state
     accelerator, data = make_accelerator(settings), lm.data(settings)
-    model = lm.HBLLForCausalLM(settings.model_config(data.tokenizer.vocab_size))
-    objective = lm.make_objective(settings, model, 0)
+    model = lm_run.HBLLForCausalLM(settings.model_config(data.tokenizer.vocab_size))
+    objective = lm_run.make_objective(settings, model, 0)
     identity = {name: state[name] for name in IDENTITY}
     trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, StopSignal(), lambda step: None)
 

@@ -25,7 +25,7 @@ from hbll_seq.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
-lm = kr.load_script()
+lm, lm_run = kr.load_script(), kr.load_run()
 
 
 # -------------------------------------------------------------------------------- broken and resumed
@@ -103,7 +103,7 @@ def test_signal_during_an_evaluation_does_not_wait_for_its_end(whole_run, lm_opt
 
     began = time.monotonic()
     with monkeypatch.context() as patch:
-        patch.setattr(lm, "evaluate_paths", long_evaluation)
+        patch.setattr(lm_run, "evaluate_paths", long_evaluation)
         assert lm.main([*lm_options, "--output-dir", str(folder)]) == 143
     assert time.monotonic() - began < 30 and ck.list_checkpoints(folder / "checkpoints")[-1] == 20
     assert lm.main(["--resume", "--output-dir", str(folder)]) == 0  # and the evaluation is made up for
@@ -236,11 +236,11 @@ def test_full_disk_leaves_nothing_half_written(whole_run, lm_options, tmp_path, 
 
     with monkeypatch.context() as patch:
         if when == "end":
-            original = lm.export
-            patch.setattr(lm, "export", lambda *arguments: (fill(), original(*arguments)))
+            original = lm_run.export
+            patch.setattr(lm_run, "export", lambda *arguments: (fill(), original(*arguments)))
         else:
             kr.at_step(patch, 12, fill) if when == "middle" else patch.setattr(
-                lm, "describe", lambda *arguments: fill() or "full")
+                lm_run, "describe", lambda *arguments: fill() or "full")
         try:
             remedy = "--overwrite" if when == "start" else "--resume"
             kr.fails([*lm_options, "--output-dir", str(folder)], capsys, remedy, code=1)

@@ -25,7 +25,7 @@ from hbll_seq.utils.tensors import module_tensors
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
-lm = kr.load_script()
+lm, lm_run = kr.load_script(), kr.load_run()
 
 
 # -------------------------------------------------------------------------------- a whole run
@@ -63,7 +63,7 @@ def test_exported_model_is_the_trained_one(whole_run, lm_options):
         assert torch.equal(tensor, resumed.tensors["model"][f"model.{name}"])
     summary = json.loads((whole_run / "metrics.json").read_text())
     opened = lm.data(settings)
-    rows = lm.evaluate_paths(model, opened.validation, batch_size=4, max_batches=4)
+    rows = lm_run.evaluate_paths(model, opened.validation, batch_size=4, max_batches=4)
     assert [row["path"] for row in rows] == [[2], [1, 2], [1, 2, 3]]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in summary["validation"]], rel=1e-6)
     assert summary["step"] == 60 and summary["settings"]["n_level"] == 2 and summary["test"]

@@ -15,7 +15,7 @@ from hbll_seq.training.signals import StopNow, StopSignal
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
-lm = kr.load_script()
+lm, lm_run = kr.load_script(), kr.load_run()
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
@@ -75,7 +75,8 @@ def test_a_save_that_fails_after_a_signal_is_a_failure(short, unbroken, tmp_path
 def test_before_training_nothing_is_left_behind(short, unbroken, tmp_path, monkeypatch, capsys, number, where):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(lm, where, sends(number, getattr(lm, where)))
+        module = lm_run if where == "HBLLForCausalLM" else lm
+        patch.setattr(module, where, sends(number, getattr(module, where)))
         assert lm.main([*short, "--output-dir", str(folder)]) == 128 + number
     assert f"stopped by signal {int(number)} outside of training" in capsys.readouterr().err and not folder.exists()
 
@@ -83,7 +84,8 @@ def test_before_training_nothing_is_left_behind(short, unbroken, tmp_path, monke
 @pytest.mark.parametrize("number, where", list(zip(ALL, ["evaluation", "export", "plot_training_curve", "end_trackers"])))
 def test_at_the_end_of_a_run(short, unbroken, tmp_path, monkeypatch, capsys, number, where):
     folder = tmp_path / "run"
-    module = sys.modules["hbll_seq.training.export"] if where == "plot_training_curve" else lm
+    module = lm if where == "end_trackers" else lm_run
+    module = sys.modules["hbll_seq.training.export"] if where == "plot_training_curve" else module
     original = getattr(module, where)
 
     def late(*arguments, **keywords):
@@ -105,7 +107,8 @@ def test_while_a_run_is_taken_up_again(short, unbroken, tmp_path, monkeypatch):
         assert lm.main([*short, "--output-dir", str(folder)]) == 143
     for where in ("resume_run", "prepare_folder"):
         with monkeypatch.context() as patch:
-            patch.setattr(lm, where, sends(signal.SIGUSR1, getattr(lm, where)))
+            module = lm_run if where == "prepare_folder" else lm
+            patch.setattr(module, where, sends(signal.SIGUSR1, getattr(module, where)))
             assert lm.main(["--resume", "--output-dir", str(folder)]) == 138
     assert lm.main(["--resume", "--output-dir", str(folder)]) == 0 and kr.differences(unbroken, folder) == []
 
@@ -165,20 +168,20 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)
 sys.path.insert(0, {tests!r})
 import kill_and_resume as kr
 from hbll_seq.training import checkpoint as ck
-lm, original = kr.load_script(), ck.atomic_write
+lm, lm_run, original = kr.load_script(), kr.load_run(), ck.atomic_write
 def slow(path, data):
     if path.parent.name.startswith(".aside-") and path.parent.name != ".aside-0":
         sys.stderr.write("\nsaving\n")
         time.sleep(60)
     original(path, data)
 ck.atomic_write = slow
-step = lm.Trainer._step
+step = lm_run.Trainer._step
 def stopped(self):
     os.kill(os.getpid(), signal.SIGHUP)  # ignored
     if self.done == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
     return step(self)
-lm.Trainer._step = stopped
+lm_run.Trainer._step = stopped
 sys.exit(lm.main(sys.argv[1:]))
 """
 

@@ -28,7 +28,7 @@ SCRIPT = """\
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import kill_and_resume as kr
-script = kr.load_script()
+script, of_run = kr.load_script(), kr.load_run()
 {lines}
 sys.exit(script.main(sys.argv[1:]))
 """
@@ -378,7 +378,7 @@ def test_a_preparation_broken_off_leaves_no_checkpoint_without_its_lines(finishe
 
 def test_a_run_killed_before_its_first_checkpoint_left_an_empty_folder(quick, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert run_with("script.describe = lambda *arguments: os._exit(9)", quick, folder) == 9
+    assert run_with("of_run.describe = lambda *arguments: os._exit(9)", quick, folder) == 9
     assert set(os.listdir(folder)) == {LOCK, RECORD, "settings.yaml"}
     kr.fails(["--resume", "--output-dir", str(folder)], capsys, "nothing to resume", "without --resume")
     assert lm.main([*quick, "--output-dir", str(folder)]) == 0  # no --overwrite is asked for
@@ -387,7 +387,7 @@ def test_a_run_killed_before_its_first_checkpoint_left_an_empty_folder(quick, tm
 
 def test_a_run_killed_before_it_wrote_anything_left_an_empty_folder(quick, tmp_path):
     folder = tmp_path / "run"
-    assert run_with("script.prepare_folder = lambda *arguments: os._exit(9)", quick, folder) == 9
+    assert run_with("of_run.prepare_folder = lambda *arguments: os._exit(9)", quick, folder) == 9
     assert os.listdir(folder) == [LOCK]
     assert lm.main([*quick, "--output-dir", str(folder)]) == 0 and is_finished(folder)
 

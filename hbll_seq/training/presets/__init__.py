@@ -17,6 +17,8 @@ from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils import migration
 from hbll_seq.utils.reading import possible_name, quote, read_yaml, shorten
 
+#: folder of the presets that come with the package
+PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "small"
 SETTINGS = tuple(field.name for field in dataclasses.fields(TrainingSettings))
 

@@ -1,21 +1,46 @@
 """Token ids in, token ids out, along any dyadic path: prefill, decode_one_token, and the loop over them.
 
+Rows may go along different paths: one model serves every depth at once.
+
 Shapes: B rows of a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.protocol import CausalLM
-from hbll_seq.generation.sampling import SamplingParams, as_sampling, sample
+from hbll_seq.generation.runner import Runner
+from hbll_seq.generation.sampler import Sampler
+from hbll_seq.generation.sampling import SamplingParams, as_sampling
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
-from hbll_seq.utils.values import whole_or_none
+from hbll_seq.utils.values import as_whole, whole_or_none
+
+Path = tuple[int, ...]
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities under the model's own distribution: temperature 1, nothing left out.
+
+    ``logprob``: of the token that was drawn. ``best``: the most probable ids with theirs, the most probable first.
+    """
+
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
+
+class Step(NamedTuple):
+    """One step of a :class:`Decoding`: for each row the new token, None where it has ended; and :class:`TokenLogprobs` of
+    each, or None where they were not asked for."""
+
+    tokens: list[int | None]
+    logprobs: list[TokenLogprobs | None] | None
 
 
 def prefill(model: CausalLM, input_ids: Tensor, path: Sequence[int], start: Tensor | None = None) -> tuple[Tensor, PathCache]:
@@ -44,34 +69,133 @@ def decode_one_token(model: CausalLM, tokens: Tensor, path: Sequence[int], cache
     return model.read_out(cache.advance(path)[:, -1], path)
 
 
+class Decoding:
+    """The loop over the tokens of a batch, as an iterator of :class:`Step`. Errors are raised here, not by the first step.
+
+    With ``sampling.n`` above 1 each prompt has n rows, which follow one another.
+
+    Args:
+        model: see :class:`hbll_seq.generation.protocol.CausalLM`.
+        prompts: B non-empty lists of token ids, of any lengths.
+        path: block numbers; or a list of such, one for each prompt.
+        sampling: None has the defaults of :class:`SamplingParams`. Its ``stop`` is for who knows text: see :meth:`end`.
+        eos_id: a row ends with this token, which is not handed out.
+        n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
+        logprobs: how many of the most probable ids each step tells; None: it tells no probabilities.
+
+    Attributes:
+        prompts: token ids of each row.
+        paths: of each row.
+        reasons: of each row why it ended, ``"eos"``, ``"stop"`` or ``"length"``; None while it goes on.
+
+    Raises:
+        ValueError: ``sampling`` is no SamplingParams, or a path, a prompt or ``logprobs`` is not possible.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        path: Sequence[int] | Sequence[Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        eos_id: int | None = None,
+        n_tokens: int | None = None,
+        logprobs: int | None = None,
+    ):
+        self.model, self.sampling, self.eos_id, self.logprobs = model, as_sampling(sampling, {}), eos_id, logprobs
+        prompts = _check_prompts(prompts, model.config.vocab_size)
+        paths = check_paths(model, path, len(prompts))
+        if logprobs is not None:
+            self.logprobs = as_whole("logprobs", logprobs, 0, n_tokens or model.config.vocab_size)
+        times = range(self.sampling.n)
+        self.prompts = [ids for ids in prompts for _ in times]
+        self.paths = [each for each in paths for _ in times]
+        self.reasons: list[str | None] = [None] * len(self.prompts)
+        self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
+        self._modules = list(model.modules())
+        self._rows: Runner | None = None
+        self._tokens: Tensor | None = None
+        self._n_steps = 0
+
+    def end(self, row: int, reason: str = "stop") -> None:
+        """No more tokens for this row: its text holds a stop string, or nobody reads it."""
+        if self.reasons[row] in (None, "length"):  # the last token may complete a stop string
+            self.reasons[row] = reason
+
+    def __iter__(self) -> Decoding:
+        return self
+
+    def __next__(self) -> Step:
+        if self._n_steps == self.sampling.max_new_tokens or None not in self.reasons:
+            raise StopIteration
+        with evaluation_mode(self.model, self._modules):
+            logits = self._next_logits()
+            self._tokens = self.sampler.draw(logits)
+            told = None if self.logprobs is None else _logprobs_of(logits, self._tokens, self.logprobs, self.sampler.n_tokens)
+        drawn = self._tokens.tolist()
+        self._n_steps += 1
+        for row, token in enumerate(drawn):
+            if token == self.eos_id:
+                self.end(row, "eos")
+        if None not in self.reasons:
+            raise StopIteration
+        step = [token if reason is None else None for token, reason in zip(drawn, self.reasons)]
+        self.sampler.accept(drawn)
+        if self._n_steps == self.sampling.max_new_tokens:
+            self.reasons = [reason or "length" for reason in self.reasons]
+        return Step(step, told and [each if token is not None else None for token, each in zip(step, told)])
+
+    def _next_logits(self) -> Tensor:
+        if self._rows is not None:
+            return self._rows.step(self._tokens)
+        n = self.sampling.n
+        prompts, device = self.prompts[::n], self.model.embed.weight.device
+        longest = max(map(len, prompts))
+        start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+        # without padding no start is given: the blocks then need no mask of their own
+        self._rows = Runner(self.model, self.paths[::n], start if start.any() else None)
+        logits = self._rows.prefill(input_ids)
+        if n == 1:
+            return logits
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)  # a prompt is read once for all its samples
+        self._rows.keep(rows)
+        return logits[rows]
+
+
 def generate_ids(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
-    path: Sequence[int],
+    path: Sequence[int] | Sequence[Sequence[int]],
     sampling: SamplingParams | None = None,
     *,
     eos_id: int | None = None,
     n_tokens: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Token ids in, token ids out, one step at a time. Errors are raised by this call, not by the first step.
-
-    Args:
-        model: see :class:`hbll_seq.generation.protocol.CausalLM`.
-        prompts: B non-empty lists of token ids, of any lengths.
-        path: block numbers.
-        sampling: None has the defaults of :class:`SamplingParams`.
-        eos_id: a row ends with this token, which is not yielded.
-        n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
+    """Token ids in, token ids out, one step at a time: the tokens of a :class:`Decoding`, whose arguments and errors these
+    are. Errors are raised by this call, not by the first step.
 
     Yields:
-        For each step B ids, None in a row that has ended; ends when all rows have.
-
-    Raises:
-        ValueError: ``sampling`` is no SamplingParams, or the path or a prompt is not possible.
+        For each step the ids of the rows, None in a row that has ended; ends when all rows have. There are
+        ``sampling.n`` rows for each prompt, next to each other.
     """
-    path, sampling = model.resolve_path(path=path), as_sampling(sampling, {})
-    prompts = _check_prompts(prompts, model.config.vocab_size)
-    return _steps(model, prompts, path, sampling, eos_id, n_tokens)
+    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens)
+    return (step.tokens for step in decoding)
+
+
+def is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether it is a list or tuple, not empty, of such objects alone."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, kinds) for each in value)
+
+
+def check_paths(model: CausalLM, path: Any, n_prompts: int) -> list[Path]:
+    """The path of each prompt, of one path or a list of them. Raises ValueError where there are not as many as prompts."""
+    if not is_list_of(path, (list, tuple)):
+        return [model.resolve_path(path=path)] * n_prompts
+    if len(path) != n_prompts:
+        raise ValueError(f"path={quote(path)} has {len(path)} paths for {n_prompts} prompts: give one path, or one for each")
+    return [model.resolve_path(path=each) for each in path]
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
@@ -89,30 +213,9 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[li
     return rows
 
 
-def _steps(
-    model: CausalLM,
-    prompts: list[list[int]],
-    path: tuple[int, ...],
-    sampling: SamplingParams,
-    eos_id: int | None,
-    n_tokens: int | None,
-) -> Iterator[list[int | None]]:
-    """What :func:`generate_ids` yields, of checked arguments."""
-    device = model.embed.weight.device
-    longest = max(map(len, prompts))
-    start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-    input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    generator = sampling.generator()
-    running, cache, tokens = [True] * len(prompts), None, input_ids
-    for _ in range(sampling.max_new_tokens):
-        with evaluation_mode(model):
-            if cache is None:  # without padding no start is given: the blocks then need no mask of their own
-                logits, cache = prefill(model, input_ids, path, start if start.any() else None)
-            else:
-                logits = decode_one_token(model, tokens, path, cache)
-            tokens = sample(logits[:, :n_tokens], sampling, generator)
-        step = tokens.tolist()
-        running = [alive and token != eos_id for alive, token in zip(running, step)]
-        if not any(running):
-            return
-        yield [token if alive else None for alive, token in zip(running, step)]
+def _logprobs_of(logits: Tensor, tokens: Tensor, n_best: int, n_tokens: int | None) -> list[TokenLogprobs]:
+    """Of logits [B, V] and the tokens [B] drawn from them; only ids below ``n_tokens`` are among the best."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+    values, ids = (part.tolist() for part in logprobs[:, :n_tokens].topk(n_best, dim=-1))
+    return [TokenLogprobs(mine, tuple(zip(*best))) for mine, best in zip(own, zip(ids, values))]

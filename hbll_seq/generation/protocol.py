@@ -46,8 +46,9 @@ class CausalLM(Protocol):
     embed: nn.Module
     blocks: nn.ModuleList
 
-    def resolve_path(self, depth: int | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
-        """The block numbers that a depth or a path names. Raises ValueError for what is not possible."""
+    def resolve_path(self, depth: int | str | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The block numbers that a depth (a number, or a word of the model's) or a path names. Raises ValueError for what
+        is not possible."""
 
     def read_out(self, state: Tensor, path: Sequence[int]) -> Tensor:
         """States [..., C] after the blocks ``path`` -> logits [..., V]."""

@@ -1,7 +1,4 @@
-"""Sampling options as one object, and one token from logits: temperature, top-k, nucleus.
-
-Shapes: B rows of a batch, V vocabulary.
-"""
+"""Sampling options as one object: how many tokens are drawn, from which of the model's, and what ends a text."""
 
 from __future__ import annotations
 
@@ -10,10 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
@@ -26,14 +19,25 @@ _OTHER_ARGUMENTS = ("depth", "path", "stream", "truncate_prompt")
 class SamplingParams:
     """How tokens are drawn, and how many.
 
+    A token's score (logit) passes the repetition penalty, then the temperature; ``top_k``, ``top_p`` and ``min_p`` then
+    each leave tokens out, and those that all three keep are drawn from in proportion to their probabilities.
+
     Attributes:
         max_new_tokens: the most tokens that are added to a prompt. They may pass the model's context: attention then looks
             back as far as it can, and recurrent blocks remember what their states hold.
         temperature: 0 is greedy (always the most probable token); 1 draws from the model's own distribution.
         top_k: keeps the k most probable tokens, of equally probable ones those with the lower id; None keeps all.
         top_p: keeps the fewest most probable tokens whose probabilities sum to at least this (nucleus sampling, Holtzman et
-            al. 2020, arXiv 1904.09751); applied after ``top_k``; None keeps all.
-        seed: makes the draw repeatable on every device; None uses torch's global generator.
+            al. 2020, arXiv 1904.09751), after ``top_k`` has left tokens out; None keeps all.
+        min_p: keeps the tokens at least this times as probable as the most probable one (Nguyen et al. 2024, arXiv
+            2407.01082); None keeps all.
+        repetition_penalty: divides the positive scores of the tokens that prompt and new text hold, and multiplies the
+            negative ones (Keskar et al. 2019, arXiv 1909.05858, who take 1.2); 1 changes nothing.
+        stop: texts that end a row's text: the new text is cut before the first one that it comes to hold. One text or
+            several; None for none.
+        n: how many texts are drawn for each prompt.
+        seed: makes the draw repeatable on every device, whatever else is in the batch: a prompt's k-th sample is a function
+            of seed and k. None takes seeds from torch's global generator, another for each text.
 
     Raises:
         ValueError: an option is out of range.
@@ -45,14 +49,24 @@ class SamplingParams:
     top_p: float | None = option(
         None, "keep the fewest tokens of this probability", above=0, high=1, remedy=", or None to keep every token"
     )
+    min_p: float | None = option(
+        None, "keep tokens of this times the highest probability", above=0, high=1, remedy=", or None to keep every token"
+    )
+    repetition_penalty: float = option(
+        1.0, "makes tokens that the text already holds less probable", above=0, below=math.inf, remedy=" (1 changes nothing)"
+    )
+    stop: str | tuple[str, ...] | None = option(None, "the text ends before one of these")
+    n: int = option(1, "texts for each prompt", low=1)
     seed: int | None = option(None, "makes the draw repeatable", low=0, high=2**63 - 1, remedy=", or None")
 
     def __post_init__(self):
         check_options(self)
-
-    def generator(self) -> torch.Generator | None:
-        """A new generator that starts from the seed; None where there is no seed."""
-        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if stop is None:
+            return
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop={quote(self.stop)}: must be a text of at least one character, a list of them, or None")
+        object.__setattr__(self, "stop", tuple(dict.fromkeys(stop)) or None)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -62,6 +76,10 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | tuple[str, ...] | list[str] | None
+    n: int
     seed: int | None
 
 
@@ -91,49 +109,3 @@ def as_sampling(sampling: SamplingParams | None, options: Mapping[str, Any]) -> 
     if not isinstance(sampling, SamplingParams):
         raise ValueError(f"sampling={quote(sampling)}: must be a SamplingParams, such as SamplingParams(temperature=0)")
     return sampling
-
-
-def sample(logits: Tensor, sampling: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token per row: logits [B, V] -> ids [B].
-
-    The uniform number is drawn on the CPU, so that a seed means the same draw on every device.
-
-    Args:
-        logits: [B, V].
-        sampling: temperature, top_k and top_p; its other options are those of a whole text.
-        generator: draws the uniform numbers; None is torch's global one.
-
-    Raises:
-        ValueError: a logit is NaN or +inf, or all of a row are -inf.
-    """
-    if logits.dim() != 2 or not logits.numel() or not logits.is_floating_point():
-        raise ValueError(f"logits of shape {tuple(logits.shape)} and {logits.dtype}: must be [batch, vocabulary] numbers")
-    if not torch.isfinite(logits.amax(dim=-1)).all():  # the maximum of a row that holds NaN is NaN
-        raise ValueError("the model's logits hold NaN or inf: its weights or precision are broken; load sound ones")
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    # Shifted by the maximum first, so that a tiny temperature gives -inf (probability 0) and never NaN.
-    logits = logits.float()
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(sampling.temperature, 1e-30)
-    scaled, order = _keep_most_probable(scaled, sampling.top_k, sampling.top_p)
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
-    uniform = torch.rand(len(scaled), 1, generator=generator).to(scaled.device)
-    # The first index whose cumulative mass exceeds the draw; a float32 below 1 times the total stays below the total.
-    index = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1)
-    return index if order is None else order.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-
-
-def _keep_most_probable(logits: Tensor, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, V] -> those that are kept, most probable first, [B, k], and their ids [B, V]; None: all, by id."""
-    n_tokens = logits.shape[-1]
-    cuts_rank, cuts_mass = top_k is not None and top_k < n_tokens, top_p is not None and top_p < 1
-    if not cuts_rank and not cuts_mass:
-        return logits, None
-    kept, order = logits.sort(dim=-1, descending=True, stable=True)
-    if cuts_rank:
-        kept = kept[:, :top_k]
-    if cuts_mass:
-        mass_up_to = kept.softmax(dim=-1).cumsum(dim=-1)
-        mass_before = F.pad(mass_up_to[:, :-1], (1, 0))
-        kept = kept.masked_fill(mass_before >= top_p, -math.inf)
-    return kept, order

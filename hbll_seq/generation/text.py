@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.decoding import generate_ids
+from hbll_seq.generation.decoding import Decoding, TokenLogprobs, check_paths
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
-from hbll_seq.utils.console import ForgivingStream, printable, warn_user
+from hbll_seq.generation.text_pieces import Alternative, Generation, TextPieces, stdout_writer
+from hbll_seq.utils.console import warn_user
 from hbll_seq.utils.reading import quote
-from hbll_seq.utils.values import as_flag
+from hbll_seq.utils.values import as_flag, as_whole
+
+#: what names the network of one prompt, or of each of several
+Depth = int | str | None
+Depths = Depth | Sequence[int | str]
+Paths = Sequence[int] | Sequence[Sequence[int]] | None
 
 #: paths that each model has warned about.
 _warned: weakref.WeakKeyDictionary[CausalLM, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
@@ -34,55 +40,93 @@ class TextGenerator:
     def generate(
         self,
         prompt: str | list[str],
-        depth: int | None = None,
-        path: Sequence[int] | None = None,
+        depth: Depths = None,
+        path: Paths = None,
         *,
         sampling: SamplingParams | None = None,
         stream: bool = False,
         truncate_prompt: bool = False,
         **options: Unpack[SamplingOptions],
-    ) -> str | list[str]:
-        """The prompt and its continuation, up to ``max_new_tokens`` tokens or the end of the text.
+    ) -> str | list[str] | list[list[str]]:
+        """The prompt and its continuation, up to ``max_new_tokens`` tokens, the end of the text or a stop string.
 
         Args:
             prompt: a text, or a list of texts, which are continued together.
-            depth: number of blocks to run, 1 to all; None for all. See ``DyadicTree.path_for_depth``.
-            path: block numbers to run, such as ``[4, 6, 7]``, instead of ``depth``.
-            sampling: how tokens are drawn, and how many.
-            stream: also write the text to stdout as it comes (one prompt only). What stdout cannot take is no error, and a
+            depth: number of blocks to run, 1 to all, or a word that the model knows (``"best"``, ``"fast"``); None for all.
+                A list has one for each prompt. See ``DyadicTree.path_for_depth``.
+            path: block numbers to run, such as ``[4, 6, 7]``, instead of ``depth``. A list of such has one for each prompt.
+            sampling: how tokens are drawn, how many, and how often.
+            stream: also write the text to stdout as it comes (one text only). What stdout cannot take is no error, and a
                 terminal shows control characters as escapes; the text that is returned holds all.
             truncate_prompt: keep the last tokens of a prompt that is longer than the model's context, instead of refusing
                 it. A model of recurrent blocks alone reads prompts of any length, and whole.
             options: the fields of :class:`SamplingParams`, in place of ``sampling``: ``max_new_tokens=40, seed=0``.
 
         Returns:
-            A text for a text, a list for a list.
+            A text for a text, a list for a list. With ``n`` above 1 a list of n texts stands in the place of each.
 
         Raises:
-            ValueError: an option is unknown; an option, the depth, the path or a prompt is not possible; or the model has no
+            ValueError: an option is unknown; an option, a depth, a path or a prompt is not possible; or the model has no
                 tokenizer.
         """
         texts, stream = [prompt] if isinstance(prompt, str) else prompt, as_flag("stream", stream)
+        sampling = as_sampling(sampling, options)
         if stream and isinstance(texts, (list, tuple)) and len(texts) != 1:
             raise ValueError(f"stream=True with {len(texts)} prompts: it writes one text; pass one prompt")
-        steps = self._start(texts, depth, path, as_sampling(sampling, options), truncate_prompt)
-        new_ids: list[list[int]] = [[] for _ in texts]
-        pieces, write = TextPieces(self.tokenizer), _writer() if stream else lambda text: None
-        write(texts[0])
-        for step in steps:
-            for row, token in zip(new_ids, step):
-                if token is not None:
-                    row.append(token)
-            if stream:
-                write(pieces.push(step[0]))
-        write(pieces.flush() + "\n")
-        whole = [text + self.tokenizer.decode(ids) for text, ids in zip(texts, new_ids)]
+        if stream:
+            _check_one_sample(sampling)
+        run = self._start(texts, depth, path, sampling, truncate_prompt)
+        write = stdout_writer() if stream else None
+        if write:
+            write(texts[0])
+        rows = self._read(run, write)
+        if write:
+            write("\n")
+        whole = [text + row.text for text, row in zip(run.texts, rows)]
+        if sampling.n > 1:
+            whole = [whole[at : at + sampling.n] for at in range(0, len(whole), sampling.n)]
         return whole[0] if isinstance(prompt, str) else whole
+
+    def generate_detailed(
+        self,
+        prompt: str | list[str],
+        depth: Depths = None,
+        path: Paths = None,
+        *,
+        sampling: SamplingParams | None = None,
+        alternatives: int = 0,
+        truncate_prompt: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Generation]:
+        """As :meth:`generate`, with the log-probability of every new token, and why each text ended.
+
+        Args:
+            alternatives: how many of the most probable tokens are told at each new one.
+            prompt, depth, path, sampling, truncate_prompt, options: see :meth:`generate`.
+
+        Returns:
+            A list, of one prompt too: the n samples of the first prompt, then those of the next.
+
+        Raises:
+            ValueError: as :meth:`generate`; or there are not that many alternatives.
+        """
+        texts, sampling = [prompt] if isinstance(prompt, str) else prompt, as_sampling(sampling, options)
+        if self.tokenizer is not None:
+            alternatives = as_whole("alternatives", alternatives, 0, self.tokenizer.vocab_size)
+        run = self._start(texts, depth, path, sampling, truncate_prompt, alternatives)
+        details = []
+        for number, row in enumerate(self._read(run)):
+            told = [[Alternative(i, self.tokenizer.decode([i]), p) for i, p in each.best] for each in row.logprobs]
+            details.append(Generation(
+                run.texts[number], row.text, tuple(row.ids), tuple(each.logprob for each in row.logprobs),
+                tuple(map(tuple, told)), run.decoding.reasons[number], run.decoding.paths[number], number % sampling.n,
+            ))  # fmt: skip
+        return details
 
     def stream(
         self,
         prompt: str,
-        depth: int | None = None,
+        depth: Depth = None,
         path: Sequence[int] | None = None,
         *,
         sampling: SamplingParams | None = None,
@@ -95,26 +139,30 @@ class TextGenerator:
         """
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={quote(prompt)}: stream continues one text; pass a str, or use generate for a list")
-        return self._pieces(self._start([prompt], depth, path, as_sampling(sampling, options), truncate_prompt))
+        _check_one_sample(sampling := as_sampling(sampling, options))
+        run = self._start([prompt], depth, path, sampling, truncate_prompt)
+        return (piece for _, piece in _pieces(run, [_Row(self.tokenizer, sampling)]) if piece)
 
-    def _pieces(self, steps: Iterator[list[int | None]]) -> Iterator[str]:
-        pieces = TextPieces(self.tokenizer)
-        for (token,) in steps:
-            if piece := pieces.push(token):
-                yield piece
-        if piece := pieces.flush():
-            yield piece
+    def _read(self, run: _Run, write: Callable[[str], None] | None = None) -> list[_Row]:
+        """Decode to the end; ``write`` is given the first row's text as it comes."""
+        rows = [_Row(self.tokenizer, run.decoding.sampling) for _ in run.texts]
+        for number, piece in _pieces(run, rows):
+            if write and number == 0:
+                write(piece)
+        return rows
 
     def _start(
         self,
         texts: list[str],
-        depth: int | None,
-        path: Sequence[int] | None,
+        depth: Depths,
+        path: Paths,
         sampling: SamplingParams,
         truncate_prompt: bool,
-    ) -> Iterator[list[int | None]]:
-        """Check everything that the user gave, then hand out the steps, none of them run yet."""
-        path = self.model.resolve_path(depth, path)
+        logprobs: int | None = None,
+    ) -> _Run:
+        """Check everything that the user gave, then hand out the decoding, no step of it run yet."""
+        n_prompts = len(texts) if isinstance(texts, (list, tuple)) else 1
+        paths = self._paths(depth, path, n_prompts)
         truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
         if self.tokenizer is None:
             raise ValueError(
@@ -124,9 +172,21 @@ class TextGenerator:
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
         prompts = [self._encode(text, truncate_prompt) for text in texts]
-        self._warn_if_untrained(path)
-        eos_id, n_tokens = self.tokenizer.eos_id, self.tokenizer.vocab_size
-        return generate_ids(self.model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens)
+        for each in dict.fromkeys(paths):
+            self._warn_if_untrained(each)
+        ends = dict(eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size)
+        decoding = Decoding(self.model, prompts, paths, sampling, logprobs=logprobs, **ends)
+        return _Run(decoding, [text for text in texts for _ in range(sampling.n)])
+
+    def _paths(self, depth: Depths, path: Paths, n_prompts: int) -> list[tuple[int, ...]]:
+        """The path of each prompt. Raises ValueError for what is not possible."""
+        if depth is None and path is not None:
+            return check_paths(self.model, path, n_prompts)
+        if not isinstance(depth, (list, tuple)) or path is not None:
+            return [self.model.resolve_path(depth, path)] * n_prompts
+        if len(depth) != n_prompts:
+            raise ValueError(f"depth={quote(depth)} has {len(depth)} for {n_prompts} prompts: give one, or one for each")
+        return [self.model.resolve_path(each) for each in depth]
 
     def _encode(self, text: str, truncate: bool) -> list[int]:
         """Token ids of a prompt. Raises ValueError for an empty one, and for one that is longer than the context."""
@@ -158,40 +218,46 @@ class TextGenerator:
         )
 
 
-class TextPieces:
-    """Turns token ids into text as they come; a character split across tokens comes out once it is whole.
+class _Run(NamedTuple):
+    """A decoding, and the text before each of its rows."""
 
-    Args:
-        tokenizer: decodes the ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self._held: list[int] = []  # ids whose bytes do not form a character (yet)
-
-    def push(self, token: int) -> str:
-        """Text that ``token`` completes; may be empty."""
-        self._held.append(token)
-        text = self.tokenizer.decode(self._held)
-        if text.endswith("\ufffd"):  # what such bytes decode to; they may still become a character
-            return ""
-        self._held = []
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes that never became a character."""
-        text, self._held = self.tokenizer.decode(self._held), []
-        return text
+    decoding: Decoding
+    texts: list[str]
 
 
-def _writer() -> Callable[[str], None]:
-    """A function that writes text to stdout at once. It never raises: the text is also returned. On a terminal it shows
-    control characters as escapes, since they could steer it."""
-    out = ForgivingStream(sys.stdout)
-    shown = printable if out.isatty() else str
+class _Row:
+    """What one row has drawn."""
 
-    def write(text: str) -> None:
-        out.write(shown(text))
-        out.flush()
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams):
+        self.pieces = TextPieces(tokenizer, sampling.stop)
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.text = ""
 
-    return write
+
+def _pieces(run: _Run, rows: list[_Row]) -> Iterator[tuple[int, str]]:
+    """Run the decoding; fills the rows and yields (row, piece of its text), of every token and at the end."""
+    for tokens, logprobs in run.decoding:
+        for number, token in enumerate(tokens):
+            if token is None:
+                continue
+            row = rows[number]
+            row.ids.append(token)
+            if logprobs is not None:
+                row.logprobs.append(logprobs[number])
+            piece = row.pieces.push(token)
+            if row.pieces.stopped:
+                run.decoding.end(number)
+            row.text += piece
+            yield number, piece
+    for number, row in enumerate(rows):
+        piece = row.pieces.flush()
+        if row.pieces.stopped:
+            run.decoding.end(number)
+        row.text += piece
+        yield number, piece
+
+
+def _check_one_sample(sampling: SamplingParams) -> None:
+    if sampling.n > 1:
+        raise ValueError(f"n={sampling.n} with a stream, which is one text: leave n out, or use generate without stream")

@@ -1,46 +1,30 @@
 """Pre-norm Transformer block with rotary positions and a sliding attention window.
 
-Shapes: B batch, T tokens in this call, S keys in sight, C width, H heads, D = C / H width of a head.
+Shapes: B batch, T tokens in this call, S keys in sight, C width, H heads, K heads of keys and values, D = C / H width of a
+head.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation
+from hbll_seq.layers.attention_decoder import AttentionDecoder
+from hbll_seq.layers.base import ROLLBACK, Decoder
+from hbll_seq.layers.prepared import is_plain
 from hbll_seq.layers.residual import ResidualBlock, make_norm
+from hbll_seq.utils.reading import quote
 
 
-def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, D/2] of the rotary angles (Su et al. 2021, arXiv 2104.09864); ``positions`` [T]."""
-    half = head_width // 2
-    frequencies = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions.to(torch.float32)[:, None] * frequencies  # float32 also under bf16: positions reach thousands
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [B, H, T, D] with each pair (d, d + D/2) turned, so that scores depend on the distance of positions only."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-class KVState(NamedTuple):
-    """What attention remembers: at most ``window - 1`` keys and values.
-
-    keys, values: [B, H, S, D] or None before the first token (keys are already turned).
-    seen: number of tokens read so far.
-    start: [B] number of left-padding positions of each row, or None.
-    """
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    seen: int = 0
-    start: Tensor | None = None
+def check_kv_heads(n_head: int, n_kv_head: int | None) -> None:
+    """Raises ValueError unless ``n_kv_head`` is a divisor of ``n_head``, or None for as many."""
+    is_whole = isinstance(n_kv_head, int) and not isinstance(n_kv_head, bool)
+    if n_kv_head is not None and (not is_whole or n_kv_head < 1 or n_head % n_kv_head):
+        divisors = [k for k in range(1, n_head + 1) if n_head % k == 0]
+        raise ValueError(f"n_kv_head={quote(n_kv_head)} does not divide n_head={n_head}: choose one of {quote(divisors)}, or "
+                         "None for as many as n_head")
 
 
 class TransformerBlock(ResidualBlock):
@@ -50,10 +34,17 @@ class TransformerBlock(ResidualBlock):
         width: C.
         n_head: H; must divide C into heads of even width.
         window: tokens that a query sees, itself included.
-        mlp_ratio: hidden width of the MLP in units of C.
+        mlp_ratio: hidden width of the MLP in units of C, see :func:`residual.hidden_width`.
         norm: one of ``residual.NORMS``.
         dropout: probability of dropping a unit of a branch in training.
         rope_base: base of the rotary positions' wavelengths.
+        n_kv_head: K, heads of keys and values, each read by H / K heads of queries; None is H.
+        mlp: one of ``residual.MLPS``.
+        qk_norm: queries and keys are normalised over D (RMS, with a learned scale) before they are turned (Dehghani et al.
+            2023, arXiv 2302.05442).
+
+    Raises:
+        ValueError: ``n_kv_head`` does not divide H, or ``mlp`` is unknown.
     """
 
     def __init__(
@@ -66,39 +57,82 @@ class TransformerBlock(ResidualBlock):
         norm: str = "rmsnorm",
         dropout: float = 0.0,
         rope_base: float = 10000.0,
+        n_kv_head: int | None = None,
+        mlp: str = "gelu",
+        qk_norm: bool = False,
     ):
         super().__init__()
-        self.n_head, self.window, self.rope_base = n_head, window, rope_base
+        check_kv_heads(n_head, n_kv_head)
+        self.n_head, self.n_kv_head = n_head, n_head if n_kv_head is None else n_kv_head
+        self.window, self.rope_base, self.qk_norm = window, rope_base, qk_norm
         self.norm_attention = make_norm(norm, width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        head_width = width // n_head
+        self.qkv = nn.Linear(width, width + 2 * self.n_kv_head * head_width, bias=False)
+        if qk_norm:
+            self.norm_q, self.norm_k = make_norm("rmsnorm", head_width), make_norm("rmsnorm", head_width)
         self.attention_out = nn.Linear(width, width, bias=False)
-        self._add_mlp(width, mlp_ratio, norm, dropout)
+        self._add_mlp(width, mlp_ratio, norm, dropout, mlp)
         self._start([self.qkv, self.mlp_in], [self.attention_out, self.mlp_out])
 
     def initial_state(self, start: Tensor | None = None) -> KVState:
         """See :meth:`Cell.initial_state`."""
         return KVState(start=start)
 
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+        """See :meth:`Cell.decoder`."""
+        if not is_plain(self, [TransformerBlock], deep=False):  # a subclass or a hook expects its own forward to be called
+            return super().decoder(start, rollback=rollback)
+        return AttentionDecoder(self, start, rollback, like)
+
     def forward(self, x: Tensor, state: KVState | None = None) -> tuple[Tensor, KVState]:
         """See :meth:`Cell.forward`."""
         attended, state = self._attend(self.norm_attention(x), state or KVState())
         return self._add_branches(x, self.attention_out(attended)), state
 
+    def enter(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of ``x`` [B, T, C], whose tokens stand at ``positions`` [T].
+
+        Queries and keys are turned. A cache that is not ours goes between here and :meth:`leave`.
+        """
+        return self._turned(self.norm_attention(x), positions)
+
+    def leave(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """The block's output [B, T, C] for its input ``x`` [B, T, C].
+
+        Args:
+            q: [B, H, T, D] of :meth:`enter`.
+            k, v: [B, K, S, D], of earlier tokens and of these.
+            mask: True where a query sees a key, broadcast to [B, H, T, S]; None: all are seen, or with ``is_causal`` those
+                that do not come after the query.
+        """
+        attended = attention(q, k, v, mask, is_causal=is_causal)
+        return self._add_branches(x, self.attention_out(rearrange(attended, "b h t d -> b t (h d)")))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of what the block reads, [B, T, C]; nothing is turned yet."""
+        n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        qkv = rearrange(self.qkv(x), "b t (h d) -> b h t d", h=sum(n_heads))
+        q, k, v = qkv.split(n_heads, dim=1)
+        return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
+
+    def _turned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._heads(x)
+        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         n_new = x.shape[1]
         for name, part in (("state", state.keys), ("start", state.start)):
             if part is not None and len(part) != len(x):  # which torch would broadcast
                 raise ValueError(f"{name} of {len(part)} rows with inputs of shape {tuple(x.shape)}: must have {len(x)}")
         positions = torch.arange(state.seen, state.seen + n_new, device=x.device)
-        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self._turned(x, positions)
         if state.keys is not None:
             k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
         n_keys = k.shape[2]
         mask = self._mask(positions, n_keys, state)
         is_causal = mask is None and n_new > 1  # one new token sees every key that the state still holds
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        y = attention(q, k, v, mask, is_causal=is_causal)
         keep = min(n_keys, self.window - 1)
         kept = (k[:, :, n_keys - keep :], v[:, :, n_keys - keep :])
         return rearrange(y, "b h t d -> b t (h d)"), KVState(*kept, state.seen + n_new, state.start)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.cells import make_cell
+from hbll_seq.layers.prepared import is_plain
 from hbll_seq.layers.recurrent import RecurrentState
+from hbll_seq.layers.recurrent_decoder import RecurrentDecoder
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 
 
@@ -22,22 +25,31 @@ class RecurrentBlock(ResidualBlock):
     Args:
         width: C, of the stream and of the cell.
         kind: of the cell, see :func:`hbll_seq.layers.cells.make_cell`.
-        mlp_ratio: hidden width of the MLP in units of C; 0 leaves the branch out.
+        mlp_ratio: hidden width of the MLP in units of C, see :func:`residual.hidden_width`; 0 leaves the branch out.
         norm: one of ``residual.NORMS``.
         dropout: probability of dropping a unit of a branch in training.
+        mlp: one of ``residual.MLPS``.
     """
 
-    def __init__(self, width: int, kind: str, *, mlp_ratio: int = 4, norm: str = "rmsnorm", dropout: float = 0.0):
+    def __init__(
+        self, width: int, kind: str, *, mlp_ratio: int = 4, norm: str = "rmsnorm", dropout: float = 0.0, mlp: str = "gelu"
+    ):
         super().__init__()
         self.norm_cell = make_norm(norm, width)
         self.cell = make_cell(kind, width, width)
         self.cell_out = nn.Linear(width, width, bias=False)
-        self._add_mlp(width, mlp_ratio, norm, dropout)
+        self._add_mlp(width, mlp_ratio, norm, dropout, mlp)
         self._start([self.mlp_in] if self.has_mlp else [], [self.cell_out, *([self.mlp_out] if self.has_mlp else [])])
 
     def initial_state(self, start: Tensor | None = None) -> RecurrentState:
         """See :meth:`Cell.initial_state`."""
         return self.cell.initial_state(start)
+
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+        """See :meth:`Cell.decoder`."""
+        if not is_plain(self, [RecurrentBlock], deep=False):  # a subclass or a hook expects its own forward to be called
+            return super().decoder(start, rollback=rollback)
+        return RecurrentDecoder(self, start, rollback, like)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """See :meth:`Cell.forward`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from hbll_seq.layers.residual import NORMS
+from hbll_seq.layers.attention import check_kv_heads
+from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.tree.topology import PATH_FAMILIES, DyadicTree
 from hbll_seq.utils import migration
@@ -14,7 +15,8 @@ from hbll_seq.utils.values import check_choice
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
-    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
+    | {"use_cache", "depth", "path"}  # of the wrapper for transformers: how it runs
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
@@ -110,8 +112,15 @@ class HBLLConfig(ModelConfig):
         dropout: probability of dropping a unit of a residual branch during training.
         tie_embeddings: the head's projection is the embedding matrix.
         sigma: noise scale of the sampled states (docs/method.md 1.1; the paper's LM runs use 0.005).
+        n_kv_head: heads of keys and values, a divisor of ``n_head``; groups of the others share them. None: as many as
+            ``n_head``. The cache of a token has ``2 * n_kv_head * n_embd / n_head`` numbers a block.
+        mlp: ``"gelu"`` or ``"swiglu"``; the latter has a hidden width of two thirds, for as many parameters, see
+            :func:`hbll_seq.layers.residual.hidden_width`.
+        qk_norm: attention normalises its queries and keys, which keeps scores from growing at high learning rates.
         trained_paths: which paths were trained: ``"all"`` dyadic ones, ``"default"`` (that of every depth), or a list of
             paths, each a list of block numbers; None where nobody has said. Generating along another path warns.
+        blocks: the path whose blocks alone the model holds, as ``export_path`` writes it; None where it holds all. Blocks
+            keep their numbers, and this path is then the full one.
 
     Raises:
         ValueError: a value is out of range; the message says which, what is allowed and what to do.
@@ -134,8 +143,12 @@ class HBLLConfig(ModelConfig):
     dropout: float = 0.0
     tie_embeddings: bool = True
     sigma: float = 0.005
-    #: older files lack it
+    # older files lack these
+    n_kv_head: int | None = field(default=None, metadata={"optional": True})
+    mlp: str = field(default="gelu", metadata={"optional": True})
+    qk_norm: bool = field(default=False, metadata={"optional": True})
     trained_paths: str | tuple[tuple[int, ...], ...] | None = field(default=None, metadata={"optional": True})
+    blocks: tuple[int, ...] | None = field(default=None, metadata={"optional": True})
 
     @classmethod
     def migrated(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +157,13 @@ class HBLLConfig(ModelConfig):
 
     @property
     def n_layer(self) -> int:
-        """Number of blocks on the full path, ``2**n_level - 1``."""
+        """Number of blocks of the tree, ``2**n_level - 1``."""
         return 2**self.n_level - 1
+
+    @property
+    def full_path(self) -> tuple[int, ...]:
+        """The numbers of all blocks that the model holds."""
+        return self.blocks or tuple(range(1, self.n_layer + 1))
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -168,9 +186,8 @@ class HBLLConfig(ModelConfig):
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 2, or there is nothing to predict")
         self._check_cells()
-        if self.has_attention:
-            self._check_heads()
-        choices = {"norm": NORMS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
+        self._check_heads()
+        choices = {"norm": NORMS, "mlp": MLPS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
         if self.exit_by != "jump" and not self.exit_rank:
@@ -180,9 +197,18 @@ class HBLLConfig(ModelConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
                 raise ValueError(f"{name}={quote(value)}: must be a number in [{low:g}, {high:g})")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings={quote(self.tie_embeddings)}: must be true or false")
+        for name in ("tie_embeddings", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={quote(getattr(self, name))}: must be true or false")
+        if self.mlp != "gelu" and self.mlp_ratio == 0:
+            raise ValueError(f"mlp={self.mlp!r} with mlp_ratio=0: there is no MLP; give an mlp_ratio, such as 4, or leave "
+                             "mlp out")
         self._check_trained_paths()
+        if self.blocks is not None:
+            try:
+                object.__setattr__(self, "blocks", DyadicTree(self.n_level).validate_path(self.blocks))
+            except ValueError as error:
+                raise ValueError(f"blocks: {error}; or null for all") from None
 
     def _check_trained_paths(self) -> None:
         paths = self.trained_paths
@@ -211,7 +237,7 @@ class HBLLConfig(ModelConfig):
             return ""
         if isinstance(paths, str):
             which = "every dyadic path" if paths == "all" else "the default path of every depth"
-            return f"{which}, 1 to {self.n_layer} blocks"
+            return f"{which}, 1 to {len(self.full_path)} blocks"
         named = [f"{len(path)} blocks" + f" {list(path)}" * (len(path) < 8) for path in sorted(paths, key=len)]
         return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 
@@ -229,6 +255,12 @@ class HBLLConfig(ModelConfig):
                              "at least 1, or recurrent cells alone")
 
     def _check_heads(self) -> None:
+        if not self.has_attention:
+            for name, usual in (("n_kv_head", None), ("qk_norm", False)):
+                if (value := getattr(self, name)) != usual:
+                    raise ValueError(f"{name}={quote(value)} with cell={quote(self.cell)}: there is no attention; leave "
+                                     f"{name} out, or make a block a transformer")
+            return
         if self.n_embd % self.n_head:
             divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and (self.n_embd // h) % 2 == 0]
             remedy = f"choose n_head from {quote(divisors)}" if divisors else "choose an even n_embd"
@@ -238,3 +270,4 @@ class HBLLConfig(ModelConfig):
                 f"n_embd={self.n_embd} with n_head={self.n_head} gives heads of odd width {self.n_embd // self.n_head}, "
                 "which rotary positions cannot turn in pairs: choose n_embd / n_head even"
             )
+        check_kv_heads(self.n_head, self.n_kv_head)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 
 from typing_extensions import Unpack
 
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
+from hbll_seq.generation.text import Depths, Paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
 from hbll_seq.models.hub_source import BUNDLED
@@ -17,15 +17,15 @@ from hbll_seq.utils.modules import plain_module
 
 def generate(
     prompt: str | list[str],
-    depth: int | None = None,
+    depth: Depths = None,
     model: HBLLForCausalLM | str | PathLike | None = None,
     *,
-    path: Sequence[int] | None = None,
+    path: Paths = None,
     sampling: SamplingParams | None = None,
     stream: bool = False,
     truncate_prompt: bool = False,
     **options: Unpack[SamplingOptions],
-) -> str | list[str]:
+) -> str | list[str] | list[list[str]]:
     """``model.generate`` for a model given by name.
 
     Args:

@@ -116,8 +116,9 @@ def check_memory(config: HBLLConfig) -> None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows, and other systems that do not tell
         return
-    matrices = sum((4 if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
-    n_parameters = matrices * config.n_embd**2 + config.vocab_size * config.n_embd
+    attention = 2 + 2 * (config.n_kv_head or config.n_head) / config.n_head
+    matrices = sum((attention if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
+    n_parameters = int(matrices * config.n_embd**2) + config.vocab_size * config.n_embd
     needed = n_parameters * (4 if torch.cuda.is_available() else 16)  # on a GPU the weights alone pass through here
     if needed > memory:
         raise ValueError(

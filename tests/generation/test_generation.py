@@ -10,7 +10,8 @@ from helpers.language_models import CONTEXT_LENGTH, TOKENIZER, check_cached_logi
 from hbll_seq.generation import decoding as generation
 from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.generation.path_cache import PathCache
-from hbll_seq.generation.sampling import SamplingParams, sample
+from hbll_seq.generation.sampler import Sampler
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.generate import generate
 from hbll_seq.tree.topology import DyadicTree
 
@@ -152,79 +153,7 @@ def test_cache_names_its_mistakes(model):
         PathCache(model, [(4, 7)])
 
 
-# ------------------------------------------------------------------------------------------------- sampling
-
-
-def probabilities(logits, temperature, top_k, top_p):
-    """Slow and obvious: [(id, probability)], most probable first, of one row of logits."""
-    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
-    ranked = sorted(range(len(logits)), key=lambda i: (-weights[i], i))
-    kept = ranked[: top_k or len(ranked)]
-    total, nucleus, mass = sum(weights[i] for i in kept), [], 0.0
-    for i in kept:
-        nucleus.append(i)
-        mass += weights[i] / total
-        if mass >= (top_p or 2):
-            break
-    total = sum(weights[i] for i in nucleus)
-    return [(i, weights[i] / total) for i in nucleus]
-
-
-OPTIONS = [(1.0, None, None), (0.5, None, None), (2.0, 4, None), (1.0, None, 0.7), (0.8, 5, 0.6), (1.0, 1, None),
-           (1.0, None, 1e-6), (1.0, 999, 1.0), (1.3, None, 0.95)]  # fmt: skip
-
-
-def drawn_by(temperature, top_k=None, top_p=None):
-    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-
-
-@pytest.mark.parametrize("temperature,top_k,top_p", OPTIONS)
-def test_sample_follows_a_slow_oracle(temperature, top_k, top_p):
-    logits = torch.tensor([1.0, 2.5, -1.0, 2.5, 0.3, -3.0, 2.5, 1.7])  # three equal ones among them
-    expected = dict(probabilities(logits.tolist(), temperature, top_k, top_p))
-    n = 40_000
-    drawn = sample(logits.expand(n, -1), drawn_by(temperature, top_k, top_p), torch.Generator().manual_seed(0))
-    frequency = torch.bincount(drawn, minlength=8) / n
-    likely = {i for i, p in expected.items() if p > 1e-3}
-    assert likely <= set(drawn.unique().tolist()) <= set(expected)
-    for i, p in expected.items():
-        assert abs(frequency[i] - p) < 4.5 * math.sqrt(p * (1 - p) / n) + 1e-9, (i, p, frequency[i])
-
-
-@pytest.mark.parametrize("temperature,top_k,top_p", OPTIONS)
-def test_each_draw_inverts_the_cumulative_distribution(temperature, top_k, top_p):
-    logits = torch.randn(200, 30, generator=torch.Generator().manual_seed(1)) * 2
-    drawn = sample(logits, drawn_by(temperature, top_k, top_p), torch.Generator().manual_seed(2)).tolist()
-    uniform = torch.rand(200, 1, generator=torch.Generator().manual_seed(2))[:, 0].tolist()
-    ordered = top_k not in (None, 999) or top_p not in (None, 1.0)  # else tokens are walked by id
-    for row, u, token in zip(logits.tolist(), uniform, drawn):
-        candidates = probabilities(row, temperature, top_k, top_p)
-        mass = 0.0
-        for i, p in candidates if ordered else sorted(candidates):
-            mass += p
-            if mass > u:
-                break
-        assert token == i
-
-
-def test_sample_at_the_edges():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 5.0, -5.0]])
-    assert sample(logits, drawn_by(0)).tolist() == [1, 0]
-    assert sample(logits[:1], drawn_by(1e-300)).tolist() == [1]
-    equal = sample(torch.zeros(200, 5000), drawn_by(1.0, top_k=3), torch.Generator().manual_seed(0))
-    assert set(equal.tolist()) == {0, 1, 2}
-    half = sample(logits[:1].bfloat16().expand(50, -1), drawn_by(1.0), torch.Generator().manual_seed(0))
-    assert set(half.tolist()) <= {0, 1, 2}
-    # The smallest and the largest draw still land on a token that has probability.
-    spiked = torch.full((1, 1000), -200.0)
-    spiked[0, 10] = 0.0
-    for draw in (0.0, 1 - 2**-24):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *size, generator: torch.full(size, draw))
-            assert sample(spiked, drawn_by(1.0)).tolist() == [10]
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="NaN or inf"):
-            sample(torch.tensor([[0.0, bad]]), drawn_by(1.0))
+# --------------------------------------------------------------------------------------------------- seeds
 
 
 def test_a_seed_repeats_the_draw_and_leaves_the_global_generator_alone(text_model):
@@ -282,14 +211,14 @@ def test_truncated_prompt_keeps_its_last_tokens(text_model):
 
 
 def script(monkeypatch, *steps):
-    """Make `sample` answer with these ids, step by step; returns the list of calls."""
+    """Make the sampler draw these ids, step by step; returns the list of calls."""
     calls, remaining = [], iter(steps)
 
-    def scripted(logits, *options):
+    def scripted(sampler, logits):
         calls.append(logits.shape)
         return torch.tensor(next(remaining))
 
-    monkeypatch.setattr(generation, "sample", scripted)
+    monkeypatch.setattr(Sampler, "draw", scripted)
     return calls
 
 

@@ -15,7 +15,8 @@ import torch
 from helpers.language_models import TOKENIZER, model_of
 
 from hbll_seq.generation.decoding import generate_ids
-from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, sample
+from hbll_seq.generation.sampler import Sampler
+from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
 from hbll_seq.models.generate import generate
 from hbll_seq.tree.topology import DyadicTree
 
@@ -134,7 +135,8 @@ def test_options_of_no_such_name_or_twice(model, options, message):
 
 
 def test_one_object_or_its_fields_for_short(model):
-    options = dict(max_new_tokens=5, temperature=1.5, top_k=20, top_p=0.9, seed=3)
+    options = dict(max_new_tokens=5, temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.1, stop=None, n=1,
+                   seed=3)
     by_object = model.generate("The city", sampling=SamplingParams(**options))
     assert by_object == model.generate("The city", **options) != "The city"
     assert by_object == generate("The city", model=model, sampling=SamplingParams(**options))
@@ -149,6 +151,14 @@ def test_one_object_or_its_fields_for_short(model):
     (dict(temperature=math.inf), r"temperature=inf: must be a number of at least 0 \(0 is greedy\)$"),
     (dict(top_k=0), "top_k=0: must be a whole number of at least 1, or None to keep every token$"),
     (dict(top_p=0), "top_p=0: must be a number above 0 and at most 1, or None to keep every token$"),
+    (dict(min_p=1.5), "min_p=1.5: must be a number above 0 and at most 1, or None to keep every token$"),
+    (dict(repetition_penalty=0), r"repetition_penalty=0: must be a number above 0 \(1 changes nothing\)$"),
+    (dict(n=0), "n=0: must be a whole number of at least 1$"),
+    (dict(n=True), "n=True: must be a whole number"),
+    (dict(stop=""), "stop='': must be a text of at least one character, a list of them, or None$"),
+    (dict(stop=["a", ""]), r"stop=\['a', ''\]: must be a text of"),
+    (dict(stop=3), "stop=3: must be a text of"),
+    (dict(stop=b"a"), "stop=b'a': must be a text of"),
 ])  # fmt: skip
 def test_sampling_options_check_themselves(options, message):
     with pytest.raises(ValueError, match=message):
@@ -199,17 +209,17 @@ def test_ids_may_be_numpys_or_torchs(model, ids):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_broken_logits_are_refused(values, temperature):
     with pytest.raises(ValueError, match="logits hold NaN or inf.*load sound ones"):
-        sample(torch.tensor([[0.0, 1.0], values]), SamplingParams(temperature=temperature))
+        Sampler(SamplingParams(temperature=temperature), [[1], [1]]).draw(torch.tensor([[0.0, 1.0], values]))
 
 
 @pytest.mark.parametrize("logits", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 0), torch.zeros(1, 3).long()])
 def test_logits_of_another_shape_are_refused(logits):
     with pytest.raises(ValueError, match="logits of shape"):
-        sample(logits, SamplingParams())
+        Sampler(SamplingParams(), [[1]]).draw(logits)
 
 
 def test_some_tokens_may_be_impossible():
-    assert sample(torch.tensor([[-math.inf, 2.0, -math.inf]]), SamplingParams()).tolist() == [1]
+    assert Sampler(SamplingParams(), [[1]]).draw(torch.tensor([[-math.inf, 2.0, -math.inf]])).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", ["3", 3.0, True, None, -3, [3], np.float64(3)])

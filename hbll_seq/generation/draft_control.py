@@ -1,0 +1,179 @@
+"""Which drafter, and how many tokens it drafts: chosen from measured time and acceptance while a text is written.
+
+All costs are in units of a plain step, so that a machine that is busy for a while changes little. A round that drafts n tokens
+costs ``1 + n * extra``: a plain step, and n times what a drafted token adds to it (its drafting and its place in the check). A
+drafted token is taken with the chance ``a``, so that a round gives ``1 + a + .. + a**n`` tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+#: the most tokens that the control drafts
+LONGEST = 16
+#: rounds of a drafter, and the tokens that these draft, before it is judged
+_TRIALS, _TRIAL_LENGTH = 4, 2
+#: it must promise so much more than plain steps
+_LEAST_GAIN = 1.03
+#: the share of all time that rounds may lose before nothing but plain steps are taken, and plain steps on top of that
+_MAY_LOSE, _MAY_LOSE_AT_FIRST = 0.03, 1.0
+#: plain steps before another trial; doubled at each one that fails
+_PAUSE, _LONGEST_PAUSE = 64, 1024
+#: plain steps before the first round, which say what one costs
+_PLAIN_AT_FIRST = 3
+#: after so many rounds a plain step is measured again
+_REFRESH = 48
+#: weight of a new measurement in running means
+_NEW = 0.1
+#: what is left of old counts of acceptance after a round
+_FADE = 0.97
+
+
+@dataclass
+class Record:
+    """What is known of one drafter.
+
+    Attributes:
+        extra: what a drafted token adds to a round, in plain steps.
+        tried, taken: drafted tokens that were judged, and those that were taken; both fade.
+        rounds: how many there were.
+    """
+
+    extra: float = 0.3
+    tried: float = 1.0
+    taken: float = 0.7
+    rounds: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Chance that a drafted token is taken, where all before it are."""
+        return self.taken / self.tried
+
+    def gain(self, n_draft: int) -> float:
+        """Tokens a round over its cost in plain steps: how many times as fast as plain decoding it is."""
+        return sum(self.acceptance**i for i in range(n_draft + 1)) / (1 + n_draft * self.extra)
+
+
+@dataclass
+class Totals:
+    """Counts of one text. ``rounds``, ``tokens``: of rounds that drafted; ``drafted``: tokens; ``plain``: plain steps."""
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    plain: int = 0
+
+
+class Fixed:
+    """Always the one drafter, and the same length."""
+
+    def __init__(self, n_draft: int):
+        self.n_draft, self.totals = n_draft, Totals()
+
+    def choose(self) -> tuple[int, int]:
+        """See :meth:`Control.choose`."""
+        return 0, self.n_draft
+
+    def note(self, drafter: int, n_draft: int, gained: int, seconds: float) -> None:
+        """See :meth:`Control.note`."""
+        _count(self.totals, n_draft, gained)
+
+
+def _count(totals: Totals, n_draft: int, gained: int) -> None:
+    if n_draft < 1:
+        totals.plain += gained
+        return
+    totals.rounds, totals.tokens, totals.drafted = totals.rounds + 1, totals.tokens + gained, totals.drafted + n_draft
+
+
+@dataclass
+class Known:
+    """What was learned of a model's drafters, for its next text.
+
+    Attributes:
+        records: of each drafter, by name.
+        wait: plain steps before the next trial.
+        pause: how many there are after a trial that fails.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    wait: int = 0
+    pause: int = _PAUSE
+
+
+_known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Control:
+    """Chooses for each round, and is told what came of it.
+
+    Args:
+        drafters: their names.
+        model: what is learned is kept for its next texts.
+        setting: texts of the same setting share what is learned.
+        n_draft: the length, where it is not to be chosen.
+
+    Attributes:
+        records: of each drafter, by name.
+        totals: counts of this text.
+        plain: seconds of a plain step; None before one was measured.
+    """
+
+    def __init__(self, drafters: Sequence[str], model: object, setting: Hashable, *, n_draft: int | None = None):
+        self.known = _known.setdefault(model, {}).setdefault(setting, Known())
+        self.records = [self.known.records.setdefault(name, Record()) for name in drafters]
+        self.lengths = range(1, LONGEST + 1) if n_draft is None else [n_draft]
+        self.totals, self.plain = Totals(), None
+        self._in_a_row = 0  # rounds since the last plain step
+        self._all, self._lost = 0.0, 0.0  # in plain steps: all time, and what rounds lost
+
+    def best(self) -> tuple[int, int, float]:
+        """The drafter and the length that promise most, and how many times as fast as plain decoding they are."""
+        options = [(record.gain(n), i, n) for i, record in enumerate(self.records) for n in self.lengths]
+        gain, drafter, n_draft = max(options)
+        return drafter, n_draft, gain
+
+    def choose(self) -> tuple[int, int]:
+        """The drafter's number and how many tokens it drafts; 0 tokens are a plain step."""
+        if self.totals.plain < _PLAIN_AT_FIRST or self._in_a_row >= _REFRESH or self.known.wait > 0:
+            return 0, 0
+        if self._lost > _MAY_LOSE * self._all + _MAY_LOSE_AT_FIRST:
+            self._rest()
+            return 0, 0
+        for i, record in enumerate(self.records):
+            if record.rounds < _TRIALS:
+                return i, min(_TRIAL_LENGTH, max(self.lengths))
+        drafter, n_draft, gain = self.best()
+        if gain < _LEAST_GAIN:
+            self._rest()
+            self.records[drafter].rounds = _TRIALS - 2  # the next trial is of this one
+            return 0, 0
+        return drafter, n_draft
+
+    def note(self, drafter: int, n_draft: int, gained: int, seconds: float) -> None:
+        """A round took ``seconds`` and made the texts ``gained`` tokens longer, of which it had drafted ``n_draft``."""
+        _count(self.totals, n_draft, gained)
+        if n_draft < 1:
+            self._in_a_row = 0
+            self.known.wait = max(0, self.known.wait - 1)
+            self._all += 1.0
+            seconds = seconds if self.plain is None else min(seconds, 3 * self.plain)
+            self.plain = seconds if self.plain is None else self.plain + max(_NEW, 1 / self.totals.plain) * (seconds - self.plain)
+            return
+        self._in_a_row += 1
+        record = self.records[drafter]
+        cost = min(seconds / self.plain, 3 * (1 + n_draft * record.extra))
+        weight = max(_NEW, 1 / (record.rounds + 2))
+        record.extra += weight * (max(0.01, (cost - 1) / n_draft) - record.extra)
+        record.tried = _FADE * record.tried + min(gained, n_draft)
+        record.taken = _FADE * record.taken + gained - 1
+        record.rounds += 1
+        self._all += cost
+        self._lost = max(-2.0, self._lost + cost - gained)
+
+    def _rest(self) -> None:
+        """Plain steps for a while."""
+        self.known.wait, self.known.pause = self.known.pause, min(2 * self.known.pause, _LONGEST_PAUSE)
+        self._lost = min(self._lost, 0.0)

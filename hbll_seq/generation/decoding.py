@@ -149,12 +149,19 @@ class Decoding:
     def _next_logits(self) -> Tensor:
         if self._rows is not None:
             return self._rows.step(self._tokens)
-        device, longest = self.model.embed.weight.device, max(map(len, self.prompts))
-        start = torch.tensor([longest - len(ids) for ids in self.prompts], device=device)
-        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in self.prompts], device=device)
+        n = self.sampling.n
+        prompts, device = self.prompts[::n], self.model.embed.weight.device
+        longest = max(map(len, prompts))
+        start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         # without padding no start is given: the blocks then need no mask of their own
-        self._rows = Runner(self.model, self.paths, start if start.any() else None)
-        return self._rows.prefill(input_ids)
+        self._rows = Runner(self.model, self.paths[::n], start if start.any() else None)
+        logits = self._rows.prefill(input_ids)
+        if n == 1:
+            return logits
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)  # a prompt is read once for all its samples
+        self._rows.keep(rows)
+        return logits[rows]
 
 
 def generate_ids(

@@ -28,6 +28,7 @@ from hbll_seq.models.model_files import (
     FILES,
     MAX_CONFIG,
     METRICS_NAME,
+    PATHS_NAME,
     REPLACED,
     SUMMED,
     TOKENIZER_NAME,
@@ -38,6 +39,7 @@ from hbll_seq.models.model_files import (
     read_card,
     read_unchanged,
 )
+from hbll_seq.models.path_table import PathTable
 from hbll_seq.utils.atomic import atomic_folder
 from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
 from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
@@ -55,13 +57,18 @@ class HubMixin:
     Attributes:
         config_class: of ``config``; the model is made by ``cls(config)``.
         has_tokenizer: whether the model takes ``tokenizer=`` as well.
+        has_path_table: whether it is a language model, whose folder may hold ``paths.json``.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     has_tokenizer: ClassVar[bool] = False
+    has_path_table: ClassVar[bool] = False
     config: ModelConfig
     tokenizer: Tokenizer | None = None
-    _card: tuple[str, str] | None = None  # (text, SHA-256 of the weights it was written for), from from_pretrained
+    #: perplexities of the model's paths, from the folder it was loaded from; None where none are stored
+    path_table: PathTable | None = None
+    _card: str | None = None  # of that folder
+    _loaded_sha256: str | None = None  # of that folder's weights: what card and table were written for
 
     def card_text(self) -> CardText:
         """What the model card says of this kind of model."""
@@ -73,7 +80,7 @@ class HubMixin:
         *,
         data: str | None = None,
         settings: dict[str, Any] | None = None,
-        perplexity: list[dict[str, Any]] | None = None,
+        perplexity: list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None = None,
         **metadata: Any,
     ) -> None:
         """Write the model into a folder, which is made where it is missing. Other files in it are left alone.
@@ -88,7 +95,10 @@ class HubMixin:
             save_directory: the folder; ``~`` is the user's home.
             data: what the model was trained on.
             settings: the run's options, name -> value.
-            perplexity: of a language model, rows as ``evaluation.evaluate_paths`` makes them.
+            perplexity: of a language model, rows as ``evaluation.evaluate_paths`` makes them: ``{"validation": rows, "test":
+                rows}`` or one of the two; rows alone are those of the validation split. They go to the card, and to
+                ``paths.json``, by which ``depth="best"`` and ``model.paths()`` know them. Rows alone that are no such rows
+                go to the card alone. Without them those that the model was loaded with are kept, as the card is.
             metadata: anything more to list in the model card; ``license``, ``language``, ``datasets`` (Hub ids) and
                 ``model_name`` go to its header.
 
@@ -106,6 +116,7 @@ class HubMixin:
 
     def _save(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
         check_metadata(metadata)
+        table = self._new_path_table(metadata.get("perplexity"))
         weights = self._tensors_to_save()
         config = {
             "model_type": self.config.model_type,
@@ -127,9 +138,16 @@ class HubMixin:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
             if self.tokenizer is not None:
                 self.tokenizer.save(aside / TOKENIZER_NAME)
+            unchanged = self._loaded_sha256 is not None and sha256(aside / WEIGHTS_NAME) == self._loaded_sha256
+            if table is None and unchanged and "perplexity" not in metadata:
+                table = self.path_table
+            if table is not None:
+                (aside / PATHS_NAME).write_text(table.text(), encoding="utf-8")
             if not is_of_user:
-                kept = not metadata and self._card is not None and sha256(aside / WEIGHTS_NAME) == self._card[1]
-                card = with_location(self._card[0] if kept else model_card(self, metadata), location or _portable(folder))
+                kept = not metadata and self._card is not None and unchanged
+                told = {} if table is None else {"perplexity": table.splits}
+                text = self._card if kept else model_card(self, {**told, **metadata})
+                card = with_location(text, location or _portable(folder))
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
             (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             summed = [name for name in SUMMED if (aside / name).exists()]
@@ -204,9 +222,23 @@ class HubMixin:
         for name, own in module_tensors(model).items():
             own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
         card = files.card()
-        if card is not None and is_model_card(card):
-            model._card = (card, files.weights_sha256())
+        model._card = card if card is not None and is_model_card(card) else None
+        model.path_table = files.path_table(model.tree) if cls.has_path_table else None
+        if model._card is not None or model.path_table is not None:
+            model._loaded_sha256 = files.weights_sha256()
         return model
+
+    def _new_path_table(self, perplexity: Any) -> PathTable | None:
+        """What is to be stored of the paths' perplexities. Raises ValueError where splits are named, but hold other rows."""
+        if not perplexity or not self.has_path_table:
+            return None
+        try:
+            table = PathTable.of(perplexity, self.tree, self.n_parameters)
+        except ValueError as error:
+            if isinstance(perplexity, dict):
+                raise ValueError(f"perplexity: {error}. Nothing was written") from None
+            return None
+        return table if table.splits else None
 
     def push_to_hub(
         self,

@@ -69,7 +69,8 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
     )
     sections = []
     if rows := metadata.get("perplexity"):
-        sections.append(f"## Perplexity by path\n\n{_table(rows)}")
+        tables = {f"Of the {name} split:\n\n": rows[name] for name in rows} if isinstance(rows, dict) else {"": rows}
+        sections.append("## Perplexity by path\n\n" + "\n\n".join(name + _table(part) for name, part in tables.items()))
     training = []
     if trained := getattr(model.config, "trained_depths", ""):
         training.append(f"Trained paths: {trained}.")
@@ -106,9 +107,13 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             raise ValueError(f"{key}={quote(value)}: must be a text{many}, which goes to the card's header")
     if not isinstance(settings := metadata.get("settings", {}), dict):
         raise ValueError(f"settings={quote(settings)}: must be a dictionary, name -> value")
-    rows = metadata.get("perplexity", [])
-    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"perplexity={quote(rows)}: must be a list of dictionaries, as evaluate_paths makes them")
+    perplexity = metadata.get("perplexity", [])
+    for rows in perplexity.values() if isinstance(perplexity, dict) else [perplexity]:
+        if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(
+                f"perplexity={quote(perplexity)}: must be a list of dictionaries, as evaluate_paths makes them, or such a "
+                "list for each of validation and test"
+            )
 
 
 def is_model_card(text: str) -> bool:

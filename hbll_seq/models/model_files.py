@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
+from hbll_seq.models.path_table import PathTable
+from hbll_seq.tree.topology import DyadicTree
 from hbll_seq.utils import migration
 from hbll_seq.utils.atomic import whole_folder
 from hbll_seq.utils.console import say
@@ -27,18 +29,18 @@ from hbll_seq.utils.reading import open_regular, parse_json, possible_name, quot
 from hbll_seq.utils.tensors import check_found, listing
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-TOKENIZER_NAME, CARD_NAME = "tokenizer.model", "README.md"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME)
+TOKENIZER_NAME, CARD_NAME, PATHS_NAME = "tokenizer.model", "README.md", "paths.json"
+FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME, PATHS_NAME)
 #: those that SHA256SUMS lists; the model card is not one, since people edit it, on the Hub's web page too.
-SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
+SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, PATHS_NAME)
 #: the order in which a save replaces them: new sums fit no mixture, and without config.json a folder is no model.
-REPLACED = (SUMS_NAME, CARD_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
+REPLACED = (SUMS_NAME, CARD_NAME, PATHS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
 #: written by train/lm.py when a run has ended; what tells a finished run from a checkpoint.
 METRICS_NAME = "metrics.json"
 #: the folder of a run's checkpoints, whether it has ended or not
 CHECKPOINTS_NAME = "checkpoints"
 #: bytes that may be read; the trained paths of 1,023 blocks take 6 million in config.json.
-MAX_CONFIG, MAX_HEADER, MAX_TOKENIZER, MAX_CARD = 1 << 24, 1 << 24, 1 << 26, 1 << 24
+MAX_CONFIG, MAX_HEADER, MAX_TOKENIZER, MAX_CARD, MAX_PATHS = 1 << 24, 1 << 24, 1 << 26, 1 << 24, 1 << 25
 WHAT_TO_LOAD = "Give a folder that save_pretrained or train/lm.py has written, or a Hub id such as 'owner/name'"
 #: how often a folder that is being written to is read.
 ATTEMPTS = 5
@@ -203,6 +205,16 @@ class ModelFiles:
         if WEIGHTS_NAME not in self._sha256:
             self._sha256[WEIGHTS_NAME] = sha256(self.folder / WEIGHTS_NAME)
         return self._sha256[WEIGHTS_NAME]
+
+    def path_table(self, tree: DyadicTree) -> PathTable | None:
+        """Perplexities of the model's paths; None where none are stored. Raises ValueError when the file holds others."""
+        if not self.has(PATHS_NAME):
+            return None
+        data = self.read(PATHS_NAME, MAX_PATHS)
+        try:
+            return PathTable.read(data, tree)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {PATHS_NAME}: {error}; {_INTACT}") from None
 
     def card(self) -> str | None:
         """The text of README.md; None where there is none that can be read."""

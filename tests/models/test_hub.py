@@ -22,10 +22,10 @@ from hbll_seq.models.model_card import MARKER
 from hbll_seq.utils import atomic
 
 TOKENIZER = Tokenizer.default()
-CONFIG, WEIGHTS, TOKENIZER_FILE, CARD, SUMS = hub.FILES
+CONFIG, WEIGHTS, TOKENIZER_FILE, CARD, SUMS, PATHS = hub.FILES
 ROWS = [
-    {"name": "depth 2", "path": [4, 6], "depth": 2, "loss": 3.25, "perplexity": 25.79, "word_perplexity": 81.5},
-    {"name": "depth 3", "path": [4, 6, 7], "depth": 3, "loss": 3.0, "perplexity": 20.09, "word_perplexity": 60.0},
+    {"name": "depth 2", "path": [2, 3], "depth": 2, "loss": 3.25, "perplexity": 25.79, "word_perplexity": 81.5},
+    {"name": "depth 3", "path": [1, 2, 3], "depth": 3, "loss": 3.0, "perplexity": 20.09, "word_perplexity": 60.0},
 ]
 SETTINGS = {"lr": 0.002, "cache_dir": os.path.abspath("cache")}
 METADATA = dict(data="WikiText-2 | raw", settings=SETTINGS, perplexity=ROWS, seconds=12)
@@ -335,7 +335,7 @@ def test_card_holds_what_was_given(saved, model):
     header, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert "library_name: hbll_seq" in header and "pipeline_tag: text-generation" in header
     assert "| name | path | depth | loss | perplexity | word perplexity |" in body
-    assert "| depth 2 | 0-4-6-head | 2 | 3.2500 | 25.79 | 81.50 |" in body
+    assert "| depth 2 | 0-2-3-head | 2 | 3.2500 | 25.79 | 81.50 |" in body
     assert "Data: WikiText-2 \\| raw" in body
     assert "| lr | 0.002 |" in body and "| cache_dir | cache |" in body and "| seconds | 12 |" in body
     assert "| n_level | 2 |" in body and "| sigma | 0.005 |" in body
@@ -437,7 +437,7 @@ def test_push_and_load_again(fake_hub, model):
     pushed = fake_hub.root / "me" / "small"
     assert {path.name for path in pushed.iterdir()} == set(hub.FILES)
     card = (pushed / CARD).read_text()
-    assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-4-6-head |" in card
+    assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-2-3-head |" in card
     loaded = HBLLForCausalLM.from_pretrained("me/small", revision="dev", token="t", local_files_only=True)
     assert_same_weights(model, loaded)
     _, repo_id, options = fake_hub.calls[-1]
@@ -448,7 +448,7 @@ def test_push_and_load_again(fake_hub, model):
 def test_a_trained_folder_is_pushed_with_its_card(fake_hub, saved):
     HBLLForCausalLM.from_pretrained(saved).push_to_hub("me/small")
     card = (fake_hub.root / "me" / "small" / CARD).read_text()
-    assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-4-6-head |" in card and "| lr | 0.002 |" in card
+    assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-2-3-head |" in card and "| lr | 0.002 |" in card
 
 
 def test_hub_errors_are_explained(fake_hub, model):

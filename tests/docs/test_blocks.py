@@ -43,6 +43,9 @@ RUN = {
         "hbll-seq compare runs/lm runs/mine --text my.txt --depth 1,3,7",
         'hbll-seq compare runs/lm --prompt "The river" --depth 1,3,7 --max-new-tokens 20 --seed 0',
         "hbll-seq info runs/lm",
+        "hbll-seq paths runs/lm",
+        "hbll-seq export runs/lm small-model --depth 3",
+        'hbll-seq generate "The river" --model small-model --max-new-tokens 20',
     )},
 }  # fmt: skip
 #: the other commands of shell blocks: their options are read, or what they name is looked up

@@ -89,7 +89,7 @@ def as_device(device: Any) -> torch.device:
 
 
 def bundled_folder(revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The folder of the bundled model. Raises ValueError for a revision or subfolder, and where a folder here has its name."""
+    """The folder of the bundled model. Raises ValueError for a revision or subfolder, and where something here is called so."""
     for name, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None:
             raise ValueError(f"{name}={quote(value)} with the bundled model, which has none; leave it out")
@@ -122,7 +122,8 @@ def find_folder(
     subfolder: str | None = None,
     also: Sequence[str] = (),
 ) -> Path:
-    """The folder ``source``, the bundled model's, or a local copy of the Hub's repository of that name; of either the folder ``subfolder``.
+    """The folder ``source``, the bundled model's, or a local copy of the Hub's repository of that name; with ``subfolder``
+    the folder of that name in it.
 
     Args:
         source: a folder, "bundled" or a Hub id.

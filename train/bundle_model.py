@@ -12,8 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from hbll_seq import HBLLForCausalLM, TokenWindows, evaluate_paths, load_tokens
 from hbll_seq.evaluation.perplexity import format_table
 from hbll_seq.models.model_files import METRICS_NAME
@@ -32,7 +30,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run of train/lm.py")
     run = parser.parse_args().run
     summary = json.loads((run / METRICS_NAME).read_text(encoding="utf-8"))
-    model = HBLLForCausalLM.from_pretrained(run).to(torch.bfloat16)
+    model = HBLLForCausalLM.from_pretrained(run, dtype="bfloat16")
     rounded = HBLLForCausalLM(model.config, model.tokenizer).eval()
     rounded.load_state_dict(model.state_dict())  # in float32: what generation computes in on a CPU
     splits = {
@@ -47,8 +45,9 @@ def main() -> None:
         "losses": {row["depth"]: row["loss"] for row in first},
         "text": {depth: rounded.generate(PROMPT, depth=depth, temperature=0, max_new_tokens=12) for depth in (1, 3, 7)},
     }
+    shown = {name: value for name, value in summary["settings"].items() if value is not None and name != "output_dir"}
     model.save_pretrained(
-        FOLDER, data="WikiText-2 (hbll_seq/assets)", perplexity=rows["test"], settings=summary["settings"],
+        FOLDER, data="WikiText-2 (hbll_seq/assets)", perplexity=rows, settings=shown,
         model_name="hbll_seq's bundled language model", license="cc-by-sa-3.0", language="en", command=COMMAND,
         steps=summary["step"], tokens=summary["tokens"],
     )

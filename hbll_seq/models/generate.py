@@ -45,9 +45,7 @@ def generate(
         if model == "latest":
             model = find_latest_run()
             say(f"hbll_seq: model from {model}")
-        is_bundled = model == BUNDLED
         model = HBLLForCausalLM.from_pretrained(model)
-        model = model.float() if is_bundled else model  # stored in half precision for its size; a CPU is slower in it
     model = plain_module(model)
     if not isinstance(model, HBLLForCausalLM):
         raise ValueError(

@@ -16,7 +16,7 @@ EXPECTED = json.loads((Path(__file__).parent / "bundled_expected.json").read_tex
 
 @pytest.fixture(scope="module")
 def model():
-    return HBLLForCausalLM.from_pretrained("bundled").float()
+    return HBLLForCausalLM.from_pretrained("bundled")
 
 
 def test_it_is_the_model_that_was_bundled(model):
@@ -30,9 +30,9 @@ def test_it_is_the_model_that_was_bundled(model):
 
 
 def test_what_would_be_written_today_is_what_is_there(tmp_path):
-    HBLLForCausalLM.from_pretrained("bundled").save_pretrained(tmp_path)
+    HBLLForCausalLM.from_pretrained("bundled", dtype="bfloat16").save_pretrained(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {f.name for f in FOLDER.iterdir()}
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "paths.json"):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
 
 
@@ -40,8 +40,11 @@ def test_it_is_small_and_every_depth_pays(model):
     assert (FOLDER / "model.safetensors").stat().st_size <= 4_200_000
     card = (FOLDER / "README.md").read_text("utf-8")
     assert "python train/lm.py --preset bundled" in card
-    losses = [EXPECTED["losses"][str(depth)] for depth in range(1, 8)]
-    assert losses == sorted(losses, reverse=True)
+    for split in ("validation", "test"):
+        perplexities = list(model.path_table.perplexities(split).values())
+        assert len(perplexities) == 7 and perplexities == sorted(perplexities, reverse=True)
+        assert perplexities[-1] <= 70
+    assert model.resolve_path("best") == (1, 2, 3, 4, 5, 6, 7)
 
 
 def test_without_a_model_it_answers_and_says_so(capsys, model):
@@ -53,9 +56,11 @@ def test_without_a_model_it_answers_and_says_so(capsys, model):
     assert text == model.generate("The history of", **options) and text.startswith("The history of")
 
 
-def test_stored_in_half_precision_and_loaded_as_stored():
-    model = HBLLForCausalLM.from_pretrained("bundled")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+def test_stored_in_half_precision_and_run_in_single():
+    for dtype, expected in ((None, torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = HBLLForCausalLM.from_pretrained("bundled", **({"dtype": dtype} if dtype else {}))
+        assert {p.dtype for p in model.parameters()} == {expected}
+    assert json.loads((FOLDER / "config.json").read_text("utf-8"))["dtype"] == "bfloat16"
 
 
 def test_a_folder_of_that_name_is_not_guessed_at(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def as_device(device: Any) -> torch.device:
 
 
 def bundled_folder(revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The folder of the bundled model. Raises ValueError for a revision or subfolder, and where this folder has such a name."""
+    """The folder of the bundled model. Raises ValueError for a revision or subfolder, or where one is here."""
     for name, value in (("revision", revision), ("subfolder", subfolder)):
         if value is not None:
             raise ValueError(f"{name}={quote(value)} with the bundled model, which has none; leave it out")

@@ -18,6 +18,8 @@ from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams, as_sampling
+from hbll_seq.generation.side_by_side import SideBySideRunner
+from hbll_seq.generation.speculative import Speculation, Speculator, reader_of
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole, whole_or_none
@@ -82,6 +84,7 @@ class Decoding:
         eos_id: a row ends with this token, which is not handed out.
         n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
         logprobs: how many of the most probable ids each step tells; None: it tells no probabilities.
+        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
 
     Attributes:
         prompts: token ids of each row.
@@ -102,6 +105,8 @@ class Decoding:
         eos_id: int | None = None,
         n_tokens: int | None = None,
         logprobs: int | None = None,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
     ):
         self.model, self.sampling, self.eos_id, self.logprobs = model, as_sampling(sampling, {}), eos_id, logprobs
         prompts = _check_prompts(prompts, model.config.vocab_size)
@@ -114,7 +119,8 @@ class Decoding:
         self.reasons: list[str | None] = [None] * len(self.prompts)
         self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
         self._modules = list(model.modules())
-        self._rows: Runner | None = None
+        self._open = reader_of(model, self.paths, self.sampler, speculative, in_order)
+        self._rows: Runner | SideBySideRunner | Speculator | None = None
         self._tokens: Tensor | None = None
         self._n_steps = 0
 
@@ -131,7 +137,6 @@ class Decoding:
             raise StopIteration
         with evaluation_mode(self.model, self._modules):
             logits = self._next_logits()
-            self._tokens = self.sampler.draw(logits)
             told = None if self.logprobs is None else _logprobs_of(logits, self._tokens, self.logprobs, self.sampler.n_tokens)
         drawn = self._tokens.tolist()
         self._n_steps += 1
@@ -147,14 +152,27 @@ class Decoding:
         return Step(step, told and [each if token is not None else None for token, each in zip(step, told)])
 
     def _next_logits(self) -> Tensor:
-        if self._rows is not None:
-            return self._rows.step(self._tokens)
+        """The logits [B, V] of the next tokens, which it draws."""
+        if self._rows is None:
+            input_ids = self._begin()
+            logits = self._rows.prefill(input_ids)
+        elif not isinstance(self._rows, Speculator):
+            logits = self._rows.step(self._tokens)
+        if isinstance(self._rows, Speculator):
+            left = self.sampling.max_new_tokens - self._n_steps
+            self._tokens, logits = self._rows.next([reason is None for reason in self.reasons], left)
+        else:
+            self._tokens = self.sampler.draw(logits)
+        return logits
+
+    def _begin(self) -> Tensor:
+        """Make what reads the rows; the prompts [B, T], padded on the left."""
         device, longest = self.model.embed.weight.device, max(map(len, self.prompts))
         start = torch.tensor([longest - len(ids) for ids in self.prompts], device=device)
         input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in self.prompts], device=device)
         # without padding no start is given: the blocks then need no mask of their own
-        self._rows = Runner(self.model, self.paths, start if start.any() else None)
-        return self._rows.prefill(input_ids)
+        self._rows = self._open(start if start.any() else None)
+        return input_ids
 
 
 def generate_ids(
@@ -165,6 +183,8 @@ def generate_ids(
     *,
     eos_id: int | None = None,
     n_tokens: int | None = None,
+    speculative: bool | Speculation | None = None,
+    in_order: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Token ids in, token ids out, one step at a time: the tokens of a :class:`Decoding`, whose arguments and errors these
     are. Errors are raised by this call, not by the first step.
@@ -173,7 +193,8 @@ def generate_ids(
         For each step the ids of the rows, None in a row that has ended; ends when all rows have. There are
         ``sampling.n`` rows for each prompt, next to each other.
     """
-    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens)
+    faster = dict(speculative=speculative, in_order=in_order)
+    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens, **faster)
     return (step.tokens for step in decoding)
 
 

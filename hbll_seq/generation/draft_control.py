@@ -1,8 +1,8 @@
 """Which drafter, and how many tokens it drafts: chosen from measured time and acceptance while a text is written.
 
-All costs are in units of a plain step, so that a machine that is busy for a while changes little. A round that drafts n tokens
-costs ``1 + n * extra``: a plain step, and n times what a drafted token adds to it (its drafting and its place in the check). A
-drafted token is taken with the chance ``a``, so that a round gives ``1 + a + .. + a**n`` tokens.
+All costs are in units of a plain step, so that a machine that is busy for a while changes little. A round that drafts n
+tokens costs ``1 + n * extra``: a plain step, and n times what a drafted token adds to it (its drafting and its place in the
+check). A drafted token is taken with the chance ``a``, so that a round gives ``1 + a + .. + a**n`` tokens.
 """
 
 from __future__ import annotations
@@ -159,8 +159,10 @@ class Control:
             self._in_a_row = 0
             self.known.wait = max(0, self.known.wait - 1)
             self._all += 1.0
-            seconds = seconds if self.plain is None else min(seconds, 3 * self.plain)
-            self.plain = seconds if self.plain is None else self.plain + max(_NEW, 1 / self.totals.plain) * (seconds - self.plain)
+            if self.plain is None:
+                self.plain = seconds
+            weight = max(_NEW, 1 / self.totals.plain)
+            self.plain += weight * (min(seconds, 3 * self.plain) - self.plain)
             return
         self._in_a_row += 1
         record = self.records[drafter]

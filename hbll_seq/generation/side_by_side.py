@@ -1,7 +1,7 @@
 """A path with its first blocks in order and the others side by side: one sweep over them in place of a walk.
 
-With s the state after k blocks in order, the path ends in ``s + sum of the others' branches at s``: one forward iteration with
-the identity for their Jacobians (docs/method.md 2.2, 2.8). It has the work of all blocks and the span of k + 1.
+With s the state after k blocks in order, the path ends in ``s + sum of the others' branches at s``: one forward iteration
+with the identity for their Jacobians (docs/method.md 2.2). It has the work of all blocks and the span of k + 1.
 
 Shapes: B rows of a batch, T and K tokens, C width, V vocabulary.
 """
@@ -26,8 +26,8 @@ def check_in_order(in_order: object, path: Sequence[int]) -> int:
     if number is None or not 0 <= number <= len(path) - 2:
         most = f"a whole number of 0 to {len(path) - 2}" if len(path) > 1 else "left out"
         raise ValueError(
-            f"in_order={quote(in_order)} with the {len(path)} blocks {list(path)}: must be {most}; the blocks behind these are "
-            "evaluated side by side, at least two of them"
+            f"in_order={quote(in_order)} with the {len(path)} blocks {list(path)}: must be {most}; the blocks behind these "
+            "are evaluated side by side, at least two of them"
         )
     return number
 

@@ -5,8 +5,8 @@ the guesses that the path would have chosen itself, and its own choice behind th
 drafter's distribution q, with probability min(1, p(d) / q(d)), and draws from the positive part of p - q where it is turned
 down: the tokens then follow p exactly (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
 
-Rows of a batch share one length. A row that took more guesses than another keeps them: they are certain, and in the next round
-they stand where guesses stand.
+Rows of a batch share one length. A row that took more guesses than another keeps them: they are certain, and in the next
+round they stand where guesses stand.
 
 Shapes: B rows of a batch, K tokens read at once, V vocabulary.
 """
@@ -14,7 +14,7 @@ Shapes: B rows of a batch, K tokens read at once, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -26,6 +26,7 @@ from hbll_seq.generation.drafters import Drafter, PathDrafter, SweepDrafter
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
+from hbll_seq.generation.side_by_side import SideBySideRunner, check_in_order
 from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
 
@@ -40,7 +41,7 @@ class Speculation:
     Attributes:
         drafter: the depth that drafts, or the path.
         in_order: in place of ``drafter``: the path itself drafts with its first ``in_order`` blocks in order and the others
-            side by side (docs/method.md 2.8).
+            side by side (docs/method.md 2.2).
         n_draft: how many tokens are drafted at once. With the drafter named as well nothing is left to choose: no text
             depends on the clock, and nothing falls back to plain decoding.
 
@@ -56,8 +57,8 @@ class Speculation:
         check_options(self)
         if self.drafter is not None and self.in_order is not None:
             raise ValueError(
-                f"drafter={quote(self.drafter)} and in_order={self.in_order} are both given: a draft is made by a shorter path "
-                "or by the same path with blocks side by side; choose one"
+                f"drafter={quote(self.drafter)} and in_order={self.in_order} are both given: a draft is made by a shorter "
+                "path or by the same path with blocks side by side; choose one"
             )
         if isinstance(self.drafter, list):
             object.__setattr__(self, "drafter", tuple(self.drafter))
@@ -111,8 +112,8 @@ class Speculator:
         self._tails, self._queues, self._blank = [[] for _ in rows], [deque() for _ in rows], logits[0, 0]
         self._take(self._rule.decide(logits, input_ids[:, -1:], [1] * len(input_ids)), logits, [0] * len(input_ids))
 
-    def next(self, running: Sequence[bool], remaining: int) -> tuple[list[int], list[Tensor]]:
-        """The next token of each row, and the logits [V] that it comes from; of a row that does not run any token.
+    def next(self, running: Sequence[bool], remaining: int) -> tuple[Tensor, Tensor]:
+        """The next token of each row [B], and the logits [B, V] that it comes from; of a row that does not run anything.
 
         Args:
             running: which rows still go on; at least one. A row that has stopped stays so.
@@ -126,14 +127,16 @@ class Speculator:
             gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
             self.control.note(drafter, n_draft, gained, perf_counter() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
-        return [token for token, _ in told], [logits for _, logits in told]
+        return torch.tensor([token for token, _ in told]), torch.stack([logits for _, logits in told])
 
     def _round(self, drafter: Drafter | None, n_draft: int, alive: Sequence[int]) -> int:
         """Drafts and checks; returns by how many tokens the text of all rows has become longer."""
         length, device = self.runner.length, self._history[0].device
         n_known = [len(tail) for tail in self._tails]  # a row may know more than is read in this round
         known = torch.tensor([(tail + [0] * n_draft)[: n_draft + 1] for tail in self._tails], device=device)
-        is_known = None if n_draft < 1 or max(n_known) == 1 else known.new_tensor(n_known)[:, None] > torch.arange(n_draft + 1, device=device)
+        is_known = None
+        if n_draft > 0 and max(n_known) > 1:
+            is_known = known.new_tensor(n_known)[:, None] > torch.arange(n_draft + 1, device=device)
         if n_draft < 1:
             tokens = known
             logits = self.runner.step(tokens[:, 0]).unsqueeze(1)
@@ -271,7 +274,58 @@ class _Drawn:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What a token is drawn from where a guess drawn from ``q`` was turned down: the positive part of ``p - q``, [B, V], which
-    need not sum to one. Where nothing is left, but for rounding the two are equal, it is ``p``."""
+    """What a token is drawn from where a guess drawn from ``q`` was turned down: the positive part of ``p - q``, [B, V],
+    which need not sum to one. Where nothing is left (but for rounding the two are equal) it is ``p``."""
     rest = (p - q).clamp(min=0)
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
+
+
+# ------------------------------------------------------------------------------------------------------- choosing
+
+
+def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sampler: Sampler) -> Speculation | None:
+    """What ``speculative`` means for rows along these paths; None: plain decoding.
+
+    Raises:
+        ValueError: it is something else, or is asked for where rows have different paths.
+    """
+    if speculative is None:
+        is_free = sampler.sampling.temperature == 0
+        return Speculation() if is_free and len(paths) == 1 and len(paths[0]) > 2 else None
+    if not isinstance(speculative, (bool, Speculation)):
+        raise ValueError(
+            f"speculative={quote(speculative)}: must be True, False, None, or a Speculation, such as Speculation(drafter=1)"
+        )
+    if not speculative or (speculative is True and len(paths[0]) == 1):  # nothing is shorter than one block
+        return None
+    if len(set(paths)) > 1:
+        raise ValueError(
+            f"speculative={quote(speculative)} with rows of different paths {quote(sorted(set(paths)))}: give all prompts "
+            "one depth, or leave speculative out"
+        )
+    return Speculation() if speculative is True else speculative
+
+
+def reader_of(
+    model: CausalLM, paths: Sequence[tuple[int, ...]], sampler: Sampler, speculative: object, in_order: int | None
+) -> Callable[[Tensor | None], Runner | SideBySideRunner | Speculator]:
+    """What makes the reader of these rows, of their left padding [B] or None; what is not possible is said at once.
+
+    Raises:
+        ValueError: an option is not possible for these paths.
+    """
+    named = as_speculation(speculative, paths, sampler) if in_order is None or speculative else None
+    if in_order is None:
+        if named is None:
+            return lambda start: Runner(model, list(paths), start)
+        _drafters(model, paths[0], None, named)
+        return lambda start: Speculator(model, paths[0], start, sampler, named)
+    if named is not None:
+        raise ValueError(
+            f"in_order={quote(in_order)} and speculative={quote(speculative)} are both given: leave one out; to draft with "
+            f"blocks side by side pass speculative=Speculation(in_order={quote(in_order)})"
+        )
+    if len(set(paths)) > 1:
+        raise ValueError(f"in_order={quote(in_order)} with rows of different paths: give all prompts one depth")
+    check_in_order(in_order, paths[0])
+    return lambda start: SideBySideRunner(model, paths[0], in_order, start)

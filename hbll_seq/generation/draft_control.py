@@ -7,12 +7,17 @@ check). A drafted token is taken with the chance ``a``, so that a round gives ``
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
-#: the most tokens that the control drafts
-LONGEST = 16
+import torch
+
+#: the most tokens that are drafted at once
+LONGEST = 8
 #: rounds of a drafter, and the tokens that these draft, before it is judged
 _TRIALS, _TRIAL_LENGTH = 4, 2
 #: it must promise so much more than plain steps
@@ -23,10 +28,10 @@ _MAY_LOSE, _MAY_LOSE_AT_FIRST = 0.03, 1.0
 _PAUSE, _LONGEST_PAUSE = 64, 1024
 #: plain steps before the first round, which say what one costs
 _PLAIN_AT_FIRST = 3
-#: after so many rounds a plain step is measured again
+#: after so many rounds a plain step is measured again, and a round of the drafter that was not used for longest
 _REFRESH = 48
-#: weight of a new measurement in running means
-_NEW = 0.1
+#: measurements that a median is taken of
+_N_COSTS = 9
 #: what is left of old counts of acceptance after a round
 _FADE = 0.97
 
@@ -36,15 +41,22 @@ class Record:
     """What is known of one drafter.
 
     Attributes:
-        extra: what a drafted token adds to a round, in plain steps.
+        costs: what a drafted token added to each of the last rounds, in plain steps.
         tried, taken: drafted tokens that were judged, and those that were taken; both fade.
-        rounds: how many there were.
+        rounds: how many there were, up to the number after which it is judged.
+        last: number of the last one among all rounds of its text.
     """
 
-    extra: float = 0.3
+    costs: deque[float] = field(default_factory=lambda: deque(maxlen=_N_COSTS))
     tried: float = 1.0
     taken: float = 0.7
     rounds: int = 0
+    last: int = 0
+
+    @property
+    def extra(self) -> float:
+        """What a drafted token adds to a round: a median, which an interruption does not move."""
+        return median(self.costs) if self.costs else 0.3
 
     @property
     def acceptance(self) -> float:
@@ -52,7 +64,7 @@ class Record:
         return self.taken / self.tried
 
     def gain(self, n_draft: int) -> float:
-        """Tokens a round over its cost in plain steps: how many times as fast as plain decoding it is."""
+        """Tokens of a round over its cost in plain steps: how many times as fast as plain decoding it is."""
         return sum(self.acceptance**i for i in range(n_draft + 1)) / (1 + n_draft * self.extra)
 
 
@@ -116,18 +128,21 @@ class Control:
         n_draft: the length, where it is not to be chosen.
 
     Attributes:
-        records: of each drafter, by name.
+        records: of each drafter.
         totals: counts of this text.
-        plain: seconds of a plain step; None before one was measured.
+        known: what outlives it.
     """
 
     def __init__(self, drafters: Sequence[str], model: object, setting: Hashable, *, n_draft: int | None = None):
         self.known = _known.setdefault(model, {}).setdefault(setting, Known())
         self.records = [self.known.records.setdefault(name, Record()) for name in drafters]
         self.lengths = range(1, LONGEST + 1) if n_draft is None else [n_draft]
-        self.totals, self.plain = Totals(), None
-        self._in_a_row = 0  # rounds since the last plain step
+        self.totals = Totals()
+        self._plain_steps: deque[float] = deque(maxlen=_N_COSTS)  # seconds
+        self._since_plain = 0  # rounds
         self._all, self._lost = 0.0, 0.0  # in plain steps: all time, and what rounds lost
+        for record in self.records:
+            record.last = 0
 
     def best(self) -> tuple[int, int, float]:
         """The drafter and the length that promise most, and how many times as fast as plain decoding they are."""
@@ -137,41 +152,40 @@ class Control:
 
     def choose(self) -> tuple[int, int]:
         """The drafter's number and how many tokens it drafts; 0 tokens are a plain step."""
-        if self.totals.plain < _PLAIN_AT_FIRST or self._in_a_row >= _REFRESH or self.known.wait > 0:
+        if self.totals.plain < _PLAIN_AT_FIRST or self._since_plain >= _REFRESH or self.known.wait > 0:
             return 0, 0
         if self._lost > _MAY_LOSE * self._all + _MAY_LOSE_AT_FIRST:
             self._rest()
             return 0, 0
-        for i, record in enumerate(self.records):
-            if record.rounds < _TRIALS:
-                return i, min(_TRIAL_LENGTH, max(self.lengths))
         drafter, n_draft, gain = self.best()
+        untried = [i for i, record in enumerate(self.records) if record.rounds < _TRIALS]
+        if untried:
+            return untried[0], _TRIAL_LENGTH if _TRIAL_LENGTH in self.lengths else n_draft
         if gain < _LEAST_GAIN:
             self._rest()
             self.records[drafter].rounds = _TRIALS - 2  # the next trial is of this one
             return 0, 0
+        oldest = min(range(len(self.records)), key=lambda i: self.records[i].last)
+        if self.totals.rounds - self.records[oldest].last > 2 * _REFRESH:
+            return oldest, n_draft
         return drafter, n_draft
 
     def note(self, drafter: int, n_draft: int, gained: int, seconds: float) -> None:
         """A round took ``seconds`` and made the texts ``gained`` tokens longer, of which it had drafted ``n_draft``."""
         _count(self.totals, n_draft, gained)
         if n_draft < 1:
-            self._in_a_row = 0
-            self.known.wait = max(0, self.known.wait - 1)
-            self._all += 1.0
-            if self.plain is None:
-                self.plain = seconds
-            weight = max(_NEW, 1 / self.totals.plain)
-            self.plain += weight * (min(seconds, 3 * self.plain) - self.plain)
+            self._plain_steps.append(seconds)
+            self._since_plain, self.known.wait, self._all = 0, max(0, self.known.wait - 1), self._all + 1.0
             return
-        self._in_a_row += 1
-        record = self.records[drafter]
-        cost = min(seconds / self.plain, 3 * (1 + n_draft * record.extra))
-        weight = max(_NEW, 1 / (record.rounds + 2))
-        record.extra += weight * (max(0.01, (cost - 1) / n_draft) - record.extra)
+        self._since_plain += 1
+        if not self._plain_steps:
+            return
+        record, cost = self.records[drafter], seconds / median(self._plain_steps)
+        record.costs.append(max(0.01, (cost - 1) / n_draft))
         record.tried = _FADE * record.tried + min(gained, n_draft)
         record.taken = _FADE * record.taken + gained - 1
-        record.rounds += 1
+        record.rounds, record.last = min(record.rounds + 1, _TRIALS), self.totals.rounds
+        cost = min(cost, 2 * (1 + n_draft * record.extra))  # what an interruption takes is not the drafter's
         self._all += cost
         self._lost = max(-2.0, self._lost + cost - gained)
 
@@ -179,3 +193,8 @@ class Control:
         """Plain steps for a while."""
         self.known.wait, self.known.pause = self.known.pause, min(2 * self.known.pause, _LONGEST_PAUSE)
         self._lost = min(self._lost, 0.0)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """What measures rounds, in seconds: of one CPU thread its own time, which other programs take nothing of."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from hbll_seq.generation.draft_control import LONGEST, Control, Fixed
+from hbll_seq.generation.draft_control import LONGEST, Control, Fixed, clock
 from hbll_seq.generation.drafters import Drafter, PathDrafter, SweepDrafter
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
@@ -99,6 +98,7 @@ class Speculator:
             self.control: Control | Fixed = Fixed(speculation.n_draft)
         else:
             self.control = Control(names, model, (self.path, greedy), n_draft=speculation.n_draft)
+        self._clock = clock(model.embed.weight.device)
         self._history: list[Tensor] = []  # [B, K]: what the runner has read, in order
         self._tails: list[list[int]] = []  # of each row the known tokens that the runner has not read
         self._queues: list[deque[tuple[int, Tensor]]] = []  # and those that no one has been told yet, with their logits
@@ -123,9 +123,9 @@ class Speculator:
         while not all(self._queues[row] for row in alive):
             drafter, n_draft = self.control.choose()
             n_draft = min(n_draft, remaining - 1)
-            before = perf_counter()
+            before = self._clock()
             gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
-            self.control.note(drafter, n_draft, gained, perf_counter() - before)
+            self.control.note(drafter, n_draft, gained, self._clock() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
         return torch.tensor([token for token, _ in told]), torch.stack([logits for _, logits in told])
 

@@ -1,63 +1,54 @@
-"""Sequence models trained without backpropagation through depth or time, and run at the depth you choose."""
+"""Sequence models trained without backpropagation through depth or time, and run at the depth you choose.
 
-from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import TokenStream, load_tokens
-from hbll_seq.data.windows import TokenWindows
-from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
-from hbll_seq.engine.linearization.low_rank import LowRank
-from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
-from hbll_seq.evaluation.perplexity import evaluate_paths
-from hbll_seq.generation.sampling import SamplingParams
-from hbll_seq.layers.cells import make_cell
-from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.generate import generate
-from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
-from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
-from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.base import ObjectiveOutput
-from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.objectives.options import DepthMix, Sweeps, TimeTree, Tree, TreeGuess, VCycles
-from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective, RecurrentOutput
-from hbll_seq.tree.topology import DyadicTree
+What is public is imported when it is first asked for: ``import hbll_seq`` and ``hbll-seq --help`` take no time, where torch
+takes seconds. Type checkers and editors read ``__init__.pyi``, which a test compares with the table below.
+"""
+
+import importlib
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "BackpropObjective",
-    "DepthHierarchy",
-    "DepthMix",
-    "Diagonal",
-    "DyadicTree",
-    "HBLLClassifierConfig",
-    "HBLLConfig",
-    "HBLLForCausalLM",
-    "HBLLForSequenceClassification",
-    "Identity",
-    "LocalObjective",
-    "LowRank",
-    "ObjectiveOutput",
-    "RecurrentBackpropObjective",
-    "RecurrentLM",
-    "RecurrentLocalObjective",
-    "RecurrentModel",
-    "RecurrentOutput",
-    "RecurrentTree",
-    "SamplingParams",
-    "SharedMatrix",
-    "Sweeps",
-    "TimeTree",
-    "TokenStream",
-    "TokenWindows",
-    "Tokenizer",
-    "Tree",
-    "TreeGuess",
-    "VCycles",
-    "Zero",
-    "evaluate_paths",
-    "generate",
-    "load_tokens",
-    "make_cell",
-]
+#: module -> what it holds of the public names
+_PUBLIC = {
+    "chains.time_tree": ("RecurrentTree",),
+    "data.tokenizer": ("Tokenizer",),
+    "data.tokens": ("TokenStream", "load_tokens"),
+    "data.windows": ("TokenWindows",),
+    "engine.linearization.base": ("Diagonal", "Identity", "Zero"),
+    "engine.linearization.low_rank": ("LowRank",),
+    "engine.linearization.shared_matrix": ("SharedMatrix",),
+    "evaluation.perplexity": ("evaluate_paths",),
+    "generation.sampling": ("SamplingParams",),
+    "layers.cells": ("make_cell",),
+    "models.causal_lm": ("HBLLForCausalLM",),
+    "models.config": ("HBLLConfig",),
+    "models.generate": ("generate",),
+    "models.hierarchy": ("DepthHierarchy",),
+    "models.recurrent": ("RecurrentLM", "RecurrentModel"),
+    "models.sequence_classification": ("HBLLClassifierConfig", "HBLLForSequenceClassification"),
+    "objectives.backprop": ("BackpropObjective",),
+    "objectives.base": ("ObjectiveOutput",),
+    "objectives.local": ("LocalObjective",),
+    "objectives.options": ("DepthMix", "Sweeps", "TimeTree", "Tree", "TreeGuess", "VCycles"),
+    "objectives.recurrent": ("RecurrentBackpropObjective", "RecurrentLocalObjective", "RecurrentOutput"),
+    "tree.topology": ("DyadicTree",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PUBLIC.items() for name in names}
+#: the folders, which were attributes when all was imported at once
+_FOLDERS = {module.partition(".")[0] for module in _PUBLIC} | {"layers", "training", "utils"}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or one of the package's folders."""
+    if name in _MODULE_OF:
+        globals()[name] = value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+    if name in _FOLDERS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,10 @@ PACKAGE = ROOT / "hbll_seq"
 #: from the ground up; a module may import from its own floor and from those below
 FLOORS = (
     "utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation", "training",
+    "integrations", "cli",
 )  # fmt: skip
+#: the package itself, and what ``python -m`` runs
+ON_TOP = {"hbll_seq", "hbll_seq.__main__"}
 
 
 def module_name(path):
@@ -39,7 +42,7 @@ def graph():
 
 
 def floor_of(name):
-    return FLOORS.index(name.split(".")[1]) if "." in name else len(FLOORS)  # the package itself stands on top
+    return FLOORS.index(name.split(".")[1]) if "." in name and name not in ON_TOP else len(FLOORS)
 
 
 def upward(arrows):
@@ -64,7 +67,7 @@ def circles(arrows):
 
 
 def test_every_module_stands_on_a_floor():
-    assert {name.split(".")[1] for name in MODULES if "." in name} == set(FLOORS)
+    assert {name.split(".")[1] for name in MODULES.keys() - ON_TOP} == set(FLOORS)
 
 
 def test_no_import_leads_to_a_higher_floor():

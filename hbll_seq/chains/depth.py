@@ -68,7 +68,10 @@ class DepthChain(Chain):
                 torch.manual_seed(mix_seeds(self.dropout_seed, n))
             if isinstance(kind, RecurrentBlock):
                 return self._recurrence(block, index, state, *hints)
-            output = block(state)[0] if isinstance(kind, Cell) else block(state)
+            try:
+                output = block(state)[0] if isinstance(kind, Cell) else block(state)
+            except RuntimeError as error:
+                raise _wrong_width(n, kind, state) or error
         if getattr(output, "shape", None) != state.shape:
             raise _wrong_output(n, kind, state, output)
         return output
@@ -81,6 +84,42 @@ class DepthChain(Chain):
     def _keep(self, index: Prefix | int, state: Tensor) -> None:
         if isinstance(index, tuple):
             self.last[index] = state.detach().clone()  # a row of all states, which a view would keep alive
+
+
+def _wrong_width(n: int, block: nn.Module, state: Tensor) -> ValueError | None:
+    """The error that a part of block n is made for another width than what reaches it; None where that is not the fault."""
+    found: list[ValueError] = []
+
+    def compare(name: str, module: nn.Module, given: tuple) -> None:
+        own, x = _input_width(module), given[0] if given else None
+        if own is not None and isinstance(x, Tensor) and x.dim() and x.shape[-1] != own and not found:
+            part = f"its {name} ({type(module).__name__}) reads" if name else "it reads"
+            found.append(ValueError(
+                f"block {n} ({type(block).__name__}) cannot take states of shape {tuple(state.shape)}: {part} width {own} "
+                f"and is given {x.shape[-1]}; all blocks must read and return the width that the embedding makes, "
+                f"{state.shape[-1]}"
+            ))
+
+    hooks = [module.register_forward_pre_hook(lambda module, given, name=name: compare(name, module, given))
+             for name, module in block.named_modules()]
+    try:
+        with torch.no_grad():
+            block(state)  # once more, to see which part it was
+    except RuntimeError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _input_width(module: nn.Module) -> int | None:
+    """The width that a module of torch reads, None of one that does not say it."""
+    if isinstance(module, nn.RNNBase):
+        return module.input_size
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return module.normalized_shape[-1]
+    return module.in_features if isinstance(module, nn.Linear) else None
 
 
 def _wrong_output(n: int, block: nn.Module, state: Tensor, output: object) -> ValueError:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hbll_seq.chains.depth import DepthChain
+from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.tree.posterior import Categorical
+from hbll_seq.utils.console import ForgivingStream
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.values import as_flag, as_whole
 
@@ -33,6 +37,7 @@ def evaluate_paths(
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     carry_state: bool = False,
+    progress: bool = False,
 ) -> list[dict]:
     """Loss and perplexity along each path, over consecutive windows; states of shared path prefixes are computed once.
 
@@ -46,11 +51,14 @@ def evaluate_paths(
         carry_state: recurrent blocks go on from their states after the window before; the text is then read in
             ``batch_size`` stretches side by side, each from zero; attention still looks back within its window only. False
             starts every window from zero.
+        progress: show a bar on stderr, where that is a terminal and it takes more than two seconds.
 
     Returns:
         One row per path: ``name``, ``path``, ``depth``, ``loss`` (nats per token), ``perplexity`` (per token),
-        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one: with
-        ``max_batches`` an extrapolation), ``tokens`` that were scored.
+        ``word_perplexity`` (nats per token times the split's tokens, over its words, end of line counted as one),
+        ``bits_per_byte`` (the same in bits, over the bytes of its UTF-8 text, whatever the tokenizer: what models of other
+        vocabularies are compared by), ``tokens`` that were scored. With ``max_batches`` the two before the last are
+        extrapolated.
 
     Raises:
         ValueError: an option is out of range, or states are to be carried and there are none.
@@ -67,23 +75,34 @@ def evaluate_paths(
         batches = windows.contiguous_evaluation_batches(batch_size, limit)
     else:
         batches = itertools.islice(windows.evaluation_batches(batch_size), max_batches)
+    if progress:
+        batches = _with_bar(batches, windows, batch_size, max_batches)
     with evaluation_mode(model):
         nats, n_tokens = _sum_nats(model, (batch.to(device) for batch in batches), paths, carry_state)
     if not n_tokens:
         raise ValueError("no tokens were evaluated: max_batches must be at least 1")
-    tokens_per_word = (windows.stream.n_tokens - 1) / max(1, windows.stream.n_words)
-    return [
-        {
-            "name": name,
-            "path": list(path),
-            "depth": len(path),
-            "loss": nats[name] / n_tokens,
-            "perplexity": _exp(nats[name] / n_tokens),
-            "word_perplexity": _exp(nats[name] / n_tokens * tokens_per_word),
-            "tokens": n_tokens,
-        }
-        for name, path in paths.items()
-    ]
+    return [_row(name, path, nats[name], n_tokens, windows.stream) for name, path in paths.items()]
+
+
+def _row(name: str, path: tuple[int, ...], nats: float, n_tokens: int, stream: TokenStream) -> dict:
+    """What :func:`evaluate_paths` tells of a path with so many nats over so many tokens of the stream."""
+    loss, n_predicted = nats / n_tokens, stream.n_tokens - 1
+    return {
+        "name": name,
+        "path": list(path),
+        "depth": len(path),
+        "loss": loss,
+        "perplexity": _exp(loss),
+        "word_perplexity": _exp(loss * (n_predicted / max(1, stream.n_words))),
+        "bits_per_byte": loss / math.log(2) * (n_predicted / max(1, stream.n_bytes)),
+        "tokens": n_tokens,
+    }
+
+
+def _with_bar(batches: Iterable[Tensor], windows: TokenWindows, batch_size: int, max_batches: int | None) -> Iterable[Tensor]:
+    n_batches = math.ceil((windows.stream.n_tokens - 1) / (windows.context_length * batch_size))
+    total = min(n_batches, max_batches or n_batches)
+    return tqdm(batches, "evaluating", total, leave=False, file=ForgivingStream(sys.stderr), disable=None, delay=2)
 
 
 def _sum_nats(
@@ -96,14 +115,14 @@ def _sum_nats(
         chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
         x, targets = model.prepare(batch)
         n_tokens += targets.numel()
-        for name, logits in _logits_of_paths(model, chain, x, paths):
+        for name, logits in logits_of_paths(model, chain, x, paths):
             nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
         if carry_state:
             carried = chain.last
     return nats, n_tokens
 
 
-def _logits_of_paths(
+def logits_of_paths(
     model: HBLLForCausalLM, chain: DepthChain, x: Tensor, paths: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The logits [B, T, V] of each path for the tokens ``x`` [B, T], by the path's name.
@@ -122,10 +141,11 @@ def _logits_of_paths(
 
 def format_table(rows: list[dict]) -> str:
     """The rows of :func:`evaluate_paths` as a table in plain text."""
-    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  path"]
+    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  {'bits/byte':>9}  path"]
     for row in rows:
         lines.append(
             f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {row['word_perplexity']:>10.2f}  "
+            + (f"{row['bits_per_byte']:>9.4f}  " if "bits_per_byte" in row else f"{'-':>9}  ")  # older runs lack it
             + "-".join(map(str, [0, *row["path"]]))
             + "-head"
         )

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, T and K tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -131,6 +131,12 @@ class Runner:
         return path
 
 
+def _read_out(model: CausalLM) -> Callable[[Tensor, Path], Tensor]:
+    """The model's ``read_out``, prepared where it can be."""
+    prepare = getattr(model, "prepare_read_out", None)
+    return model.read_out if prepare is None else prepare()
+
+
 def _advance(decoder: Decoder, x: Tensor) -> Tensor:
     """[B, T, C] -> [B, T, C] by ``step`` where that will do."""
     return decoder.step(x[:, 0]).unsqueeze(1) if x.shape[1] == 1 else decoder.read(x)
@@ -176,7 +182,7 @@ class _SharedPaths:
     """All rows along one path, or along several that share the stages of the prefixes they have in common."""
 
     def __init__(self, model: CausalLM, path: Path, paths: list[Path], start: Tensor | None, rollback: int):
-        self.model, self.paths = model, list(dict.fromkeys(paths))
+        self.paths, self.read_out = list(dict.fromkeys(paths)), _read_out(model)
         self.others = [other for other in self.paths if other != path]
         self._children: dict[Path, set[Path]] = {}
         for p in self.paths:
@@ -223,9 +229,6 @@ class _SharedPaths:
                 stage.forget(min([*standing, stage.decoder.length - stage.decoder.rollback]))
         return x
 
-    def read_out(self, states: Tensor, path: Path) -> Tensor:
-        return self.model.read_out(states, path)
-
     def truncate(self, length: int) -> None:
         for stage in self._stages.values():
             stage.truncate(length)
@@ -242,7 +245,7 @@ class _PathsOfRows:
     others: Sequence[Path] = ()
 
     def __init__(self, model: CausalLM, paths: list[Path], start: Tensor | None, rollback: int):
-        self.model, self.paths = model, [None]
+        self.paths, self._read_out = [None], _read_out(model)
         device = model.embed.weight.device
         self._sort(paths, device)
         self._decoders: dict[int, Decoder] = {}
@@ -289,7 +292,7 @@ class _PathsOfRows:
 
     def read_out(self, states: Tensor, path: None) -> Tensor:
         states = states[self._inside]
-        return torch.cat([self.model.read_out(states[low:high], p) for p, low, high in self._groups])[self._outside]
+        return torch.cat([self._read_out(states[low:high], p) for p, low, high in self._groups])[self._outside]
 
     def truncate(self, length: int) -> None:
         for decoder in self._decoders.values():

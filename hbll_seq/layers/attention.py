@@ -6,29 +6,16 @@ head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation
+from hbll_seq.layers.attention_decoder import AttentionDecoder
+from hbll_seq.layers.base import ROLLBACK, Decoder
+from hbll_seq.layers.prepared import is_plain
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.utils.reading import quote
-
-
-def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, D/2] of the rotary angles (Su et al. 2021, arXiv 2104.09864); ``positions`` [T]."""
-    half = head_width // 2
-    frequencies = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions.to(torch.float32)[:, None] * frequencies  # float32 also under bf16: positions reach thousands
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [B, H, T, D] with each pair (d, d + D/2) turned, so that scores depend on the distance of positions only."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def check_kv_heads(n_head: int, n_kv_head: int | None) -> None:
@@ -38,43 +25,6 @@ def check_kv_heads(n_head: int, n_kv_head: int | None) -> None:
         divisors = [k for k in range(1, n_head + 1) if n_head % k == 0]
         raise ValueError(f"n_kv_head={quote(n_kv_head)} does not divide n_head={n_head}: choose one of {quote(divisors)}, or "
                          "None for as many as n_head")
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): head h reads the keys of head ``h * K // H``.
-
-    Args:
-        q: [B, H, T, D].
-        k, v: [B, K, S, D]; K divides H.
-        mask: bool, broadcast to [B, H, T, S], but equal for all heads; True where a query sees a key. None: all are seen.
-        is_causal: in place of a mask, for T = S: a query sees no later key.
-
-    Returns:
-        [B, H, T, D].
-    """
-    (n_head, n_new), n_kv_head = q.shape[1:3], k.shape[1]
-    if n_head == n_kv_head:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    if n_new == 1:  # the heads of a group are queries of one sequence: nothing is copied
-        y = F.scaled_dot_product_attention(q.reshape(len(q), n_kv_head, -1, q.shape[-1]), k, v, attn_mask=mask)
-        return y.reshape(q.shape)
-    # torch's own enable_gqa is not faster on a CPU, and not in all of its kernels.
-    k, v = (x.repeat_interleave(n_head // n_kv_head, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-
-
-class KVState(NamedTuple):
-    """What attention remembers: at most ``window - 1`` keys and values.
-
-    keys, values: [B, K, S, D] or None before the first token (keys are already turned).
-    seen: number of tokens read so far.
-    start: [B] number of left-padding positions of each row, or None.
-    """
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    seen: int = 0
-    start: Tensor | None = None
 
 
 class TransformerBlock(ResidualBlock):
@@ -127,6 +77,12 @@ class TransformerBlock(ResidualBlock):
     def initial_state(self, start: Tensor | None = None) -> KVState:
         """See :meth:`Cell.initial_state`."""
         return KVState(start=start)
+
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+        """See :meth:`Cell.decoder`."""
+        if not is_plain(self, [TransformerBlock], deep=False):  # a subclass or a hook expects its own forward to be called
+            return super().decoder(start, rollback=rollback)
+        return AttentionDecoder(self, start, rollback, like)
 
     def forward(self, x: Tensor, state: KVState | None = None) -> tuple[Tensor, KVState]:
         """See :meth:`Cell.forward`."""

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.cells import make_cell
+from hbll_seq.layers.prepared import is_plain
 from hbll_seq.layers.recurrent import RecurrentState
+from hbll_seq.layers.recurrent_decoder import RecurrentDecoder
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 
 
@@ -41,6 +44,12 @@ class RecurrentBlock(ResidualBlock):
     def initial_state(self, start: Tensor | None = None) -> RecurrentState:
         """See :meth:`Cell.initial_state`."""
         return self.cell.initial_state(start)
+
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+        """See :meth:`Cell.decoder`."""
+        if not is_plain(self, [RecurrentBlock], deep=False):  # a subclass or a hook expects its own forward to be called
+            return super().decoder(start, rollback=rollback)
+        return RecurrentDecoder(self, start, rollback, like)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """See :meth:`Cell.forward`."""

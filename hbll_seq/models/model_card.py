@@ -138,8 +138,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any, column: str = "") -> str:
     if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
         value = "-".join(map(str, [0, *value])) + "-head"
-    if isinstance(value, float) and column in ("loss", "perplexity", "word_perplexity"):
-        return f"{value:.4f}" if column == "loss" else f"{value:.2f}"
+    if isinstance(value, float) and column in ("loss", "bits_per_byte", "perplexity", "word_perplexity"):
+        return f"{value:.4f}" if column in ("loss", "bits_per_byte") else f"{value:.2f}"
     if isinstance(value, str) and os.path.isabs(value):  # paths of this machine do not belong on a card
         value = os.path.basename(value.rstrip(os.sep))
     try:

@@ -30,6 +30,7 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     folder, last, rows = trainer.folder, evaluations[-1], trainer.metrics.rows()
     summary = {
         "step": trainer.done,
+        "extended": trainer.parts[1:],
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
         "loss": rows[-1].get("loss") if rows else None,
@@ -40,6 +41,8 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
         "settings": asdict(settings),
     }
     shown = {name: _writable(value) for name, value in settings.notable().items()}
+    if trainer.parts[1:]:
+        shown["extended by"] = ", ".join(f"{steps:,} steps" for steps in trainer.parts[1:])
     try:
         with exporting(folder) as finish:
             plot_training_curve(rows, evaluations, folder / CURVE)

@@ -6,15 +6,33 @@ The command line of ``train/lm.py`` and ``hbll-seq train``: :func:`main` reads i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_main
 from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full
+from hbll_seq.training.initial_model import (
+    InitialModel,
+    check_same_model,
+    layers_from,
+    named_model,
+    read_initial_model,
+    recorded_tokenizer,
+)
 from hbll_seq.training.language_model_run import data, training
 from hbll_seq.training.presets import DEFAULT_PRESET, PRESETS, preset_fingerprint, read_preset, resolve
-from hbll_seq.training.resuming import NEWEST, Resumed, check_resumable, folder_of, located, locations, resume_run
-from hbll_seq.training.run_folder import check_folder, check_place, is_finished
+from hbll_seq.training.resuming import (
+    NEWEST,
+    Resumed,
+    check_extend,
+    check_extendable,
+    check_resumable,
+    folder_of,
+    located,
+    locations,
+    resume_run,
+)
+from hbll_seq.training.run_folder import check_folder, check_place, finished_step
 from hbll_seq.training.run_lock import FolderLock
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
@@ -56,29 +74,60 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def chosen(given: dict[str, Any], preset: str | None, resume: int | None) -> tuple[TrainingSettings, dict, Resumed | None]:
-    """The settings of a command line, resolved; where they come from, as checkpoints say it; the checkpoint to go on from."""
+class Chosen(NamedTuple):
+    """What a command line asks for.
+
+    settings: resolved.
+    origin: where they come from, as checkpoints say it.
+    resumed: the checkpoint to go on from.
+    initial: the model to train on from, of a run that starts.
+    """
+
+    settings: TrainingSettings
+    origin: dict[str, Any]
+    resumed: Resumed | None = None
+    initial: InitialModel | None = None
+
+
+def chosen(given: dict[str, Any], preset: str | None, resume: int | None, extend: int | None = None) -> Chosen:
+    """What the command line asks for. Raises ValueError where that cannot be."""
+    initial, extended = None, []
     if resume is None:
         preset = DEFAULT_PRESET if preset is None else preset
         values = read_preset(preset, PRESETS)
-        asked, resumed, fingerprint = resolve(values, given), None, preset_fingerprint(values)
+        layers = [values, given]
+        if name := named_model(values, given):
+            initial = read_initial_model(name)
+            layers = layers_from(initial, values, given)
+        asked, resumed, fingerprint = resolve(*layers), None, preset_fingerprint(values)
         settings, left_open = asked.resolved(), asked.left_open()
+        record = initial and initial.record(settings)
     else:
         settings, preset, resumed = resume_run(given, preset, resume, PRESETS)
         fingerprint, left_open = resumed.state.get("preset_sha256"), resumed.state["asked"]
+        record = resumed.state.get("initial_model")
+        extended = [*resumed.state.get("extended", []), *([] if extend is None else [extend])]
+        if settings.init_from and "init_from" in given:
+            check_same_model(settings.init_from, resumed.state)
     config = settings.model_config(vocab_size=2)  # a wrong shape or path is told before the text is opened
     DyadicTree(config.n_level).validate_path(settings.path_blocks or (config.n_layer // 2 + 1,))
-    return settings, {"preset": preset, "preset_sha256": fingerprint, "asked": left_open}, resumed
+    origin = {"preset": preset, "preset_sha256": fingerprint, "asked": left_open, "initial_model": record,
+              "extended": extended}
+    return Chosen(settings, origin, resumed, initial)
 
 
 def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     """Do what the command line says; returns the exit code and what is to be said last."""
     given = vars(build_parser(__doc__.splitlines()[0], PRESETS, EPILOG).parse_args(argv))
-    preset, resume, overwrite, dry_run = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
+    what = ("preset", "resume", "extend", "overwrite", "dry_run")
+    preset, resume, extend, overwrite, dry_run = (given.pop(name) for name in what)
     if resume is not None and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: give one of the two")
+    if extend is not None:
+        check_extend(extend, resume, overwrite)
+        resume = NEWEST
     if dry_run:
-        settings, origin, _ = chosen(given, preset, resume)
+        settings, origin, *_ = chosen(given, preset, resume)
         if is_first_process():
             print(f"# preset {origin['preset']} and these options\n\n{settings.to_yaml(origin['asked'])}", end="")
         return 0, None
@@ -87,7 +136,9 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     else:
         folder = folder_of(given)
         check_resumable(folder, resume)
-        if resume == NEWEST and is_finished(folder):
+        if extend is not None:
+            check_extendable(folder)
+        elif resume == NEWEST and (finished_step(folder) or -1) >= check_resumable(folder):
             chosen(given, preset, resume)  # other settings than the run's are told all the same
             return 0, f"{folder} holds a finished run: nothing is left to do"
     check_place(folder)
@@ -95,14 +146,15 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     lock = None
     try:
         lock = on_main(lambda: FolderLock(folder))
-        settings, origin, resumed = chosen(given, preset, resume)
+        settings, origin, resumed, initial = chosen(given, preset, resume, extend)
         where = settings if resumed is None else located(settings, given, resumed)
         on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))
         accelerator = make_accelerator(settings)
         try:
-            opened = data(where)
+            opened = data(where, recorded_tokenizer(origin["initial_model"]))
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
-            training(settings, opened, accelerator, {**origin, "locations": locations(where)}, stop, resumed)
+            origin = {**origin, "locations": locations(where)}
+            training(settings, opened, accelerator, origin, stop, resumed=resumed, initial=initial)
         finally:
             end_trackers(accelerator)
     except Stopped as stopped:

@@ -25,6 +25,7 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training.devices import check_memory, on_main, precision_name, start_trackers, track
 from hbll_seq.training.export import count_parameters, export
+from hbll_seq.training.initial_model import InitialModel, take_weights
 from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.resuming import Resumed, check_identity
 from hbll_seq.training.run_folder import EVALUATIONS, lines_of, prepare_folder
@@ -46,11 +47,21 @@ class Data(NamedTuple):
     test: TokenWindows
 
 
-def data(settings: TrainingSettings) -> Data:
-    """Tokenizer and packed windows of the three splits. Raises ValueError when the text cannot be used."""
+def data(settings: TrainingSettings, tokenizer: Tokenizer | None = None) -> Data:
+    """Tokenizer and packed windows of the three splits.
+
+    Args:
+        settings: that name them.
+        tokenizer: in place of the one that they name.
+
+    Raises:
+        ValueError: the text cannot be used.
+    """
     if is_first_process():
         say("\n".join(describe_source(settings.data)))
-    if settings.tokenizer == "default":
+    if tokenizer is not None:
+        pass
+    elif settings.tokenizer == "default":
         tokenizer = Tokenizer.default()
     elif settings.tokenizer == "train":
         tokenizer = load_tokenizer(
@@ -74,7 +85,7 @@ def data(settings: TrainingSettings) -> Data:
 
 def training(
     settings: TrainingSettings, data: Data, accelerator: Accelerator, origin: dict[str, Any], stop: StopSignal,
-    resumed: Resumed | None = None,
+    *, resumed: Resumed | None = None, initial: InitialModel | None = None,
 ) -> None:
     """Train to the end, evaluate, and write the model, the figures and metrics.json.
 
@@ -85,6 +96,7 @@ def training(
         origin: where they come from: the preset, what was left open, the locations of files; stored in every checkpoint.
         stop: asked after every step.
         resumed: the checkpoint to go on from.
+        initial: the model whose weights the run starts with.
 
     Raises:
         ValueError: the output folder cannot be written, or the checkpoint does not fit.
@@ -95,7 +107,10 @@ def training(
     identity = identity_of(settings, data, accelerator, origin)
     if resumed is not None:
         check_identity(identity, resumed.state)
-    model, objective = untrained(settings, data.tokenizer, accelerator.process_index)
+    vocab_size = (origin.get("initial_model") or {}).get("vocab_size", data.tokenizer.vocab_size)
+    model, objective = untrained(settings, data.tokenizer, accelerator.process_index, vocab_size)
+    if initial is not None:
+        take_weights(model, initial)
     paths, evaluations = evaluated_paths(settings, model), lines_of(folder, EVALUATIONS)
 
     def evaluate(step: int) -> None:
@@ -107,11 +122,12 @@ def training(
             track(accelerator, losses, step)
 
     with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
-        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate)
+        added = origin.get("extended", [])
+        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate, added)
         if resumed is not None:
             trainer.restore(resumed.tensors, resumed.state)
         steps = None if resumed is None else trainer.done
-        on_main(lambda: prepare_folder(folder, settings.to_yaml(origin["asked"]), steps))
+        on_main(lambda: prepare_folder(folder, settings.to_yaml(origin["asked"]), steps, extending=bool(added)))
         if accelerator.is_main_process:
             say(describe(model, data, trainer))
         start_trackers(accelerator, settings)
@@ -145,10 +161,12 @@ def identity_of(settings: TrainingSettings, data: Data, accelerator: Accelerator
     }
 
 
-def untrained(settings: TrainingSettings, tokenizer: Tokenizer, rank: int) -> tuple[HBLLForCausalLM, Objective]:
+def untrained(
+    settings: TrainingSettings, tokenizer: Tokenizer, rank: int, vocab_size: int
+) -> tuple[HBLLForCausalLM, Objective]:
     """The model that the settings name, its weights those of their seed, and the objective around it."""
     set_seed(settings.seed)
-    config = settings.model_config(tokenizer.vocab_size)
+    config = settings.model_config(vocab_size)
     check_memory(config)
     model = HBLLForCausalLM(config, tokenizer=tokenizer)
     objective = make_objective(settings, model, rank)

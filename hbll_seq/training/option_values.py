@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 import types
 import typing
 from typing import Any
 
 from hbll_seq.utils.reading import possible_name, quote
 
+#: settings that may name a file or folder
+PATHS = ("data", "tokenizer", "init_from", "cache_dir", "output_dir")
+_NO_FILES = {"data": ("bundled", "wikitext-2", "wikitext-103"), "tokenizer": ("default", "train", "model"),
+             "init_from": ("bundled",)}
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
 _FLOAT16_NAMES = ("float16", "fp16", "half")
@@ -68,6 +73,11 @@ def expand_path(name: str, value: str) -> str:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return str(path) if value.startswith("~") else value
+
+
+def names_file(name: str, value: str | None) -> bool:
+    """Whether the value of a setting of ``PATHS`` is the name of a file or folder that exists."""
+    return value is not None and value not in _NO_FILES.get(name, ()) and os.path.exists(value)
 
 
 def _precision(value: str) -> str:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
+from hbll_seq.training.option_values import PATHS, names_file
 from hbll_seq.training.presets import SETTINGS, check_keys, preset_fingerprint, read_preset, resolve
-from hbll_seq.training.run_record import CHECKPOINTS
+from hbll_seq.training.run_record import CHECKPOINTS, finished_step
 from hbll_seq.training.run_state import check_run_state
-from hbll_seq.training.settings import FREE_ON_RESUME, LEFT_OPEN, PATHS, TrainingSettings, names_file
+from hbll_seq.training.settings import FREE_ON_RESUME, LEFT_OPEN, TrainingSettings
 from hbll_seq.utils import migration
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.reading import quote, shorten
@@ -54,6 +55,30 @@ def check_resumable(folder: Path, step: int = NEWEST) -> int:
         raise ValueError(f"resume={quote(step)}: {quote(str(checkpoints))} holds no such checkpoint, only those of the steps "
                          f"{shown}")
     return steps[-1] if step == NEWEST else step
+
+
+def check_extend(steps: int, resume: int | None, overwrite: bool) -> None:
+    """Raises ValueError where ``--extend`` cannot be what is meant."""
+    if steps < 1:
+        raise ValueError(f"extend={quote(steps)}: must be at least 1, the steps that are added")
+    if overwrite or resume not in (None, NEWEST):
+        other = "--overwrite" if overwrite else f"--resume {resume}"
+        raise ValueError(f"--extend and {other} exclude each other: --extend goes on from the end of a finished run")
+
+
+def check_extendable(folder: Path) -> None:
+    """Raises ValueError unless ``folder`` holds a finished run and the checkpoint of its end."""
+    end, newest = finished_step(folder), check_resumable(folder)
+    where = f"output_dir={quote(str(folder))}"
+    if end is None:
+        raise ValueError(f"{where} holds no finished run to extend, but one saved at step {newest}: go on with it by "
+                         "--resume first")
+    if newest > end:
+        raise ValueError(f"{where}: the run was finished at step {end} and is being extended (saved at step {newest}): go on "
+                         "with that by --resume first")
+    if newest < end:
+        raise ValueError(f"{where}: the checkpoint of the run's end, step {end}, is gone: train on from its model with "
+                         "--init-from and another --output-dir")
 
 
 def resume_run(

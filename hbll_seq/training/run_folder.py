@@ -11,6 +11,7 @@ from pathlib import Path
 from hbll_seq.models.model_files import CARD_NAME, REPLACED
 from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
 from hbll_seq.training.failures import cannot_write
+from hbll_seq.training.option_values import names_file
 from hbll_seq.training.run_record import (
     BY_DEPTH,
     CHECKPOINTS,
@@ -23,20 +24,22 @@ from hbll_seq.training.run_record import (
     SUMMARY,
     RunRecord,
     digest,
+    finished_step,
     foreign_files,
     is_finished,
     is_untouched,
     lines_of,
     read_record,
     summary_is_valid,
+    summary_step,
 )
-from hbll_seq.training.settings import TrainingSettings, names_file
+from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.atomic import atomic_write, roll_back, sweep
 from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
 __all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
-           "check_place", "exporting", "is_finished", "lines_of", "prepare_folder"]
+           "check_place", "exporting", "finished_step", "is_finished", "lines_of", "prepare_folder"]
 
 
 def check_place(folder: Path) -> None:
@@ -115,7 +118,7 @@ def _check_inputs(folder: Path, settings: TrainingSettings) -> None:
                          "run's own files would be read as text; choose an --output-dir outside of it")
 
 
-def prepare_folder(folder: Path, settings: str, resumed_step: int | None) -> None:
+def prepare_folder(folder: Path, settings: str, resumed_step: int | None, *, extending: bool = False) -> None:
     """Make the folder ready: empty of an older run, or wound back to the step that is resumed from.
 
     What the winding back removes is said on stderr. Wherever this is broken off, the folder holds the run before it with
@@ -125,6 +128,7 @@ def prepare_folder(folder: Path, settings: str, resumed_step: int | None) -> Non
         folder: of the run.
         settings: text of settings.yaml.
         resumed_step: of the checkpoint that is resumed from; None starts anew.
+        extending: the results of the finished run, up to that step, stay until the new end.
 
     Raises:
         ValueError: it cannot be written, or holds files that no run has written.
@@ -135,10 +139,11 @@ def prepare_folder(folder: Path, settings: str, resumed_step: int | None) -> Non
         record = read_record(folder)
         _refuse_foreign_files(folder, record)
         _set_damaged_summary_aside(folder)
-        if resumed_step is not None and (removed := _later(folder, resumed_step)):
+        keep_results = extending and resumed_step is not None and (summary_step(folder) or 0) <= resumed_step
+        if resumed_step is not None and (removed := _later(folder, resumed_step, keep_results)):
             say(f"to go on from step {resumed_step}, removed from {folder}: {', '.join(removed)}")
         roll_back(folder, REPLACED, keep=(CARD_NAME,))  # after an export that was killed, or its files would come back
-        for name in RESULTS:
+        for name in () if keep_results else RESULTS:
             (folder / name).unlink(missing_ok=True)
         checkpoints = folder / CHECKPOINTS
         keep = -1 if resumed_step is None else resumed_step
@@ -149,14 +154,18 @@ def prepare_folder(folder: Path, settings: str, resumed_step: int | None) -> Non
                 (folder / name).unlink(missing_ok=True)
             else:
                 lines_of(folder, name).rewind(resumed_step)
-        RunRecord().write(folder)
+        RunRecord(_digests(folder)).write(folder)
         atomic_write(folder / SETTINGS, settings)
         sweep(folder)
     except OSError as error:
         raise cannot_write(folder, error, resuming=resumed_step is not None) from None
 
 
-def _later(folder: Path, step: int) -> list[str]:
+def _digests(folder: Path) -> dict[str, dict]:
+    return {name: digest(folder / name) for name in RESULTS if os.path.lexists(folder / name)}
+
+
+def _later(folder: Path, step: int, keep_results: bool) -> list[str]:
     """What a run that goes on from ``step`` writes anew, in words."""
     found = []
     steps = [str(later) for later in list_checkpoints(folder / CHECKPOINTS) if later > step]
@@ -165,7 +174,7 @@ def _later(folder: Path, step: int) -> list[str]:
     for name in (METRICS, EVALUATIONS):
         if count := sum(row["step"] > step for row in lines_of(folder, name).rows()):
             found.append(f"{count} line{'s' * (count > 1)} of {name}")
-    return found + [name for name in RESULTS if (folder / name).exists()]
+    return found + [name for name in RESULTS if not keep_results and (folder / name).exists()]
 
 
 def _set_damaged_summary_aside(folder: Path) -> None:
@@ -192,7 +201,7 @@ def exporting(folder: Path) -> Iterator[Callable[[str], None]]:
     RunRecord(record.files, exporting=True).write(folder)
 
     def finish(summary: str) -> None:
-        files = {name: digest(folder / name) for name in RESULTS if os.path.lexists(folder / name) and name != SUMMARY}
+        files = _digests(folder)
         data = summary.encode("utf-8")
         files[SUMMARY] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         RunRecord(files).write(folder)

@@ -130,6 +130,20 @@ def is_finished(folder: Path) -> bool:
     return all(os.path.lexists(folder / name) and record.owns(folder, name) for name in _COMPLETE)
 
 
+def finished_step(folder: Path) -> int | None:
+    """The step at which the run in ``folder`` was finished; None where :func:`is_finished` says that it is not.
+
+    While a finished run is extended, its results stay: its newest checkpoint is then of a later step.
+    """
+    return summary_step(folder) if is_finished(folder) else None
+
+
+def summary_step(folder: Path) -> int | None:
+    """The step that metrics.json tells, None where there is none."""
+    step = read_json(folder / SUMMARY)["step"] if summary_is_valid(folder) else None
+    return step if type(step) is int else None
+
+
 def summary_is_valid(folder: Path) -> bool:
     """Whether metrics.json is a document that a finished run writes."""
     try:

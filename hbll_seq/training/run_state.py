@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import Prefix
 from hbll_seq.training.checkpoint import CheckpointError
+from hbll_seq.training.initial_model import check_record
 from hbll_seq.training.random_state import check_rng_state
 from hbll_seq.utils.reading import quote
 
@@ -35,9 +36,13 @@ def check_run_state(state: dict[str, Any]) -> None:
             refuse(name, "a whole number above 0")
     if not isinstance(state.get("settings"), dict):
         refuse("settings", "the run's settings")
+    extended = state.get("extended", [])
+    if not isinstance(extended, list) or any(type(steps) is not int or steps < 1 for steps in extended):
+        refuse("extended", "a list of whole numbers above 0")
     seconds = state.get("seconds")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < _MOST_SECONDS:
         refuse("seconds", "a number of at least 0")
+    check_record(state)
     rng = state.get("rng")
     if not isinstance(rng, list) or len(rng) != state["num_processes"]:
         refuse("rng", f"a list of the {state['num_processes']} processes' random generators")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +24,11 @@ from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import AXES, DepthMix, Sweeps, Tree
-from hbll_seq.training.option_values import PRECISIONS, check_range, coerce, expand_path
+from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
 from hbll_seq.tree.topology import PATH_FAMILIES
 from hbll_seq.utils.options import option
 from hbll_seq.utils.reading import quote
 
-#: settings that may name a file or folder
-PATHS = ("data", "tokenizer", "cache_dir", "output_dir")
-_NO_FILES = {"data": ("bundled", "wikitext-2", "wikitext-103"), "tokenizer": ("default", "train")}
 #: settings that may be left open, and what says so
 LEFT_OPEN = {
     "depth_mix": "auto",
@@ -85,6 +81,7 @@ _data, _model, _objective, _optimisation = (
     functools.partial(_setting, group) for group in ("data", "model", "objective", "optimisation")
 )
 _run = functools.partial(_setting, "run", resume="free")
+_start = functools.partial(_setting, "start")
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,15 @@ class TrainingSettings:
                       ".xz, .zst) / .parquet file or folder, or a Hub id 'owner/name' or 'owner/name:config'",
                       resume="resolved")
     column: str = _data("text", "column (or JSON key) that holds the text", resume="resolved")
-    tokenizer: str = _data("default", "default (bundled, 4,096 pieces), train (train one on the data and cache it), or the "
-                           "path of a SentencePiece .model file", resume="resolved")
+    tokenizer: str = _data("default", "default (bundled, 4,096 pieces), train (train one on the data and cache it), "
+                           "model (that of --init-from), or the path of a SentencePiece .model file", resume="resolved")
     vocab_size: int | None = _data(None, "number of pieces for --tokenizer train", low=2, resume="resolved")
     cache_dir: str | None = _data(None, "folder for tokenised text and trained tokenizers (default: ~/.cache/hbll_seq)",
                                   resume="free")
     num_proc: int | None = _data(None, "CPU threads that tokenise (default: all cores)", low=1, high=1024, resume="free")
+
+    init_from: str | None = _start(None, "model to train on from: a folder, a Hub id or bundled; shape and tokenizer are "
+                                   "then the model's (default: none)", resume="resolved")
 
     n_level: int = _model(3, "levels D of the tree: the full path has 2^D - 1 blocks", low=1, high=10)
     cell: str = _model("transformer", f"kind of block: {', '.join(CELLS)}; or one for each block, as in gru,transformer,gru")
@@ -207,6 +207,8 @@ class TrainingSettings:
         if (self.tokenizer == "train") != (self.vocab_size is not None):
             raise ValueError(f"tokenizer={quote(self.tokenizer)} with vocab_size={self.vocab_size}: --vocab-size goes "
                              "with --tokenizer train and only with it; any other tokenizer has its own size")
+        if self.tokenizer == "model" and self.init_from is None:
+            raise ValueError("tokenizer='model' is that of the model of --init-from: give one, or leave --tokenizer out")
         self._check_objective()
 
     def _check_objective(self) -> None:
@@ -334,11 +336,6 @@ class TrainingSettings:
 
 _DECISIVE = ("objective", "depth_mix", "max_steps", "batch_size", "lr", "seed")
 FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainingSettings) if f.metadata["resume"] == "free")
-
-
-def names_file(name: str, value: str | None) -> bool:
-    """Whether the value of a setting of ``PATHS`` is the name of a file or folder that exists."""
-    return value is not None and value not in _NO_FILES.get(name, ()) and os.path.exists(value)
 
 
 def block_cells(cell: str) -> str | tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,13 @@ from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
+from hbll_seq.training.schedule import learning_rate, rate_of_step
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.utils.reading import quote, shorten
 from hbll_seq.utils.tensors import module_tensors
+
+__all__ = ["Stopped", "Trainer", "append_line", "learning_rate", "make_optimizer"]
 
 States = dict[Prefix, torch.Tensor]
 #: seconds between two flushes of metrics.jsonl to the disk, beside the one before each checkpoint.
@@ -60,22 +63,6 @@ def append_line(file: JsonLines, row: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         remedy = f"{remedy_for(error)}, then go on with --resume"
         raise RunFailed(f"{file.path} cannot be written: {shorten(error)}; {remedy}") from None
-
-
-def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: float) -> float:
-    """Linear warm-up to ``peak``, then a cosine down to ``floor * peak`` at the last step; a pure function of the step.
-
-    Args:
-        step: the step about to be done, 0 .. total - 1.
-        total: steps of the whole run.
-        warmup: steps of warm-up; at most half of the run is used.
-        floor: final learning rate as a fraction of ``peak``.
-    """
-    warmup = min(warmup, total // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -102,6 +89,7 @@ class Trainer:
         identity: JSON values stored in every checkpoint (settings, fingerprints), for the check at a resume.
         stop: asked after every step.
         evaluate: called with the number of steps done, on every process; must not change any training state.
+        added: steps that each extension of the run adds to those of the settings.
 
     Raises:
         ValueError: a step takes more windows than the training text has.
@@ -117,6 +105,7 @@ class Trainer:
         identity: dict[str, Any],
         stop: StopSignal,
         evaluate: Callable[[int], None],
+        added: Sequence[int] = (),
     ):
         self.accelerator, self.settings, self.windows = accelerator, settings, windows
         self.folder, self.identity, self.stop, self.evaluate = folder, identity, stop, evaluate
@@ -131,7 +120,9 @@ class Trainer:
             )
         self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
         self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
-        self.total_steps = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
+        first = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
+        self.parts = [first, *added]
+        self.total_steps = sum(self.parts)
         self.done = 0
         self.states: list[States] = [{} for _ in range(settings.grad_accum)]  # carried, of the rows of each micro batch
         self.seconds = 0.0  # of training alone, over all sittings
@@ -260,8 +251,7 @@ class Trainer:
     def _step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step: its line of metrics, and whether a process was asked to stop."""
         settings, accelerator, start = self.settings, self.accelerator, time.perf_counter()
-        lr = learning_rate(self.done, peak=settings.lr, total=self.total_steps, warmup=settings.warmup_steps,
-                           floor=settings.min_lr_ratio)
+        lr = rate_of_step(self.done, self.parts, peak=settings.lr, warmup=settings.warmup_steps, floor=settings.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         report = 0.0

@@ -71,8 +71,9 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
     if float in kinds or int in kinds:
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
         if plain is None or not _is_within(plain, allowed):
+            within = allowed_range(allowed)
             what = "a number" if float in kinds else "a whole number"
-            raise ValueError(f"{name}={quote(value)}: must be {what}{_range(allowed)}{allowed.get('remedy', '')}")
+            raise ValueError(f"{name}={quote(value)}: must be {what}{' ' * bool(within)}{within}{allowed.get('remedy', '')}")
         return plain
     if allowed["choices"]:
         check_choice(name, value, allowed["choices"])
@@ -85,8 +86,9 @@ def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
     return reaches and (high is None or value <= high) and (below is None or value < below)
 
 
-def _range(allowed: typing.Mapping[str, Any]) -> str:
+def allowed_range(allowed: typing.Mapping[str, Any]) -> str:
+    """The range of an option in words, from its metadata: ``"of at least 1 and at most 5"``; empty where it has none."""
     low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
     least = f"of at least {low}" if low is not None else f"above {above}" if above is not None else ""
     most = f"at most {high}" if high is not None else f"below {below}" if below not in (None, math.inf) else ""
-    return "".join(f" {words}" for words in (least, "and" if least and most else "", most) if words)
+    return " ".join(words for words in (least, "and" if least and most else "", most) if words)

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted((ROOT / "docs").glob("*.md"))]
 #: what a command in running text or in a table begins with
-STARTS = ("python ", "accelerate launch ", "pip install ", "pytest")
+STARTS = ("python ", "accelerate launch ", "pip install ", "pytest", "hbll-seq ")
 
 
 def named(page: Path) -> str:

@@ -18,6 +18,9 @@ import pytest
 import torch
 from pages import PAGES, ROOT, blocks, inline_commands, named, shell_commands
 
+from hbll_seq import cli
+from hbll_seq.cli.program import COMMANDS
+
 #: what makes a training run of seconds of any of them
 SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 2 --sample-tokens 0 --eval-every 0"
 #: commands that are really run: what is run in their place
@@ -27,6 +30,20 @@ RUN = {
     "python train/lm.py --preset gru-small --output-dir runs/gru":
         f"python train/lm.py {SHORT} --cell gru --output-dir runs/gru",
     "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
+    **{command: command for command in (
+        "hbll-seq --help",
+        "hbll-seq generate --help",
+        'hbll-seq generate "The history of the city" --model runs/lm --depth 3',
+        'echo "The river" | hbll-seq generate - --model runs/lm --temperature 0 --max-new-tokens 20',
+        'hbll-seq generate "In 1923 ," --model runs/lm --path 1,2,4 --top-p 0.9 --seed 0',
+        "hbll-seq eval my.txt --model runs/lm",
+        "cat my.txt | hbll-seq eval - --model runs/lm --depth 1,3,7 --path 4,6,7",
+        "hbll-seq eval --data bundled --split test --model runs/lm --max-batches 10",
+        "hbll-seq eval my.txt --model runs/lm --depth 3 --json",
+        "hbll-seq compare runs/lm runs/mine --text my.txt --depth 1,3,7",
+        'hbll-seq compare runs/lm --prompt "The river" --depth 1,3,7 --max-new-tokens 20 --seed 0',
+        "hbll-seq info runs/lm",
+    )},
 }  # fmt: skip
 #: the other commands of shell blocks: their options are read, or what they name is looked up
 READ = {
@@ -36,6 +53,8 @@ READ = {
     "pytest -m slow",
     "pytest tests/engine/test_scan.py",
     "python docs/pictures/make_pictures.py",
+    "hbll-seq train --preset debug --output-dir runs/debug",
+    "hbll-seq push runs/lm me/my-model --private --license apache-2.0",
     "python train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",
@@ -88,14 +107,33 @@ def folder(tmp_path_factory):
 
 def run(command: str) -> None:
     """A command of ours, in this process."""
+    if is_of_program(command):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", said_to(command))
+            assert cli.main(shlex.split(command.split(" | ")[-1])[1:]) == 0, command
+        return
     script, options = script_and_options(command)
     assert load(script).main(options) in (0, None), command
+
+
+def is_of_program(command: str) -> bool:
+    """Whether it runs ``hbll-seq``, behind a pipe perhaps."""
+    return command.split(" | ")[-1].startswith("hbll-seq ")
+
+
+def said_to(command: str) -> io.TextIOWrapper:
+    """The stdin of a command: what ``echo TEXT |`` or ``cat FILE |`` before it gives."""
+    *before, _ = command.split(" | ")
+    words = shlex.split(before[0]) if before else ["echo"]
+    data = Path(words[1]).read_bytes() if words[0] == "cat" else " ".join([*words[1:], "\n"]).encode()
+    return io.TextIOWrapper(io.BytesIO(data))
 
 
 @pytest.fixture
 def here(folder, monkeypatch):
     """The test is in that folder."""
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HBLL_CACHE", str(folder / "cache"))
     return folder
 
 
@@ -147,8 +185,10 @@ def test_options_of_commands_are_understood(command, here):
         _check_pip(words[2:])
     elif words[0] == "pytest":
         _check_pytest(words[1:])
-    elif words[1] == "-m":
-        assert importlib.util.find_spec(words[2]) is not None
+    elif is_of_program(command):
+        _check_program(shlex.split(command.split(" | ")[-1])[1:])
+    elif "-m" in words[:3]:  # of python and of accelerate launch
+        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None
     else:
         _check_script(*script_and_options(command))
 
@@ -162,6 +202,17 @@ def _check_pip(options: list[str]) -> None:
 def _check_pytest(options: list[str]) -> None:
     assert all((ROOT / word).exists() for word in options if word.startswith("tests/"))
     assert "-m" not in options or f"{options[options.index('-m') + 1]}:" in (ROOT / "pyproject.toml").read_text()
+
+
+def _check_program(words: list[str]) -> None:
+    if words[0] in COMMANDS and "--help" not in words:
+        module = importlib.import_module(f"hbll_seq.cli.{COMMANDS[words[0]][0]}")
+        if hasattr(module, "parser"):
+            module.parser("hbll-seq").parse_args(words[1:])
+        else:
+            assert module.main([*words[1:], "--dry-run"]) == 0
+    else:
+        assert cli.main(words) == 0
 
 
 def _check_script(script: Path, options: list[str]) -> None:

@@ -17,6 +17,7 @@ MODELS = {
     "mixed": dict(cell=MIXED),
     "exits": dict(exit_rank=3, exit_by="depth"),
     "untied": dict(tie_embeddings=False, n_head=4),
+    "grouped": dict(n_embd=32, n_head=4, n_kv_head=2, mlp="swiglu", qk_norm=True),
 }
 FULL = (1, 2, 3, 4, 5, 6, 7)
 

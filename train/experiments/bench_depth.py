@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -40,11 +39,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comparisons.depth_methods import DepthMethod
+from comparisons.program import as_program
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training.plots import new_figure, save_figure
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -96,7 +97,7 @@ class LiveStorages(TorchDispatchMode):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--blocks", type=int, nargs="+", default=[7, 15, 31, 63], help="depths, each 2**D - 1 (default: 7 15 31 63)")
     add("--forward", type=int, default=3, help="forward iterations K of sweeps, at every depth (default: 3)")
@@ -268,7 +269,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from comparisons.program import as_program
 from comparisons.runs import Length, train_classifier
 from comparisons.tasks import Classes
 from comparisons.time_methods import TimeMethod
@@ -38,6 +38,7 @@ from hbll_seq.engine.linearization.base import Diagonal, Zero
 from hbll_seq.engine.linearization.regression import ridge_factor
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -50,7 +51,7 @@ N_BATCHES = 100
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
     add("--n", "--steps-per-image", dest="n_steps", type=int, default=64, help="N, steps of an image (default: 64)")
@@ -200,7 +201,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -42,12 +41,14 @@ from torch import Tensor, nn
 from comparisons.fused import FusedMethod
 from comparisons.methods import distinct
 from comparisons.plots import plot_speedups
+from comparisons.program import as_program
 from comparisons.report import crossover, speedup
 from comparisons.time_methods import TimeMethod
 from comparisons.words import current_points
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.recurrent import RecurrentObjective
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -71,9 +72,9 @@ QUICK = dict(steps=[2, 16, 128], batch_sizes=[4], repeats=3, methods=[METHODS[0]
 DECISIVE = ("cell", "hidden_size", "input_size", "threads", "bf16", "optimizer")
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--steps", type=int, nargs="+", default=[2**d for d in range(1, 11)], help="N, steps of a sequence "
         "(default: 2 4 8 .. 1024)")  # fmt: skip
@@ -343,7 +344,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -37,6 +37,7 @@ import torch
 from comparisons.depth_methods import DepthMethod
 from comparisons.methods import distinct
 from comparisons.plots import plot_depth
+from comparisons.program import as_program
 from comparisons.report import report_depth
 from comparisons.results import Comparison, Results
 from comparisons.runs import DepthShape, train_depth
@@ -48,6 +49,7 @@ from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIXES
 from hbll_seq.training.settings import block_cells
+from hbll_seq.utils.arguments import Parser
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 METHODS = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=low_rank", "mix"]
@@ -68,9 +70,9 @@ ON_TASKS = dict(n_embd=64, batch_size=32, steps=600, lrs=[1e-3, 2e-3], eval_ever
                 methods=["backprop-1", "backprop-7", "backprop-mix", "tree", "sweeps", "mix"])  # fmt: skip
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="text", help="text, or a synthetic task: induction of one or two hops, associative "
         f"recall, nested list operations; tasks have their own defaults: {ON_TASKS}")
@@ -183,7 +185,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

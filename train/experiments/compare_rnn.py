@@ -35,6 +35,7 @@ import torch
 
 from comparisons.methods import distinct
 from comparisons.plots import plot_time
+from comparisons.program import as_program
 from comparisons.report import report_time
 from comparisons.results import Comparison, Results
 from comparisons.runs import TimeShape, train_time
@@ -44,6 +45,7 @@ from hbll_seq.data.sources import open_corpus
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
 from hbll_seq.layers.cells import CELL_KINDS
+from hbll_seq.utils.arguments import Parser
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CONTEXT_LENGTH = 128
@@ -58,9 +60,9 @@ QUICK = dict(steps=40, warmup_steps=10, lrs=[4e-3], seeds=[0], eval_batches=2, e
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="bytes", help="text as bytes or as tokens, or copying over a delay; the latter has "
         f"its own defaults: {ON_COPY}")
@@ -170,7 +172,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

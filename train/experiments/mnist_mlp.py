@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 
 from comparisons.depth_methods import DepthMethod
 from comparisons.fit import fit
+from comparisons.program import as_program
 from hbll_seq.data.mnist import load_mnist
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.utils.arguments import Parser
 
 
 def sigmoid_mlp(n_layers: int, width: int, n_classes: int = 10) -> DepthHierarchy:
@@ -81,7 +82,7 @@ def train(objective_name: str, n_layers: int, args: argparse.Namespace, data: di
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Trains every network, prints the table, and writes it as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
     add("--layers", type=int, nargs="+", default=[4, 8, 16], help="sigmoid layers, powers of two (default: 4 8 16)")
@@ -113,7 +114,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -43,6 +43,7 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import torch
 
 from comparisons.methods import check_rate, distinct
+from comparisons.program import as_program
 from comparisons.report import report_classes
 from comparisons.results import Comparison, Results
 from comparisons.runs import Length, train_classifier
@@ -53,6 +54,7 @@ from hbll_seq.data.mnist import load_mnist
 from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
 from hbll_seq.objectives.options import AXES
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import whole_folder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -64,9 +66,9 @@ QUICK = dict(hidden=32, steps=60, seeds=[0])
 EPOCHS = 5
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add, sweeps = parser.add_argument, DEFAULTS["sweeps"]
     add("--data", default="ylecun/mnist", help="folder of the four idx files, or a Hub id (default: ylecun/mnist)")
     add("--permuted", action="store_true", help="read the pixels in one fixed random order (default: as they are)")
@@ -267,7 +269,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

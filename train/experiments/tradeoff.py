@@ -36,6 +36,7 @@ from tqdm import tqdm
 from comparisons.depth_methods import DepthMethod
 from comparisons.fit import fit
 from comparisons.plots import plot_trade_off
+from comparisons.program import as_program
 from comparisons.runs import a_device
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
@@ -46,6 +47,7 @@ from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -63,9 +65,9 @@ VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
 BASE = next(iter(VARIANTS))
 
 
-def options() -> argparse.ArgumentParser:
+def options() -> Parser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--train", nargs="+", choices=TRAIN, help="what trains the models that are measured (default: backprop sweeps; "
         "none where --model is given)")  # fmt: skip
@@ -285,7 +287,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -8,5 +8,6 @@
     words      reads the names that older files of results use
     report     tables
     plots      figures
+    program    what every script does around its main: mistakes and exit codes
     fused      torch's fused recurrent layers as a baseline of speed
 """

@@ -1,0 +1,36 @@
+from hbll_seq.chains.time_tree import RecurrentTree as RecurrentTree
+from hbll_seq.data.tokenizer import Tokenizer as Tokenizer
+from hbll_seq.data.tokens import TokenStream as TokenStream
+from hbll_seq.data.tokens import load_tokens as load_tokens
+from hbll_seq.data.windows import TokenWindows as TokenWindows
+from hbll_seq.engine.linearization.base import Diagonal as Diagonal
+from hbll_seq.engine.linearization.base import Identity as Identity
+from hbll_seq.engine.linearization.base import Zero as Zero
+from hbll_seq.engine.linearization.low_rank import LowRank as LowRank
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix as SharedMatrix
+from hbll_seq.evaluation.perplexity import evaluate_paths as evaluate_paths
+from hbll_seq.generation.sampling import SamplingParams as SamplingParams
+from hbll_seq.layers.cells import make_cell as make_cell
+from hbll_seq.models.causal_lm import HBLLForCausalLM as HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig as HBLLConfig
+from hbll_seq.models.generate import generate as generate
+from hbll_seq.models.hierarchy import DepthHierarchy as DepthHierarchy
+from hbll_seq.models.recurrent import RecurrentLM as RecurrentLM
+from hbll_seq.models.recurrent import RecurrentModel as RecurrentModel
+from hbll_seq.models.sequence_classification import HBLLClassifierConfig as HBLLClassifierConfig
+from hbll_seq.models.sequence_classification import HBLLForSequenceClassification as HBLLForSequenceClassification
+from hbll_seq.objectives.backprop import BackpropObjective as BackpropObjective
+from hbll_seq.objectives.base import ObjectiveOutput as ObjectiveOutput
+from hbll_seq.objectives.local import LocalObjective as LocalObjective
+from hbll_seq.objectives.options import DepthMix as DepthMix
+from hbll_seq.objectives.options import Sweeps as Sweeps
+from hbll_seq.objectives.options import TimeTree as TimeTree
+from hbll_seq.objectives.options import Tree as Tree
+from hbll_seq.objectives.options import TreeGuess as TreeGuess
+from hbll_seq.objectives.options import VCycles as VCycles
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective as RecurrentBackpropObjective
+from hbll_seq.objectives.recurrent import RecurrentLocalObjective as RecurrentLocalObjective
+from hbll_seq.objectives.recurrent import RecurrentOutput as RecurrentOutput
+from hbll_seq.tree.topology import DyadicTree as DyadicTree
+
+__version__: str

@@ -1,0 +1,115 @@
+"""``hbll-seq compare``: several models and depths on one text, or on one prompt."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from hbll_seq.cli import options
+from hbll_seq.cli.evaluate import figures, path_text
+from hbll_seq.cli.output import Output, table
+from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.utils.arguments import Parser
+from hbll_seq.utils.console import say
+
+EXAMPLES = """\
+  hbll-seq compare runs/a runs/b                        every depth of both, on the bundled test split
+  hbll-seq compare runs/a runs/b --text my.txt --depth 1,3,7
+  hbll-seq compare bundled --prompt "The river" --depth 1,3,7 --seed 0
+
+Models of different vocabularies are compared by bits per byte: their tokens differ.
+"""
+COLUMNS = ["model", "depth", "nats/token", "per token", "per word", "bits/byte", "parameters", "path"]
+FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", "<"]
+
+
+def parser(prog: str) -> Parser:
+    """What the command takes."""
+    found = options.command_parser(prog, "Several models and depths side by side: on one text, or what they write after one "
+                                   "prompt.", EXAMPLES)
+    found.add_argument("models", metavar="MODEL", nargs="+", help=options.MODEL_HELP)
+    options.add_json_option(found)
+    options.add_device_option(found)
+    found.add_argument("--depth", type=options.depths, metavar="LIST", help="numbers of blocks, best or fast, such as 1,3,7; "
+                       "or all (default: all)")
+    found.add_argument("--path", type=options.path, metavar="LIST", action="append", help="block numbers, such as 1,2,4; may "
+                       "be given several times")
+    text = found.add_argument_group("on a text")
+    text.add_argument("--text", metavar="FILE", help="a text file, or - for stdin (default: the bundled test split)")
+    options.add_text_options(text)
+    prompt = found.add_argument_group("on a prompt")
+    prompt.add_argument("--prompt", metavar="TEXT", help="write its continuation by each, below each other; or - for stdin")
+    found.set_defaults(sampling_names=options.add_fields(prompt, SamplingParams, leave_out=("n",)))
+    return found
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    """Print the table or the texts. Raises ValueError for what cannot be read, evaluated or continued."""
+    sampling = {name: getattr(args, name) for name in args.sampling_names if hasattr(args, name)}
+    if args.prompt is not None:
+        for name in ("text", "data", "split"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--prompt and --{name} are both given: compare on one of them")
+        _on_prompt(args, SamplingParams(**sampling), out)
+        return
+    if sampling:
+        raise ValueError(f"--{next(iter(sampling)).replace('_', '-')} belongs to --prompt: give a prompt, or leave it out")
+    _on_text(args, out)
+
+
+def _on_text(args: argparse.Namespace, out: Output) -> None:
+    from hbll_seq.cli.models import open_model
+    from hbll_seq.cli.texts import measured_text
+    from hbll_seq.evaluation.perplexity import evaluate_paths
+    from hbll_seq.evaluation.text import split_windows, text_windows
+
+    if args.text is None and args.data is None:
+        args.data = "bundled"
+    measured = measured_text(args, args.text)
+    rows: list[dict[str, Any]] = []
+    vocabularies = set()
+    for name in args.models:
+        model = open_model(name, args.device)
+        windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
+        limits = {"batch_size": args.batch_size, "max_batches": args.max_batches, "progress": True}
+        for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
+            rows.append({"model": name, **row, "parameters": model.n_parameters(row["path"])})
+        vocabularies.add(model.tokenizer.fingerprint)
+    if args.json:
+        out.json({"text": measured.name, "rows": rows})
+        return
+    if len(vocabularies) > 1:
+        say("hbll-seq: these models have different tokenizers: compare bits per byte, not perplexity per token")
+    out.write(f"{measured.name}\n")
+    cells = [[row["model"], row["depth"], *figures(row), row["parameters"], path_text(row["path"])] for row in rows]
+    out.write(table(COLUMNS, cells, FORMATS))
+
+
+def _on_prompt(args: argparse.Namespace, sampling: SamplingParams, out: Output) -> None:
+    from hbll_seq.cli.models import open_model
+    from hbll_seq.cli.texts import prompt_text
+
+    prompt, texts = prompt_text(args.prompt), []
+    for name in args.models:
+        model = open_model(name, args.device)
+        for path in _paths_of(name, model, args).values():
+            text = model.generate(prompt, path=path, sampling=sampling)
+            texts.append({"model": name, "depth": len(path), "path": list(path), "text": text})
+            if not args.json:
+                out.write(f"\n=== {name}, depth {len(path)} ({path_text(path)})\n{text}\n")
+    if args.json:
+        out.json({"prompt": prompt, "sampling": asdict(sampling), "texts": texts})
+
+
+def _paths_of(name: str, model: Any, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """The paths of one of the models; depths that it does not have are left out, where it has others, and told."""
+    from hbll_seq.cli.models import chosen_paths
+    from hbll_seq.evaluation.perplexity import default_paths
+
+    too_deep = [k for k in args.depth or () if isinstance(k, int) and k > model.tree.n_nodes]
+    depths = [k for k in args.depth or () if k not in too_deep]
+    if too_deep and (depths or args.path):
+        say(f"hbll-seq: {name} has {model.tree.n_nodes} blocks: depth {', '.join(map(str, too_deep))} is left out")
+        args = argparse.Namespace(depth=depths, path=args.path)
+    return chosen_paths(model, args) or default_paths(model)

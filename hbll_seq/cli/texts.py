@@ -1,0 +1,92 @@
+"""The texts that commands are given: arguments, files, stdin, splits of a data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NamedTuple
+
+from hbll_seq.utils.reading import possible_name, quote, read_bytes, shorten
+
+#: bytes of a text that is read whole; a longer one goes by --data, which reads it piece by piece
+MAX_TEXT = 1 << 28
+
+
+def read_stdin() -> str:
+    """All of stdin as UTF-8 text. Raises ValueError where it is something else."""
+    data = b"" if sys.stdin is None else getattr(sys.stdin, "buffer", sys.stdin).read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"stdin holds more than {MAX_TEXT:,} bytes: write it to a file and give that as --data")
+    return _decoded(data, "stdin")
+
+
+def prompt_text(given: str | None) -> str:
+    """The prompt: the argument, or stdin where it is "-" or left out. The end of stdin's last line is no part of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given not in (None, "-"):
+        return given
+    if given is None and _is_terminal(sys.stdin):
+        raise ValueError('no prompt: give one, as in `hbll-seq generate "The river"`, or - to read it from stdin')
+    text = read_stdin()
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError("stdin holds no prompt: give some text, or the prompt as an argument")
+    return text
+
+
+class Measured(NamedTuple):
+    """A text to be measured on. ``text`` is None where it is a split of ``data``."""
+
+    name: str
+    text: str | None
+    data: str | None = None
+    split: str | None = None
+
+
+def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
+    """The text that FILE, "-" or ``--data`` and ``--split`` name.
+
+    Raises:
+        ValueError: none or two are given, it cannot be read, or it is empty.
+    """
+    if args.data is not None:
+        if file is not None:
+            raise ValueError(f"{quote(file)} and --data {quote(args.data)} are both given: choose one text")
+        split = args.split or "test"
+        return Measured(f"{args.data} {split}", None, args.data, split)
+    if args.split is not None:
+        raise ValueError("--split belongs to --data: give --data bundled, say")
+    if file is None and _is_terminal(sys.stdin):
+        raise ValueError("no text: give a file, - to read stdin, or --data bundled --split test")
+    if file in (None, "-"):
+        name, text = "stdin", read_stdin()
+    else:
+        name, text = file, _read_file(file)
+    if not text:
+        raise ValueError(f"{quote(name)} is empty: there is nothing to measure on")
+    return Measured(name, text)
+
+
+def _read_file(file: str) -> str:
+    try:
+        data = read_bytes(possible_name(file), MAX_TEXT)
+    except OSError as error:
+        raise ValueError(f"cannot read {quote(file)}: {shorten(error.strerror)}; give a text file, or - for stdin") from None
+    return _decoded(data, quote(file))
+
+
+def _decoded(data: Any, name: str) -> str:
+    try:
+        return data if isinstance(data, str) else data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); packed files and tables go by --data") from None
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,89 @@
+"""The arithmetic of attention: rotary positions, and queries that read keys and values, by group.
+
+Shapes: B batch, T tokens in this call, S keys in sight, H heads, K heads of keys and values, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, D/2] of the rotary angles (Su et al. 2021, arXiv 2104.09864); ``positions`` [T]."""
+    half = head_width // 2
+    frequencies = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions.to(torch.float32)[:, None] * frequencies  # float32 also under bf16: positions reach thousands
+    return angles.cos(), angles.sin()
+
+
+class Turns(NamedTuple):
+    """Rotary angles of the positions 0, 1, .., each [.., D/2]: cosines and sines, and both as complex numbers."""
+
+    cos: Tensor
+    sin: Tensor
+    both: Tensor
+
+
+@lru_cache(maxsize=16)
+def rotation_table(n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
+    """:func:`rotation` of the positions 0 .. n_positions - 1, made once for all blocks; not to be written to."""
+    with torch.inference_mode(False):  # who asks next may be in another mode
+        cos, sin = rotation(torch.arange(n_positions, device=device), head_width, base)
+        return Turns(cos, sin, torch.complex(cos, sin))
+
+
+@lru_cache(maxsize=16)
+def band(n_new: int, n_keys: int, window: int, dtype: torch.dtype) -> Tensor:
+    """[T, S]: 0 where the last T of S positions see a key, -inf where it comes later or lies before the window."""
+    with torch.inference_mode(False):
+        ages = torch.arange(n_keys - n_new, n_keys)[:, None] - torch.arange(n_keys)
+        return torch.zeros(ages.shape, dtype=dtype).masked_fill_((ages < 0) | (ages >= window), -math.inf)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [B, H, T, D] with each pair (d, d + D/2) turned, so that scores depend on the distance of positions only."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245): head h reads the keys of head ``h * K // H``.
+
+    Args:
+        q: [B, H, T, D].
+        k, v: [B, K, S, D]; K divides H.
+        mask: bool, broadcast to [B, H, T, S], but equal for all heads; True where a query sees a key. None: all are seen.
+        is_causal: in place of a mask, for T = S: a query sees no later key.
+
+    Returns:
+        [B, H, T, D].
+    """
+    (n_head, n_new), n_kv_head = q.shape[1:3], k.shape[1]
+    if n_head == n_kv_head:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if n_new == 1:  # the heads of a group are queries of one sequence: nothing is copied
+        y = F.scaled_dot_product_attention(q.reshape(len(q), n_kv_head, -1, q.shape[-1]), k, v, attn_mask=mask)
+        return y.reshape(q.shape)
+    # torch's own enable_gqa is not faster on a CPU, and not in all of its kernels.
+    k, v = (x.repeat_interleave(n_head // n_kv_head, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+class KVState(NamedTuple):
+    """What attention remembers: at most ``window - 1`` keys and values.
+
+    keys, values: [B, K, S, D] or None before the first token (keys are already turned).
+    seen: number of tokens read so far.
+    start: [B] number of left-padding positions of each row, or None.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    seen: int = 0
+    start: Tensor | None = None

@@ -1,0 +1,226 @@
+"""What the commands say, against the library."""
+
+import json
+import math
+
+import pytest
+from helpers.language_models import TOKENIZER, model_of
+
+from hbll_seq.cli.options import add_fields
+from hbll_seq.cli.tree_picture import draw_levels, draw_paths
+from hbll_seq.evaluation.perplexity import evaluate_paths
+from hbll_seq.evaluation.text import evaluate_text, split_windows
+from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.utils.arguments import Parser
+from hbll_seq.utils.options import option
+
+LM = ("--model", "runs/lm")
+TEXT = "The river runs to the sea .\n It was built in 1923 \u4e2d by the town of Ashford .\n"
+
+
+@pytest.fixture(scope="module")
+def model(lm):
+    return HBLLForCausalLM.from_pretrained(lm)
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_writes_what_the_library_writes(cli, model):
+    given = ("--max-new-tokens", 6, "--seed", 3, "--temperature", "0.5", "--top-p", "0.9")
+    options = dict(max_new_tokens=6, seed=3, temperature=0.5, top_p=0.9)
+    assert cli("generate", "The river", *LM, *given, "--depth", 3) == model.generate("The river", 3, **options) + "\n"
+    assert cli("generate", "The river", *LM, *given, "--depth", "all") == model.generate("The river", **options) + "\n"
+    text = model.generate("The river", path=[4, 6], **options)
+    assert cli("generate", "-", *LM, *given, "--path", "4,6", stdin="The river\n") == text + "\n"
+    assert cli("generate", *LM, *given, "--path", "4,6", stdin="The river") == text + "\n"
+    told = cli.json("generate", "The river", *LM, *given, "--path", "4,6")
+    assert told["path"] == [4, 6] and told["texts"][0]["text"] == text and told["sampling"]["top_p"] == 0.9
+    assert "The river" + told["texts"][0]["continuation"] == text
+
+
+def test_several_texts_and_what_ends_them(cli, model):
+    options = dict(n=3, stop=("e", " of"), seed=1, max_new_tokens=5, min_p=0.001, repetition_penalty=1.2)
+    argv = ("generate", "The", *LM, "--n", 3, "--stop", "e", "--stop", " of", "--seed", 1, "--max-new-tokens", 5, "--min-p",
+            "0.001", "--repetition-penalty", "1.2")  # fmt: skip
+    texts = model.generate("The", **options)
+    assert cli(*argv) == "---\n".join(f"{text}\n" for text in texts)
+    told = cli.json(*argv)["texts"]
+    details = model.generate_detailed("The", **options)
+    assert [row["text"] for row in told] == texts and [row["ended_by"] for row in told] == [d.reason for d in details]
+    assert "stop" in {row["ended_by"] for row in told} and "tokens" not in told[0]
+
+
+def test_logprobs_of_every_token(cli, model):
+    argv = ("generate", "The", *LM, "--seed", 1, "--max-new-tokens", 4)
+    (detail,) = model.generate_detailed("The", seed=1, max_new_tokens=4, alternatives=2)
+    for k, n in (((), 0), ((2,), 2)):
+        tokens = cli.json(*argv, "--logprobs", *k)["texts"][0]["tokens"]
+        assert [row["logprob"] for row in tokens] == list(detail.logprobs)
+        assert [row["token"] for row in tokens] == list(detail.tokens)
+        assert [len(row["alternatives"]) for row in tokens] == [n] * 4
+    assert tokens[0]["alternatives"][0] == detail.alternatives[0][0]._asdict()
+
+
+def test_a_prompt_of_stdin_loses_one_line_end_alone(cli, model):
+    options = dict(max_new_tokens=3, seed=0)
+    written = cli("generate", "-", *LM, "--max-new-tokens", 3, "--seed", 0, stdin="a \n\r\n")
+    assert written == model.generate("a \n", **options) + "\n"
+
+
+def test_a_long_prompt_is_cut_if_asked(cli):
+    argv = ("generate", "the city of " * 40, *LM, "--max-new-tokens", 1)
+    assert "truncate_prompt" in cli(*argv, code=2)
+    assert cli(*argv, "--truncate-prompt").startswith("the city")
+
+
+def test_every_sampling_option_is_a_field():
+    from dataclasses import dataclass
+
+    @dataclass
+    class Options:
+        count: int = option(3, "how 5% many", low=1, high=1 << 40)
+        share: float | None = option(None, "a part", above=0, high=1)
+        stop: str | tuple[str, ...] | None = option(None, "ends the text")
+        fast: bool = option(False, "hurries")
+        kind: str = option("a", "which", choices=("a", "b"))
+        hidden: int = 4
+
+    parser = Parser(prog="p")
+    assert add_fields(parser, Options) == ["count", "share", "stop", "fast", "kind"]
+    assert vars(parser.parse_args([])) == {}
+    words = ["--count", "4", "--share", "0.5", "--stop", "x", "--stop", "y", "--fast", "--kind", "b"]
+    assert vars(parser.parse_args(words)) == {"count": 4, "share": 0.5, "stop": ["x", "y"], "fast": True, "kind": "b"}
+    text = " ".join(parser.format_help().split())
+    assert "how 5% many (at least 1; default: 3)" in text and "a part (above 0 and at most 1)" in text
+    with pytest.raises(ValueError, match="--share: 'half' is no number"):
+        parser.parse_args(["--share", "half"])
+    assert set(add_fields(Parser(prog="p"), SamplingParams)) == set(SamplingParams.__dataclass_fields__)
+
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_tells_what_the_library_measures(cli, model, tmp_path):
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    rows = evaluate_text(model, TEXT)
+    told = cli.json("eval", tmp_path / "t.txt", *LM)
+    assert told["rows"] == rows and told["bytes"] == len(TEXT.encode())
+    assert [row["depth"] for row in rows] == list(range(1, 8))
+    assert cli.json("eval", "-", *LM, stdin=TEXT)["rows"] == rows
+    lines = cli("eval", *LM, stdin=TEXT).splitlines()
+    assert len(lines) == 9 and lines[1].split()[:2] == ["depth", "nats/token"] and lines[-1].endswith("0-1-2-3-4-5-6-7-head")
+    assert f"{rows[2]['bits_per_byte']:.4f}" in lines[4]
+    some = cli.json("eval", *LM, "--depth", "1,3", "--path", "4,6,7", stdin=TEXT)["rows"]
+    assert [row["path"] for row in some] == [[4], [1, 2, 4], [4, 6, 7]]
+
+
+def test_eval_of_a_split_by_name(cli, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    told = cli.json("eval", *LM, "--data", "bundled", "--split", "validation", "--max-batches", 1, "--depth", "1")
+    windows = split_windows(model, "bundled", "validation")
+    assert told["rows"] == evaluate_paths(model, windows, {"depth 1": (4,)}, max_batches=1)
+    assert told["text"] == "bundled validation" and told["words"] == 217_646
+
+
+def test_bits_per_byte_and_words_spread_all_nats(model):
+    (row,) = evaluate_text(model, TEXT, {"full": model.resolve_path()})
+    nats = row["loss"] * row["tokens"]
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT.encode()))
+    assert row["word_perplexity"] == pytest.approx(math.exp(nats / (len(TEXT.split()) + TEXT.count("\n"))))
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        evaluate_text(model, "")
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_on_a_text(cli, model, tmp_path):
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    told = cli.json("compare", "runs/lm", "runs/lm", "--text", tmp_path / "t.txt", "--depth", "1,7")
+    assert [(row["model"], row["depth"]) for row in told["rows"]] == [("runs/lm", 1), ("runs/lm", 7)] * 2
+    assert told["rows"][0]["parameters"] == model.n_parameters((4,)) < told["rows"][1]["parameters"]
+    assert told["rows"][0]["loss"] == evaluate_text(model, TEXT)[0]["loss"]
+    lines = cli("compare", "runs/lm", "--text", "-", stdin=TEXT).splitlines()
+    assert len(lines) == 9 and lines[-1].startswith("runs/lm")
+
+
+def test_compare_leaves_out_the_depths_that_a_model_lacks(cli, tmp_path, capsys):
+    model_of(TOKENIZER, n_level=2, trained_paths="all").save_pretrained(tmp_path / "small")
+    argv = ("compare", "runs/lm", tmp_path / "small", "--text", "-", "--json", "--depth", "1,7")
+    rows = json.loads(cli(*argv, stdin=TEXT))["rows"]
+    assert [row["depth"] for row in rows] == [1, 7, 1]
+    argv = ("compare", tmp_path / "small", "--text", "-", "--depth", 7)
+    assert "depth=7: a model with n_level=2" in cli(*argv, stdin=TEXT, code=2)
+
+
+def test_compare_on_a_prompt(cli, model):
+    argv = ("compare", "runs/lm", "--prompt", "The", "--depth", "1,3", "--max-new-tokens", 4, "--seed", 0)
+    texts = [model.generate("The", depth, max_new_tokens=4, seed=0) for depth in (1, 3)]
+    assert [row["text"] for row in cli.json(*argv)["texts"]] == texts
+    written = cli(*argv)
+    assert all(text in written for text in texts) and "=== runs/lm, depth 3 (0-1-2-4-head)" in written
+
+
+# ---------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_tells_sizes_files_and_the_tree(cli, model, lm):
+    told = cli.json("info", "runs/lm")
+    assert told["parameters"] == sum(p.numel() for p in model.parameters()) and told["dyadic_paths"] == 25
+    assert told["files"]["model.safetensors"] == (lm / "model.safetensors").stat().st_size
+    assert told["config"] == json.loads(json.dumps(model.config.to_dict()))
+    assert told["trained_paths"].startswith("every dyadic")
+    assert told["depths"][2] == {"depth": 3, "path": [1, 2, 4], "parameters": model.n_parameters((1, 2, 4)), "trained": True}
+    shown = cli("info", "runs/lm")
+    assert "every dyadic path" in shown and "0---1---2-------4---------------8" in shown and "* not trained" not in shown
+
+
+def test_the_tree_in_plain_characters():
+    tree = DyadicTree(2)
+    assert draw_levels(tree).splitlines() == ["level 0              2", "level 1          1       3"]
+    assert draw_paths(tree, [("depth 2", (1, 2))]) == "depth 2      0---1---2-------4\n"
+    wide = DyadicTree(6)
+    assert draw_levels(wide) == "" and draw_paths(wide, [("depth 1", (32,))]) == "depth 1  0-32-64\n"
+
+
+def test_the_newest_run_is_named(cli, lm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "there is no finished run" in cli("info", "latest", code=2)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def test_train_is_the_training_run(cli, monkeypatch):
+    settings = cli("train", "--preset", "debug", "--lr", "0.01", "--dry-run")
+    assert settings.startswith("# preset debug") and "\nlr: 0.01\n" in settings
+    shown = cli("train", "--help")
+    assert shown.startswith("usage: hbll-seq train [--preset NAME]") and "--max-steps" in shown
+    assert "did you mean --lr?" in cli("train", "--learning-rate", "0.1", code=2)
+    monkeypatch.setattr("hbll_seq.training.language_model.main", lambda argv: 143)
+    assert cli("train", code=143) == ""  # stopped by a signal and saved
+
+
+# ---------------------------------------------------------------------------------------------------------------- push
+
+
+def test_push_uploads_and_tells_the_address(cli, monkeypatch):
+    calls = []
+    monkeypatch.setattr(HBLLForCausalLM, "push_to_hub", lambda *a, **options: calls.append((a[1:], options)) or "https://x/y")
+    assert cli("push", "runs/lm", "me/m", "--private", "--license", "mit", "--language", "en") == "https://x/y\n"
+    assert calls == [(("me/m",), {"private": True, "revision": None, "create_pr": False, "commit_message": "Upload model",
+                                  "license": "mit", "language": ["en"]})]  # fmt: skip
+
+
+def test_a_hub_that_refuses_is_a_failure(cli, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    assert "the Hub did not take 'me/m': no network" in cli("push", "runs/lm", "me/m", code=1)
+    assert "repo_id='a/b/c'" in cli("push", "runs/lm", "a/b/c", code=2)

@@ -1,0 +1,25 @@
+"""What every script does around its ``main``: mistakes are told in one line, and the exit code says what kind they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hbll_seq.utils.console import say
+from hbll_seq.utils.reading import shorten
+
+
+def as_program(main: Callable[[], Any]) -> None:
+    """Run a script's ``main`` and end the process: 0 done, 2 a wrong option or input, 130 Ctrl-C.
+
+    Runs that are in the file of results by then stay there.
+    """
+    try:
+        main()
+    except ValueError as error:
+        say(f"error: {shorten(error, 900)}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,8 +1,9 @@
 """Which drafter, and how many tokens it drafts: chosen from measured time and acceptance while a text is written.
 
 All costs are in units of a plain step, so that a machine that is busy for a while changes little. A round that drafts n
-tokens costs ``1 + n * extra``: a plain step, and n times what a drafted token adds to it (its drafting and its place in the
-check). A drafted token is taken with the chance ``a``, so that a round gives ``1 + a + .. + a**n`` tokens.
+tokens costs ``first + n * extra``, a line through what was measured: several tokens are checked in one call, which may cost
+more than a plain step, and each drafted token adds its own draft. A drafted token is taken with the chance ``a``, so that a
+round gives ``1 + a + .. + a**n`` tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 
 #: the most tokens that are drafted at once
 LONGEST = 8
-#: rounds of a drafter, and the tokens that these draft, before it is judged
-_TRIALS, _TRIAL_LENGTH = 4, 2
+#: the lengths of a drafter's first rounds, after which it is judged; the very first also reads the prompt and is not measured
+_TRIALS = (3, 3, 6, 3, 6)
 #: it must promise so much more than plain steps
 _LEAST_GAIN = 1.03
 #: the share of all time that rounds may lose before nothing but plain steps are taken, and plain steps on top of that
-_MAY_LOSE, _MAY_LOSE_AT_FIRST = 0.03, 1.0
+_MAY_LOSE, _MAY_LOSE_AT_FIRST = 0.02, 2.5
 #: plain steps before another trial; doubled at each one that fails
 _PAUSE, _LONGEST_PAUSE = 64, 1024
 #: plain steps before the first round, which say what one costs
@@ -31,7 +32,7 @@ _PLAIN_AT_FIRST = 3
 #: after so many rounds a plain step is measured again, and a round of the drafter that was not used for longest
 _REFRESH = 48
 #: measurements that a median is taken of
-_N_COSTS = 9
+_N_COSTS = 7
 #: what is left of old counts of acceptance after a round
 _FADE = 0.97
 
@@ -41,22 +42,31 @@ class Record:
     """What is known of one drafter.
 
     Attributes:
-        costs: what a drafted token added to each of the last rounds, in plain steps.
+        costs: what the last rounds of each length cost, in plain steps.
         tried, taken: drafted tokens that were judged, and those that were taken; both fade.
         rounds: how many there were, up to the number after which it is judged.
         last: number of the last one among all rounds of its text.
     """
 
-    costs: deque[float] = field(default_factory=lambda: deque(maxlen=_N_COSTS))
+    costs: dict[int, deque[float]] = field(default_factory=dict)
     tried: float = 1.0
     taken: float = 0.7
     rounds: int = 0
     last: int = 0
 
-    @property
-    def extra(self) -> float:
-        """What a drafted token adds to a round: a median, which an interruption does not move."""
-        return median(self.costs) if self.costs else 0.3
+    def note(self, n_draft: int, cost: float) -> None:
+        """A round of this length cost so many plain steps."""
+        self.costs.setdefault(n_draft, deque(maxlen=_N_COSTS)).append(cost)
+
+    def cost(self, n_draft: int) -> float:
+        """Of a round of this length, by a line through the medians of those measured: an interruption moves no median."""
+        points = [(n, median(costs)) for n, costs in self.costs.items()]
+        if not points:
+            return 1 + 0.3 * n_draft
+        mean_n, mean_cost = (sum(values) / len(points) for values in zip(*points))
+        spread = sum((n - mean_n) ** 2 for n, _ in points)
+        slope = sum((n - mean_n) * (cost - mean_cost) for n, cost in points) / spread if spread else 0.3
+        return max(1.0, mean_cost + max(0.02, slope) * (n_draft - mean_n))
 
     @property
     def acceptance(self) -> float:
@@ -65,7 +75,7 @@ class Record:
 
     def gain(self, n_draft: int) -> float:
         """Tokens of a round over its cost in plain steps: how many times as fast as plain decoding it is."""
-        return sum(self.acceptance**i for i in range(n_draft + 1)) / (1 + n_draft * self.extra)
+        return sum(self.acceptance**i for i in range(n_draft + 1)) / self.cost(n_draft)
 
 
 @dataclass
@@ -158,12 +168,12 @@ class Control:
             self._rest()
             return 0, 0
         drafter, n_draft, gain = self.best()
-        untried = [i for i, record in enumerate(self.records) if record.rounds < _TRIALS]
-        if untried:
-            return untried[0], _TRIAL_LENGTH if _TRIAL_LENGTH in self.lengths else n_draft
+        for i, record in enumerate(self.records):
+            if record.rounds < len(_TRIALS):
+                return i, _TRIALS[record.rounds] if len(self.lengths) > 1 else n_draft
         if gain < _LEAST_GAIN:
             self._rest()
-            self.records[drafter].rounds = _TRIALS - 2  # the next trial is of this one
+            self.records[drafter].rounds = len(_TRIALS) - 2  # the next trial is of this one
             return 0, 0
         oldest = min(range(len(self.records)), key=lambda i: self.records[i].last)
         if self.totals.rounds - self.records[oldest].last > 2 * _REFRESH:
@@ -181,11 +191,12 @@ class Control:
         if not self._plain_steps:
             return
         record, cost = self.records[drafter], seconds / median(self._plain_steps)
-        record.costs.append(max(0.01, (cost - 1) / n_draft))
+        if record.last:  # the first round of a text also reads its prompt
+            record.note(n_draft, cost)
         record.tried = _FADE * record.tried + min(gained, n_draft)
         record.taken = _FADE * record.taken + gained - 1
-        record.rounds, record.last = min(record.rounds + 1, _TRIALS), self.totals.rounds
-        cost = min(cost, 2 * (1 + n_draft * record.extra))  # what an interruption takes is not the drafter's
+        record.rounds, record.last = min(record.rounds + 1, len(_TRIALS)), self.totals.rounds
+        cost = min(cost, 3 * record.cost(n_draft))  # what an interruption takes is not the drafter's
         self._all += cost
         self._lost = max(-2.0, self._lost + cost - gained)
 

@@ -91,13 +91,14 @@ class Speculator:
         self.model, self.path, self.start = model, model.resolve_path(path=path), start
         shared, self._drafters = _drafters(model, self.path, start, speculation)
         self.runner = Runner(model, self.path, start, also=shared)
-        greedy = sampler.sampling.temperature == 0 and sampler.sampling.repetition_penalty == 1
-        self._rule = _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler.copy())
+        self._rule = _rule(sampler)
+        n_rows = len(sampler.uniforms())
         names = [drafter.name for drafter in self._drafters]
         if speculation.n_draft and len(names) == 1:
             self.control: Control | Fixed = Fixed(speculation.n_draft)
         else:
-            self.control = Control(names, model, (self.path, greedy), n_draft=speculation.n_draft)
+            setting = (self.path, sampler.sampling.temperature == 0, n_rows)
+            self.control = Control(names, model, setting, n_draft=speculation.n_draft)
         self._clock = clock(model.embed.weight.device)
         self._history: list[Tensor] = []  # [B, K]: what the runner has read, in order
         self._tails: list[list[int]] = []  # of each row the known tokens that the runner has not read
@@ -191,12 +192,18 @@ def _drafters(
             )
         is_shared = path[: len(named)] == named
         return [named] * is_shared, [PathDrafter(model, named, start, is_shared)]
-    shorter = [model.resolve_path(depth) for depth in range(1, min(len(path), 4))]
+    shorter = [model.resolve_path(depth) for depth in range(1, min(len(path), 3))]
     trained = [each for each in shorter if model.config.is_trained(each)] or shorter[:1]
     return [], [PathDrafter(model, each, start, False) for each in trained]
 
 
 # ------------------------------------------------------------------------------------------------------- rules
+
+
+def _rule(sampler: Sampler) -> _Greedy | _Drawn:
+    """What decides which tokens are taken."""
+    greedy = sampler.sampling.temperature == 0 and sampler.sampling.repetition_penalty == 1
+    return _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler.copy())
 
 
 class _Greedy:

@@ -89,6 +89,7 @@ class Decoding:
     Attributes:
         prompts: token ids of each row.
         paths: of each row.
+        reader: what reads the rows; None before the first step.
         reasons: of each row why it ended, ``"eos"``, ``"stop"`` or ``"length"``; None while it goes on.
 
     Raises:
@@ -120,7 +121,7 @@ class Decoding:
         self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
         self._modules = list(model.modules())
         self._open = reader_of(model, self.paths, self.sampler, speculative, in_order)
-        self._rows: Runner | SideBySideRunner | Speculator | None = None
+        self.reader: Runner | SideBySideRunner | Speculator | None = None
         self._tokens: Tensor | None = None
         self._n_steps = 0
 
@@ -153,14 +154,14 @@ class Decoding:
 
     def _next_logits(self) -> Tensor:
         """The logits [B, V] of the next tokens, which it draws."""
-        if self._rows is None:
+        if self.reader is None:
             input_ids = self._begin()
-            logits = self._rows.prefill(input_ids)
-        elif not isinstance(self._rows, Speculator):
-            logits = self._rows.step(self._tokens)
-        if isinstance(self._rows, Speculator):
+            logits = self.reader.prefill(input_ids)
+        elif not isinstance(self.reader, Speculator):
+            logits = self.reader.step(self._tokens)
+        if isinstance(self.reader, Speculator):
             left = self.sampling.max_new_tokens - self._n_steps
-            self._tokens, logits = self._rows.next([reason is None for reason in self.reasons], left)
+            self._tokens, logits = self.reader.next([reason is None for reason in self.reasons], left)
         else:
             self._tokens = self.sampler.draw(logits)
         return logits
@@ -171,7 +172,7 @@ class Decoding:
         start = torch.tensor([longest - len(ids) for ids in self.prompts], device=device)
         input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in self.prompts], device=device)
         # without padding no start is given: the blocks then need no mask of their own
-        self._rows = self._open(start if start.any() else None)
+        self.reader = self._open(start if start.any() else None)
         return input_ids
 
 

@@ -203,7 +203,6 @@ class Control:
     def _rest(self) -> None:
         """Plain steps for a while."""
         self.known.wait, self.known.pause = self.known.pause, min(2 * self.known.pause, _LONGEST_PAUSE)
-        self._lost = min(self._lost, 0.0)
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -290,6 +290,15 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- choosing
 
 
+def pays(paths: Sequence[tuple[int, ...]], sampler: Sampler) -> bool:
+    """Whether drafting is known to pay, and changes no text: one row, greedy, along a path of three blocks or more.
+
+    On a CPU it is not known to: with decoders that make a plain step cheap, checking several tokens costs more than two
+    steps (docs/generation.md).
+    """
+    return False
+
+
 def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sampler: Sampler) -> Speculation | None:
     """What ``speculative`` means for rows along these paths; None: plain decoding.
 
@@ -297,8 +306,7 @@ def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sample
         ValueError: it is something else, or is asked for where rows have different paths.
     """
     if speculative is None:
-        is_free = sampler.sampling.temperature == 0
-        return Speculation() if is_free and len(paths) == 1 and len(paths[0]) > 2 else None
+        return Speculation() if pays(paths, sampler) else None
     if not isinstance(speculative, (bool, Speculation)):
         raise ValueError(
             f"speculative={quote(speculative)}: must be True, False, None, or a Speculation, such as Speculation(drafter=1)"

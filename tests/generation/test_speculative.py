@@ -68,7 +68,7 @@ def test_the_window_is_passed_and_drafters_are_right_and_wrong(attention_model):
         decoding = Decoding(attention_model, prompts_of(5), FULL, SamplingParams(24, temperature=0),
                             speculative=Speculation(**drafter, n_draft=2))  # fmt: skip
         assert sum(1 for _ in decoding) == 24
-        totals = decoding._rows.control.totals
+        totals = decoding.reader.control.totals
         drafted, wrong = drafted + totals.drafted, wrong + totals.drafted - (totals.tokens - totals.rounds)
     assert 20 < wrong < drafted - 20
 

@@ -29,7 +29,8 @@ def find_model(name: str) -> str:
         say(f"hbll-seq: model from {name}")
     elif name not in NAMES and not os.path.isdir(os.path.expanduser(name)):
         parent, own = os.path.split(name)
-        near = difflib.get_close_matches(own, [*_models_of(parent or "."), *(NAMES if not parent else ())], n=1)
+        near = difflib.get_close_matches(own, [*_models_of(parent or "."), *(NAMES if not parent else ())], n=1,
+                                         cutoff=0.5 if parent else 0.6)
         if near:  # before the Hub is asked for a name that it cannot have
             raise ValueError(f"there is no model {quote(name)} here; did you mean {os.path.join(parent, near[0])}?")
     return name

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hbll_seq.chains.depth import DepthChain
 from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
+from hbll_seq.models import depth_dial
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.tree.posterior import Categorical
 from hbll_seq.utils.console import ForgivingStream
@@ -22,10 +23,8 @@ from hbll_seq.utils.values import as_flag, as_whole
 
 
 def default_paths(model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
-    """The paths of a report: every depth up to 7, then the powers of two minus one, by name ``"depth k"``."""
-    n = model.tree.n_nodes
-    depths = [k for k in range(1, n + 1) if k <= 7 or k & (k + 1) == 0]
-    return {f"depth {k}": model.tree.path_for_depth(k) for k in depths}
+    """The paths of a report by name, ``"depth k"``: every depth up to 7, then the powers of two minus one."""
+    return {f"depth {len(path)}": path for path in depth_dial.default_paths(model)}
 
 
 def evaluate_paths(
@@ -68,7 +67,7 @@ def evaluate_paths(
         max_batches = as_whole("max_batches", max_batches, 1, remedy=", or None for all")
     if carry_state and not model.config.has_recurrence:
         raise ValueError(f"carry_state=True with cell={model.config.cell!r}: only recurrent blocks have a state to carry")
-    paths = {name: model.tree.validate_path(path) for name, path in (paths or default_paths(model)).items()}
+    paths = {name: model.resolve_path(path=path) for name, path in (paths or default_paths(model)).items()}
     device = device if device is not None else next(model.parameters()).device
     if carry_state:
         limit = None if max_batches is None else max_batches * batch_size

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.protocol import CausalLM
+from hbll_seq.generation.readers import reader_of
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams, as_sampling
 from hbll_seq.generation.side_by_side import SideBySideRunner
-from hbll_seq.generation.speculative import Speculation, Speculator, reader_of
+from hbll_seq.generation.speculative import Speculation, Speculator
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole, whole_or_none
@@ -154,26 +155,31 @@ class Decoding:
 
     def _next_logits(self) -> Tensor:
         """The logits [B, V] of the next tokens, which it draws."""
-        if self.reader is None:
-            input_ids = self._begin()
-            logits = self.reader.prefill(input_ids)
-        elif not isinstance(self.reader, Speculator):
-            logits = self.reader.step(self._tokens)
+        logits = self._begin() if self.reader is None else None
         if isinstance(self.reader, Speculator):
             left = self.sampling.max_new_tokens - self._n_steps
             self._tokens, logits = self.reader.next([reason is None for reason in self.reasons], left)
-        else:
-            self._tokens = self.sampler.draw(logits)
+            return logits
+        if logits is None:
+            logits = self.reader.step(self._tokens)
+        self._tokens = self.sampler.draw(logits)
         return logits
 
-    def _begin(self) -> Tensor:
-        """Make what reads the rows; the prompts [B, T], padded on the left."""
-        device, longest = self.model.embed.weight.device, max(map(len, self.prompts))
-        start = torch.tensor([longest - len(ids) for ids in self.prompts], device=device)
-        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in self.prompts], device=device)
+    def _begin(self) -> Tensor | None:
+        """Make what reads the rows, and read the prompts: logits [B, V] of the first tokens, None where it keeps them."""
+        n = self.sampling.n
+        prompts, device = self.prompts[::n], self.model.embed.weight.device
+        longest = max(map(len, prompts))
+        start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         # without padding no start is given: the blocks then need no mask of their own
-        self.reader = self._open(start if start.any() else None)
-        return input_ids
+        self.reader = self._open(start if start.any() else None, n)
+        logits = self.reader.prefill(input_ids)
+        if n == 1 or logits is None:
+            return logits
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(n)  # a prompt is read once for all its samples
+        self.reader.keep(rows)
+        return logits[rows]
 
 
 def generate_ids(

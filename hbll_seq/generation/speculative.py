@@ -14,7 +14,7 @@ Shapes: B rows of a batch, K tokens read at once, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,6 @@ from hbll_seq.generation.drafters import Drafter, PathDrafter, SweepDrafter
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
-from hbll_seq.generation.side_by_side import SideBySideRunner, check_in_order
 from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
 
@@ -69,9 +68,10 @@ class Speculator:
     Args:
         model: see :class:`hbll_seq.generation.protocol.CausalLM`; in evaluation mode, and without gradients.
         path: of all rows.
-        start: [B], the number of left-padding positions of each row, or None for none.
+        start: [P], the number of left-padding positions of each prompt, or None for none.
         sampler: of the rows, before their first token. It is copied.
         speculation: what is named.
+        n: rows of each prompt, next to one another.
 
     Attributes:
         control: chooses drafter and length, and counts; see :class:`hbll_seq.generation.draft_control.Control`.
@@ -87,9 +87,11 @@ class Speculator:
         start: Tensor | None,
         sampler: Sampler,
         speculation: Speculation,
+        n: int = 1,
     ):
-        self.model, self.path, self.start = model, model.resolve_path(path=path), start
-        shared, self._drafters = _drafters(model, self.path, start, speculation)
+        start = None if start is None else start.repeat_interleave(n)
+        self.model, self.path, self.n = model, model.resolve_path(path=path), n
+        shared, self._drafters = drafters_of(model, self.path, start, speculation)
         self.runner = Runner(model, self.path, start, also=shared)
         self._rule = _rule(sampler)
         n_rows = len(sampler.uniforms())
@@ -106,7 +108,8 @@ class Speculator:
         self._blank: Tensor | None = None
 
     def prefill(self, input_ids: Tensor) -> None:
-        """Read the prompts [B, T]."""
+        """Read the prompts [P, T]."""
+        input_ids = input_ids.repeat_interleave(self.n, dim=0)
         self._history = [input_ids]
         logits = self.runner.prefill(input_ids).unsqueeze(1)
         rows = range(len(input_ids))
@@ -176,7 +179,7 @@ class Speculator:
             self._queues[row].extend(zip(tokens, logits[row, first[row] :]))
 
 
-def _drafters(
+def drafters_of(
     model: CausalLM, path: tuple[int, ...], start: Tensor | None, speculation: Speculation
 ) -> tuple[list[tuple[int, ...]], list[Drafter]]:
     """Paths that share the runner of ``path``, and the drafters that may be chosen from."""
@@ -285,62 +288,3 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     which need not sum to one. Where nothing is left (but for rounding the two are equal) it is ``p``."""
     rest = (p - q).clamp(min=0)
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
-
-
-# ------------------------------------------------------------------------------------------------------- choosing
-
-
-def pays(paths: Sequence[tuple[int, ...]], sampler: Sampler) -> bool:
-    """Whether drafting is known to pay, and changes no text: one row, greedy, along a path of three blocks or more.
-
-    On a CPU it is not known to: with decoders that make a plain step cheap, checking several tokens costs more than two
-    steps (docs/generation.md).
-    """
-    return False
-
-
-def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sampler: Sampler) -> Speculation | None:
-    """What ``speculative`` means for rows along these paths; None: plain decoding.
-
-    Raises:
-        ValueError: it is something else, or is asked for where rows have different paths.
-    """
-    if speculative is None:
-        return Speculation() if pays(paths, sampler) else None
-    if not isinstance(speculative, (bool, Speculation)):
-        raise ValueError(
-            f"speculative={quote(speculative)}: must be True, False, None, or a Speculation, such as Speculation(drafter=1)"
-        )
-    if not speculative or (speculative is True and len(paths[0]) == 1):  # nothing is shorter than one block
-        return None
-    if len(set(paths)) > 1:
-        raise ValueError(
-            f"speculative={quote(speculative)} with rows of different paths {quote(sorted(set(paths)))}: give all prompts "
-            "one depth, or leave speculative out"
-        )
-    return Speculation() if speculative is True else speculative
-
-
-def reader_of(
-    model: CausalLM, paths: Sequence[tuple[int, ...]], sampler: Sampler, speculative: object, in_order: int | None
-) -> Callable[[Tensor | None], Runner | SideBySideRunner | Speculator]:
-    """What makes the reader of these rows, of their left padding [B] or None; what is not possible is said at once.
-
-    Raises:
-        ValueError: an option is not possible for these paths.
-    """
-    named = as_speculation(speculative, paths, sampler) if in_order is None or speculative else None
-    if in_order is None:
-        if named is None:
-            return lambda start: Runner(model, list(paths), start)
-        _drafters(model, paths[0], None, named)
-        return lambda start: Speculator(model, paths[0], start, sampler, named)
-    if named is not None:
-        raise ValueError(
-            f"in_order={quote(in_order)} and speculative={quote(speculative)} are both given: leave one out; to draft with "
-            f"blocks side by side pass speculative=Speculation(in_order={quote(in_order)})"
-        )
-    if len(set(paths)) > 1:
-        raise ValueError(f"in_order={quote(in_order)} with rows of different paths: give all prompts one depth")
-    check_in_order(in_order, paths[0])
-    return lambda start: SideBySideRunner(model, paths[0], in_order, start)

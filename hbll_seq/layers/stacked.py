@@ -4,7 +4,8 @@ All queries, keys and values are one product, since the blocks read one input; a
 MLPs' first matrices are one batched product, and their last ones one product again, whose sum over hidden units adds the
 branches up.
 
-Shapes: B batch, T tokens of a call, S keys in sight, R blocks, H heads of a block, D width of a head, C width, M hidden width.
+Shapes: B batch, T tokens of a call, S keys in sight, R blocks, H heads of a block, D width of a head, C width, M hidden
+width of an MLP.
 """
 
 from __future__ import annotations

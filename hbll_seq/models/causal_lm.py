@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from os import PathLike
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ from hbll_seq.layers.prepared import ReadOut, can_prepare
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.depth_dial import AbsentBlock, check_held, export_path, path_of_depth, path_of_word, report_paths
 from hbll_seq.models.exits import ExitAdapters
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.hub import HubMixin
-from hbll_seq.models.model_card import CardText
+from hbll_seq.models.model_card import AUTO_USAGE, CardText
+from hbll_seq.models.path_table import PathReport
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
 
 
@@ -89,7 +92,8 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
     """
 
     config_class = HBLLConfig
-    has_tokenizer = True
+    has_tokenizer = has_path_table = True
+    auto_classes = {"AutoConfig": "HBLLTransformersConfig", "AutoModelForCausalLM": "HBLLTransformersForCausalLM"}
 
     def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -98,7 +102,8 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
                 f"set vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
-        blocks = [make_block(config, n) for n in range(1, config.n_layer + 1)]
+        held = config.full_path
+        blocks = [make_block(config, n) if n in held else AbsentBlock(n, held) for n in range(1, config.n_layer + 1)]
         super().__init__(
             blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
         )
@@ -107,6 +112,24 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
             self.exits = ExitAdapters(self.tree, config.n_embd, config.exit_rank, config.exit_by)
         self.config = config
         self.tokenizer = tokenizer
+
+    def resolve_path(self, depth: int | str | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The path that ``depth`` or ``path`` names; the full one where both are None.
+
+        Args:
+            depth: number of blocks; ``"best"``: the trained path of the lowest stored validation perplexity; or ``"fast"``:
+                the one of the fewest blocks within 5% of that, or the shallowest trained depth where none is stored.
+            path: block numbers.
+
+        Raises:
+            ValueError: both are given, the one given is not possible in this tree, or the model does not hold its blocks; or
+                nothing is stored for ``"best"``.
+        """
+        if path is not None:
+            return check_held(self, super().resolve_path(depth, path))
+        if depth is None:
+            return self.config.full_path
+        return path_of_word(self, depth) if isinstance(depth, str) else path_of_depth(self, depth)
 
     def prepare(self, inputs: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token windows [B, T + 1] -> what is read [B, T] and the token that follows each position [B, T].
@@ -223,6 +246,38 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **faster, **options)
         return TextGenerator(self, self.tokenizer).stream(prompt, depth, path, **given)
 
+    def paths(self, n_tokens: int = 32, measure: bool = True) -> PathReport:
+        """Depth as a table: ``print(model.paths())``; every default path, and those that were trained or measured.
+
+        Args:
+            n_tokens: how many tokens are timed along each path, after a short run that is not.
+            measure: False leaves the times out.
+
+        Returns:
+            A list of :class:`hbll_seq.models.path_table.PathRow`: depth, path, stored validation and test perplexity,
+            parameters used, and milliseconds a token, measured now on the model's device. Its text is a table.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        return report_paths(self, n_tokens, measure)
+
+    def export_path(self, path: int | str | Sequence[int], save_directory: str | PathLike[str], **metadata: Any) -> None:
+        """Write a stand-alone model of one path's blocks, which loads like any other and gives the same logits.
+
+        The tree, the block numbers and the exit adapters stay; the other blocks are left out (``config.blocks``). The path
+        is then the full one, and shorter paths within it can be run too.
+
+        Args:
+            path: a depth or its word, as in :meth:`resolve_path`, or block numbers.
+            save_directory: the folder.
+            metadata: for the card, as in :meth:`save_pretrained`; stored perplexities of these blocks' paths go along.
+
+        Raises:
+            ValueError: as :meth:`resolve_path` and :meth:`save_pretrained`.
+        """
+        export_path(self, path, save_directory, metadata)
+
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
         parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
@@ -231,14 +286,18 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
 
     def card_text(self) -> CardText:
         """See :meth:`HubMixin.card_text`."""
-        n_layer, n_parameters = self.config.n_layer, sum(p.numel() for p in self.parameters())
-        about = (
+        n_layer, n_parameters = len(self.config.full_path), sum(p.numel() for p in self.parameters())
+        alone = self.config.blocks is not None
+        about = f"A causal language model of the {n_layer} blocks of one path of a binary tree, exported from a larger one,"
+        about += f"\nwith {n_parameters:,} parameters. Shorter paths within it can be run too."
+        about = about if alone else (
             f"A causal language model of {n_layer} blocks with {n_parameters:,} parameters. Its blocks can be run along any "
             f"dyadic\npath of a binary tree, so that one set of weights gives networks of 1 to {n_layer} blocks; "
             "those that\nit was trained and measured as are listed below."
         )
-        usage = f'print(model.generate("The history of the city", depth={min(3, n_layer)}, max_new_tokens=50))'
-        return CardText("text-generation", "HBLL language model", about, usage)
+        depth = n_layer if alone else min(3, n_layer)
+        usage = f'print(model.generate("The history of the city", depth={depth}, max_new_tokens=50))'
+        return CardText("text-generation", "HBLL language model", about, usage, AUTO_USAGE.format(depth=depth))
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""

@@ -15,7 +15,8 @@ from hbll_seq.utils.values import check_choice
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
-    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
+    | {"use_cache", "depth", "path"}  # of the wrapper for transformers: how it runs
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
@@ -118,6 +119,8 @@ class HBLLConfig(ModelConfig):
         qk_norm: attention normalises its queries and keys, which keeps scores from growing at high learning rates.
         trained_paths: which paths were trained: ``"all"`` dyadic ones, ``"default"`` (that of every depth), or a list of
             paths, each a list of block numbers; None where nobody has said. Generating along another path warns.
+        blocks: the path whose blocks alone the model holds, as ``export_path`` writes it; None where it holds all. Blocks
+            keep their numbers, and this path is then the full one.
 
     Raises:
         ValueError: a value is out of range; the message says which, what is allowed and what to do.
@@ -145,6 +148,7 @@ class HBLLConfig(ModelConfig):
     mlp: str = field(default="gelu", metadata={"optional": True})
     qk_norm: bool = field(default=False, metadata={"optional": True})
     trained_paths: str | tuple[tuple[int, ...], ...] | None = field(default=None, metadata={"optional": True})
+    blocks: tuple[int, ...] | None = field(default=None, metadata={"optional": True})
 
     @classmethod
     def migrated(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -153,8 +157,13 @@ class HBLLConfig(ModelConfig):
 
     @property
     def n_layer(self) -> int:
-        """Number of blocks on the full path, ``2**n_level - 1``."""
+        """Number of blocks of the tree, ``2**n_level - 1``."""
         return 2**self.n_level - 1
+
+    @property
+    def full_path(self) -> tuple[int, ...]:
+        """The numbers of all blocks that the model holds."""
+        return self.blocks or tuple(range(1, self.n_layer + 1))
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -195,6 +204,11 @@ class HBLLConfig(ModelConfig):
             raise ValueError(f"mlp={self.mlp!r} with mlp_ratio=0: there is no MLP; give an mlp_ratio, such as 4, or leave "
                              "mlp out")
         self._check_trained_paths()
+        if self.blocks is not None:
+            try:
+                object.__setattr__(self, "blocks", DyadicTree(self.n_level).validate_path(self.blocks))
+            except ValueError as error:
+                raise ValueError(f"blocks: {error}; or null for all") from None
 
     def _check_trained_paths(self) -> None:
         paths = self.trained_paths
@@ -223,7 +237,7 @@ class HBLLConfig(ModelConfig):
             return ""
         if isinstance(paths, str):
             which = "every dyadic path" if paths == "all" else "the default path of every depth"
-            return f"{which}, 1 to {self.n_layer} blocks"
+            return f"{which}, 1 to {len(self.full_path)} blocks"
         named = [f"{len(path)} blocks" + f" {list(path)}" * (len(path) < 8) for path in sorted(paths, key=len)]
         return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
+from hbll_seq.models.model_card import may_overwrite
+from hbll_seq.models.path_table import PathTable
+from hbll_seq.tree.topology import DyadicTree
 from hbll_seq.utils import migration
 from hbll_seq.utils.atomic import whole_folder
 from hbll_seq.utils.console import say
@@ -27,18 +30,21 @@ from hbll_seq.utils.reading import open_regular, parse_json, possible_name, quot
 from hbll_seq.utils.tensors import check_found, listing
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-TOKENIZER_NAME, CARD_NAME = "tokenizer.model", "README.md"
-FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME)
+TOKENIZER_NAME, CARD_NAME, PATHS_NAME = "tokenizer.model", "README.md", "paths.json"
+#: of a language model that was pushed: what transformers runs with trust_remote_code. It is not one of FILES, which loading
+#: fetches: no code is ever loaded.
+POINTER_NAME = "modeling_hbll.py"
+FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME, PATHS_NAME)
 #: those that SHA256SUMS lists; the model card is not one, since people edit it, on the Hub's web page too.
-SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME)
+SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, PATHS_NAME)
 #: the order in which a save replaces them: new sums fit no mixture, and without config.json a folder is no model.
-REPLACED = (SUMS_NAME, CARD_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
+REPLACED = (SUMS_NAME, CARD_NAME, PATHS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
 #: written by train/lm.py when a run has ended; what tells a finished run from a checkpoint.
 METRICS_NAME = "metrics.json"
 #: the folder of a run's checkpoints, whether it has ended or not
 CHECKPOINTS_NAME = "checkpoints"
 #: bytes that may be read; the trained paths of 1,023 blocks take 6 million in config.json.
-MAX_CONFIG, MAX_HEADER, MAX_TOKENIZER, MAX_CARD = 1 << 24, 1 << 24, 1 << 26, 1 << 24
+MAX_CONFIG, MAX_HEADER, MAX_TOKENIZER, MAX_CARD, MAX_PATHS = 1 << 24, 1 << 24, 1 << 26, 1 << 24, 1 << 25
 WHAT_TO_LOAD = "Give a folder that save_pretrained or train/lm.py has written, or a Hub id such as 'owner/name'"
 #: how often a folder that is being written to is read.
 ATTEMPTS = 5
@@ -204,6 +210,26 @@ class ModelFiles:
             self._sha256[WEIGHTS_NAME] = sha256(self.folder / WEIGHTS_NAME)
         return self._sha256[WEIGHTS_NAME]
 
+    def path_table(self, tree: DyadicTree) -> PathTable | None:
+        """Perplexities of the model's paths; None where none are stored. Raises ValueError when the file holds others."""
+        if not self.has(PATHS_NAME):
+            return None
+        data = self.read(PATHS_NAME, MAX_PATHS)
+        try:
+            return PathTable.read(data, tree)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {PATHS_NAME}: {error}; {_INTACT}") from None
+
+    def check(self, name: str) -> None:
+        """Compare the file with its sum, without keeping it. Raises ValueError when it is missing or another one."""
+        self._check_there(name)
+        if self.sums is not None and name in self.sums:
+            try:
+                found = self.weights_sha256() if name == WEIGHTS_NAME else sha256(self.folder / name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.source}: {name} cannot be read: {shorten(error)}; load an intact copy") from None
+            self._compare(name, found)
+
     def card(self) -> str | None:
         """The text of README.md; None where there is none that can be read."""
         try:
@@ -292,3 +318,19 @@ def _is_finished(folder: Path) -> bool:
         return isinstance(parse_json(read_bytes(folder / METRICS_NAME), null_for_non_finite=True), dict)
     except (OSError, ValueError):
         return False
+
+
+def has_readme_of_user(folder: Path) -> bool:
+    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
+    known."""
+    try:
+        return not may_overwrite(read_card(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # no regular file, or too large for a card
+        return True
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+            "changed there; make it readable, or choose another folder"
+        ) from error

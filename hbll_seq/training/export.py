@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
 from hbll_seq.training.run_folder import BY_DEPTH, CURVE, SUMMARY, exporting
@@ -46,8 +47,9 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     try:
         with exporting(folder) as finish:
             plot_training_curve(rows, evaluations, folder / CURVE)
-            plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
-            model.save_pretrained(folder, data=_writable(settings.data), settings=shown, perplexity=last["test"],
+            plot_perplexity_by_depth({split: last[split] for split in SPLITS}, folder / BY_DEPTH)
+            measured = {split: last[split] for split in SPLITS}
+            model.save_pretrained(folder, data=_writable(settings.data), settings=shown, perplexity=measured,
                                   steps=trainer.done, tokens=trainer.tokens)
             finish(to_json(summary, indent=1) + "\n")
     except (OSError, ValueError) as error:

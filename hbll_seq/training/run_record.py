@@ -17,9 +17,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, PATHS_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from hbll_seq.models.model_files import CHECKPOINTS_NAME as CHECKPOINTS
 from hbll_seq.models.model_files import METRICS_NAME as SUMMARY
+from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.utils.atomic import atomic_write
@@ -31,7 +32,7 @@ RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
 CURVE, BY_DEPTH = "training_curve.png", "perplexity_by_depth.png"
 #: what the export writes, in the order in which it is removed: without metrics.json a run does not count as finished
-RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME)
+RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, PATHS_NAME, SUMS_NAME)
 _COMPLETE = (SUMMARY, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME)
 _WHAT = "a folder of a run of hbll_seq"
 _OF_OLDER_RUNS = {"data", "tokenizer", "n_level", "n_embd", "max_steps", "lr", "seed", "output_dir"}  # in settings.yaml
@@ -194,6 +195,9 @@ def _looks_written(folder: Path, name: str) -> bool:
     if name == TOKENIZER_NAME:
         fingerprints = [state.get("tokenizer") for state in _states(folder)]  # SHA-256 of the file
         return sha256(path) in fingerprints or summary_is_valid(folder) and _looks_written(folder, CONFIG_NAME)
+    if name == PATHS_NAME:
+        values = read_json(path)
+        return isinstance(values, dict) and set(values) <= set(SPLITS)
     return set(read_sums(path)) <= {*RESULTS, CARD_NAME}
 
 

@@ -230,3 +230,12 @@ def test_mistakes_are_named(text_model):
         with pytest.raises(ValueError, match="different paths|one depth"):
             text_model.generate(["A", "B"], depth=[3, 7], **bad)
     assert text_model.generate("A", depth=1, speculative=True, temperature=0, max_new_tokens=3)
+
+
+def test_several_samples_of_a_prompt(text_model):
+    options = dict(n=3, seed=1, temperature=1.0, max_new_tokens=10)
+    texts = text_model.generate(["The city", "A"], speculative=Speculation(drafter=1, n_draft=3), **options)
+    assert [len(set(each)) for each in texts] == [3, 3] and all(text.startswith("A") for text in texts[1])
+    prompts, greedy = ["The city", "A"], dict(n=2, temperature=0, max_new_tokens=10)
+    assert text_model.generate(prompts, speculative=True, **greedy) == text_model.generate(prompts, **greedy)
+    assert len(set(text_model.generate("The city", in_order=4, **options))) == 3

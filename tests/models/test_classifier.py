@@ -12,7 +12,7 @@ from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models import hub
 from hbll_seq.models.sequence_classification import fixed_order
 
-CONFIG, WEIGHTS, _, CARD, SUMS = hub.FILES
+CONFIG, WEIGHTS, _, CARD, SUMS, _ = hub.FILES
 TINY = HBLLClassifierConfig(n_inputs=10, n_steps=4, n_classes=3, cell="gru", hidden_size=6, permutation_seed=0)
 
 

@@ -7,6 +7,7 @@ from os import PathLike
 from typing_extensions import Unpack
 
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
+from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text import Depths, Paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
@@ -24,12 +25,15 @@ def generate(
     sampling: SamplingParams | None = None,
     stream: bool = False,
     truncate_prompt: bool = False,
+    speculative: bool | Speculation | None = None,
+    in_order: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> str | list[str] | list[list[str]]:
     """``model.generate`` for a model given by name.
 
     Args:
-        prompt, depth, path, sampling, stream, truncate_prompt, options: see :meth:`HBLLForCausalLM.generate`.
+        prompt, depth, path, sampling, stream, truncate_prompt, speculative, in_order, options: see
+            :meth:`HBLLForCausalLM.generate`.
         model: a model object; a folder; a Hub id; ``"bundled"`` for the small model in this package; ``"latest"`` for the
             newest finished run under ``./runs``. None takes the bundled one; it and the latest are named on stderr. All but
             an object are loaded at every call: to call often, load once with ``HBLLForCausalLM.from_pretrained``.
@@ -52,4 +56,5 @@ def generate(
             f"model={type(model).__name__} object: must be an HBLLForCausalLM, a folder, a Hub id or 'latest'; of a "
             "wrapped model (DistributedDataParallel, LocalObjective) pass the model inside"
         )
-    return model.generate(prompt, depth, path, sampling=sampling, stream=stream, truncate_prompt=truncate_prompt)
+    faster = dict(speculative=speculative, in_order=in_order)
+    return model.generate(prompt, depth, path, sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **faster)

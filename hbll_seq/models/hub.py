@@ -37,6 +37,7 @@ from hbll_seq.models.model_card import (
     is_model_card,
     model_card,
     with_location,
+    with_pictures_of,
 )
 from hbll_seq.models.model_files import (
     CARD_NAME,
@@ -119,7 +120,7 @@ class HubMixin:
                 ``paths.json``, by which ``depth="best"`` and ``model.paths()`` know them. Rows alone that are no such rows
                 go to the card alone. Without them those that the model was loaded with are kept, as the card is.
             metadata: anything more to list in the model card; ``license``, ``language``, ``datasets`` (Hub ids) and
-                ``model_name`` go to its header.
+                ``model_name`` go to its header, ``pictures`` (names of .png files in the folder) are shown.
 
         Raises:
             ValueError: the folder cannot be written or is a file; metadata of a wrong type; a weight is NaN or infinite; or
@@ -168,7 +169,7 @@ class HubMixin:
                 kept = not metadata and self._card is not None and unchanged
                 told = {} if table is None else {"perplexity": table.splits}
                 text = self._card if kept else model_card(self, {**told, **metadata})
-                card = with_location(text, location or _portable(folder))
+                card = with_pictures_of(with_location(text, location or _portable(folder)), folder)
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
             (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             if "auto_map" in config:

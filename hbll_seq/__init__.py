@@ -19,6 +19,7 @@ _PUBLIC = {
     "engine.linearization.shared_matrix": ("SharedMatrix",),
     "evaluation.perplexity": ("evaluate_paths",),
     "generation.sampling": ("SamplingParams",),
+    "generation.speculative": ("Speculation",),
     "layers.cells": ("make_cell",),
     "models.causal_lm": ("HBLLForCausalLM",),
     "models.config": ("HBLLConfig",),

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from hbll_seq import HBLLForCausalLM, TokenWindows, evaluate_paths, load_tokens
 from hbll_seq.evaluation.perplexity import format_table
-from hbll_seq.models.model_files import METRICS_NAME
+from hbll_seq.models.model_files import CARD_NAME, METRICS_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "hbll_seq" / "assets" / "bundled"
 EXPECTED = ROOT / "tests" / "models" / "bundled_expected.json"
 #: windows of the test split that the test evaluates, and the prompt that it continues
 WINDOWS, PROMPT = 4, "The history of the city"
+AUTO_IMPORT = "from hbll_seq.integrations.transformers import BUNDLED\n"
 COMMAND = "python train/lm.py --preset bundled, then python train/bundle_model.py"
 
 
@@ -51,6 +52,11 @@ def main() -> None:
         model_name="hbll_seq's bundled language model", license="cc-by-sa-3.0", language="en", command=COMMAND,
         steps=summary["step"], tokens=summary["tokens"],
     )
+    card = FOLDER / CARD_NAME  # transformers does not know the name "bundled"
+    text = card.read_text(encoding="utf-8").replace("import hbll_seq.integrations.transformers\n", AUTO_IMPORT)
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        text = text.replace(f'{name}.from_pretrained("bundled"', f"{name}.from_pretrained(BUNDLED")
+    card.write_text(text, encoding="utf-8")
     EXPECTED.write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     print(f"\n{FOLDER.relative_to(ROOT)}: {sum(f.stat().st_size for f in FOLDER.iterdir()):,} bytes")
 

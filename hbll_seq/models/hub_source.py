@@ -88,6 +88,11 @@ def as_device(device: Any) -> torch.device:
     return device
 
 
+def package_folder() -> Path:
+    """The folder in this package that holds the bundled model."""
+    return Path(str(resources.files("hbll_seq") / "assets" / BUNDLED))
+
+
 def bundled_folder(revision: str | None = None, subfolder: str | None = None) -> Path:
     """The folder of the bundled model. Raises ValueError for a revision or subfolder, or where one is here."""
     for name, value in (("revision", revision), ("subfolder", subfolder)):
@@ -96,7 +101,7 @@ def bundled_folder(revision: str | None = None, subfolder: str | None = None) ->
     if os.path.lexists(BUNDLED):
         raise ValueError(f"{quote(BUNDLED)} is the bundled model and a file or folder here: write './{BUNDLED}' for the one "
                          "here, or work in another folder for the bundled one")
-    return Path(str(resources.files("hbll_seq") / "assets" / BUNDLED))
+    return package_folder()
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:

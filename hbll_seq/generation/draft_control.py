@@ -23,8 +23,11 @@ LONGEST = 8
 _TRIALS = (3, 3, 6, 3, 6)
 #: it must promise so much more than plain steps
 _LEAST_GAIN = 1.03
-#: the share of all time that rounds may lose before nothing but plain steps are taken, and plain steps on top of that
-_MAY_LOSE, _MAY_LOSE_AT_FIRST = 0.02, 2.5
+#: and one that promises so much more is known to pay
+_CLEAR_GAIN = 1.2
+#: the share of all time that rounds may lose before nothing but plain steps are taken, and plain steps on top of that: while
+#: no drafter is known to pay, and where one is, though not in this text so far
+_MAY_LOSE, _MAY_LOSE_AT_FIRST, _MAY_LOSE_HERE = 0.02, 3.0, 6.0
 #: plain steps before another trial; doubled at each one that fails
 _PAUSE, _LONGEST_PAUSE = 64, 1024
 #: plain steps before the first round, which say what one costs
@@ -34,7 +37,7 @@ _REFRESH = 48
 #: measurements that a median is taken of
 _N_COSTS = 7
 #: what is left of old counts of acceptance after a round
-_FADE = 0.97
+_FADE = 0.9
 
 
 @dataclass
@@ -164,15 +167,16 @@ class Control:
         """The drafter's number and how many tokens it drafts; 0 tokens are a plain step."""
         if self.totals.plain < _PLAIN_AT_FIRST or self._since_plain >= _REFRESH or self.known.wait > 0:
             return 0, 0
-        if self._lost > _MAY_LOSE * self._all + _MAY_LOSE_AT_FIRST:
-            self._rest()
-            return 0, 0
         drafter, n_draft, gain = self.best()
+        is_known = gain > _CLEAR_GAIN and all(record.rounds == len(_TRIALS) for record in self.records)
+        if self._lost > _MAY_LOSE * self._all + (_MAY_LOSE_HERE if is_known else _MAY_LOSE_AT_FIRST):
+            self._rest(doubled=not is_known)
+            return 0, 0
         for i, record in enumerate(self.records):
             if record.rounds < len(_TRIALS):
                 return i, _TRIALS[record.rounds] if len(self.lengths) > 1 else n_draft
         if gain < _LEAST_GAIN:
-            self._rest()
+            self._rest(doubled=True)
             self.records[drafter].rounds = len(_TRIALS) - 2  # the next trial is of this one
             return 0, 0
         oldest = min(range(len(self.records)), key=lambda i: self.records[i].last)
@@ -199,10 +203,14 @@ class Control:
         cost = min(cost, 3 * record.cost(n_draft))  # what an interruption takes is not the drafter's
         self._all += cost
         self._lost = max(-2.0, self._lost + cost - gained)
+        if self._lost < 0:  # it pays
+            self.known.pause = _PAUSE
 
-    def _rest(self) -> None:
-        """Plain steps for a while."""
-        self.known.wait, self.known.pause = self.known.pause, min(2 * self.known.pause, _LONGEST_PAUSE)
+    def _rest(self, doubled: bool) -> None:
+        """Plain steps for a while; after the next trial that fails for twice as long."""
+        self.known.wait = self.known.pause
+        if doubled:
+            self.known.pause = min(2 * self.known.pause, _LONGEST_PAUSE)
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -42,7 +42,8 @@ class SideBySideRunner:
         in_order: how many blocks are taken in order.
         start: [B], the number of left-padding positions of each row, or None for none.
         rollback: how many of the last tokens :meth:`truncate` can take back.
-        stack: the others are evaluated as stacked rows, where their kind allows it.
+        stack: the others are evaluated as stacked rows, where their kind allows it; None: on a GPU, where a token costs
+            calls. On a CPU they were not faster (docs/generation.md).
 
     Raises:
         ValueError: the path is not dyadic, or fewer than two blocks are left.
@@ -56,7 +57,7 @@ class SideBySideRunner:
         start: Tensor | None = None,
         *,
         rollback: int = ROLLBACK,
-        stack: bool = True,
+        stack: bool | None = None,
     ):
         self.model, self.path = model, model.resolve_path(path=path)
         self.in_order = check_in_order(in_order, self.path)
@@ -64,7 +65,8 @@ class SideBySideRunner:
         decoders = [self._runner.decoder(self.path[: k + 1]) for k in range(len(self.path))]
         self._first, rest = decoders[: self.in_order], decoders[self.in_order :]
         blocks = [model.blocks[n - 1] for n in self.path[self.in_order :]]
-        stacked = stacked_decoder(blocks, start, rollback) if stack else None
+        wanted = model.embed.weight.device.type != "cpu" if stack is None else stack
+        stacked = stacked_decoder(blocks, start, rollback) if wanted else None
         self._rest = stacked or SideBySide(rest, rollback)
 
     @property

@@ -93,7 +93,8 @@ class Speculator:
         self.model, self.path, self.n = model, model.resolve_path(path=path), n
         shared, self._drafters = drafters_of(model, self.path, start, speculation)
         self.runner = Runner(model, self.path, start, also=shared)
-        self._rule = _rule(sampler)
+        self._sampler = sampler.copy()
+        self._rule = _rule(self._sampler)
         n_rows = len(sampler.uniforms())
         names = [drafter.name for drafter in self._drafters]
         if speculation.n_draft and len(names) == 1:
@@ -128,10 +129,25 @@ class Speculator:
             drafter, n_draft = self.control.choose()
             n_draft = min(n_draft, remaining - 1)
             before = self._clock()
+            if n_draft < 1 and max(map(len, self._tails)) == 1 and not any(self._queues):
+                told = self._plain_step()
+                self.control.note(drafter, 0, 1, self._clock() - before)
+                return told
             gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
             self.control.note(drafter, n_draft, gained, self._clock() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
         return torch.tensor([token for token, _ in told]), torch.stack([logits for _, logits in told])
+
+    def _plain_step(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`next` returns, as plain decoding makes it."""
+        tokens = torch.tensor(self._tails, device=self._history[0].device)
+        logits = self.runner.step(tokens[:, 0])
+        drawn = self._sampler.draw(logits)
+        ids = drawn.tolist()
+        self._sampler.accept(ids)
+        self._history.append(tokens)
+        self._tails = [[token] for token in ids]
+        return drawn, logits
 
     def _round(self, drafter: Drafter | None, n_draft: int, alive: Sequence[int]) -> int:
         """Drafts and checks; returns by how many tokens the text of all rows has become longer."""
@@ -206,7 +222,7 @@ def drafters_of(
 def _rule(sampler: Sampler) -> _Greedy | _Drawn:
     """What decides which tokens are taken."""
     greedy = sampler.sampling.temperature == 0 and sampler.sampling.repetition_penalty == 1
-    return _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler.copy())
+    return _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler)
 
 
 class _Greedy:

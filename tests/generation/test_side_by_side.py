@@ -66,12 +66,13 @@ def test_padding_and_rows():
 
 def test_which_blocks_are_stacked():
     def is_stacked(**changes):
-        return isinstance(SideBySideRunner(double(**changes), (1, 2, 3, 4, 5, 6, 7), 4)._rest, StackedDecoder)
+        runner = SideBySideRunner(double(**changes), (1, 2, 3, 4, 5, 6, 7), 4, stack=True)
+        return isinstance(runner._rest, StackedDecoder)
 
     assert [name for name, changes in KINDS.items() if is_stacked(**changes)] == ["attention"]
     model = double()
     handle = model.blocks[5].register_forward_hook(lambda *given: None)
-    assert not isinstance(SideBySideRunner(model, (1, 2, 3, 4, 5, 6, 7), 4)._rest, StackedDecoder)
+    assert not isinstance(SideBySideRunner(model, (1, 2, 3, 4, 5, 6, 7), 4, stack=True)._rest, StackedDecoder)
     handle.remove()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -56,29 +56,36 @@ class Record:
     taken: float = 0.7
     rounds: int = 0
     last: int = 0
+    _line: tuple[float, float, float] | None = None  # mean length, mean cost, and what a token more costs
 
     def note(self, n_draft: int, cost: float) -> None:
         """A round of this length cost so many plain steps."""
         self.costs.setdefault(n_draft, deque(maxlen=_N_COSTS)).append(cost)
+        self._line = None
 
     def cost(self, n_draft: int) -> float:
         """Of a round of this length, by a line through the medians of those measured: an interruption moves no median."""
-        points = [(n, median(costs)) for n, costs in self.costs.items()]
-        if not points:
-            return 1 + 0.3 * n_draft
-        mean_n, mean_cost = (sum(values) / len(points) for values in zip(*points))
-        spread = sum((n - mean_n) ** 2 for n, _ in points)
-        slope = sum((n - mean_n) * (cost - mean_cost) for n, cost in points) / spread if spread else 0.3
-        return max(1.0, mean_cost + max(0.02, slope) * (n_draft - mean_n))
+        if self._line is None:
+            points = [(n, median(costs)) for n, costs in self.costs.items()] or [(0, 1.0)]
+            mean_n, mean_cost = (sum(values) / len(points) for values in zip(*points))
+            spread = sum((n - mean_n) ** 2 for n, _ in points)
+            slope = sum((n - mean_n) * (cost - mean_cost) for n, cost in points) / spread if spread else 0.3
+            self._line = mean_n, mean_cost, max(0.02, slope)
+        mean_n, mean_cost, slope = self._line
+        return max(1.0, mean_cost + slope * (n_draft - mean_n))
 
     @property
     def acceptance(self) -> float:
         """Chance that a drafted token is taken, where all before it are."""
         return self.taken / self.tried
 
-    def gain(self, n_draft: int) -> float:
-        """Tokens of a round over its cost in plain steps: how many times as fast as plain decoding it is."""
-        return sum(self.acceptance**i for i in range(n_draft + 1)) / self.cost(n_draft)
+    def best(self, lengths: Iterable[int]) -> tuple[float, int]:
+        """How many times as fast as plain decoding the best length is (tokens of a round over its cost), and this length."""
+        chance, found = self.acceptance, (0.0, 1)
+        for n in lengths:
+            tokens = (1 - chance ** (n + 1)) / (1 - chance) if chance < 1 else n + 1.0
+            found = max(found, (tokens / self.cost(n), n))
+        return found
 
 
 @dataclass
@@ -159,8 +166,7 @@ class Control:
 
     def best(self) -> tuple[int, int, float]:
         """The drafter and the length that promise most, and how many times as fast as plain decoding they are."""
-        options = [(record.gain(n), i, n) for i, record in enumerate(self.records) for n in self.lengths]
-        gain, drafter, n_draft = max(options)
+        (gain, n_draft), drafter = max((record.best(self.lengths), i) for i, record in enumerate(self.records))
         return drafter, n_draft, gain
 
     def choose(self) -> tuple[int, int]:

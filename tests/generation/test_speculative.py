@@ -136,7 +136,7 @@ def test_greedy_texts_of_200_prompts(text_model, chosen):
 
 # --------------------------------------------------------------------------------------------------------- drawing
 
-N_DRAWN = 2400
+N_DRAWN = 3600
 
 
 def chi_square(model, speculative, batch=80, n=3, **options):
@@ -192,7 +192,7 @@ def test_the_distribution_test_can_fail(tiny, monkeypatch, broken):
     else:
         monkeypatch.setattr(Sampler, "uniforms", lambda self, use=0: torch.zeros(len(self._positions)) if use == 2
                             else UNIFORMS(self, use))  # fmt: skip
-    assert chi_square(tiny, Speculation(drafter=1, n_draft=2), temperature=1.0) > 2
+    assert chi_square(tiny, Speculation(drafter=1, n_draft=2), temperature=1.0) > 1.2
 
 
 UNIFORMS = Sampler.uniforms

@@ -229,6 +229,8 @@ def test_mistakes_are_named(text_model):
     for bad in (dict(speculative=True), dict(in_order=1)):
         with pytest.raises(ValueError, match="different paths|one depth"):
             text_model.generate(["A", "B"], depth=[3, 7], **bad)
+    with pytest.raises(ValueError, match="different paths"):  # whichever comes first
+        text_model.generate(["A", "B"], depth=[1, 7], speculative=True)
     assert text_model.generate("A", depth=1, speculative=True, temperature=0, max_new_tokens=3)
 
 

@@ -155,8 +155,8 @@ def make_page(model: HBLLForCausalLM, name: str) -> Any:
         return stream
 
     with gr.Blocks(analytics_enabled=False, title="hbll_seq") as blocks:
-        gr.Markdown(f"# One model, any depth\n**{_plain(name)}**: {page.n_blocks} blocks, {n_parameters:,} parameters. Choose how "
-                    "many blocks each token runs through.")
+        gr.Markdown(f"# One model, any depth\n**{_plain(name)}**: {page.n_blocks} blocks, {n_parameters:,} parameters. "
+                    "Choose how many blocks each token runs through.")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=3, elem_id="prompt")

@@ -138,17 +138,26 @@ def logits_of_paths(
         yield name, model.read_out(states[-1][1], path)
 
 
+#: perplexity per word of which a table shows a dash: such a model has not learnt yet which pieces make words, or the text has
+#: no words between blanks, and the figure says nothing
+MOST_PER_WORD = 10_000
+
+
 def format_table(rows: list[dict]) -> str:
-    """The rows of :func:`evaluate_paths` as a table in plain text."""
+    """The rows of :func:`evaluate_paths` as a table in plain text; a dash where a perplexity per word says nothing."""
     lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  {'bits/byte':>9}  path"]
     for row in rows:
         lines.append(
-            f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {row['word_perplexity']:>10.2f}  "
+            f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {_per_word(row):>10}  "
             + (f"{row['bits_per_byte']:>9.4f}  " if "bits_per_byte" in row else f"{'-':>9}  ")  # older runs lack it
             + "-".join(map(str, [0, *row["path"]]))
             + "-head"
         )
     return "\n".join(lines)
+
+
+def _per_word(row: dict) -> str:
+    return f"{row['word_perplexity']:.2f}" if row["word_perplexity"] <= MOST_PER_WORD else "-"
 
 
 def _exp(nats: float) -> float:

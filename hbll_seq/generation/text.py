@@ -184,7 +184,7 @@ class TextGenerator:
             raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
         prompts = [self._encode(text, truncate_prompt) for text in texts]
         for each in dict.fromkeys(paths):
-            self._warn_if_untrained(each)
+            self.warn_if_untrained(each)
         ends = dict(eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size)
         decoding = Decoding(self.model, prompts, paths, sampling, **ends, **how)
         return _Run(decoding, [text for text in texts for _ in range(sampling.n)])
@@ -214,7 +214,7 @@ class TextGenerator:
             )
         return ids[-limit:]
 
-    def _warn_if_untrained(self, path: tuple[int, ...]) -> None:
+    def warn_if_untrained(self, path: tuple[int, ...]) -> None:
         """Once for every path of this model that its config says was not trained."""
         config, warned = self.model.config, _warned.setdefault(self.model, set())
         if path in warned or config.is_trained(path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
 from hbll_seq.models.hub_source import (
+    BUNDLED,
     HUB_ERRORS,
     as_device,
     as_dtype,
@@ -36,6 +37,7 @@ from hbll_seq.models.model_card import (
     is_model_card,
     model_card,
     with_location,
+    with_pictures_of,
 )
 from hbll_seq.models.model_files import (
     CARD_NAME,
@@ -118,7 +120,7 @@ class HubMixin:
                 ``paths.json``, by which ``depth="best"`` and ``model.paths()`` know them. Rows alone that are no such rows
                 go to the card alone. Without them those that the model was loaded with are kept, as the card is.
             metadata: anything more to list in the model card; ``license``, ``language``, ``datasets`` (Hub ids) and
-                ``model_name`` go to its header.
+                ``model_name`` go to its header, ``pictures`` (names of .png files in the folder) are shown.
 
         Raises:
             ValueError: the folder cannot be written or is a file; metadata of a wrong type; a weight is NaN or infinite; or
@@ -167,7 +169,7 @@ class HubMixin:
                 kept = not metadata and self._card is not None and unchanged
                 told = {} if table is None else {"perplexity": table.splits}
                 text = self._card if kept else model_card(self, {**told, **metadata})
-                card = with_location(text, location or _portable(folder))
+                card = with_pictures_of(with_location(text, location or _portable(folder)), folder)
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
             (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
             if "auto_map" in config:
@@ -213,12 +215,14 @@ class HubMixin:
         global random state is left as it was.
 
         Args:
-            pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
+            pretrained_model_name_or_path: a folder, ``"bundled"`` for the language model in this package, else a Hub id such
+                as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
             subfolder: the folder inside that holds the model; parts divided by "/".
             device: where the model goes.
-            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved.
+            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved, but
+                of the bundled model float32: it is saved in bfloat16 for its size, which a CPU is slow in.
             unknown: refused; transformers has more arguments.
 
         Raises:
@@ -230,6 +234,8 @@ class HubMixin:
         source = as_source(pretrained_model_name_or_path)
         check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
         check_hub_options(subfolder=subfolder)
+        if source == BUNDLED and dtype == "auto":
+            dtype = "float32"
         device, dtype = as_device(device), as_dtype(dtype)
         folder = find_folder(source, revision, token, cache_dir, local_files_only, subfolder)
         source = f"{source}/{subfolder}" if subfolder else source

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
@@ -68,6 +69,9 @@ __all__ = [{quoted}]
 """
 
 
+_PICTURES = "## Pictures"
+
+
 class CardText(NamedTuple):
     """What a card says of one kind of model.
 
@@ -99,6 +103,9 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
     if rows := metadata.get("perplexity"):
         tables = {f"Of the {name} split:\n\n": rows[name] for name in rows} if isinstance(rows, dict) else {"": rows}
         sections.append("## Perplexity by path\n\n" + "\n\n".join(name + _table(part) for name, part in tables.items()))
+    if pictures := metadata.get("pictures"):
+        images = [f"![{name.rpartition('.')[0].replace('_', ' ')}]({name})" for name in pictures]
+        sections.append("\n\n".join([_PICTURES, *images]))
     training = []
     if trained := getattr(model.config, "trained_depths", ""):
         training.append(f"Trained paths: {trained}.")
@@ -106,7 +113,7 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
         training.append(f"Data: {_cell(metadata['data'])}")
     if settings := metadata.get("settings"):
         training.append(_table([{"setting": key, "value": value} for key, value in settings.items()]))
-    shown = {"data", "settings", "perplexity", *HEADER_KEYS}
+    shown = {"data", "settings", "perplexity", "pictures", *HEADER_KEYS}
     if more := {key: value for key, value in metadata.items() if key not in shown}:
         training.append(_table([{"": key.replace("_", " "), "value": value} for key, value in more.items()]))
     if training:
@@ -143,6 +150,11 @@ def check_metadata(metadata: dict[str, Any]) -> None:
                 f"perplexity={quote(perplexity)}: must be a list of dictionaries, as evaluate_paths makes them, or such a "
                 "list for each of validation and test"
             )
+    pictures = metadata.get("pictures", [])
+    if not isinstance(pictures, (list, tuple)) or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.-]{1,100}\.png", name) for name in pictures
+    ):
+        raise ValueError(f"pictures={quote(pictures)}: must be a list of names of .png files beside the model")
 
 
 def is_model_card(text: str) -> bool:
@@ -165,6 +177,13 @@ def code_pointer(names: Iterable[str]) -> str:
     """The module by which transformers finds these classes of ``hbll_seq.integrations.transformers``."""
     names = sorted(names)
     return _POINTER.format(names=", ".join(names), quoted=", ".join(json.dumps(name) for name in names))
+
+
+def with_pictures_of(card: str, folder: Path) -> str:
+    """The card, without the pictures that ``folder`` does not hold: a copy of the model may leave them behind."""
+    images = re.compile(r"\n\n!\[[^\]\n]*\]\(([\w.-]+\.png)\)")
+    card = images.sub(lambda image: image[0] if (folder / image[1]).is_file() else "", card)
+    return card if re.search(rf"{_PICTURES}\n\n!", card) else card.replace(f"\n\n{_PICTURES}\n", "\n")
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

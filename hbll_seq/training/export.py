@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
-from hbll_seq.training.run_folder import BY_DEPTH, CURVE, SUMMARY, exporting
+from hbll_seq.training.run_folder import BY_DEPTH, CURVE, PICTURES, SUMMARY, TRADEOFF, TREE, exporting
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.settings_read import notable
 from hbll_seq.training.trainer import Trainer
+from hbll_seq.training.tree_plots import exit_weights, losses_of_nodes, plot_tradeoff, plot_tree, time_paths
 from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import shorten, to_json
 
@@ -41,22 +44,35 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
         "samples": last["samples"],
         "settings": asdict(settings),
     }
-    shown = {name: _writable(value) for name, value in settings.notable().items()}
+    shown = {name: _writable(value) for name, value in notable(settings).items()}
     if trainer.parts[1:]:
         shown["extended by"] = ", ".join(f"{steps:,} steps" for steps in trainer.parts[1:])
     try:
         with exporting(folder) as finish:
-            plot_training_curve(rows, evaluations, folder / CURVE)
-            plot_perplexity_by_depth({split: last[split] for split in SPLITS}, folder / BY_DEPTH)
-            measured = {split: last[split] for split in SPLITS}
-            model.save_pretrained(folder, data=_writable(settings.data), settings=shown, perplexity=measured,
-                                  steps=trainer.done, tokens=trainer.tokens)
+            _draw(model, settings, rows, evaluations, folder)
+            model.save_pretrained(folder, data=_writable(settings.data), settings=shown, steps=trainer.done,
+                                  tokens=trainer.tokens, perplexity={split: last[split] for split in SPLITS},
+                                  pictures=[name for name in PICTURES if (folder / name).exists()])
             finish(to_json(summary, indent=1) + "\n")
     except (OSError, ValueError) as error:
         raise RunFailed(f"the results could not be written to {folder}: {shorten(error, 250)}; the last checkpoint is kept: "
                         f"{remedy_for(error)}, then --resume") from None
-    written = [name for name in (SUMMARY, CURVE, BY_DEPTH) if (folder / name).exists()]
+    written = [name for name in (SUMMARY, *PICTURES) if (folder / name).exists()]
     say(f"finished: {folder} holds the model, {', '.join(written)}")
+
+
+def _draw(
+    model: HBLLForCausalLM, settings: TrainingSettings, rows: list[dict], evaluations: list[dict], folder: Path
+) -> None:
+    """The run's figures. Raises OSError where one cannot be written."""
+    last = evaluations[-1]
+    plot_training_curve(rows, evaluations, folder / CURVE)
+    plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
+    plot_tradeoff(last["test"], time_paths(model, {row["name"]: row["path"] for row in last["test"]}), folder / TRADEOFF)
+    of_tree = settings.objective == "tree"
+    weights = [1.0] * model.tree.n_nodes if of_tree else exit_weights(settings.depths(), model.tree)
+    if losses := losses_of_nodes(rows, weights):  # backprop has none, a path alone those of its blocks
+        plot_tree(model.tree, losses, settings.objective, folder / TREE)
 
 
 def _writable(value: Any) -> Any:

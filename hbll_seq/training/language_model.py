@@ -35,6 +35,7 @@ from hbll_seq.training.resuming import (
 from hbll_seq.training.run_folder import check_folder, check_place, finished_step
 from hbll_seq.training.run_lock import FolderLock
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.settings_read import unused
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import Stopped
 from hbll_seq.tree.topology import DyadicTree
@@ -149,6 +150,8 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         settings, origin, resumed, initial = chosen(given, preset, resume, extend)
         where = settings if resumed is None else located(settings, given, resumed)
         on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))
+        if (warning := unused(settings, given)) and is_first_process():
+            say(warning)
         accelerator = make_accelerator(settings)
         try:
             opened = data(where, recorded_tokenizer(origin["initial_model"]))

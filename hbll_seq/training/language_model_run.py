@@ -23,6 +23,7 @@ from hbll_seq.data.windows import TokenWindows
 from hbll_seq.evaluation.perplexity import evaluate_paths, format_table
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
+from hbll_seq.training.bundled import show_bundled
 from hbll_seq.training.devices import check_memory, on_main, precision_name, start_trackers, track
 from hbll_seq.training.export import count_parameters, export
 from hbll_seq.training.initial_model import InitialModel, take_weights
@@ -36,6 +37,8 @@ from hbll_seq.utils.console import is_first_process, say
 
 #: that are evaluated; the test split at the end only
 SPLITS = ("validation", "test")
+#: characters of the validation text that a sample begins with, where no prompt is given
+_PROMPT = 40
 
 
 class Data(NamedTuple):
@@ -187,15 +190,25 @@ def evaluation(
             max_batches=settings.final_eval_batches if final else settings.eval_batches,
         )
         tqdm.write(f"\n{split}, after {step} steps\n{format_table(row[split])}")
-    row["samples"] = []
+    row["samples"], prompt = [], settings.sample_prompt or beginning_of(data)
     for path in dict.fromkeys([min(paths.values(), key=len), max(paths.values(), key=len)]):
         if settings.sample_tokens:
-            text = model.generate(settings.sample_prompt, path=path, max_new_tokens=settings.sample_tokens,
+            text = model.generate(prompt, path=path, max_new_tokens=settings.sample_tokens,
                                   seed=settings.seed, truncate_prompt=True)
             row["samples"].append({"depth": len(path), "path": list(path), "text": text})
             tqdm.write(f"depth {len(path)}: {text!r}")
+    if final and settings.data == "bundled" and settings.sample_tokens:
+        show_bundled(model, data.test, prompt, settings)
     sys.stdout.flush()
     return row
+
+
+def beginning_of(data: Data) -> str:
+    """The first words of the validation text, as a prompt in the text's own language; a blank where there is none."""
+    tokens = data.validation.stream.tokens[:256].tolist()
+    lines = [line.strip() for line in data.tokenizer.decode(tokens).splitlines()]
+    line = next(filter(None, lines), " ")
+    return line if len(line) <= _PROMPT else line[:_PROMPT].rpartition(" ")[0] or line[:_PROMPT]
 
 
 def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:

@@ -1,4 +1,4 @@
-"""Figures as PNG files: no display, no global state. Those of a training run, and what other figures are drawn with."""
+"""Figures as PNG files: no display, no global state. The curves of a training run, and what other figures are drawn with."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _training_curve(figure, rows, evaluations) -> None:
     steps = [row["step"] for row in rows]
     losses = [finite_or_gap(row.get("ce")) for row in rows]
     top.plot(steps, losses, color="0.7", linewidth=0.8)
-    top.plot(steps, _smooth(losses), color="0.2", label="training")
+    top.plot(steps, smooth(losses), color="0.2", label="training")
     points = [(e["step"], row) for e in evaluations for row in e.get("validation", ())]
     names = dict.fromkeys(row["name"] for _, row in points)
     for name, shade in zip(names, _shades(len(names))):
@@ -94,13 +94,22 @@ def _shades(count: int) -> list:
     return [colormaps["viridis"](0.9 * i / max(1, count - 1)) for i in range(count)]
 
 
-def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start; a missing value leaves a gap and does not count."""
-    smoothed, total, norm = [], 0.0, 0.0
-    for value in values:
-        if not math.isnan(value):
-            total, norm = weight * total + (1 - weight) * value, weight * norm + 1 - weight
-        smoothed.append(math.nan if math.isnan(value) else total / norm)
+def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Means over a window centred on each value, so that a bend of the curve is where the data have it.
+
+    Near an end the window narrows on both sides: a mean of the past alone would lag. At the beginning it is narrower still (a
+    quarter of what lies before on either side), since losses fall there as steeply as they ever do. A missing value leaves a
+    gap and does not count.
+
+    Args:
+        values: the curve, NaN where a value is missing.
+        share: the window's width, as a share of the curve; at least three values.
+    """
+    half, smoothed = max(1, round(share * len(values) / 2)), []
+    for i, value in enumerate(values):
+        reach = min(half, i // 4, len(values) - 1 - i)
+        window = [v for v in values[i - reach : i + reach + 1] if not math.isnan(v)]
+        smoothed.append(math.nan if math.isnan(value) else sum(window) / len(window))
     return smoothed
 
 

@@ -18,10 +18,13 @@ from hbll_seq.training.run_record import (
     CURVE,
     EVALUATIONS,
     METRICS,
+    PICTURES,
     RECORD,
     RESULTS,
     SETTINGS,
     SUMMARY,
+    TRADEOFF,
+    TREE,
     RunRecord,
     digest,
     finished_step,
@@ -38,7 +41,8 @@ from hbll_seq.utils.atomic import atomic_write, roll_back, sweep
 from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
-__all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "RESULTS", "SETTINGS", "SUMMARY", "check_folder",
+__all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "PICTURES", "RESULTS", "SETTINGS", "SUMMARY",
+           "TRADEOFF", "TREE", "check_folder",
            "check_place", "exporting", "finished_step", "is_finished", "lines_of", "prepare_folder"]
 
 

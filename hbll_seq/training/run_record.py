@@ -30,9 +30,10 @@ from hbll_seq.utils.values import number_or_none
 
 RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
-CURVE, BY_DEPTH = "training_curve.png", "perplexity_by_depth.png"
+CURVE, BY_DEPTH, TRADEOFF, TREE = "training_curve.png", "perplexity_by_depth.png", "tradeoff.png", "tree.png"
+PICTURES = (CURVE, BY_DEPTH, TRADEOFF, TREE)
 #: what the export writes, in the order in which it is removed: without metrics.json a run does not count as finished
-RESULTS = (SUMMARY, CURVE, BY_DEPTH, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, PATHS_NAME, SUMS_NAME)
+RESULTS = (SUMMARY, *PICTURES, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME, PATHS_NAME, SUMS_NAME)
 _COMPLETE = (SUMMARY, WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_NAME)
 _WHAT = "a folder of a run of hbll_seq"
 _OF_OLDER_RUNS = {"data", "tokenizer", "n_level", "n_embd", "max_steps", "lr", "seed", "output_dir"}  # in settings.yaml
@@ -184,7 +185,7 @@ def _looks_written(folder: Path, name: str) -> bool:
     path = folder / name
     if name == SUMMARY:
         return summary_is_valid(folder)
-    if name in (CURVE, BY_DEPTH):
+    if name in PICTURES:
         return b"Matplotlib" in read_bytes(path)[:1024]
     if name == CONFIG_NAME:
         values = read_json(path)

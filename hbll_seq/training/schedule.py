@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-#: an extension warms up again to this fraction of the run's peak (docs/training.md has what was measured)
+#: an extension warms up again to this fraction of the run's peak (docs/training.md)
 EXTENSION_PEAK = 0.5
 
 

@@ -181,7 +181,8 @@ class TrainingSettings:
     eval_batches: int | None = _run(20, "batches of an evaluation during the run; none: the whole split", low=1)
     final_eval_batches: int | None = _run(None, "batches of the evaluation at the end; none: the whole split", low=1)
     eval_batch_size: int = _run(16, "windows in a batch of an evaluation", low=1, high=_WIDEST)
-    sample_prompt: str = _run("The history of the city", "prompt of the text sampled at every evaluation")
+    sample_prompt: str | None = _run(None, "prompt of the text sampled at every evaluation (default: the beginning of the "
+                                     "validation text)")
     sample_tokens: int = _run(40, "tokens sampled at every evaluation; 0: none", low=0, high=100_000)
     save_every: int = _run(500, "steps between two checkpoints; 0: only at the end", low=0)
     keep_checkpoints: int = _run(2, "newest checkpoints that are kept", low=1)
@@ -312,29 +313,7 @@ class TrainingSettings:
             lines.append(f"{line.rstrip()}  # {value}\n" if field.name in asked else line)
         return "".join(lines)
 
-    def notable(self) -> dict[str, Any]:
-        """What a reader of the results wants to know of the training, beside text and model: a few settings always, others
-        where they are not as by default."""
-        usual = TrainingSettings(max_steps=1).resolved()
-        found = {}
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            differs = value is not None and value != getattr(usual, name)
-            if (name in _DECISIVE or differs) and self._is_read(field) and name not in ("data", "cache_dir", "num_proc"):
-                found[name] = value
-        return found
 
-    def _is_read(self, field: dataclasses.Field) -> bool:
-        """Whether this run's training depends on the setting, as far as the model's configuration does not say it."""
-        kind, axis, _ = field.metadata["of"] or (None, None, None)
-        if kind is DepthMix:
-            return self.objective != "tree" and (field.name == "depth_mix" or self.depth_mix != "none")
-        if kind is Sweeps:
-            return self.objective == "sweeps" if axis == "depth" else self.has_recurrence and self.objective != "backprop"
-        return self.objective == "tree" if kind is Tree else field.metadata["group"] not in ("model", "run")
-
-
-_DECISIVE = ("objective", "depth_mix", "max_steps", "batch_size", "lr", "seed")
 FREE_ON_RESUME = frozenset(f.name for f in dataclasses.fields(TrainingSettings) if f.metadata["resume"] == "free")
 
 

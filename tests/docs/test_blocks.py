@@ -32,6 +32,10 @@ RUN = {
     "python train/lm.py --preset gru-small --output-dir runs/gru":
         f"python train/lm.py {SHORT} --cell gru --output-dir runs/gru",
     "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
+    "accelerate launch train/lm.py --extend 2000 --output-dir runs/mine":
+        "python train/lm.py --extend 2 --output-dir runs/mine",
+    "accelerate launch train/lm.py --init-from runs/mine --data my.txt --output-dir runs/next":
+        f"python train/lm.py {SHORT} --init-from runs/mine --output-dir runs/next",
     **{command: command for command in (
         "hbll-seq --help",
         "hbll-seq generate --help",
@@ -228,7 +232,7 @@ def _check_program(words: list[str]) -> None:
 def _check_script(script: Path, options: list[str]) -> None:
     assert script.exists()
     module = load(script)
-    if script.name == "lm.py" and not {"--resume", "--help"} & set(options):
+    if script.name == "lm.py" and not {"--resume", "--extend", "--init-from", "--help"} & set(options):
         assert module.main([*options, "--dry-run"]) == 0
     elif hasattr(module, "parse"):
         module.parse(options)

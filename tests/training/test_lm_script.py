@@ -17,6 +17,7 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
+from hbll_seq.training import settings_read
 from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.presets import read_preset, resolve
 from hbll_seq.training.trainer import learning_rate, make_optimizer
@@ -74,10 +75,11 @@ def test_exported_model_is_the_trained_one(whole_run, lm_options):
 def test_evaluations_hold_table_and_two_depths_of_text(whole_run):
     rows = [json.loads(line) for line in (whole_run / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 60]
+    prompt = lm_run.beginning_of(lm.data(lm.resume_run({"output_dir": str(whole_run)}, None)[0]))
     for row in rows:
         assert [sample["depth"] for sample in row["samples"]] == [1, 3]
         for sample in row["samples"]:
-            assert sample["text"].startswith("The history of the city")
+            assert sample["text"].startswith(prompt)
         for entry in row["validation"]:
             assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
             assert entry["word_perplexity"] > 0
@@ -88,7 +90,7 @@ def test_output_for_people(lm_options, tmp_path, capsys):
     assert lm.main([*lm_options, "--max-steps", "4", "--output-dir", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr()
     assert "validation, after 4 steps" in printed.out and "0-1-2-3-head" in printed.out and "per word" in printed.out
-    assert "depth 1: 'The history of the city" in printed.out and "depth 3: 'The history of the city" in printed.out
+    assert "depth 1: '" in printed.out and "depth 3: '" in printed.out
     assert "tokens/s" in printed.err and "loss=" in printed.err and "4/4" in printed.err
 
 
@@ -293,7 +295,7 @@ def test_every_option_of_the_objects_is_a_setting_or_left_out_on_purpose():
 
 def test_what_a_model_card_says_of_the_training():
     def notable(**options):
-        return st.TrainingSettings(max_steps=5, **options).resolved().notable()
+        return settings_read.notable(st.TrainingSettings(max_steps=5, **options).resolved())
 
     always = {"objective": "sweeps", "depth_mix": "octaves", "max_steps": 5, "batch_size": 8, "lr": 0.002, "seed": 0}
     assert notable() == always

@@ -387,7 +387,7 @@ def test_a_run_killed_before_its_first_checkpoint_left_an_empty_folder(quick, tm
 
 def test_a_run_killed_before_it_wrote_anything_left_an_empty_folder(quick, tmp_path):
     folder = tmp_path / "run"
-    assert run_with("of_run.prepare_folder = lambda *arguments: os._exit(9)", quick, folder) == 9
+    assert run_with("of_run.prepare_folder = lambda *arguments, **more: os._exit(9)", quick, folder) == 9
     assert os.listdir(folder) == [LOCK]
     assert lm.main([*quick, "--output-dir", str(folder)]) == 0 and is_finished(folder)
 

@@ -6,7 +6,7 @@ takes seconds. Type checkers and editors read ``__init__.pyi``, which a test com
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 #: module -> what it holds of the public names
 _PUBLIC = {
@@ -19,6 +19,7 @@ _PUBLIC = {
     "engine.linearization.shared_matrix": ("SharedMatrix",),
     "evaluation.perplexity": ("evaluate_paths",),
     "generation.sampling": ("SamplingParams",),
+    "generation.speculative": ("Speculation",),
     "layers.cells": ("make_cell",),
     "models.causal_lm": ("HBLLForCausalLM",),
     "models.config": ("HBLLConfig",),

@@ -18,10 +18,11 @@ EXAMPLES = """\
   hbll-seq compare runs/a runs/b --text my.txt --depth 1,3,7
   hbll-seq compare bundled --prompt "The river" --depth 1,3,7 --seed 0
 
-Models of different vocabularies are compared by bits per byte: their tokens differ.
+Models of different vocabularies are compared by bits per byte: their tokens differ. The time of a token is that of one text
+on this machine, now, the reading of the prompt left out.
 """
-COLUMNS = ["model", "depth", "nats/token", "per token", "per word", "bits/byte", "parameters", "path"]
-FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", "<"]
+COLUMNS = ["model", "depth", "nats/token", "per token", "per word", "bits/byte", "parameters", "ms/token", "path"]
+FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", ".2f", "<"]
 
 
 def parser(prog: str) -> Parser:
@@ -38,6 +39,7 @@ def parser(prog: str) -> Parser:
     text = found.add_argument_group("on a text")
     text.add_argument("--text", metavar="FILE", help="a text file, or - for stdin (default: the bundled test split)")
     options.add_text_options(text)
+    options.add_time_options(text)
     prompt = found.add_argument_group("on a prompt")
     prompt.add_argument("--prompt", metavar="TEXT", help="write its continuation by each, below each other; or - for stdin")
     found.set_defaults(sampling_names=options.add_fields(prompt, SamplingParams, leave_out=("n",)))
@@ -63,6 +65,7 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
     from hbll_seq.cli.texts import measured_text
     from hbll_seq.evaluation.perplexity import evaluate_paths
     from hbll_seq.evaluation.text import split_windows, text_windows
+    from hbll_seq.models.depth_dial import ms_per_token
 
     if args.text is None and args.data is None:
         args.data = "bundled"
@@ -74,7 +77,9 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
         windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
         limits = {"batch_size": args.batch_size, "max_batches": args.max_batches, "progress": True}
         for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
-            rows.append({"model": name, **row, "parameters": model.n_parameters(row["path"])})
+            milliseconds = ms_per_token(model, tuple(row["path"]), args.timed_tokens) if args.time else None
+            more = {"parameters": model.n_parameters(row["path"]), "ms_per_token": milliseconds}
+            rows.append({"model": name, **row, **more})
         vocabularies.add(model.tokenizer.fingerprint)
     if args.json:
         out.json({"text": measured.name, "rows": rows})
@@ -82,7 +87,8 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
     if len(vocabularies) > 1:
         say("hbll-seq: these models have different tokenizers: compare bits per byte, not perplexity per token")
     out.write(f"{measured.name}\n")
-    cells = [[row["model"], row["depth"], *figures(row), row["parameters"], path_text(row["path"])] for row in rows]
+    keys = ("parameters", "ms_per_token")
+    cells = [[row["model"], row["depth"], *figures(row), *(row[key] for key in keys), path_text(row["path"])] for row in rows]
     out.write(table(COLUMNS, cells, FORMATS))
 
 

@@ -55,6 +55,12 @@ def add_text_options(parser: Any) -> None:
     parser.add_argument("--batch-size", type=whole, default=16, metavar="N", help="windows of a batch (default: 16)")
 
 
+def add_time_options(parser: Any) -> None:
+    """``--no-time``, and how many tokens are timed."""
+    parser.add_argument("--no-time", dest="time", action="store_false", help="do not measure the time of a token")
+    parser.add_argument("--timed-tokens", type=whole, default=32, metavar="N", help="tokens of each timing (default: 32)")
+
+
 def whole(text: str) -> int:
     """A whole number of at least 1."""
     return _at_least(text, 1)

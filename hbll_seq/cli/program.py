@@ -20,8 +20,10 @@ COMMANDS = {
     "generate": ("generate", "continue a text, at any depth"),
     "train": ("train", "train a language model"),
     "eval": ("evaluate", "perplexity and bits per byte of a text, by depth"),
+    "paths": ("paths", "the paths of a model: quality, size and speed"),
     "compare": ("compare", "several models and depths on one text, or on one prompt"),
     "info": ("info", "what a model is: sizes, files, trained paths, its tree"),
+    "export": ("export", "make one path of a model a model of its own"),
     "push": ("push", "upload a model to the Hugging Face Hub"),
     "demo": ("demo", "a page in the browser: text at any depth, which words need depth"),
 }

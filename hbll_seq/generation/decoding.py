@@ -15,9 +15,12 @@ from torch import Tensor
 
 from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.protocol import CausalLM
+from hbll_seq.generation.readers import reader_of
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams, as_sampling
+from hbll_seq.generation.side_by_side import SideBySideRunner
+from hbll_seq.generation.speculative import Speculation, Speculator
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole, whole_or_none
@@ -82,10 +85,12 @@ class Decoding:
         eos_id: a row ends with this token, which is not handed out.
         n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
         logprobs: how many of the most probable ids each step tells; None: it tells no probabilities.
+        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
 
     Attributes:
         prompts: token ids of each row.
         paths: of each row.
+        reader: what reads the rows; None before the first step.
         reasons: of each row why it ended, ``"eos"``, ``"stop"`` or ``"length"``; None while it goes on.
 
     Raises:
@@ -102,6 +107,8 @@ class Decoding:
         eos_id: int | None = None,
         n_tokens: int | None = None,
         logprobs: int | None = None,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
     ):
         self.model, self.sampling, self.eos_id, self.logprobs = model, as_sampling(sampling, {}), eos_id, logprobs
         prompts = _check_prompts(prompts, model.config.vocab_size)
@@ -114,7 +121,8 @@ class Decoding:
         self.reasons: list[str | None] = [None] * len(self.prompts)
         self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
         self._modules = list(model.modules())
-        self._rows: Runner | None = None
+        self._open = reader_of(model, self.paths, self.sampler, speculative, in_order)
+        self.reader: Runner | SideBySideRunner | Speculator | None = None
         self._tokens: Tensor | None = None
         self._n_steps = 0
 
@@ -131,7 +139,6 @@ class Decoding:
             raise StopIteration
         with evaluation_mode(self.model, self._modules):
             logits = self._next_logits()
-            self._tokens = self.sampler.draw(logits)
             told = None if self.logprobs is None else _logprobs_of(logits, self._tokens, self.logprobs, self.sampler.n_tokens)
         drawn = self._tokens.tolist()
         self._n_steps += 1
@@ -147,20 +154,31 @@ class Decoding:
         return Step(step, told and [each if token is not None else None for token, each in zip(step, told)])
 
     def _next_logits(self) -> Tensor:
-        if self._rows is not None:
-            return self._rows.step(self._tokens)
+        """The logits [B, V] of the next tokens, which it draws."""
+        logits = self._begin() if self.reader is None else None
+        if isinstance(self.reader, Speculator):
+            left = self.sampling.max_new_tokens - self._n_steps
+            self._tokens, logits = self.reader.next([reason is None for reason in self.reasons], left)
+            return logits
+        if logits is None:
+            logits = self.reader.step(self._tokens)
+        self._tokens = self.sampler.draw(logits)
+        return logits
+
+    def _begin(self) -> Tensor | None:
+        """Make what reads the rows, and read the prompts: logits [B, V] of the first tokens, None where it keeps them."""
         n = self.sampling.n
         prompts, device = self.prompts[::n], self.model.embed.weight.device
         longest = max(map(len, prompts))
         start = torch.tensor([longest - len(ids) for ids in prompts], device=device)
         input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         # without padding no start is given: the blocks then need no mask of their own
-        self._rows = Runner(self.model, self.paths[::n], start if start.any() else None)
-        logits = self._rows.prefill(input_ids)
-        if n == 1:
+        self.reader = self._open(start if start.any() else None, n)
+        logits = self.reader.prefill(input_ids)
+        if n == 1 or logits is None:
             return logits
         rows = torch.arange(len(prompts), device=device).repeat_interleave(n)  # a prompt is read once for all its samples
-        self._rows.keep(rows)
+        self.reader.keep(rows)
         return logits[rows]
 
 
@@ -172,6 +190,8 @@ def generate_ids(
     *,
     eos_id: int | None = None,
     n_tokens: int | None = None,
+    speculative: bool | Speculation | None = None,
+    in_order: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Token ids in, token ids out, one step at a time: the tokens of a :class:`Decoding`, whose arguments and errors these
     are. Errors are raised by this call, not by the first step.
@@ -180,7 +200,8 @@ def generate_ids(
         For each step the ids of the rows, None in a row that has ended; ends when all rows have. There are
         ``sampling.n`` rows for each prompt, next to each other.
     """
-    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens)
+    faster = dict(speculative=speculative, in_order=in_order)
+    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens, **faster)
     return (step.tokens for step in decoding)
 
 

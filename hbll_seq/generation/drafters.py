@@ -115,9 +115,9 @@ class SweepDrafter:
         x = self.model.embed(tokens.unsqueeze(1))[:, 0]
         for decoder in self._decoders[: self.in_order]:
             x = decoder.step(x)
-        total = x
+        total = x * (1 + self.in_order - len(self._decoders))
         for decoder in self._decoders[self.in_order :]:
-            total = total + (decoder.step(x) - x)
+            total += decoder.step(x)
         return self._runner.logits(total, self.path)
 
     def end(self) -> None:

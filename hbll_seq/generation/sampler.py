@@ -134,9 +134,11 @@ def keep_most_probable(scaled: Tensor, sampling: SamplingParams) -> Tensor:
     left_out = None
     if (sampling.top_k or math.inf) < scaled.shape[-1] or (sampling.top_p or 1) < 1:
         ranked, counts = _ranked(scaled, sampling.top_k, sampling.top_p)
-        last = ranked.gather(-1, counts - 1)  # the score of the last that is kept; of equal ones the lower ids come first
-        above, equal = scaled > last, scaled == last
-        left_out = ~(above | equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
+        last = ranked.gather(-1, counts - 1)  # the score of the last that is kept
+        left_out = scaled < last
+        if not torch.equal(scaled.shape[-1] - left_out.sum(dim=-1, keepdim=True), counts):  # of equal ones the lower ids
+            above, equal = scaled > last, scaled == last
+            left_out |= equal & (equal.cumsum(dim=-1) > counts - above.sum(dim=-1, keepdim=True))
     if sampling.min_p is not None:
         too_low = scaled < math.log(sampling.min_p)
         left_out = too_low if left_out is None else left_out | too_low

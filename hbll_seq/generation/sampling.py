@@ -12,7 +12,7 @@ from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
 
 #: the other arguments of ``generate`` and ``stream``, which a mistyped name may mean too.
-_OTHER_ARGUMENTS = ("depth", "path", "stream", "truncate_prompt")
+_OTHER_ARGUMENTS = ("depth", "path", "stream", "truncate_prompt", "speculative", "in_order")
 
 
 @dataclass(frozen=True)

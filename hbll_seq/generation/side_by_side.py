@@ -1,7 +1,7 @@
 """A path with its first blocks in order and the others side by side: one sweep over them in place of a walk.
 
-With s the state after k blocks in order, the path ends in ``s + sum of the others' branches at s``: one forward iteration with
-the identity for their Jacobians (docs/method.md 2.2, 2.8). It has the work of all blocks and the span of k + 1.
+With s the state after k blocks in order, the path ends in ``s + sum of the others' branches at s``: one forward iteration
+with the identity for their Jacobians (docs/method.md 2.2). It has the work of all blocks and the span of k + 1.
 
 Shapes: B rows of a batch, T and K tokens, C width, V vocabulary.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.generation.protocol import CausalLM
+from hbll_seq.generation.runner import Runner
 from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.stacked import stacked_decoder
 from hbll_seq.utils.reading import quote
@@ -26,8 +27,8 @@ def check_in_order(in_order: object, path: Sequence[int]) -> int:
     if number is None or not 0 <= number <= len(path) - 2:
         most = f"a whole number of 0 to {len(path) - 2}" if len(path) > 1 else "left out"
         raise ValueError(
-            f"in_order={quote(in_order)} with the {len(path)} blocks {list(path)}: must be {most}; the blocks behind these are "
-            "evaluated side by side, at least two of them"
+            f"in_order={quote(in_order)} with the {len(path)} blocks {list(path)}: must be {most}; the blocks behind these "
+            "are evaluated side by side, at least two of them"
         )
     return number
 
@@ -41,7 +42,8 @@ class SideBySideRunner:
         in_order: how many blocks are taken in order.
         start: [B], the number of left-padding positions of each row, or None for none.
         rollback: how many of the last tokens :meth:`truncate` can take back.
-        stack: the others are evaluated as stacked rows, where their kind allows it.
+        stack: the others are evaluated as stacked rows, where their kind allows it; None: on a GPU, where a token costs
+            calls. On a CPU they were not faster (docs/generation.md).
 
     Raises:
         ValueError: the path is not dyadic, or fewer than two blocks are left.
@@ -55,15 +57,17 @@ class SideBySideRunner:
         start: Tensor | None = None,
         *,
         rollback: int = ROLLBACK,
-        stack: bool = True,
+        stack: bool | None = None,
     ):
         self.model, self.path = model, model.resolve_path(path=path)
         self.in_order = check_in_order(in_order, self.path)
-        blocks = [model.blocks[n - 1] for n in self.path]
-        rest = blocks[self.in_order :]
-        self._first = [block.decoder(start, rollback=rollback) for block in blocks[: self.in_order]]
-        stacked = stacked_decoder(rest, start, rollback) if stack else None
-        self._rest = stacked or SideBySide([block.decoder(start, rollback=rollback) for block in rest], rollback)
+        self._runner = Runner(model, self.path, start, rollback=rollback)  # whose decoders and head are used by hand
+        decoders = [self._runner.decoder(self.path[: k + 1]) for k in range(len(self.path))]
+        self._first, rest = decoders[: self.in_order], decoders[self.in_order :]
+        blocks = [model.blocks[n - 1] for n in self.path[self.in_order :]]
+        wanted = model.embed.weight.device.type != "cpu" if stack is None else stack
+        stacked = stacked_decoder(blocks, start, rollback) if wanted else None
+        self._rest = stacked or SideBySide(rest, rollback)
 
     @property
     def length(self) -> int:
@@ -72,18 +76,18 @@ class SideBySideRunner:
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Read the prompts [B, T] -> logits [B, V] of the token that follows."""
-        return self.model.read_out(self._states(input_ids)[:, -1], self.path)
+        return self._runner.logits(self._states(input_ids)[:, -1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """One more token for each row, [B] -> logits [B, V] of the next."""
         x = self.model.embed(tokens.unsqueeze(1))[:, 0]
         for decoder in self._first:
             x = decoder.step(x)
-        return self.model.read_out(self._rest.step(x), self.path)
+        return self._runner.logits(self._rest.step(x))
 
     def read(self, tokens: Tensor) -> Tensor:
         """The next tokens at once, [B, K] -> logits [B, K, V] of what follows each."""
-        return self.model.read_out(self._states(tokens), self.path)
+        return self._runner.logits(self._states(tokens))
 
     def _states(self, tokens: Tensor) -> Tensor:
         x = self.model.embed(tokens)
@@ -113,12 +117,18 @@ class SideBySide(Decoder):
     def read(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.read`."""
         self.length += x.shape[1]
-        return x + sum(decoder.read(x) - x for decoder in self.decoders)
+        total = torch.sub(self.decoders[0].read(x), x, alpha=len(self.decoders) - 1)
+        for decoder in self.decoders[1:]:
+            total += decoder.read(x)
+        return total
 
     def step(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.step`."""
         self.length += 1
-        return x + sum(decoder.step(x) - x for decoder in self.decoders)
+        total = torch.sub(self.decoders[0].step(x), x, alpha=len(self.decoders) - 1)
+        for decoder in self.decoders[1:]:
+            total += decoder.step(x)
+        return total
 
     def _truncate(self, length: int) -> None:
         for decoder in self.decoders:

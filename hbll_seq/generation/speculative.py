@@ -5,8 +5,8 @@ the guesses that the path would have chosen itself, and its own choice behind th
 drafter's distribution q, with probability min(1, p(d) / q(d)), and draws from the positive part of p - q where it is turned
 down: the tokens then follow p exactly (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
 
-Rows of a batch share one length. A row that took more guesses than another keeps them: they are certain, and in the next round
-they stand where guesses stand.
+Rows of a batch share one length. A row that took more guesses than another keeps them: they are certain, and in the next
+round they stand where guesses stand.
 
 Shapes: B rows of a batch, K tokens read at once, V vocabulary.
 """
@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from hbll_seq.generation.draft_control import LONGEST, Control, Fixed
+from hbll_seq.generation.draft_control import LONGEST, Control, Fixed, clock
 from hbll_seq.generation.drafters import Drafter, PathDrafter, SweepDrafter
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
@@ -40,7 +39,7 @@ class Speculation:
     Attributes:
         drafter: the depth that drafts, or the path.
         in_order: in place of ``drafter``: the path itself drafts with its first ``in_order`` blocks in order and the others
-            side by side (docs/method.md 2.8).
+            side by side (docs/method.md 2.2).
         n_draft: how many tokens are drafted at once. With the drafter named as well nothing is left to choose: no text
             depends on the clock, and nothing falls back to plain decoding.
 
@@ -56,8 +55,8 @@ class Speculation:
         check_options(self)
         if self.drafter is not None and self.in_order is not None:
             raise ValueError(
-                f"drafter={quote(self.drafter)} and in_order={self.in_order} are both given: a draft is made by a shorter path "
-                "or by the same path with blocks side by side; choose one"
+                f"drafter={quote(self.drafter)} and in_order={self.in_order} are both given: a draft is made by a shorter "
+                "path or by the same path with blocks side by side; choose one"
             )
         if isinstance(self.drafter, list):
             object.__setattr__(self, "drafter", tuple(self.drafter))
@@ -69,9 +68,10 @@ class Speculator:
     Args:
         model: see :class:`hbll_seq.generation.protocol.CausalLM`; in evaluation mode, and without gradients.
         path: of all rows.
-        start: [B], the number of left-padding positions of each row, or None for none.
+        start: [P], the number of left-padding positions of each prompt, or None for none.
         sampler: of the rows, before their first token. It is copied.
         speculation: what is named.
+        n: rows of each prompt, next to one another.
 
     Attributes:
         control: chooses drafter and length, and counts; see :class:`hbll_seq.generation.draft_control.Control`.
@@ -87,32 +87,38 @@ class Speculator:
         start: Tensor | None,
         sampler: Sampler,
         speculation: Speculation,
+        n: int = 1,
     ):
-        self.model, self.path, self.start = model, model.resolve_path(path=path), start
-        shared, self._drafters = _drafters(model, self.path, start, speculation)
+        start = None if start is None else start.repeat_interleave(n)
+        self.model, self.path, self.n = model, model.resolve_path(path=path), n
+        shared, self._drafters = drafters_of(model, self.path, start, speculation)
         self.runner = Runner(model, self.path, start, also=shared)
-        greedy = sampler.sampling.temperature == 0 and sampler.sampling.repetition_penalty == 1
-        self._rule = _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler.copy())
+        self._sampler = sampler.copy()
+        self._rule = _rule(self._sampler)
+        n_rows = len(sampler.uniforms())
         names = [drafter.name for drafter in self._drafters]
         if speculation.n_draft and len(names) == 1:
             self.control: Control | Fixed = Fixed(speculation.n_draft)
         else:
-            self.control = Control(names, model, (self.path, greedy), n_draft=speculation.n_draft)
+            setting = (self.path, sampler.sampling.temperature == 0, n_rows)
+            self.control = Control(names, model, setting, n_draft=speculation.n_draft)
+        self._clock = clock(model.embed.weight.device)
         self._history: list[Tensor] = []  # [B, K]: what the runner has read, in order
         self._tails: list[list[int]] = []  # of each row the known tokens that the runner has not read
         self._queues: list[deque[tuple[int, Tensor]]] = []  # and those that no one has been told yet, with their logits
         self._blank: Tensor | None = None
 
     def prefill(self, input_ids: Tensor) -> None:
-        """Read the prompts [B, T]."""
+        """Read the prompts [P, T]."""
+        input_ids = input_ids.repeat_interleave(self.n, dim=0)
         self._history = [input_ids]
         logits = self.runner.prefill(input_ids).unsqueeze(1)
         rows = range(len(input_ids))
         self._tails, self._queues, self._blank = [[] for _ in rows], [deque() for _ in rows], logits[0, 0]
         self._take(self._rule.decide(logits, input_ids[:, -1:], [1] * len(input_ids)), logits, [0] * len(input_ids))
 
-    def next(self, running: Sequence[bool], remaining: int) -> tuple[list[int], list[Tensor]]:
-        """The next token of each row, and the logits [V] that it comes from; of a row that does not run any token.
+    def next(self, running: Sequence[bool], remaining: int) -> tuple[Tensor, Tensor]:
+        """The next token of each row [B], and the logits [B, V] that it comes from; of a row that does not run anything.
 
         Args:
             running: which rows still go on; at least one. A row that has stopped stays so.
@@ -122,18 +128,35 @@ class Speculator:
         while not all(self._queues[row] for row in alive):
             drafter, n_draft = self.control.choose()
             n_draft = min(n_draft, remaining - 1)
-            before = perf_counter()
+            before = self._clock()
+            if n_draft < 1 and max(map(len, self._tails)) == 1 and not any(self._queues):
+                told = self._plain_step()
+                self.control.note(drafter, 0, 1, self._clock() - before)
+                return told
             gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
-            self.control.note(drafter, n_draft, gained, perf_counter() - before)
+            self.control.note(drafter, n_draft, gained, self._clock() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
-        return [token for token, _ in told], [logits for _, logits in told]
+        return torch.tensor([token for token, _ in told]), torch.stack([logits for _, logits in told])
+
+    def _plain_step(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`next` returns, as plain decoding makes it."""
+        tokens = torch.tensor(self._tails, device=self._history[0].device)
+        logits = self.runner.step(tokens[:, 0])
+        drawn = self._sampler.draw(logits)
+        ids = drawn.tolist()
+        self._sampler.accept(ids)
+        self._history.append(tokens)
+        self._tails = [[token] for token in ids]
+        return drawn, logits
 
     def _round(self, drafter: Drafter | None, n_draft: int, alive: Sequence[int]) -> int:
         """Drafts and checks; returns by how many tokens the text of all rows has become longer."""
         length, device = self.runner.length, self._history[0].device
         n_known = [len(tail) for tail in self._tails]  # a row may know more than is read in this round
         known = torch.tensor([(tail + [0] * n_draft)[: n_draft + 1] for tail in self._tails], device=device)
-        is_known = None if n_draft < 1 or max(n_known) == 1 else known.new_tensor(n_known)[:, None] > torch.arange(n_draft + 1, device=device)
+        is_known = None
+        if n_draft > 0 and max(n_known) > 1:
+            is_known = known.new_tensor(n_known)[:, None] > torch.arange(n_draft + 1, device=device)
         if n_draft < 1:
             tokens = known
             logits = self.runner.step(tokens[:, 0]).unsqueeze(1)
@@ -172,7 +195,7 @@ class Speculator:
             self._queues[row].extend(zip(tokens, logits[row, first[row] :]))
 
 
-def _drafters(
+def drafters_of(
     model: CausalLM, path: tuple[int, ...], start: Tensor | None, speculation: Speculation
 ) -> tuple[list[tuple[int, ...]], list[Drafter]]:
     """Paths that share the runner of ``path``, and the drafters that may be chosen from."""
@@ -188,12 +211,18 @@ def _drafters(
             )
         is_shared = path[: len(named)] == named
         return [named] * is_shared, [PathDrafter(model, named, start, is_shared)]
-    shorter = [model.resolve_path(depth) for depth in range(1, min(len(path), 4))]
+    shorter = [model.resolve_path(depth) for depth in range(1, min(len(path), 3))]
     trained = [each for each in shorter if model.config.is_trained(each)] or shorter[:1]
     return [], [PathDrafter(model, each, start, False) for each in trained]
 
 
 # ------------------------------------------------------------------------------------------------------- rules
+
+
+def _rule(sampler: Sampler) -> _Greedy | _Drawn:
+    """What decides which tokens are taken."""
+    greedy = sampler.sampling.temperature == 0 and sampler.sampling.repetition_penalty == 1
+    return _Greedy(sampler.n_tokens) if greedy else _Drawn(sampler)
 
 
 class _Greedy:
@@ -271,7 +300,7 @@ class _Drawn:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What a token is drawn from where a guess drawn from ``q`` was turned down: the positive part of ``p - q``, [B, V], which
-    need not sum to one. Where nothing is left, but for rounding the two are equal, it is ``p``."""
+    """What a token is drawn from where a guess drawn from ``q`` was turned down: the positive part of ``p - q``, [B, V],
+    which need not sum to one. Where nothing is left (but for rounding the two are equal) it is ``p``."""
     rest = (p - q).clamp(min=0)
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)

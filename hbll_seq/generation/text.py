@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from typing_extensions import Unpack
 
@@ -12,6 +12,7 @@ from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.decoding import Decoding, TokenLogprobs, check_paths
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
+from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text_pieces import Alternative, Generation, TextPieces, stdout_writer
 from hbll_seq.utils.console import warn_user
 from hbll_seq.utils.reading import quote
@@ -46,6 +47,8 @@ class TextGenerator:
         sampling: SamplingParams | None = None,
         stream: bool = False,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> str | list[str] | list[list[str]]:
         """The prompt and its continuation, up to ``max_new_tokens`` tokens, the end of the text or a stop string.
@@ -60,6 +63,9 @@ class TextGenerator:
                 terminal shows control characters as escapes; the text that is returned holds all.
             truncate_prompt: keep the last tokens of a prompt that is longer than the model's context, instead of refusing
                 it. A model of recurrent blocks alone reads prompts of any length, and whole.
+            speculative: a short path drafts tokens and the network that was asked for checks them, several at once. True,
+                or a :class:`hbll_seq.generation.speculative.Speculation`; False never; None where it is known to pay.
+            in_order: take only so many of the blocks in order and the others side by side, each on the state before them.
             options: the fields of :class:`SamplingParams`, in place of ``sampling``: ``max_new_tokens=40, seed=0``.
 
         Returns:
@@ -75,7 +81,7 @@ class TextGenerator:
             raise ValueError(f"stream=True with {len(texts)} prompts: it writes one text; pass one prompt")
         if stream:
             _check_one_sample(sampling)
-        run = self._start(texts, depth, path, sampling, truncate_prompt)
+        run = self._start(texts, depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
         write = stdout_writer() if stream else None
         if write:
             write(texts[0])
@@ -96,13 +102,15 @@ class TextGenerator:
         sampling: SamplingParams | None = None,
         alternatives: int = 0,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Generation]:
         """As :meth:`generate`, with the log-probability of every new token, and why each text ended.
 
         Args:
             alternatives: how many of the most probable tokens are told at each new one.
-            prompt, depth, path, sampling, truncate_prompt, options: see :meth:`generate`.
+            prompt, depth, path, sampling, truncate_prompt, speculative, in_order, options: see :meth:`generate`.
 
         Returns:
             A list, of one prompt too: the n samples of the first prompt, then those of the next.
@@ -113,7 +121,8 @@ class TextGenerator:
         texts, sampling = [prompt] if isinstance(prompt, str) else prompt, as_sampling(sampling, options)
         if self.tokenizer is not None:
             alternatives = as_whole("alternatives", alternatives, 0, self.tokenizer.vocab_size)
-        run = self._start(texts, depth, path, sampling, truncate_prompt, alternatives)
+        faster = dict(speculative=speculative, in_order=in_order)
+        run = self._start(texts, depth, path, sampling, truncate_prompt, logprobs=alternatives, **faster)
         details = []
         for number, row in enumerate(self._read(run)):
             told = [[Alternative(i, self.tokenizer.decode([i]), p) for i, p in each.best] for each in row.logprobs]
@@ -131,6 +140,8 @@ class TextGenerator:
         *,
         sampling: SamplingParams | None = None,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """The continuation of one prompt, piece by piece as it is generated; the prompt itself is not repeated.
@@ -140,7 +151,7 @@ class TextGenerator:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={quote(prompt)}: stream continues one text; pass a str, or use generate for a list")
         _check_one_sample(sampling := as_sampling(sampling, options))
-        run = self._start([prompt], depth, path, sampling, truncate_prompt)
+        run = self._start([prompt], depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
         return (piece for _, piece in _pieces(run, [_Row(self.tokenizer, sampling)]) if piece)
 
     def _read(self, run: _Run, write: Callable[[str], None] | None = None) -> list[_Row]:
@@ -158,9 +169,9 @@ class TextGenerator:
         path: Paths,
         sampling: SamplingParams,
         truncate_prompt: bool,
-        logprobs: int | None = None,
+        **how: Any,
     ) -> _Run:
-        """Check everything that the user gave, then hand out the decoding, no step of it run yet."""
+        """Check everything that the user gave, then hand out the decoding, no step of it run yet; ``how`` is for it."""
         n_prompts = len(texts) if isinstance(texts, (list, tuple)) else 1
         paths = self._paths(depth, path, n_prompts)
         truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
@@ -173,9 +184,9 @@ class TextGenerator:
             raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
         prompts = [self._encode(text, truncate_prompt) for text in texts]
         for each in dict.fromkeys(paths):
-            self._warn_if_untrained(each)
+            self.warn_if_untrained(each)
         ends = dict(eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size)
-        decoding = Decoding(self.model, prompts, paths, sampling, logprobs=logprobs, **ends)
+        decoding = Decoding(self.model, prompts, paths, sampling, **ends, **how)
         return _Run(decoding, [text for text in texts for _ in range(sampling.n)])
 
     def _paths(self, depth: Depths, path: Paths, n_prompts: int) -> list[tuple[int, ...]]:
@@ -203,7 +214,7 @@ class TextGenerator:
             )
         return ids[-limit:]
 
-    def _warn_if_untrained(self, path: tuple[int, ...]) -> None:
+    def warn_if_untrained(self, path: tuple[int, ...]) -> None:
         """Once for every path of this model that its config says was not trained."""
         config, warned = self.model.config, _warned.setdefault(self.model, set())
         if path in warned or config.is_trained(path):

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  the harness lists its own models only where the list is empty
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import MODEL_REGISTRY, get_model, register_model
+from lm_eval.api.registry import MODEL_REGISTRY, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +45,8 @@ class HBLLHarnessLM(TemplateLM):
         max_length: tokens that are read at once; None is the model's context, and no limit where no block attends. A longer
             context is cut on its left.
         max_gen_toks: the most tokens that a task may generate, where it does not say.
-        device: where the model goes; None the GPU where there is one.
+        device: where the model goes; None, and a GPU that is not there (the harness names one where its user does not): the
+            GPU where there is one, else the CPU.
         dtype, revision, subfolder, token, cache_dir: see :meth:`hbll_seq.HBLLForCausalLM.from_pretrained`.
         max_batch_size: taken for the harness's sake.
 
@@ -71,7 +73,9 @@ class HBLLHarnessLM(TemplateLM):
                 raise ValueError(f"{next(iter(loading))} with a model object: it is for loading; leave it out")
             self.model = pretrained if device is None else pretrained.to(device)
         else:
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            has_gpu = torch.cuda.is_available()
+            if device is None or str(device).startswith("cuda") and not has_gpu:
+                device = "cuda" if has_gpu else "cpu"
             self.model = HBLLForCausalLM.from_pretrained(pretrained, device=device, **loading)
         if self.model.tokenizer is None:
             raise ValueError(f"pretrained={quote(str(pretrained))} has no tokenizer, which the harness's texts need; give a "
@@ -247,12 +251,11 @@ def register() -> None:
 
 def main() -> None:
     """The harness's own program, with ``hbll`` among its models."""
-    get_model("dummy")  # the harness fills its list of models only where it is empty
     register()
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    from hbll_seq.integrations import lm_eval  # under its own name, not as __main__
+    from hbll_seq.integrations import lm_eval as this  # under its own name, not as __main__
 
-    sys.exit(lm_eval.main())
+    sys.exit(this.main())

@@ -10,8 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hbll_seq.integrations.transformers_config import HBLLTransformersConfig
 from hbll_seq.integrations.transformers_model import HBLLTransformersForCausalLM
 from hbll_seq.integrations.transformers_tokenizer import HBLLTokenizer
+from hbll_seq.models.hub_source import package_folder
 
-__all__ = ["HBLLTokenizer", "HBLLTransformersConfig", "HBLLTransformersForCausalLM", "register"]
+#: the folder of the bundled model, whose name transformers would look up on the Hub
+BUNDLED = str(package_folder())
+
+__all__ = ["BUNDLED", "HBLLTokenizer", "HBLLTransformersConfig", "HBLLTransformersForCausalLM", "register"]
 
 
 def register() -> None:

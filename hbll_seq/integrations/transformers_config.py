@@ -19,7 +19,7 @@ class HBLLTransformersConfig(PreTrainedConfig):
     that is run.
 
     Args:
-        depth: number of blocks to run; None, with ``path=None`` too, for all.
+        depth: number of blocks to run, or ``"best"`` or ``"fast"``; None, with ``path=None`` too, for all.
         path: block numbers to run, such as ``[4, 6, 7]``, instead of ``depth``.
         values: the fields of HBLLConfig, and what transformers has for every model.
 
@@ -37,7 +37,7 @@ class HBLLTransformersConfig(PreTrainedConfig):
         "tie_word_embeddings": "tie_embeddings",
     }
 
-    def __init__(self, depth: int | None = None, path: list[int] | None = None, **values: Any):
+    def __init__(self, depth: int | str | None = None, path: list[int] | None = None, **values: Any):
         values = HBLLConfig.migrated({self.attribute_map.get(name, name): value for name, value in values.items()})
         names = [field.name for field in fields(HBLLConfig)]
         own = HBLLConfig.from_dict({name: values.pop(name) for name in names if name in values})
@@ -57,13 +57,19 @@ class HBLLTransformersConfig(PreTrainedConfig):
 
     @property
     def run_path(self) -> tuple[int, ...]:
-        """The block numbers that ``depth`` or ``path`` names. Raises ValueError where that is not possible."""
+        """The block numbers that ``depth`` or ``path`` names; all where ``depth`` is a word, until a model has looked it up.
+
+        Raises:
+            ValueError: that is not possible.
+        """
         if self.depth is not None and self.path is not None:
             raise ValueError(f"depth={quote(self.depth)} and path={quote(self.path)} are both given: choose one of them")
-        tree = DyadicTree(self.n_level, self.default_paths)
+        tree, own = DyadicTree(self.n_level, self.default_paths), self.hbll
         if self.path is not None:
             return tree.validate_path(self.path)
-        return tree.path_for_depth(tree.n_nodes if self.depth is None else self.depth)
+        if self.depth is None or isinstance(self.depth, str) or self.depth == len(own.blocks or ()):
+            return own.full_path
+        return tree.path_for_depth(self.depth)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from hbll_seq.generation.text import TextGenerator
 from hbll_seq.integrations.transformers_cache import BlocksOverCache, check_mask, has_gap
 from hbll_seq.integrations.transformers_config import HBLLTransformersConfig
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -59,12 +60,14 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
         _ = config.run_path  # which raises, before a model is made
         super().__init__(config)
         self.model = HBLLForCausalLM(config.hbll) if model is None else model
+        if not isinstance(config.depth, str):
+            self.model.resolve_path(config.depth, config.path)
         self._is_stateful = config.hbll.has_recurrence  # a state cannot be taken back, as assisted generation would have to
         self.post_init()
 
     @classmethod
     def wrap(
-        cls, model: HBLLForCausalLM, depth: int | None = None, path: Sequence[int] | None = None
+        cls, model: HBLLForCausalLM, depth: int | str | None = None, path: Sequence[int] | None = None
     ) -> HBLLTransformersForCausalLM:
         """A model of hbll_seq for transformers; the weights are shared. Raises ValueError for an impossible path."""
         end = None if model.tokenizer is None else model.tokenizer.eos_id
@@ -77,12 +80,15 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def path(self) -> tuple[int, ...]:
-        """The block numbers that are run."""
+        """The block numbers that are run. Raises ValueError where the model cannot look up ``"best"``."""
+        if isinstance(self.config.depth, str):
+            self.set_depth(self.config.depth)
         return self.config.run_path
 
-    def set_depth(self, depth: int | None = None, path: Sequence[int] | None = None) -> None:
+    def set_depth(self, depth: int | str | None = None, path: Sequence[int] | None = None) -> None:
         """Run that many blocks from now on, or those of ``path``; without arguments all.
 
+        ``"best"`` and ``"fast"`` are looked up in what is stored with the model, see :meth:`hbll_seq.HBLLForCausalLM.paths`.
         A cache that was filled before belongs to the path before.
 
         Raises:
@@ -91,7 +97,7 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.depth, self.config.path = None, list(self.model.resolve_path(depth, path))
 
     @contextlib.contextmanager
-    def _at(self, depth: int | None, path: Sequence[int] | None) -> Iterator[None]:
+    def _at(self, depth: int | str | None, path: Sequence[int] | None) -> Iterator[None]:
         before = self.config.depth, self.config.path
         try:
             if depth is not None or path is not None:
@@ -157,7 +163,9 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = tuple(states) if output_hidden_states else None
         return CausalLMOutputWithPast(loss, logits, cache, hidden)
 
-    def generate(self, *inputs: Any, depth: int | None = None, path: Sequence[int] | None = None, **options: Any) -> Any:
+    def generate(
+        self, *inputs: Any, depth: int | str | None = None, path: Sequence[int] | None = None, **options: Any
+    ) -> Any:
         """transformers' ``generate``, along the path that ``depth`` or ``path`` names; without them along the model's own.
 
         Ids that the model's tokenizer does not have (a vocabulary may be padded) are never drawn. See
@@ -172,6 +180,7 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
             suppress = SuppressTokensLogitsProcessor(beyond, device=str(self.device))
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), suppress])
         with self._at(depth, path):
+            TextGenerator(self.model, tokenizer).warn_if_untrained(self.path)
             return super().generate(*inputs, **options)
 
     @staticmethod
@@ -241,6 +250,7 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{called(source)}: {WEIGHTS_NAME} {words} {listing(names)}; use the config.json that was "
                                  "saved with these weights, or load an intact copy")
         model.model.adopt(files)
+        _ = model.path  # looked up where it is a word
         return (model, info) if with_info else model
 
     def save_pretrained(

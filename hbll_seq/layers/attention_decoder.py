@@ -58,12 +58,12 @@ class PreparedAttention:
 
     def project(self, x: Tensor, turns: Tensor) -> Tensor:
         """Rows [R, C], turns [R or 1, D/2] -> queries, keys and values [R, H + 2 K, D], turned."""
-        heads = self.qkv(self.norm(x)).view(len(x), -1, self.head_width)
+        heads = self.qkv(self.norm(x)).view(x.shape[0], -1, self.head_width)
         turned = heads[:, : self.n_turned]
         if self.scale is not None:
             lengths = torch.hypot(torch.linalg.vector_norm(turned, dim=-1, keepdim=True), self._floor)
             turned.div_(lengths).mul_(self.scale)
-        torch.view_as_complex(turned.view(len(x), self.n_turned, -1, 2)).mul_(turns[:, None])
+        torch.view_as_complex(turned.view(x.shape[0], self.n_turned, -1, 2)).mul_(turns[:, None])
         return heads
 
 
@@ -91,9 +91,9 @@ class AttentionDecoder(Decoder):
 
     def step(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.step`."""
-        if self._prepared is None or len(x) > MANY_ROWS or self.length < self._last_start:
+        if self._prepared is None or x.shape[0] > MANY_ROWS or self.length < self._last_start:
             return self._read(x.unsqueeze(1)).squeeze(1)
-        return self._read_few(x, len(x), 1)
+        return self._read_few(x, x.shape[0], 1)
 
     def read(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.read`."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 #: outputs of a panel, the floats of one vector register.
 PANEL = 16
 #: rows up to which panels are faster than one product with the transposed matrix.
-FEW_ROWS = 5
+FEW_ROWS = 8
 #: rows up to which prepared matrices are used at all.
 MANY_ROWS = 64
 
@@ -84,7 +84,7 @@ class Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [R, I] -> [R, O], a new tensor."""
-        n_rows = len(x)
+        n_rows = x.shape[0]
         if n_rows > self._few:
             weight = self._as_transposed()
             return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)
@@ -93,7 +93,7 @@ class Matrix:
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual`` [R, O] plus what this gives for ``x`` [R, I] (no bias), a new tensor."""
-        n_rows = len(x)
+        n_rows = x.shape[0]
         if n_rows > self._few:
             return torch.addmm(residual, x, self._as_transposed())
         return self._by_panels(x, n_rows).add_(residual)

@@ -49,7 +49,7 @@ class RecurrentDecoder(Decoder):
     def step(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.step`."""
         parts = self._prepared
-        if parts is None or len(x) > MANY_ROWS or self.length < self._last_start:
+        if parts is None or x.shape[0] > MANY_ROWS or self.length < self._last_start:
             return self.read(x.unsqueeze(1)).squeeze(1)
         before = self._states[-1] if self._states else x.new_zeros(x.shape)
         state = self.block.cell.transition(before, parts.project(parts.norm(x)))

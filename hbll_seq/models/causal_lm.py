@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
+from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
 from hbll_seq.generation.text_pieces import Generation
 from hbll_seq.layers.attention import TransformerBlock
@@ -192,13 +193,16 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         sampling: SamplingParams | None = None,
         stream: bool = False,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> str | list[str] | list[list[str]]:
         """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
 
         Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
         """
-        given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **options)
+        faster = dict(speculative=speculative, in_order=in_order)
+        given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **faster, **options)
         return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
 
     def generate_detailed(
@@ -210,13 +214,16 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         sampling: SamplingParams | None = None,
         alternatives: int = 0,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Generation]:
         """As :meth:`generate`, with the log-probability of every new token, and why each text ended; always a list.
 
         Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate_detailed`.
         """
-        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **options)
+        faster = dict(speculative=speculative, in_order=in_order)
+        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **faster, **options)
         return TextGenerator(self, self.tokenizer).generate_detailed(prompt, depth, path, **given)
 
     def stream(
@@ -227,13 +234,16 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         *,
         sampling: SamplingParams | None = None,
         truncate_prompt: bool = False,
+        speculative: bool | Speculation | None = None,
+        in_order: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """The continuation of one prompt, piece by piece as it is generated; see :meth:`generate`.
 
         Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.stream`.
         """
-        given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **options)
+        faster = dict(speculative=speculative, in_order=in_order)
+        given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **faster, **options)
         return TextGenerator(self, self.tokenizer).stream(prompt, depth, path, **given)
 
     def paths(self, n_tokens: int = 32, measure: bool = True) -> PathReport:

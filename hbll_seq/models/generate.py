@@ -7,9 +7,11 @@ from os import PathLike
 from typing_extensions import Unpack
 
 from hbll_seq.generation.sampling import SamplingOptions, SamplingParams, as_sampling
+from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text import Depths, Paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
+from hbll_seq.models.hub_source import BUNDLED
 from hbll_seq.utils.console import say
 from hbll_seq.utils.modules import plain_module
 
@@ -23,25 +25,26 @@ def generate(
     sampling: SamplingParams | None = None,
     stream: bool = False,
     truncate_prompt: bool = False,
+    speculative: bool | Speculation | None = None,
+    in_order: int | None = None,
     **options: Unpack[SamplingOptions],
 ) -> str | list[str] | list[list[str]]:
     """``model.generate`` for a model given by name.
 
     Args:
-        prompt, depth, path, sampling, stream, truncate_prompt, options: see :meth:`HBLLForCausalLM.generate`.
-        model: a model object; a folder; a Hub id; ``"latest"`` for the newest finished run under ``./runs``, which is
-            named on stderr. A folder or Hub id is loaded at every call: to call often, load it once with
-            ``HBLLForCausalLM.from_pretrained`` and pass the object.
+        prompt, depth, path, sampling, stream, truncate_prompt, speculative, in_order, options: see
+            :meth:`HBLLForCausalLM.generate`.
+        model: a model object; a folder; a Hub id; ``"bundled"`` for the small model in this package; ``"latest"`` for the
+            newest finished run under ``./runs``. None takes the bundled one; it and the latest are named on stderr. All but
+            an object are loaded at every call: to call often, load once with ``HBLLForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: as :meth:`HBLLForCausalLM.generate` and ``from_pretrained``; or ``model`` is None.
+        ValueError: as :meth:`HBLLForCausalLM.generate` and ``from_pretrained``.
     """
     sampling = as_sampling(sampling, options)  # before a model is loaded in vain
     if model is None:
-        raise ValueError(
-            "model=None: no model is bundled with hbll_seq yet. Train one with `accelerate launch train/lm.py` and "
-            'pass model="latest", or pass a folder, a Hub id or a model object'
-        )
+        model = BUNDLED
+        say("hbll_seq: the bundled model, a small one trained on WikiText-2 (choose with model=)")
     if isinstance(model, (str, PathLike)):
         if model == "latest":
             model = find_latest_run()
@@ -53,4 +56,5 @@ def generate(
             f"model={type(model).__name__} object: must be an HBLLForCausalLM, a folder, a Hub id or 'latest'; of a "
             "wrapped model (DistributedDataParallel, LocalObjective) pass the model inside"
         )
-    return model.generate(prompt, depth, path, sampling=sampling, stream=stream, truncate_prompt=truncate_prompt)
+    faster = dict(speculative=speculative, in_order=in_order)
+    return model.generate(prompt, depth, path, sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **faster)

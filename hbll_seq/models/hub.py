@@ -21,6 +21,7 @@ from torch import Tensor
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
 from hbll_seq.models.hub_source import (
+    BUNDLED,
     HUB_ERRORS,
     as_device,
     as_dtype,
@@ -214,12 +215,14 @@ class HubMixin:
         global random state is left as it was.
 
         Args:
-            pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
+            pretrained_model_name_or_path: a folder, ``"bundled"`` for the language model in this package, else a Hub id such
+                as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
             subfolder: the folder inside that holds the model; parts divided by "/".
             device: where the model goes.
-            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved.
+            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved, but
+                of the bundled model float32: it is saved in bfloat16 for its size, which a CPU is slow in.
             unknown: refused; transformers has more arguments.
 
         Raises:
@@ -231,6 +234,8 @@ class HubMixin:
         source = as_source(pretrained_model_name_or_path)
         check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
         check_hub_options(subfolder=subfolder)
+        if source == BUNDLED and dtype == "auto":
+            dtype = "float32"
         device, dtype = as_device(device), as_dtype(dtype)
         folder = find_folder(source, revision, token, cache_dir, local_files_only, subfolder)
         source = f"{source}/{subfolder}" if subfolder else source

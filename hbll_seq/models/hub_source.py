@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,8 @@ from hbll_seq.models.model_files import FILES, WHAT_TO_LOAD, called
 from hbll_seq.utils.reading import possible_name, quote, shorten
 from hbll_seq.utils.tensors import FLOATS
 
+#: the name of the language model in the package, ``hbll_seq/assets/bundled``
+BUNDLED = "bundled"
 #: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
 HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 #: arguments of transformers' from_pretrained, and what takes their place here.
@@ -85,6 +88,22 @@ def as_device(device: Any) -> torch.device:
     return device
 
 
+def package_folder() -> Path:
+    """The folder in this package that holds the bundled model."""
+    return Path(str(resources.files("hbll_seq") / "assets" / BUNDLED))
+
+
+def bundled_folder(revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of the bundled model. Raises ValueError for a revision or subfolder, or where one is here."""
+    for name, value in (("revision", revision), ("subfolder", subfolder)):
+        if value is not None:
+            raise ValueError(f"{name}={quote(value)} with the bundled model, which has none; leave it out")
+    if os.path.lexists(BUNDLED):
+        raise ValueError(f"{quote(BUNDLED)} is the bundled model and a file or folder here: write './{BUNDLED}' for the one "
+                         "here, or work in another folder for the bundled one")
+    return package_folder()
+
+
 def as_dtype(dtype: Any) -> torch.dtype | None:
     """The dtype that a name or a torch.dtype stands for; None for "auto". Raises ValueError for what no weights have."""
     if isinstance(dtype, str) and dtype == "auto":
@@ -108,17 +127,20 @@ def find_folder(
     subfolder: str | None = None,
     also: Sequence[str] = (),
 ) -> Path:
-    """The folder ``source``, or a local copy of the Hub's repository of that name; of either the folder ``subfolder``.
+    """The folder ``source``, the bundled model's, or a local copy of the Hub's repository of that name; with ``subfolder``
+    the folder of that name in it.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, "bundled" or a Hub id.
         revision, token, cache_dir, local_files_only: of the Hub.
         subfolder: parts divided by "/".
         also: names of files to bring from the Hub beside those of a model.
 
     Raises:
-        ValueError: there is neither, or a local folder is asked for a revision.
+        ValueError: there is none of these, a local folder is asked for a revision, or ``"bundled"`` may mean two.
     """
+    if source == BUNDLED:
+        return bundled_folder(revision, subfolder)
     below = _below(subfolder)
     if source.startswith("~"):
         source = os.fspath(possible_name(source))

@@ -18,7 +18,9 @@ from hbll_seq.utils.values import number_or_none, whole_or_none
 #: the splits that perplexities are stored of; depths are chosen by the first.
 SPLITS = ("validation", "test")
 #: what each row of the file holds: numbers, but for ``name`` and ``path``; the last three may be missing.
-_NEEDED, _OPTIONAL = ("path", "depth", "loss", "perplexity", "n_parameters"), ("name", "word_perplexity", "tokens")
+_NEEDED, _OPTIONAL = ("path", "depth", "loss", "perplexity", "n_parameters"), (
+    "name", "word_perplexity", "bits_per_byte", "tokens",
+)  # fmt: skip
 _WHOLE = ("depth", "n_parameters", "tokens")
 MAX_ROWS, MAX_NAME = 100_000, 1_000
 
@@ -32,7 +34,7 @@ class PathTable:
     Attributes:
         splits: of ``SPLITS`` those that were measured -> rows with the keys ``path``, ``depth``, ``loss`` (nats per token),
             ``perplexity`` (per token; None where it is too large for a number), ``n_parameters`` (that the path uses), and
-            maybe ``name``, ``word_perplexity`` and ``tokens`` (scored).
+            maybe ``name``, ``word_perplexity``, ``bits_per_byte`` and ``tokens`` (scored).
     """
 
     splits: dict[str, tuple[dict[str, Any], ...]]
@@ -158,7 +160,7 @@ def _plain(row: dict, tree: DyadicTree, n_parameters: Callable[[Path], int]) -> 
         raise ValueError(f"a row lacks {missing[0]}: give rows as evaluate_paths makes them")
     path = tree.validate_path(row["path"])
     plain = {"path": path, "depth": len(path), "n_parameters": n_parameters(path)}
-    for key in ("name", "depth", "loss", "perplexity", "word_perplexity", "tokens"):
+    for key in ("name", "depth", "loss", "perplexity", "word_perplexity", "bits_per_byte", "tokens"):
         if key in row:
             value, whole = row[key], whole_or_none(row[key])
             plain[key] = value if key == "name" else whole if key in _WHOLE and whole is not None else _finite(value)
@@ -199,7 +201,7 @@ def _check_value(where: str, key: str, value: Any) -> None:
     elif key in _WHOLE:
         good, allowed = (whole_or_none(value) or 0) > 0, "a whole number above 0"
     else:
-        low = 0 if key == "loss" else 1
+        low = 0 if key in ("loss", "bits_per_byte") else 1
         too_large = value is None and key != "loss"
         good = too_large or (number_or_none(value) is not None and value >= low)
         allowed = f"a number of at least {low}" + ", or null where it is too large for one" * (key != "loss")

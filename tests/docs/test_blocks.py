@@ -21,6 +21,8 @@ from pages import PAGES, ROOT, blocks, inline_commands, named, shell_commands
 from hbll_seq import cli
 from hbll_seq.cli.program import COMMANDS
 
+#: pages whose Python blocks need an extra: tests/integrations/test_page.py runs them
+ELSEWHERE = {"integrations.md"}
 #: what makes a training run of seconds of any of them
 SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 2 --sample-tokens 0 --eval-every 0"
 #: commands that are really run: what is run in their place
@@ -37,6 +39,7 @@ RUN = {
     **{command: command for command in (
         "hbll-seq --help",
         "hbll-seq generate --help",
+        'hbll-seq generate "The history of the city" --depth 3',
         'hbll-seq generate "The history of the city" --model runs/lm --depth 3',
         'echo "The river" | hbll-seq generate - --model runs/lm --temperature 0 --max-new-tokens 20',
         'hbll-seq generate "In 1923 ," --model runs/lm --path 1,2,4 --top-p 0.9 --seed 0',
@@ -47,6 +50,9 @@ RUN = {
         "hbll-seq compare runs/lm runs/mine --text my.txt --depth 1,3,7",
         'hbll-seq compare runs/lm --prompt "The river" --depth 1,3,7 --max-new-tokens 20 --seed 0',
         "hbll-seq info runs/lm",
+        "hbll-seq paths runs/lm",
+        "hbll-seq export runs/lm small-model --depth 3",
+        'hbll-seq generate "The river" --model small-model --max-new-tokens 20',
     )},
 }  # fmt: skip
 #: the other commands of shell blocks: their options are read, or what they name is looked up
@@ -55,6 +61,8 @@ READ = {
     'pip install -c constraints.txt -e ".[test]"',
     'pip install -c constraints.txt -e ".[demo]"',
     "hbll-seq demo --model runs/lm --port 8000",
+    'pip install -c constraints.txt -e ".[hf]"',
+    "python -m hbll_seq.integrations.lm_eval --model hbll -a pretrained=runs/lm,depth=3 --tasks piqa",
     "pytest -n 2",
     "pytest -m slow",
     "pytest tests/engine/test_scan.py",
@@ -146,7 +154,8 @@ def here(folder, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- Python
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page.name not in ELSEWHERE],
+                         ids=named)
 def test_python_blocks_run(page, here, capsys):
     torch.manual_seed(0)
     names = {}

@@ -18,6 +18,7 @@ def rows_of(seconds):
              "tokens_per_cpu_second": 8 / s} for form, s in zip(FORMS, seconds)]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers: names of arguments that are to change
 def test_a_tiny_run_holds_every_form_and_is_reported_again(tmp_path, capsys):
     pytest.importorskip("transformers")
     output = tmp_path / "bench.json"

@@ -107,6 +107,27 @@ def test_a_path_in_place_of_a_depth(folders):
     assert theirs.path == (1, 2, 3, 4, 5, 6, 7)
 
 
+def test_words_for_a_depth_and_an_exported_path(folders, tmp_path):
+    own = model_of(TOKENIZER, trained_paths="default")
+    rows = [dict(name=f"depth {k}", path=list(own.resolve_path(k)), depth=k, loss=3.0, perplexity=90.0 - k) for k in (1, 3)]
+    own.save_pretrained(tmp_path / "m", perplexity={"validation": rows})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", depth="best")
+    assert model.path == HBLLForCausalLM.from_pretrained(tmp_path / "m").resolve_path("best")
+    with pytest.raises(ValueError, match="depth='best': no validation perplexity is stored"):
+        load(folders, "attention", depth="best")
+    with pytest.raises(ValueError, match="depth='deep'"):
+        load(folders, "attention", depth="deep")
+    own.export_path([4, 6, 7], tmp_path / "three")
+    model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "three"), torch.tensor([[3, 4, 5]])
+    assert model.path == (4, 6, 7) and torch.equal(model(ids).logits, own(ids, path=[4, 6, 7]).logits)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "three", depth=3).path == (4, 6, 7)
+    with pytest.raises(ValueError, match="holds the blocks of the path"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "three", path=[2, 4])
+    own = model_of(TOKENIZER, trained_paths=[[4, 6, 7]])
+    with pytest.warns(UserWarning, match="depth 1 .* of this model was not trained"):
+        greedy(ours.HBLLTransformersForCausalLM.wrap(own), batch(), depth=1)
+
+
 @each_kind
 @torch.no_grad()
 def test_padding_on_the_left_changes_nothing(folders, kind):
@@ -261,7 +282,7 @@ def test_a_saved_folder_is_ours(folders, tmp_path):
     model = load(folders, "attention", depth=3)
     assert model.model.tokenizer.fingerprint == TOKENIZER.fingerprint
     model.save_pretrained(tmp_path / "m")
-    assert {path.name for path in (tmp_path / "m").iterdir()} == {*FILES, "generation_config.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {*FILES, "generation_config.json"} - {"paths.json"}
     saved = json.loads((tmp_path / "m" / "config.json").read_text())
     assert "depth" not in saved and saved == json.loads((folders / "attention" / "config.json").read_text())
     assert "made for attention" in (tmp_path / "m" / "README.md").read_text()  # the card goes with its weights

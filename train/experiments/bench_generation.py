@@ -12,7 +12,8 @@ reported. The forms:
     generate      ``GPT2LMHeadModel.generate``, as people call it
     forward loop  a bare loop over its ``forward`` with its cache, argmax and nothing else
 
-Tokens a second are by the clock; the ratios are of processor seconds, which do not count what other processes took.
+Tokens a second are by the clock; ratios are of processor seconds, which do not count the time that other processes took (but
+their use of the memory slows this one, too).
 """
 
 from __future__ import annotations

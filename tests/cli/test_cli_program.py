@@ -63,6 +63,9 @@ def test_help_needs_no_torch():
     (["eval", "--batch-size", "0"], "'0' is no whole number of at least 1"),
     (["compare", "runs/lm", "--prompt", "x", "--text", "y"], "--prompt and --text are both given"),
     (["compare", "runs/lm", "--seed", "1"], "--seed belongs to --prompt"),
+    (["export", "runs/lm", "small"], "one of the arguments --depth --path is required"),
+    (["export", "runs/lm", "small", "--path", "2,6"], "the step 2 -> 6 is not a dyadic interval"),
+    (["paths", "runs/lm", "--timed-tokens", "0"], "'0' is no whole number of at least 1"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(cli, argv, message):
     said = cli(*argv, code=2)

@@ -142,14 +142,15 @@ def test_compare_on_a_text(cli, model, tmp_path):
     told = cli.json("compare", "runs/lm", "runs/lm", "--text", tmp_path / "t.txt", "--depth", "1,7")
     assert [(row["model"], row["depth"]) for row in told["rows"]] == [("runs/lm", 1), ("runs/lm", 7)] * 2
     assert told["rows"][0]["parameters"] == model.n_parameters((4,)) < told["rows"][1]["parameters"]
+    assert all(row["ms_per_token"] > 0 for row in told["rows"])
     assert told["rows"][0]["loss"] == evaluate_text(model, TEXT)[0]["loss"]
-    lines = cli("compare", "runs/lm", "--text", "-", stdin=TEXT).splitlines()
+    lines = cli("compare", "runs/lm", "--text", "-", "--no-time", stdin=TEXT).splitlines()
     assert len(lines) == 9 and lines[-1].startswith("runs/lm")
 
 
 def test_compare_leaves_out_the_depths_that_a_model_lacks(cli, tmp_path, capsys):
     model_of(TOKENIZER, n_level=2, trained_paths="all").save_pretrained(tmp_path / "small")
-    argv = ("compare", "runs/lm", tmp_path / "small", "--text", "-", "--json", "--depth", "1,7")
+    argv = ("compare", "runs/lm", tmp_path / "small", "--text", "-", "--json", "--no-time", "--depth", "1,7")
     rows = json.loads(cli(*argv, stdin=TEXT))["rows"]
     assert [row["depth"] for row in rows] == [1, 7, 1]
     argv = ("compare", tmp_path / "small", "--text", "-", "--depth", 7)
@@ -162,6 +163,41 @@ def test_compare_on_a_prompt(cli, model):
     assert [row["text"] for row in cli.json(*argv)["texts"]] == texts
     written = cli(*argv)
     assert all(text in written for text in texts) and "=== runs/lm, depth 3 (0-1-2-4-head)" in written
+
+
+# ------------------------------------------------------------------------------------------------------- paths, export
+
+
+@pytest.fixture(scope="module")
+def measured(model, lm):
+    """The same model, with the perplexities of its depths beside it."""
+    model.save_pretrained(lm.parent / "measured", perplexity={"validation": evaluate_text(model, TEXT)})
+    return HBLLForCausalLM.from_pretrained(lm.parent / "measured")
+
+
+def test_paths_is_the_models_table(cli, measured):
+    assert cli("paths", "runs/measured", "--no-time") == f"{measured.paths(measure=False)}\n"
+    rows = cli.json("paths", "runs/measured", "--timed-tokens", 2)["rows"]
+    assert measured.path_table.splits["validation"][0]["bits_per_byte"] == evaluate_text(measured, TEXT)[0]["bits_per_byte"]
+    assert [row["validation"] for row in rows] == [row["perplexity"] for row in evaluate_text(measured, TEXT)]
+    assert all(row["ms_per_token"] > 0 for row in rows)
+
+
+def test_depths_that_have_a_name(cli, measured):
+    best = min(evaluate_text(measured, TEXT), key=lambda row: row["perplexity"])
+    assert cli.json("generate", "The", "--model", "runs/measured", "--depth", "best")["path"] == best["path"]
+    rows = cli.json("eval", "--model", "runs/measured", "--depth", "best,fast", stdin=TEXT)["rows"]
+    assert [row["name"] for row in rows] == ["depth best", "depth fast"] and rows[0]["path"] == best["path"]
+    assert "no validation perplexity is stored" in cli("generate", "The", *LM, "--depth", "best", code=2)
+
+
+def test_an_exported_path_writes_the_same_text(cli, model, tmp_path):
+    small = tmp_path / "small"
+    assert cli("export", "runs/lm", small, "--depth", 3) == ""
+    argv = ("generate", "The", "--seed", 0, "--max-new-tokens", 5, "--model")
+    assert cli(*argv, small) == cli(*argv, "runs/lm", "--depth", 3)
+    assert cli.json("info", small)["parameters"] == model.n_parameters((1, 2, 4))
+    assert "0---1---2-------4---------------8" in cli("info", small)
 
 
 # ---------------------------------------------------------------------------------------------------------------- info

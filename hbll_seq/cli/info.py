@@ -42,8 +42,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
         "parameters": n_parameters,
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "blocks": config.n_layer,
-        "dyadic_paths": model.tree.n_paths,
+        "blocks": len(config.full_path),
+        "dyadic_paths": model.tree.n_paths if config.blocks is None else None,  # nobody counts those of one path's blocks
         "trained_paths": config.trained_depths,
         "tokenizer_pieces": model.tokenizer and model.tokenizer.vocab_size,
         "files": _files(folder),
@@ -73,7 +73,9 @@ def _shown(about: dict[str, Any], model: Any) -> str:
     lines = [
         f"model          {about['model']} ({about['class']})",
         f"parameters     {about['parameters']:,} ({about['bytes'] / 1e6:,.1f} MB of {about['dtype']})",
-        f"blocks         {about['blocks']}, which {about['dyadic_paths']:,} paths run",
+        f"blocks         {about['blocks']}, " + (
+            f"those of the path {','.join(map(str, model.config.blocks))} of a larger model" if about["dyadic_paths"] is None
+            else f"which {about['dyadic_paths']:,} paths run"),
         f"trained paths  {about['trained_paths'] or 'not told'}",
         f"tokenizer      {f'{pieces:,} pieces' if pieces else 'none'}",
         "",

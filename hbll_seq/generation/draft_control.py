@@ -65,13 +65,14 @@ class Record:
 
     def cost(self, n_draft: int) -> float:
         """Of a round of this length, by a line through the medians of those measured: an interruption moves no median."""
-        if self._line is None:
-            points = [(n, median(costs)) for n, costs in self.costs.items()] or [(0, 1.0)]
+        line = self._line
+        if line is None:  # texts of other threads may add to what is known meanwhile
+            points = [(n, median(costs)) for n, costs in list(self.costs.items())] or [(0, 1.0)]
             mean_n, mean_cost = (sum(values) / len(points) for values in zip(*points))
             spread = sum((n - mean_n) ** 2 for n, _ in points)
             slope = sum((n - mean_n) * (cost - mean_cost) for n, cost in points) / spread if spread else 0.3
-            self._line = mean_n, mean_cost, max(0.02, slope)
-        mean_n, mean_cost, slope = self._line
+            self._line = line = mean_n, mean_cost, max(0.02, slope)
+        mean_n, mean_cost, slope = line
         return max(1.0, mean_cost + slope * (n_draft - mean_n))
 
     @property

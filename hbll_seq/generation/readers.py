@@ -38,14 +38,16 @@ def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sample
         raise ValueError(
             f"speculative={quote(speculative)}: must be True, False, None, or a Speculation, such as Speculation(drafter=1)"
         )
-    if not speculative or (speculative is True and len(paths[0]) == 1):  # nothing is shorter than one block
+    if not speculative:
         return None
     if len(set(paths)) > 1:
         raise ValueError(
             f"speculative={quote(speculative)} with rows of different paths {quote(sorted(set(paths)))}: give all prompts "
             "one depth, or leave speculative out"
         )
-    return Speculation() if speculative is True else speculative
+    if speculative is not True:
+        return speculative
+    return Speculation() if len(paths[0]) > 1 else None  # nothing is shorter than one block
 
 
 def reader_of(

@@ -136,7 +136,8 @@ class Speculator:
             gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
             self.control.note(drafter, n_draft, gained, self._clock() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
-        return torch.tensor([token for token, _ in told]), torch.stack([logits for _, logits in told])
+        tokens = torch.tensor([token for token, _ in told], device=self._blank.device)
+        return tokens, torch.stack([logits for _, logits in told])
 
     def _plain_step(self) -> tuple[Tensor, Tensor]:
         """What :meth:`next` returns, as plain decoding makes it."""

@@ -139,7 +139,7 @@ class Page:
 def make_page(model: HBLLForCausalLM, name: str) -> Any:
     """The page, a ``gradio.Blocks``. Raises ValueError where Gradio is not installed."""
     gr = _gradio()
-    page, n_layer = Page(model), model.config.n_layer
+    page, n_layer = Page(model), len(model.config.full_path)  # of an exported path those that it holds
     n_parameters = sum(p.numel() for p in model.parameters())
 
     def told(call: Any) -> Any:

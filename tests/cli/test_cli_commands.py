@@ -196,7 +196,9 @@ def test_an_exported_path_writes_the_same_text(cli, model, tmp_path):
     assert cli("export", "runs/lm", small, "--depth", 3) == ""
     argv = ("generate", "The", "--seed", 0, "--max-new-tokens", 5, "--model")
     assert cli(*argv, small) == cli(*argv, "runs/lm", "--depth", 3)
-    assert cli.json("info", small)["parameters"] == model.n_parameters((1, 2, 4))
+    told = cli.json("info", small)
+    assert told["parameters"] == model.n_parameters((1, 2, 4)) and told["blocks"] == 3 and told["dyadic_paths"] is None
+    assert "3, those of the path 1,2,4 of a larger model" in cli("info", small)
     assert "0---1---2-------4---------------8" in cli("info", small)
 
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from hbll_seq.generation.draft_control import LONGEST, Control
+from hbll_seq.generation import draft_control
+from hbll_seq.generation.draft_control import LONGEST, Control, Record
 
 
 class Model:
@@ -81,3 +82,16 @@ def test_a_length_that_is_named_is_kept():
         lengths.add(n_draft)
         control.note(drafter, n_draft, 1 + n_draft, 1.0)
     assert lengths == {0, 4}
+
+
+def test_texts_of_several_threads_share_what_is_known(monkeypatch):
+    """Another text may note a round while this one draws its line."""
+    record, shared = Record(), draft_control.median
+    record.note(3, 1.5)
+
+    def meanwhile(costs):
+        record.note(4 + len(record.costs), 2.0)
+        return shared(costs)
+
+    monkeypatch.setattr(draft_control, "median", meanwhile)
+    assert record.cost(3) == 1.5

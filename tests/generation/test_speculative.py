@@ -203,6 +203,15 @@ def test_residual():
     assert torch.allclose(residual(p, q), torch.tensor([[0.3, 0.0, 0.0], [0.2, 0.3, 0.5]]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tokens and logits meet on the model's device")
+def test_probabilities_are_told_on_a_gpu():
+    model = model_of(TOKENIZER, default_paths="prefix").cuda()
+    options = dict(temperature=0, max_new_tokens=12)
+    (plain,), (fast,) = (model.generate_detailed("The city", speculative=how, **options)
+                         for how in (False, Speculation(drafter=1, n_draft=3)))
+    assert fast.tokens == plain.tokens and fast.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
+
+
 def test_a_seed_repeats_a_text_where_nothing_is_left_to_choose(text_model):
     options = dict(speculative=Speculation(drafter=1, n_draft=3), temperature=1.0, max_new_tokens=20)
     first = text_model.generate("The city", seed=3, **options)
@@ -229,6 +238,8 @@ def test_mistakes_are_named(text_model):
     for bad in (dict(speculative=True), dict(in_order=1)):
         with pytest.raises(ValueError, match="different paths|one depth"):
             text_model.generate(["A", "B"], depth=[3, 7], **bad)
+    with pytest.raises(ValueError, match="different paths"):  # whichever comes first
+        text_model.generate(["A", "B"], depth=[1, 7], speculative=True)
     assert text_model.generate("A", depth=1, speculative=True, temperature=0, max_new_tokens=3)
 
 

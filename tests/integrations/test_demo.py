@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.language_models import TOKENIZER, model_of
 
+from hbll_seq import HBLLForCausalLM
 from hbll_seq.evaluation.token_losses import TokenLosses
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.integrations import demo, heat_map
@@ -148,6 +149,14 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r'not installed: pip install "hbll_seq\[demo\]"'):
         demo.serve(model_of(TOKENIZER))
+
+
+def test_the_slider_ends_where_the_model_does(tmp_path):
+    pytest.importorskip("gradio")
+    model_of(TOKENIZER, default_paths="prefix").export_path(3, tmp_path / "three")
+    page = demo.make_page(HBLLForCausalLM.from_pretrained(tmp_path / "three"), "three")
+    (depth,) = (block for block in page.blocks.values() if getattr(block, "elem_id", None) == "depth")
+    assert depth.value == depth.maximum == 3
 
 
 def test_what_cannot_be_served_is_told(monkeypatch):

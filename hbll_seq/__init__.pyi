@@ -10,6 +10,7 @@ from hbll_seq.engine.linearization.low_rank import LowRank as LowRank
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix as SharedMatrix
 from hbll_seq.evaluation.perplexity import evaluate_paths as evaluate_paths
 from hbll_seq.generation.sampling import SamplingParams as SamplingParams
+from hbll_seq.generation.speculative import Speculation as Speculation
 from hbll_seq.layers.cells import make_cell as make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM as HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig as HBLLConfig

@@ -47,8 +47,8 @@ def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.
                        help="go on exactly from the newest checkpoint (or that of STEP) in --output-dir, with the "
                             "settings stored there; newer checkpoints, later lines and exported results are removed")
     start.add_argument("--extend", type=int, metavar="N",
-                       help="go on with the finished run in --output-dir for N more steps: the rate warms up again to half "
-                            "its peak and comes down by a cosine; the model stays as it is until the new end")
+                       help="go on with the finished run in --output-dir for N more steps: the rate warms up again and "
+                            "comes down by a cosine; the model stays as it is until the new end")
     start.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     start.add_argument("--dry-run", action="store_true",
                        help="print the settings as YAML, with what comes of those left open, and exit; --preset reads it")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-#: an extension warms up again to this fraction of the run's peak (docs/training.md)
-EXTENSION_PEAK = 0.5
-
 
 def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: float) -> float:
     """Linear warm-up to ``peak``, then a cosine down to ``floor * peak`` at the last step; a pure function of the step.
@@ -21,15 +18,14 @@ def learning_rate(step: int, *, peak: float, total: int, warmup: int, floor: flo
     warmup = min(warmup, total // 2)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return _cosine(step - warmup, total - warmup, peak, floor)
 
 
 def rate_of_step(step: int, parts: Sequence[int], *, peak: float, warmup: int, floor: float) -> float:
     """The rate of a run that may have been extended: each part ends at ``floor * peak``, where the next begins.
 
-    The first part is :func:`learning_rate`'s. An added one rises from ``floor * peak`` to ``EXTENSION_PEAK * peak`` during
-    the warm-up (at most a tenth of the part), and goes down to ``floor * peak`` again by a cosine.
+    The first part is :func:`learning_rate`'s. An added one rises from ``floor * peak`` to ``peak`` during the warm-up (at
+    most a tenth of the part), and goes down to ``floor * peak`` again by a cosine.
 
     Args:
         step: the step about to be done, 0 .. sum(parts) - 1.
@@ -43,9 +39,12 @@ def rate_of_step(step: int, parts: Sequence[int], *, peak: float, warmup: int, f
     while step >= added[0] and len(added) > 1:
         step -= added.pop(0)
     total, warmup = added[0], min(warmup, added[0] // 10)
-    low = floor * peak
-    high = max(low, EXTENSION_PEAK * peak)
     if step < warmup:
-        return low + (high - low) * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
-    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (floor + (1 - floor) * (step + 1) / warmup)
+    return _cosine(step - warmup, total - warmup, peak, floor)
+
+
+def _cosine(step: int, total: int, peak: float, floor: float) -> float:
+    """From ``peak`` at step 0 to ``floor * peak`` at the last one."""
+    progress = min(1.0, step / max(1, total - 1))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -39,6 +39,7 @@ RUN = {
     **{command: command for command in (
         "hbll-seq --help",
         "hbll-seq generate --help",
+        'hbll-seq generate "The history of the city" --depth 3',
         'hbll-seq generate "The history of the city" --model runs/lm --depth 3',
         'echo "The river" | hbll-seq generate - --model runs/lm --temperature 0 --max-new-tokens 20',
         'hbll-seq generate "In 1923 ," --model runs/lm --path 1,2,4 --top-p 0.9 --seed 0',

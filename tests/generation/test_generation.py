@@ -379,10 +379,3 @@ def test_generate_by_name(text_model, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
     assert generate("The city", 2, "latest", **options) == newer.generate("The city", 2, **options) != expected
     assert os.path.join("runs", "new") in capsys.readouterr().err
-
-
-def test_generate_without_a_model_says_what_to_do():
-    with pytest.raises(ValueError, match="no model is bundled.*accelerate launch train/lm.py.*latest"):
-        generate("The city", depth=3)
-    with pytest.raises(ValueError, match="model=Linear object"):
-        generate("The city", model=torch.nn.Linear(1, 1))

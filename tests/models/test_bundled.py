@@ -73,3 +73,8 @@ def test_a_folder_of_that_name_is_not_guessed_at(tmp_path, monkeypatch):
     assert hbll_seq.generate("a", max_new_tokens=1)  # nobody has named one
     with pytest.raises(ValueError, match="leave it out"):
         HBLLForCausalLM.from_pretrained("bundled", revision="main")
+
+
+def test_a_model_object_of_another_kind_is_named():
+    with pytest.raises(ValueError, match="model=Linear object"):
+        hbll_seq.generate("The city", model=torch.nn.Linear(1, 1))

@@ -10,6 +10,7 @@ from hbll_seq import HBLLConfig, HBLLForCausalLM
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.evaluation.perplexity import MOST_PER_WORD, format_table
 from hbll_seq.training import bundled
+from hbll_seq.training.presets import resolve
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.settings_read import unused
 
@@ -54,6 +55,16 @@ def test_options_that_a_run_does_not_read_are_told_in_one_line(options, given, n
     line = unused(TrainingSettings(max_steps=1, **options, **given).resolved(), given)
     assert line.endswith(f": {named}") if named else line == ""
     assert "\n" not in line and (not named or line.startswith("warning: "))
+
+
+def test_the_mix_of_a_preset_goes_with_its_objective_and_path():
+    preset = {"max_steps": 1, "depth_mix": "few"}
+    mixes = [resolve(preset, given).resolved().depth_mix
+             for given in ({}, {"objective": "sweeps", "path": "full"}, {"objective": "tree"}, {"objective": "backprop"},
+                           {"path": "4,6,7"}, {"objective": "backprop", "depth_mix": "all"})]
+    assert mixes == ["few", "few", "none", "none", "none", "all"]
+    with pytest.raises(ValueError, match="depth_mix='few' with objective='tree'"):
+        resolve(preset, {"objective": "tree", "depth_mix": "few"})
 
 
 def test_the_command_line_alone_is_warned(lm_options, tmp_path, capsys):

@@ -20,6 +20,8 @@ from hbll_seq.utils.reading import possible_name, quote, read_yaml, shorten
 #: folder of the presets that come with the package
 PRESETS = Path(__file__).resolve().parent
 DEFAULT_PRESET = "small"
+#: settings that a depth mix is chosen for, and their defaults
+_WANTS_ITS_MIX = {"objective": "sweeps", "path": "full"}
 SETTINGS = tuple(field.name for field in dataclasses.fields(TrainingSettings))
 
 
@@ -75,13 +77,16 @@ def resolve(*layers: dict[str, Any]) -> TrainingSettings:
     """Settings from layers of values, the later one wins; nothing that was left open is decided.
 
     ``max_steps`` and ``epochs`` say the same thing, so a layer that sets one unsets the other of the layers before,
-    and ``tokenizer`` unsets the ``vocab_size`` that belonged to a tokenizer trained before.
+    and ``tokenizer`` unsets the ``vocab_size`` that belonged to a tokenizer trained before. Another ``objective`` or ``path``
+    unsets the ``depth_mix`` of the layers before, which was chosen for theirs.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, rival in (("max_steps", "epochs"), ("epochs", "max_steps"), ("tokenizer", "vocab_size")):
             if layer.get(key) is not None:
                 merged.pop(rival, None)
+        if any(key in layer and layer[key] != merged.get(key, usual) for key, usual in _WANTS_ITS_MIX.items()):
+            merged.pop("depth_mix", None)
         merged.update(layer)
     return TrainingSettings(**merged)
 

@@ -58,9 +58,9 @@ from hbll_seq.models.model_files import (
     read_unchanged,
 )
 from hbll_seq.models.path_table import PathTable
-from hbll_seq.models.save_checks import as_folder, refuse_run
+from hbll_seq.models.save_checks import as_folder, have_values_of, refuse_run
 from hbll_seq.utils.atomic import atomic_folder
-from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
+from hbll_seq.utils.integrity import SUMS_NAME, format_sums
 from hbll_seq.utils.reading import quote, shorten, to_json
 from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 
@@ -108,9 +108,9 @@ class HubMixin:
 
         The new version takes the old one's place in one step: whatever ends a save, the whole old or the whole new model
         loads. A README.md that this library has not written, or whose marker line was removed, is left alone. Without any
-        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for.
-        SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit, on the Hub's web page
-        too.
+        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for,
+        also in a wider dtype. SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit,
+        on the Hub's web page too.
 
         Args:
             save_directory: the folder; ``~`` is the user's home.
@@ -160,7 +160,7 @@ class HubMixin:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
             if self.tokenizer is not None:
                 self.tokenizer.save(aside / TOKENIZER_NAME)
-            unchanged = self._loaded_sha256 is not None and sha256(aside / WEIGHTS_NAME) == self._loaded_sha256
+            unchanged = have_values_of(self._loaded_sha256, weights, aside / WEIGHTS_NAME)
             if table is None and unchanged and "perplexity" not in metadata:
                 table = self.path_table
             if table is not None:

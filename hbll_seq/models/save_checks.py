@@ -51,14 +51,16 @@ def refuse_taken(folder: Path, overwrite: bool) -> None:
                          "overwrite=True (--overwrite on the command line)")
 
 
-def are_widened(weights: dict[str, Tensor], loaded_sha256: str, aside: Path) -> bool:
-    """Whether the weights are exactly those of a file, in a dtype that holds all values of the file's.
+def have_values_of(loaded_sha256: str | None, weights: dict[str, Tensor], saved: Path) -> bool:
+    """Whether the weights are exactly those that were loaded, in their dtype or in one that holds all values of theirs.
 
     Args:
-        weights: name -> tensor, as they are saved.
-        loaded_sha256: of the file.
-        aside: a folder for a file that is removed again.
+        loaded_sha256: of the file that was loaded; None where there was none.
+        weights: name -> tensor.
+        saved: the file that they were saved to; another one is made beside it for a while.
     """
+    if loaded_sha256 is None or sha256(saved) == loaded_sha256:
+        return loaded_sha256 is not None
     current = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     for dtype in _NARROWER.get(next(iter(current)), ()) if len(current) == 1 else ():
         narrow = {}
@@ -67,7 +69,7 @@ def are_widened(weights: dict[str, Tensor], loaded_sha256: str, aside: Path) -> 
             if not torch.equal(narrow[name].to(tensor.dtype), tensor):
                 break
         else:
-            file = aside / "narrower.safetensors"
+            file = saved.with_name("narrower.safetensors")
             save_file(narrow, file, metadata={"format": "pt"})
             found = sha256(file)
             file.unlink()

@@ -243,7 +243,7 @@ def test_an_exported_path_gives_the_same_logits(path, changes, tmp_path):
 def test_depths_of_an_exported_path(tmp_path):
     model = with_table(ROWS)
     for name in (3, "fast", np.int64(3), [4, 6, 7]):
-        model.export_path(name, tmp_path / "alone", license="mit")
+        model.export_path(name, tmp_path / "alone", overwrite=True, license="mit")
     alone = load(tmp_path / "alone")
     assert alone.config == replace(model.config, blocks=(4, 6, 7))
     assert alone.resolve_path(1) == (4,) and alone.generate("A", 2, **GREEDY) == model.generate("A", 2, **GREEDY)

@@ -13,13 +13,14 @@ from hbll_seq.utils.arguments import Parser
 
 EXAMPLES = """\
   hbll-seq generate "The history of the city" --depth 3
-  hbll-seq generate "The river" --model runs/lm --temperature 0 --max-new-tokens 20
+  hbll-seq generate "The river" --model runs/lm --temperature 0
   echo "The river" | hbll-seq generate - --path 1,2,4 --seed 0
   hbll-seq generate "The river" --n 3 --stop " ." --min-p 0.05
   hbll-seq generate "The river" --json --logprobs 3 | jq '.texts[0].tokens'
 
-A terminal shows the text as it comes, control characters as escapes; a pipe gets the plain text. The end of the last line of
-stdin is no part of the prompt. Several texts (--n) have a line of three hyphens between them.
+A terminal shows the text as it comes, control characters as escapes; a pipe
+gets the plain text. The line break at the end of stdin is not part of the
+prompt. Several texts (--n) have a line of three hyphens between them.
 """
 SEPARATOR = "---\n"
 

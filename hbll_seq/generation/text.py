@@ -224,7 +224,7 @@ class TextGenerator:
         remedy = "choose one of these"
         remedy += "" if mixed else ", or train all depths (train/lm.py --depth-mix octaves)"
         warn_user(
-            f"depth {len(path)} (path {quote(list(path))}) of this model was not trained, so that its text is worse; "
+            f"depth {len(path)} (path {quote(list(path))}) of this model was not trained; expect worse text; "
             f"trained: {config.trained_depths}; {remedy}"
         )
 

@@ -95,7 +95,7 @@ def test_every_sampling_option_is_a_field():
     assert vars(parser.parse_args(words)) == {"count": 4, "share": 0.5, "stop": ["x", "y"], "fast": True, "kind": "b"}
     text = " ".join(parser.format_help().split())
     assert "how 5% many (at least 1; default: 3)" in text and "a part (above 0 and at most 1)" in text
-    with pytest.raises(ValueError, match="--share: 'half' is no number"):
+    with pytest.raises(ValueError, match="--share: 'half' is not a number"):
         parser.parse_args(["--share", "half"])
     assert set(add_fields(Parser(prog="p"), SamplingParams)) == set(SamplingParams.__dataclass_fields__)
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hbll_seq.data.hub_datasets import load_hub_dataset
+from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import check_choice
 
 _FILES = {"train": "train", "test": "t10k"}
@@ -52,13 +54,12 @@ def load_mnist(source: str = "ylecun/mnist", split: str = "train") -> tuple[Tens
             read_idx(_find(Path(source), f"{_FILES[split]}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1")
         )
     else:
-        from datasets import load_dataset
-
         try:
-            dataset = load_dataset(source, split=split)
+            dataset = load_hub_dataset(source, split=split)
         except Exception as error:
             raise ValueError(
-                f"MNIST could not be had from {source!r} ({type(error).__name__}): give a folder with the four idx files"
+                f"MNIST could not be had from {quote(source)}, which is no folder here, nor from the Hub under that id "
+                f"({type(error).__name__}): give a folder with the four idx files"
             ) from error
         images = np.stack([np.asarray(image) for image in dataset["image"]])
         labels = np.asarray(dataset["label"])

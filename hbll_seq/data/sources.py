@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hbll_seq.data import text_files
+from hbll_seq.data.hub_datasets import load_hub_dataset
 from hbll_seq.data.pieces import split_lines
 from hbll_seq.data.text_division import N_SLOTS, SPLITS, Share, divide, part_of_files, part_of_rows
 from hbll_seq.data.text_files import (
@@ -278,12 +279,10 @@ def _documents(texts: Iterable[Iterable[str]]) -> Segments:
 
 
 def _found_hub(repo: str, config: str | None) -> _Found:
-    import datasets  # takes seconds; only these sources need it
-
     name = repo if config is None else f"{repo}:{config}"
     wikitext = repo == HUB_WIKITEXT
     try:
-        loaded = datasets.load_dataset(repo, config)
+        loaded = load_hub_dataset(repo, config)
     except Exception as error:  # the Hub's clients raise unrelated types: no network, no such id, gated, no such config
         folder = f"FOLDER/{config} as the data, or set HBLL_DATA=FOLDER" if wikitext else "FOLDER as the data"
         raise ValueError(

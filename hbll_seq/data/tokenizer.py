@@ -21,7 +21,7 @@ from hbll_seq.data.pieces import BLANK, SURROGATE, split_lines
 from hbll_seq.data.tokenizer_training import train_model
 from hbll_seq.utils.atomic import atomic_write
 from hbll_seq.utils.reading import possible_name, quote, read_bytes, shorten
-from hbll_seq.utils.values import as_whole
+from hbll_seq.utils.values import as_whole, whole_or_none
 
 DEFAULT_MODEL = "wikitext-2-bpe-4k.model"
 MAX_MODEL = 1 << 26  # bytes of a model file
@@ -170,6 +170,20 @@ class Tokenizer:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"id {quote(i)} is outside the vocabulary; ids are 0 .. {self.vocab_size - 1}")
         return b"".join([self._bytes_of[i] for i in ids]).decode("utf-8", errors="replace")
+
+    def piece(self, i: int) -> str:
+        """The name of a piece, unlike that of any other; of a special id such as ``<|endoftext|>``.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        if whole_or_none(i) is None or not 0 <= i < self.vocab_size:
+            raise ValueError(f"id {quote(i)} is outside the vocabulary; ids are 0 .. {self.vocab_size - 1}")
+        return self._processor.IdToPiece(int(i))
+
+    def is_special(self, i: int) -> bool:
+        """Whether an id stands for no text: end of text, or the id of what is unknown. Raises ValueError as :meth:`piece`."""
+        self.piece(i)
+        return self._processor.IsControl(int(i)) or self._processor.IsUnknown(int(i))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the .model file atomically (aside, fsync, rename).

@@ -1,1 +1,2 @@
-"""Doors to other libraries: transformers and lm-evaluation-harness. Each loads by its name alone, with the extra ``[hf]``."""
+"""Doors to other libraries, each loaded by its name alone: transformers and lm-evaluation-harness with the extra ``[hf]``,
+Gradio with ``[demo]``."""

@@ -66,20 +66,18 @@ def _words(losses: TokenLosses) -> str:
 
 
 def _lines(tokens: tuple[str, ...]) -> Iterator[tuple[int, int]]:
-    """First and last-but-one index of the tokens of each line; a line ends with a line break of the text, or where it is
-    full."""
-    start, used = 0, 0
-    for i, token in enumerate(tokens):
-        width = max(len(token), _NUMBER) + 1
-        if used and used + width > _LINE:
-            yield start, i
-            start, used = i, 0
-        used += width
-        if "\n" in token:
-            yield start, i + 1
-            start, used = i + 1, 0
-    if start < len(tokens):
-        yield start, len(tokens)
+    """Where each line of the map begins and ends among the tokens. A line of the text takes one, or as many as it needs, each
+    about as long as the others."""
+    widths = [max(len(token), _NUMBER) + 1 for token in tokens]
+    breaks = [i + 1 for i, token in enumerate(tokens) if "\n" in token or i + 1 == len(tokens)]
+    for start, end in zip([0, *breaks], breaks):
+        total = sum(widths[start:end])
+        n_lines, line, passed = math.ceil(total / _LINE), 1, 0
+        for i in range(start, end):
+            passed += widths[i]
+            if passed * n_lines >= total * line:
+                yield start, i + 1
+                start, line = i + 1, passed * n_lines // total + 1
 
 
 def _cell(name: str, token: str, nats: float) -> str:

@@ -89,6 +89,25 @@ class TransformerBlock(ResidualBlock):
         attended, state = self._attend(self.norm_attention(x), state or KVState())
         return self._add_branches(x, self.attention_out(attended)), state
 
+    def enter(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, K, T, D] of ``x`` [B, T, C], whose tokens stand at ``positions`` [T].
+
+        Queries and keys are turned. A cache that is not ours goes between here and :meth:`leave`.
+        """
+        return self._turned(self.norm_attention(x), positions)
+
+    def leave(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """The block's output [B, T, C] for its input ``x`` [B, T, C].
+
+        Args:
+            q: [B, H, T, D] of :meth:`enter`.
+            k, v: [B, K, S, D], of earlier tokens and of these.
+            mask: True where a query sees a key, broadcast to [B, H, T, S]; None: all are seen, or with ``is_causal`` those
+                that do not come after the query.
+        """
+        attended = attention(q, k, v, mask, is_causal=is_causal)
+        return self._add_branches(x, self.attention_out(rearrange(attended, "b h t d -> b t (h d)")))
+
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, T, D], keys and values [B, K, T, D] of what the block reads, [B, T, C]; nothing is turned yet."""
         n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
@@ -96,15 +115,18 @@ class TransformerBlock(ResidualBlock):
         q, k, v = qkv.split(n_heads, dim=1)
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 
-    def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+    def _turned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._heads(x)
+        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         n_new = x.shape[1]
         for name, part in (("state", state.keys), ("start", state.start)):
             if part is not None and len(part) != len(x):  # which torch would broadcast
                 raise ValueError(f"{name} of {len(part)} rows with inputs of shape {tuple(x.shape)}: must have {len(x)}")
         positions = torch.arange(state.seen, state.seen + n_new, device=x.device)
-        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self._turned(x, positions)
         if state.keys is not None:
             k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
         n_keys = k.shape[2]

@@ -25,7 +25,7 @@ from hbll_seq.models.depth_dial import AbsentBlock, check_held, export_path, pat
 from hbll_seq.models.exits import ExitAdapters
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.hub import HubMixin
-from hbll_seq.models.model_card import CardText
+from hbll_seq.models.model_card import AUTO_USAGE, CardText
 from hbll_seq.models.path_table import PathReport
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
 
@@ -92,6 +92,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
 
     config_class = HBLLConfig
     has_tokenizer = has_path_table = True
+    auto_classes = {"AutoConfig": "HBLLTransformersConfig", "AutoModelForCausalLM": "HBLLTransformersForCausalLM"}
 
     def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -286,7 +287,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         )
         depth = n_layer if alone else min(3, n_layer)
         usage = f'print(model.generate("The history of the city", depth={depth}, max_new_tokens=50))'
-        return CardText("text-generation", "HBLL language model", about, usage)
+        return CardText("text-generation", "HBLL language model", about, usage, AUTO_USAGE.format(depth=depth))
 
     def extra_repr(self) -> str:
         """The configuration, for ``print(model)``."""

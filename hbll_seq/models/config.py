@@ -15,7 +15,8 @@ from hbll_seq.utils.values import check_choice
 
 #: keys that transformers and the Hub write into a config.json; they carry no shape and are dropped on reading.
 FOREIGN_KEYS = frozenset(
-    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
+    {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "auto_map"}
+    | {"use_cache", "depth", "path"}  # of the wrapper for transformers: how it runs
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 

@@ -20,8 +20,23 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
-from hbll_seq.models.hub_source import HUB_ERRORS, as_device, as_source, check_hub_options, find_folder, refuse_unknown
-from hbll_seq.models.model_card import CardText, check_metadata, is_model_card, may_overwrite, model_card, with_location
+from hbll_seq.models.hub_source import (
+    HUB_ERRORS,
+    as_device,
+    as_dtype,
+    as_source,
+    check_hub_options,
+    find_folder,
+    refuse_unknown,
+)
+from hbll_seq.models.model_card import (
+    CardText,
+    check_metadata,
+    code_pointer,
+    is_model_card,
+    model_card,
+    with_location,
+)
 from hbll_seq.models.model_files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -29,6 +44,7 @@ from hbll_seq.models.model_files import (
     MAX_CONFIG,
     METRICS_NAME,
     PATHS_NAME,
+    POINTER_NAME,
     REPLACED,
     SUMMED,
     TOKENIZER_NAME,
@@ -36,7 +52,7 @@ from hbll_seq.models.model_files import (
     ModelFiles,
     called,
     find_latest_run,
-    read_card,
+    has_readme_of_user,
     read_unchanged,
 )
 from hbll_seq.models.path_table import PathTable
@@ -45,7 +61,7 @@ from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
 from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
 from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 
-__all__ = ["FILES", "METRICS_NAME", "HubMixin", "find_latest_run"]
+__all__ = ["FILES", "METRICS_NAME", "POINTER_NAME", "HubMixin", "find_latest_run"]
 
 T = TypeVar("T", bound="HubMixin")
 
@@ -58,11 +74,13 @@ class HubMixin:
         config_class: of ``config``; the model is made by ``cls(config)``.
         has_tokenizer: whether the model takes ``tokenizer=`` as well.
         has_path_table: whether it is a language model, whose folder may hold ``paths.json``.
+        auto_classes: transformers' Auto class -> the class in ``hbll_seq.integrations.transformers`` that it stands for.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     has_tokenizer: ClassVar[bool] = False
     has_path_table: ClassVar[bool] = False
+    auto_classes: ClassVar[dict[str, str]] = {}
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     #: perplexities of the model's paths, from the folder it was loaded from; None where none are stored
@@ -126,13 +144,15 @@ class HubMixin:
         }
         if self.tokenizer is not None:
             config["eos_token_id"] = self.tokenizer.eos_id
+        if location is not None and self.auto_classes:  # on the Hub
+            config["auto_map"] = {auto: f"{Path(POINTER_NAME).stem}.{name}" for auto, name in self.auto_classes.items()}
         config_text = to_json(config, indent=2) + "\n"
         if len(config_text) > MAX_CONFIG:
             raise ValueError(
                 f"the config of this {type(self).__name__} would take {len(config_text):,} bytes of at most "
                 f"{MAX_CONFIG:,}: give fewer trained_paths, or 'all'. Nothing was written"
             )
-        is_of_user = _has_readme_of_user(folder)
+        is_of_user = has_readme_of_user(folder)
         keep = (CARD_NAME,) if is_of_user else ()
         with atomic_folder(folder, REPLACED, keep) as aside:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -150,6 +170,8 @@ class HubMixin:
                 card = with_location(text, location or _portable(folder))
                 (aside / CARD_NAME).write_text(card, encoding="utf-8", errors="backslashreplace")
             (aside / CONFIG_NAME).write_text(config_text, encoding="utf-8")
+            if "auto_map" in config:
+                (aside / POINTER_NAME).write_text(code_pointer(self.auto_classes.values()), encoding="utf-8")
             summed = [name for name in SUMMED if (aside / name).exists()]
             (aside / SUMS_NAME).write_text(format_sums(aside, summed), encoding="utf-8")
 
@@ -179,10 +201,12 @@ class HubMixin:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        subfolder: str | None = None,
         device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
         **unknown: Any,
     ) -> T:
-        """The model of a folder or of the Hub, in evaluation mode, with the dtypes it was saved in.
+        """The model of a folder or of the Hub, in evaluation mode.
 
         A folder may hold anything else beside the files of :meth:`save_pretrained`: a training output folder is fine.
         Files are compared with SHA256SUMS; where there is none, or a file is not in it, one line on stderr says so. The
@@ -192,7 +216,9 @@ class HubMixin:
             pretrained_model_name_or_path: a folder, else a Hub id such as ``owner/name``.
             revision: branch, tag or commit of the Hub repository.
             token, cache_dir, local_files_only: as in ``huggingface_hub.snapshot_download``.
+            subfolder: the folder inside that holds the model; parts divided by "/".
             device: where the model goes.
+            dtype: of its floating weights, a torch dtype or its name, such as ``"bfloat16"``; ``"auto"`` as saved.
             unknown: refused; transformers has more arguments.
 
         Raises:
@@ -203,9 +229,11 @@ class HubMixin:
         refuse_unknown(unknown)
         source = as_source(pretrained_model_name_or_path)
         check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
-        device = as_device(device)
-        folder = find_folder(source, revision, token, cache_dir, local_files_only)
-        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device).eval()
+        check_hub_options(subfolder=subfolder)
+        device, dtype = as_device(device), as_dtype(dtype)
+        folder = find_folder(source, revision, token, cache_dir, local_files_only, subfolder)
+        source = f"{source}/{subfolder}" if subfolder else source
+        return read_unchanged(folder, lambda: cls._read(folder, source)).to(device=device, dtype=dtype).eval()
 
     @classmethod
     def _read(cls: type[T], folder: Path, source: str) -> T:
@@ -221,12 +249,26 @@ class HubMixin:
             model = make()
         for name, own in module_tensors(model).items():
             own.data = weights[name]  # not copy_: the dtype of the file is kept; tied names share this one Parameter
-        card = files.card()
-        model._card = card if card is not None and is_model_card(card) else None
-        model.path_table = files.path_table(model.tree) if cls.has_path_table else None
-        if model._card is not None or model.path_table is not None:
-            model._loaded_sha256 = files.weights_sha256()
+        model._adopt_card(files)
         return model
+
+    def adopt(self, files: ModelFiles) -> None:
+        """Take on what lies beside the weights of a folder: tokenizer, model card and path table. For those who load the
+        weights themselves. Raises ValueError for a tokenizer that is none, or that has more pieces than the model tokens.
+        """
+        if self.has_tokenizer:
+            self.tokenizer = files.tokenizer(self.config.vocab_size)
+            if self.tokenizer is not None and self.tokenizer.vocab_size > self.config.vocab_size:
+                raise ValueError(f"{files.source}: tokenizer {TOKENIZER_NAME} has {self.tokenizer.vocab_size} pieces but "
+                                 f"vocab_size={self.config.vocab_size}; load an intact copy")
+        self._adopt_card(files)
+
+    def _adopt_card(self, files: ModelFiles) -> None:
+        card = files.card()
+        self._card = card if card is not None and is_model_card(card) else None
+        self.path_table = files.path_table(self.tree) if self.has_path_table else None
+        if self._card is not None or self.path_table is not None:
+            self._loaded_sha256 = files.weights_sha256()
 
     def _new_path_table(self, perplexity: Any) -> PathTable | None:
         """What is to be stored of the paths' perplexities. Raises ValueError where splits are named, but hold other rows."""
@@ -293,22 +335,6 @@ def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
         tensor = tensors[name]
         count = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
-
-
-def _has_readme_of_user(folder: Path) -> bool:
-    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
-    known."""
-    try:
-        return not may_overwrite(read_card(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError:  # no regular file, or too large for a card
-        return True
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
-            "changed there; make it readable, or choose another folder"
-        ) from error
 
 
 def _portable(folder: Path) -> str:

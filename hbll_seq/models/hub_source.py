@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from hbll_seq.models.model_files import FILES, WHAT_TO_LOAD, called
 from hbll_seq.utils.reading import possible_name, quote, shorten
+from hbll_seq.utils.tensors import FLOATS
 
 #: what huggingface_hub raises: ValueErrors for ids, OSErrors, and the errors of the HTTP library that it is built on.
 HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 #: arguments of transformers' from_pretrained, and what takes their place here.
 _ELSEWHERE = {
-    "torch_dtype": "load the model, then model.to(torch.bfloat16)",
-    "dtype": "load the model, then model.to(torch.bfloat16)",
+    "torch_dtype": "its name is dtype=",
     "device_map": "name one device by device=",
     "use_auth_token": "give it as token=",
     "trust_remote_code": "leave it out: no code is ever loaded",
@@ -36,7 +37,8 @@ def refuse_unknown(unknown: dict[str, Any]) -> None:
     names = ", ".join(shorten(name, 40) for name in list(unknown)[:4])
     advice = "; ".join(f"{name}: {_ELSEWHERE[name]}" for name in list(unknown)[:2] if name in _ELSEWHERE)
     raise ValueError(
-        f"from_pretrained does not know {names}: known are revision, token, cache_dir, local_files_only and device; "
+        f"from_pretrained does not know {names}: known are revision, subfolder, token, cache_dir, local_files_only, device "
+        "and dtype; "
         f"{advice or 'leave it out'}"
     )
 
@@ -61,6 +63,7 @@ def check_hub_options(**options: Any) -> None:
         "private": ((bool, type(None)), "True, False or None"),
         "cache_dir": ((str, os.PathLike, type(None)), "the name of a folder, or None"),
         "revision": ((str, type(None)), "the name of a branch, tag or commit, or None"),
+        "subfolder": ((str, type(None)), "the name of a folder inside, or None"),
         "commit_message": ((str,), "a text"),
         "repo_id": ((str,), "an id such as 'owner/name'"),
     }
@@ -82,27 +85,77 @@ def as_device(device: Any) -> torch.device:
     return device
 
 
-def find_folder(source: str, revision: str | None, token: str | bool | None, cache_dir: Any, local_files_only: bool) -> Path:
-    """The folder ``source``, or a local copy of the Hub's repository of that name.
+def as_dtype(dtype: Any) -> torch.dtype | None:
+    """The dtype that a name or a torch.dtype stands for; None for "auto". Raises ValueError for what no weights have."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return None
+    names = {str(known).removeprefix("torch."): known for known in FLOATS}
+    found = names.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in FLOATS:
+        raise ValueError(
+            f"dtype={quote(dtype)}: allowed are {', '.join(map(repr, names))}, torch dtypes of these names, and 'auto' for "
+            "the dtype that the model was saved in"
+        )
+    return found
+
+
+def find_folder(
+    source: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: Any,
+    local_files_only: bool,
+    subfolder: str | None = None,
+    also: Sequence[str] = (),
+) -> Path:
+    """The folder ``source``, or a local copy of the Hub's repository of that name; of either the folder ``subfolder``.
+
+    Args:
+        source: a folder or a Hub id.
+        revision, token, cache_dir, local_files_only: of the Hub.
+        subfolder: parts divided by "/".
+        also: names of files to bring from the Hub beside those of a model.
 
     Raises:
         ValueError: there is neither, or a local folder is asked for a revision.
     """
+    below = _below(subfolder)
     if source.startswith("~"):
         source = os.fspath(possible_name(source))
     if os.path.isdir(source):
         if revision is not None:
             raise ValueError(f"revision={quote(revision)} with the local folder {called(source)}: only Hub models have one")
-        return Path(source)
+        return _inside(Path(source), below, source)
     if os.path.lexists(source):
         raise ValueError(f"{called(source)} is a file. {WHAT_TO_LOAD}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         raise ValueError(f"there is no folder {called(source)}, and it is no Hub id. {WHAT_TO_LOAD}")
     try:
         options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        return Path(snapshot_download(source, allow_patterns=list(FILES), **options))
+        wanted = [(below / name).as_posix() for name in (*FILES, *also)]
+        return _inside(Path(snapshot_download(source, allow_patterns=wanted, **options)), below, source)
     except HUB_ERRORS as error:
+        if isinstance(error, _NoSubfolder):
+            raise
         raise ValueError(
             f"there is no folder {called(source)} here, and no such model could be read from the Hub "
             f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
         ) from error
+
+
+class _NoSubfolder(ValueError):
+    """A model's repository lacks the folder that was asked for."""
+
+
+def _below(subfolder: str | None) -> PurePosixPath:
+    """``subfolder`` as a path that stays inside. Raises ValueError for one that leads out."""
+    below = PurePosixPath(subfolder or "")
+    if below.is_absolute() or ".." in below.parts or "\0" in str(below) or re.search(r"[*?\[]", str(below)):
+        raise ValueError(f"subfolder={quote(subfolder)}: must be the name of a folder inside the model's, such as 'last'")
+    return below
+
+
+def _inside(folder: Path, below: PurePosixPath, source: str) -> Path:
+    if below.parts and not (folder / below).is_dir():
+        raise _NoSubfolder(f"{called(source)} has no folder {quote(str(below))}: leave subfolder out or name one that it has")
+    return folder / below

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
@@ -39,7 +40,32 @@ model = {architecture}.from_pretrained({location})
 {usage}
 ```
 
-{sections}"""
+{elsewhere}{sections}"""
+#: section of a model that transformers can load; what its example loads from is put in later
+AUTO_USAGE = """\
+## In transformers
+
+With hbll_seq and its extra `[hf]` installed:
+
+```python
+import hbll_seq.integrations.transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".", depth={depth})
+```
+
+A repository that `push_to_hub` made also takes `trust_remote_code=True` in place of the first import.
+The code in it is that import and no more, so that hbll_seq has to be installed all the same.
+
+"""
+_POINTER = """\
+\"\"\"What transformers runs with trust_remote_code=True: the classes are those of hbll_seq, with its extra [hf].\"\"\"
+
+from hbll_seq.integrations.transformers import {names}
+
+__all__ = [{quoted}]
+"""
 
 
 class CardText(NamedTuple):
@@ -49,12 +75,14 @@ class CardText(NamedTuple):
     title: heading, where ``model_name`` gives none.
     about: first paragraph.
     usage: Python lines that use ``model``.
+    elsewhere: a section on other libraries that load it.
     """
 
     pipeline_tag: str | None
     title: str
     about: str
     usage: str
+    elsewhere: str = ""
 
 
 def model_card(model: Any, metadata: dict[str, Any]) -> str:
@@ -93,6 +121,7 @@ def model_card(model: Any, metadata: dict[str, Any]) -> str:
         architecture=type(model).__name__,
         location='"."',
         usage=text.usage,
+        elsewhere=text.elsewhere,
         sections="\n\n".join(sections) + "\n",
     )
 
@@ -128,8 +157,14 @@ def may_overwrite(text: str) -> bool:
 
 
 def with_location(card: str, location: str) -> str:
-    """The card, with ``location`` as the place that its example loads from."""
-    return re.sub(r'from_pretrained\("[^"\n]*"\)', lambda _: f"from_pretrained({json.dumps(location)})", card)
+    """The card, with ``location`` as the place that its examples load from."""
+    return re.sub(r'from_pretrained\("[^"\n]*"(?=[,)])', lambda _: f"from_pretrained({json.dumps(location)}", card)
+
+
+def code_pointer(names: Iterable[str]) -> str:
+    """The module by which transformers finds these classes of ``hbll_seq.integrations.transformers``."""
+    names = sorted(names)
+    return _POINTER.format(names=", ".join(names), quoted=", ".join(json.dumps(name) for name in names))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

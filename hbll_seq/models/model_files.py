@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
+from hbll_seq.models.model_card import may_overwrite
 from hbll_seq.models.path_table import PathTable
 from hbll_seq.tree.topology import DyadicTree
 from hbll_seq.utils import migration
@@ -30,6 +31,9 @@ from hbll_seq.utils.tensors import check_found, listing
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 TOKENIZER_NAME, CARD_NAME, PATHS_NAME = "tokenizer.model", "README.md", "paths.json"
+#: of a language model that was pushed: what transformers runs with trust_remote_code. It is not one of FILES, which loading
+#: fetches: no code is ever loaded.
+POINTER_NAME = "modeling_hbll.py"
 FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, CARD_NAME, SUMS_NAME, PATHS_NAME)
 #: those that SHA256SUMS lists; the model card is not one, since people edit it, on the Hub's web page too.
 SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, PATHS_NAME)
@@ -216,6 +220,16 @@ class ModelFiles:
         except ValueError as error:
             raise ValueError(f"{self.source}: {PATHS_NAME}: {error}; {_INTACT}") from None
 
+    def check(self, name: str) -> None:
+        """Compare the file with its sum, without keeping it. Raises ValueError when it is missing or another one."""
+        self._check_there(name)
+        if self.sums is not None and name in self.sums:
+            try:
+                found = self.weights_sha256() if name == WEIGHTS_NAME else sha256(self.folder / name)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.source}: {name} cannot be read: {shorten(error)}; load an intact copy") from None
+            self._compare(name, found)
+
     def card(self) -> str | None:
         """The text of README.md; None where there is none that can be read."""
         try:
@@ -304,3 +318,19 @@ def _is_finished(folder: Path) -> bool:
         return isinstance(parse_json(read_bytes(folder / METRICS_NAME), null_for_non_finite=True), dict)
     except (OSError, ValueError):
         return False
+
+
+def has_readme_of_user(folder: Path) -> bool:
+    """Whether the folder holds a README.md that is not this library's to replace. Raises ValueError when that cannot be
+    known."""
+    try:
+        return not may_overwrite(read_card(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # no regular file, or too large for a card
+        return True
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {called(folder)}: its {CARD_NAME} cannot be read ({shorten(error)}). Nothing was "
+            "changed there; make it readable, or choose another folder"
+        ) from error

@@ -344,3 +344,15 @@ def test_script_survives_a_full_standard_output(tmp_path: Path) -> None:
         run = subprocess.run([sys.executable, str(script), *arguments], stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert (run.returncode, run.stderr) == (0, b"")
     assert Tokenizer.from_file(tmp_path / "t.model").vocab_size == 270
+
+
+def test_names_of_pieces(tokenizer):
+    names = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+    assert len(set(names)) == tokenizer.vocab_size and names[tokenizer.eos_id] == "<|endoftext|>"
+    special = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)]
+    assert [names[i] for i in special] == ["<|unknown|>", "<|endoftext|>"] and tokenizer.decode(special) == ""
+    for wrong in (-1, tokenizer.vocab_size, True, 1.0, "a"):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            tokenizer.piece(wrong)
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            tokenizer.is_special(wrong)

@@ -52,6 +52,8 @@ RUN = {
 READ = {
     'pip install -c constraints.txt -e .',
     'pip install -c constraints.txt -e ".[test]"',
+    'pip install -c constraints.txt -e ".[demo]"',
+    "hbll-seq demo --model runs/lm --port 8000",
     "pytest -n 2",
     "pytest -m slow",
     "pytest tests/engine/test_scan.py",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers.language_models import check_cached_logits, model_of, small_lm
 
 from hbll_seq.generation.path_cache import PathCache
+from hbll_seq.generation.runner import Runner
 from hbll_seq.layers.attention import TransformerBlock, attention, rotate, rotation
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import hidden_width
@@ -90,6 +91,23 @@ def test_padding_changes_nothing_and_the_window_ends(options):
 @torch.no_grad()
 def test_cached_logits_equal_the_full_forward(options, path):
     check_cached_logits(model_of(**options), ids_of(2, 30), path)
+
+
+@options_of_all
+@torch.no_grad()
+def test_a_runner_reads_the_same(options):
+    """Its buffers and prepared weights; with padding, past the window, and after tokens were taken back."""
+    model, ids = model_of(**options), ids_of(2, 24)
+    for path in [(4,), (1, 2, 3, 4, 5, 6, 7)]:
+        full = model(ids, path=path).logits
+        runner = Runner(model, path, torch.tensor([3, 3]))
+        found = [runner.prefill(torch.cat((ids[:, :3], ids[:, :5]), dim=1))]
+        found += [runner.step(ids[:, t]) for t in range(5, 14)]
+        runner.step(ids[:, 0])
+        runner.truncate(runner.length - 1)
+        found += runner.read(ids[:, 14:17]).unbind(1)
+        found += [runner.step(ids[:, t]) for t in range(17, 24)]
+        torch.testing.assert_close(torch.stack(found, dim=1), full[:, 4:], atol=1e-4, rtol=0)
 
 
 @options_of_all

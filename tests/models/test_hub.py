@@ -84,6 +84,27 @@ def test_round_trip_is_exact(tmp_path, tied, dtype):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "float64", "float32", "auto"])
+def test_a_dtype_to_load_in(tmp_path, dtype):
+    model = model_of().to(torch.float16)
+    model.save_pretrained(tmp_path / "m")
+    loaded = HBLLForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+    wanted = torch.float16 if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in loaded.parameters()} == {wanted}
+    assert_same_weights(loaded, model.to(wanted))
+    assert loaded.head.projection.weight is loaded.embed.weight and not loaded.training
+
+
+def test_a_model_in_a_subfolder(saved, model, tmp_path):
+    (tmp_path / "all" / "runs").mkdir(parents=True)
+    shutil.copytree(saved, tmp_path / "all" / "runs" / "last")
+    for subfolder in ("runs/last", "runs/last/"):
+        assert_same_weights(HBLLForCausalLM.from_pretrained(tmp_path / "all", subfolder=subfolder), model)
+    (tmp_path / "all" / "runs" / "last" / CONFIG).unlink()
+    with pytest.raises(ValueError, match="all/runs/last'.*config.json"):
+        HBLLForCausalLM.from_pretrained(tmp_path / "all", subfolder="runs/last")
+
+
 def test_files_and_config(saved, model):
     assert {path.name for path in saved.iterdir()} == set(hub.FILES)
     config = json.loads((saved / CONFIG).read_text())
@@ -365,7 +386,7 @@ def test_card_stays_with_the_weights_it_was_written_for(saved, tmp_path):
     loaded = HBLLForCausalLM.from_pretrained(saved)
     loaded.save_pretrained(tmp_path / "copy")
     original = (saved / CARD).read_text()
-    assert (tmp_path / "copy" / CARD).read_text() == original.replace('pretrained("saved")', 'pretrained("copy")')
+    assert (tmp_path / "copy" / CARD).read_text() == original.replace('pretrained("saved"', 'pretrained("copy"')
     with torch.no_grad():
         loaded.embed.weight[0, 0] += 1  # its perplexities are now another model's
     loaded.save_pretrained(tmp_path / "copy")
@@ -435,7 +456,7 @@ def test_push_and_load_again(fake_hub, model):
         ("token", "t"), ("create", "me/small", True, True), ("upload", "me/small", "New", "dev", False)
     ]  # fmt: skip
     pushed = fake_hub.root / "me" / "small"
-    assert {path.name for path in pushed.iterdir()} == set(hub.FILES)
+    assert {path.name for path in pushed.iterdir()} == {*hub.FILES, hub.POINTER_NAME}
     card = (pushed / CARD).read_text()
     assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-2-3-head |" in card
     loaded = HBLLForCausalLM.from_pretrained("me/small", revision="dev", token="t", local_files_only=True)
@@ -449,6 +470,14 @@ def test_a_trained_folder_is_pushed_with_its_card(fake_hub, saved):
     HBLLForCausalLM.from_pretrained(saved).push_to_hub("me/small")
     card = (fake_hub.root / "me" / "small" / CARD).read_text()
     assert 'from_pretrained("me/small")' in card and "| depth 2 | 0-2-3-head |" in card and "| lr | 0.002 |" in card
+
+
+def test_a_subfolder_of_a_repository(fake_hub, saved, model):
+    shutil.copytree(saved, fake_hub.root / "me" / "all" / "last")
+    assert_same_weights(HBLLForCausalLM.from_pretrained("me/all", subfolder="last"), model)
+    assert fake_hub.calls[-1][2]["allow_patterns"] == [f"last/{name}" for name in hub.FILES]
+    with pytest.raises(ValueError, match="'me/all' has no folder 'first': leave subfolder out"):
+        HBLLForCausalLM.from_pretrained("me/all", subfolder="first")
 
 
 def test_hub_errors_are_explained(fake_hub, model):

@@ -182,13 +182,18 @@ def test_the_home_and_bytes_are_names_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(torch_dtype=torch.bfloat16), r"does not know torch_dtype: known are revision.*model.to\(torch.bfloat16\)"),
+    (dict(torch_dtype=torch.bfloat16), r"does not know torch_dtype: known are revision, subfolder.*its name is dtype="),
     (dict(device_map="auto"), "device_map: name one device by device="),
     (dict(trust_remote_code=True), "trust_remote_code: leave it out"),
     (dict(force_download=True), "does not know force_download"),
     (dict(devise="cpu"), "does not know devise: known are.*leave it out"),
     (dict(device="gpu0"), "device='gpu0'.*choose one that this machine has"),
     (dict(device=7.5), "device=7.5"), (dict(device=None), "device=None"), (dict(device="x" * 10**5), "device='xxx"),
+    (dict(dtype="float8"), "dtype='float8': allowed are 'float32', 'bfloat16', 'float16', 'float64'.*'auto'"),
+    (dict(dtype=torch.int8), "dtype=torch.int8: allowed"), (dict(dtype=None), "dtype=None"), (dict(dtype=3), "dtype=3"),
+    (dict(subfolder=3), "subfolder=3: must be"), (dict(subfolder="no"), "m' has no folder 'no': leave subfolder out"),
+    (dict(subfolder="../m"), "subfolder='../m': must be the name of a folder inside"), (dict(subfolder="/tmp"), "subfolder="),
+    (dict(subfolder="*"), "subfolder="), (dict(subfolder="a\0b"), "subfolder="),
     (dict(revision=3), "revision=3: must be the name of a branch"), (dict(revision=b"v1"), "revision="),
     (dict(token=3.5), "token=float: must be a token, True"), (dict(token=["s3cret"]), "token=list: must be"),
     (dict(cache_dir=3), "cache_dir=3"), (dict(local_files_only="yes"), "local_files_only='yes': must be True or False"),

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="bundled", help="bundled (the default), a folder or a Hub id; with a tokenizer")
     add("--split", choices=("validation", "test"), default="test", help="of the bundled text, for prompts and perplexity")
-    add("--prompts", type=int, default=12, help="prompts, the stretches of the split that stand equally far apart (default: 12)")
+    add("--prompts", type=int, default=12, help="prompts, equally far apart in the split (default: 12)")
     add("--prompt-tokens", type=int, default=24, help="tokens of a prompt (default: 24)")
     add("--tokens", type=int, default=128, help="new tokens of each (default: 128)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 0.8], help="(default: 0 0.8)")

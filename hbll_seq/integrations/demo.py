@@ -19,6 +19,7 @@ from hbll_seq.evaluation.token_losses import token_losses
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.integrations import heat_map
+from hbll_seq.integrations.extras import how_to_install
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.console import printable, say
 from hbll_seq.utils.reading import quote
@@ -251,7 +252,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise ValueError('the page needs Gradio, which is not installed: pip install "hbll_seq[demo]"') from None
+        raise ValueError(f"the page needs Gradio: {how_to_install('gradio', 'demo')}") from None
     return gradio
 
 

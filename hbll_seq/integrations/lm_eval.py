@@ -12,22 +12,27 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import lm_eval.models  # noqa: F401  the harness lists its own models only where the list is empty
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import MODEL_REGISTRY, register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.integrations.extras import without_extra
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole, whole_or_none
+
+try:
+    import lm_eval.models  # noqa: F401  the harness lists its own models only where the list is empty
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import MODEL_REGISTRY, register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise without_extra(error, ("lm_eval", "transformers"), "hf") from None
 
 NAME = "hbll"
 #: context ids, ids to be scored

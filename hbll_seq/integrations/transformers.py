@@ -5,7 +5,12 @@ Needs the extra ``[hf]``. See docs/integrations.md.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from hbll_seq.integrations.extras import without_extra
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as error:
+    raise without_extra(error, ("transformers",), "hf") from None
 
 from hbll_seq.integrations.transformers_config import HBLLTransformersConfig
 from hbll_seq.integrations.transformers_model import HBLLTransformersForCausalLM

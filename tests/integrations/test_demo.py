@@ -147,7 +147,7 @@ def test_a_pasted_book_is_cut():
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ValueError, match=r'not installed: pip install "hbll_seq\[demo\]"'):
+    with pytest.raises(ValueError, match=r'not installed: pip install "hbll_seq\[demo\]", or in a clone.*"\.\[demo\]"'):
         demo.serve(model_of(TOKENIZER))
 
 

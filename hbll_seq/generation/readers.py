@@ -21,7 +21,7 @@ def pays(paths: Sequence[tuple[int, ...]], sampler: Sampler) -> bool:
     """Whether drafting is known to pay, and changes no text: one row, greedy, along a path of three blocks or more.
 
     On a CPU it is not known to: with decoders that make a plain step cheap, checking several tokens costs more than two
-    steps (docs/generation.md).
+    steps (docs/results.md, 17).
     """
     return False
 

@@ -262,7 +262,10 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         """
         return report_paths(self, n_tokens, measure)
 
-    def export_path(self, path: int | str | Sequence[int], save_directory: str | PathLike[str], **metadata: Any) -> None:
+    def export_path(
+        self, path: int | str | Sequence[int], save_directory: str | PathLike[str], *, overwrite: bool = False,
+        **metadata: Any,
+    ) -> None:
         """Write a stand-alone model of one path's blocks, which loads like any other and gives the same logits.
 
         The tree, the block numbers and the exit adapters stay; the other blocks are left out (``config.blocks``). The path
@@ -271,12 +274,13 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         Args:
             path: a depth or its word, as in :meth:`resolve_path`, or block numbers.
             save_directory: the folder.
+            overwrite: replace a model that is there. A training run's folder is always refused.
             metadata: for the card, as in :meth:`save_pretrained`; stored perplexities of these blocks' paths go along.
 
         Raises:
-            ValueError: as :meth:`resolve_path` and :meth:`save_pretrained`.
+            ValueError: as :meth:`resolve_path` and :meth:`save_pretrained`; or the folder holds a model or a run already.
         """
-        export_path(self, path, save_directory, metadata)
+        export_path(self, path, save_directory, overwrite, metadata)
 
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""

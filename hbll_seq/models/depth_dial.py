@@ -11,6 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hbll_seq.generation.decoding import Decoding
@@ -18,7 +19,9 @@ from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.base import Cell
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.path_table import SPLITS, PathReport, PathRow
+from hbll_seq.models.save_checks import as_folder, refuse_taken
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.tensors import WithoutValues
 from hbll_seq.utils.values import as_flag, as_whole, whole_or_none
 
 Path = tuple[int, ...]
@@ -160,15 +163,18 @@ def ms_per_token(model: DepthHierarchy, path: Path, n_tokens: int = 32) -> float
 
 
 def export_path(
-    model: DepthHierarchy, path: int | str | Sequence[int], save_directory: str | PathLike[str], metadata: dict[str, Any]
+    model: DepthHierarchy, path: int | str | Sequence[int], save_directory: str | PathLike[str], overwrite: bool,
+    metadata: dict[str, Any],
 ) -> None:
     """See :meth:`hbll_seq.HBLLForCausalLM.export_path`."""
     is_depth = isinstance(path, str) or not hasattr(path, "__iter__")
     blocks = model.resolve_path(depth=path) if is_depth else model.resolve_path(path=path)
+    refuse_taken(as_folder(save_directory), as_flag("overwrite", overwrite))
     trained = model.config.trained_paths
     if isinstance(trained, tuple):
         trained = tuple(each for each in trained if set(each) <= set(blocks)) or trained
-    alone = type(model)(replace(model.config, blocks=blocks, trained_paths=trained), tokenizer=model.tokenizer)
+    with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+        alone = type(model)(replace(model.config, blocks=blocks, trained_paths=trained), tokenizer=model.tokenizer)
     names = set(alone.state_dict())
     alone.load_state_dict({name: value for name, value in model.state_dict().items() if name in names}, assign=True)
     if model.config.tie_embeddings:

@@ -59,9 +59,10 @@ from hbll_seq.models.model_files import (
     read_unchanged,
 )
 from hbll_seq.models.path_table import PathTable
+from hbll_seq.models.save_checks import as_folder, have_values_of, refuse_run
 from hbll_seq.utils.atomic import atomic_folder
-from hbll_seq.utils.integrity import SUMS_NAME, format_sums, sha256
-from hbll_seq.utils.reading import possible_name, quote, shorten, to_json
+from hbll_seq.utils.integrity import SUMS_NAME, format_sums
+from hbll_seq.utils.reading import quote, shorten, to_json
 from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
 
 __all__ = ["FILES", "METRICS_NAME", "POINTER_NAME", "HubMixin", "find_latest_run"]
@@ -108,9 +109,9 @@ class HubMixin:
 
         The new version takes the old one's place in one step: whatever ends a save, the whole old or the whole new model
         loads. A README.md that this library has not written, or whose marker line was removed, is left alone. Without any
-        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for.
-        SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit, on the Hub's web page
-        too.
+        metadata the card that the model was loaded with is kept, as long as the weights are still those it was written for,
+        also in a wider dtype. SHA256SUMS lists the other files, and loading checks them; not README.md, which people edit,
+        on the Hub's web page too.
 
         Args:
             save_directory: the folder; ``~`` is the user's home.
@@ -124,18 +125,17 @@ class HubMixin:
                 ``model_name`` go to its header, ``pictures`` (names of .png files in the folder) are shown.
 
         Raises:
-            ValueError: the folder cannot be written or is a file; metadata of a wrong type; a weight is NaN or infinite; or
-                what would be written could not be loaded: weights of other names, shapes, dtypes or ties than those of a
-                new model of this config.
+            ValueError: the folder cannot be written, is a file or a training run's (run.json); metadata of a wrong type; a
+                weight is NaN or infinite; or what would be written could not be loaded: weights of other names, shapes,
+                dtypes or ties than those of a new model of this config.
         """
         metadata = {"data": data, "settings": settings, "perplexity": perplexity, **metadata}
-        try:
-            folder = possible_name(save_directory)
-        except TypeError:
-            raise ValueError(f"save_directory={quote(save_directory)}: must be the name of a folder") from None
-        self._save(folder, {name: value for name, value in metadata.items() if value is not None})
+        folder = as_folder(save_directory)
+        refuse_run(folder)
+        self.write_into(folder, {name: value for name, value in metadata.items() if value is not None})
 
-    def _save(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
+    def write_into(self, folder: Path, metadata: dict[str, Any], location: str | None = None) -> None:
+        """What :meth:`save_pretrained` does, in whatever folder: a run writes its own results so."""
         check_metadata(metadata)
         table = self._new_path_table(metadata.get("perplexity"))
         weights = self._tensors_to_save()
@@ -161,7 +161,7 @@ class HubMixin:
             save_file(weights, aside / WEIGHTS_NAME, metadata={"format": "pt"})
             if self.tokenizer is not None:
                 self.tokenizer.save(aside / TOKENIZER_NAME)
-            unchanged = self._loaded_sha256 is not None and sha256(aside / WEIGHTS_NAME) == self._loaded_sha256
+            unchanged = have_values_of(self._loaded_sha256, weights, aside / WEIGHTS_NAME)
             if table is None and unchanged and "perplexity" not in metadata:
                 table = self.path_table
             if table is not None:
@@ -322,7 +322,7 @@ class HubMixin:
             raise ValueError(f"repo_id={quote(repo_id)}: {shorten(error)}; give one such as 'owner/name'") from None
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
-            self._save(folder, metadata, location=repo_id)
+            self.write_into(folder, metadata, location=repo_id)
             try:
                 api = HfApi(token=token)
                 repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id

@@ -41,6 +41,8 @@ SUMMED = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, PATHS_NAME)
 REPLACED = (SUMS_NAME, CARD_NAME, PATHS_NAME, TOKENIZER_NAME, WEIGHTS_NAME, CONFIG_NAME)
 #: written by train/lm.py when a run has ended; what tells a finished run from a checkpoint.
 METRICS_NAME = "metrics.json"
+#: what marks a folder as a training run's
+RECORD_NAME = "run.json"
 #: the folder of a run's checkpoints, whether it has ended or not
 CHECKPOINTS_NAME = "checkpoints"
 #: bytes that may be read; the trained paths of 1,023 blocks take 6 million in config.json.

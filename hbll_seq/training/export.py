@@ -50,9 +50,10 @@ def export(model: HBLLForCausalLM, settings: TrainingSettings, trainer: Trainer,
     try:
         with exporting(folder) as finish:
             _draw(model, settings, rows, evaluations, folder)
-            model.save_pretrained(folder, data=_writable(settings.data), settings=shown, steps=trainer.done,
-                                  tokens=trainer.tokens, perplexity={split: last[split] for split in SPLITS},
-                                  pictures=[name for name in PICTURES if (folder / name).exists()])
+            card = dict(data=_writable(settings.data), settings=shown, steps=trainer.done, tokens=trainer.tokens,
+                        perplexity={split: last[split] for split in SPLITS},
+                        pictures=[name for name in PICTURES if (folder / name).exists()])
+            model.write_into(folder, card)
             finish(to_json(summary, indent=1) + "\n")
     except (OSError, ValueError) as error:
         raise RunFailed(f"the results could not be written to {folder}: {shorten(error, 250)}; the last checkpoint is kept: "

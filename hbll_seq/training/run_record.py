@@ -20,6 +20,7 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, PATHS_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from hbll_seq.models.model_files import CHECKPOINTS_NAME as CHECKPOINTS
 from hbll_seq.models.model_files import METRICS_NAME as SUMMARY
+from hbll_seq.models.model_files import RECORD_NAME as RECORD
 from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
@@ -28,7 +29,6 @@ from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.utils.reading import read_bytes, read_json, read_yaml, to_json
 from hbll_seq.utils.values import number_or_none
 
-RECORD = "run.json"
 SETTINGS, METRICS, EVALUATIONS = "settings.yaml", "metrics.jsonl", "evaluations.jsonl"
 CURVE, BY_DEPTH, TRADEOFF, TREE = "training_curve.png", "perplexity_by_depth.png", "tradeoff.png", "tree.png"
 PICTURES = (CURVE, BY_DEPTH, TRADEOFF, TREE)

@@ -200,6 +200,12 @@ def test_an_exported_path_writes_the_same_text(cli, model, tmp_path):
     assert told["parameters"] == model.n_parameters((1, 2, 4)) and told["blocks"] == 3 and told["dyadic_paths"] is None
     assert "3, those of the path 1,2,4 of a larger model" in cli("info", small)
     assert "0---1---2-------4---------------8" in cli("info", small)
+    assert "already holds a model" in cli("export", "runs/lm", small, "--depth", 2, code=2)
+    assert cli.json("info", small)["blocks"] == 3
+    cli("export", "runs/lm", small, "--depth", 2, "--overwrite")
+    assert cli.json("info", small)["blocks"] == 2
+    (small / "checkpoints").mkdir()
+    assert "never replaced" in cli("export", "runs/lm", small, "--depth", 1, "--overwrite", code=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------- info

@@ -152,11 +152,10 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
 
 
 def test_the_slider_ends_where_the_model_does(tmp_path):
-    pytest.importorskip("gradio")
     model_of(TOKENIZER, default_paths="prefix").export_path(3, tmp_path / "three")
-    page = demo.make_page(HBLLForCausalLM.from_pretrained(tmp_path / "three"), "three")
-    (depth,) = (block for block in page.blocks.values() if getattr(block, "elem_id", None) == "depth")
-    assert depth.value == depth.maximum == 3
+    page = demo.Page(HBLLForCausalLM.from_pretrained(tmp_path / "three"))
+    *_, text = page.write("The river", page.n_blocks, 3, 0, 0, 1, "")
+    assert page.n_blocks == 3 and "path 0-1-2-4-head" in text
 
 
 def test_what_cannot_be_served_is_told(monkeypatch):

@@ -64,7 +64,7 @@ class TextGenerator:
             truncate_prompt: keep the last tokens of a prompt that is longer than the model's context, instead of refusing
                 it. A model of recurrent blocks alone reads prompts of any length, and whole.
             speculative: a short path drafts tokens and the network that was asked for checks them, several at once. True,
-                or a :class:`hbll_seq.generation.speculative.Speculation`; False never; None where it is known to pay.
+                or a :class:`hbll_seq.generation.speculative.Speculation`; False and None never.
             in_order: take only so many of the blocks in order and the others side by side, each on the state before them.
             options: the fields of :class:`SamplingParams`, in place of ``sampling``: ``max_new_tokens=40, seed=0``.
 

@@ -109,7 +109,7 @@ class TextGenerator:
         """As :meth:`generate`, with the log-probability of every new token, and why each text ended.
 
         Args:
-            alternatives: how many of the most probable tokens are told at each new one.
+            alternatives: how many of the most probable tokens are returned at each new one.
             prompt, depth, path, sampling, truncate_prompt, speculative, in_order, options: see :meth:`generate`.
 
         Returns:

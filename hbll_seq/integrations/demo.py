@@ -92,7 +92,8 @@ def text_html(prompt: str, done: Progress | None = None, path: tuple[int, ...] =
     shown = f'<span class="prompt">{html.escape(printable(prompt))}</span>'
     if done is not None:
         blocks = "-".join(map(str, (0, *path))) + "-head"
-        note = f"{done.n_tokens} tokens, {1000 * done.each:.1f} ms a token, the first after {1000 * done.first:.0f} ms"
+        each, first = 1000 * done.each, 1000 * done.first
+        note = f"{done.n_tokens} tokens, {each:.1f} milliseconds a token, the first after {first:.0f}"
         shown += f'{html.escape(printable(done.text))}<span class="note">{note}; path {blocks}</span>'
     return f'<div class="text">{shown}</div>'
 

@@ -230,7 +230,7 @@ def _use(page, address):
     page.fill("#depth input[type=number]", "2")
     page.keyboard.press("Tab")
     page.click("#write")
-    page.wait_for_function("/100 tokens, .* ms a token.*path 0-2-4-head/.test(document.querySelector('#text').innerText)")
+    page.wait_for_function("/100 tokens, .* milliseconds.*path 0-2-4-head/.test(document.querySelector('#text').innerText)")
     assert page.inner_text("#text .prompt") == demo.PROMPT
     page.fill("#pasted textarea", "The river\nof 1916")
     page.click("#show")

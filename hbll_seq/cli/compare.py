@@ -14,12 +14,13 @@ from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.console import say
 
 EXAMPLES = """\
-  hbll-seq compare runs/a runs/b                        every depth of both, on the bundled test split
+  hbll-seq compare runs/a runs/b        every depth, on the bundled test split
   hbll-seq compare runs/a runs/b --text my.txt --depth 1,3,7
   hbll-seq compare bundled --prompt "The river" --depth 1,3,7 --seed 0
 
-Models of different vocabularies are compared by bits per byte: their tokens differ. The time of a token is that of one text
-on this machine, now, the reading of the prompt left out.
+Models of different vocabularies are compared by bits per byte: their tokens
+differ. The time of a token is that of one text on this machine, now, the
+reading of the prompt left out.
 """
 COLUMNS = ["model", "depth", "nats/token", "per token", "per word", "bits/byte", "parameters", "ms/token", "path"]
 FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", ".2f", "<"]
@@ -27,8 +28,8 @@ FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", ".2f", "<"]
 
 def parser(prog: str) -> Parser:
     """What the command takes."""
-    found = options.command_parser(prog, "Several models and depths side by side: on one text, or what they write after one "
-                                   "prompt.", EXAMPLES)
+    found = options.command_parser(prog, "Several models and depths side by side: on one text, or what they write\n"
+                                   "after one prompt.", EXAMPLES)
     found.add_argument("models", metavar="MODEL", nargs="+", help=options.MODEL_HELP)
     options.add_json_option(found)
     options.add_device_option(found)

@@ -12,8 +12,9 @@ EXAMPLES = """\
   hbll-seq demo
   hbll-seq demo --model runs/lm --port 8000
 
-It needs the extra: pip install "hbll_seq[demo]", or in a clone of the repository pip install -e ".[demo]". The page is for
-this machine alone, unless --host says otherwise, and loads nothing from elsewhere.
+It needs the extra: pip install "hbll_seq[demo]", or in a clone of the
+repository pip install -e ".[demo]". The page is for this machine alone, unless
+--host says otherwise, and loads nothing from elsewhere.
 """
 
 

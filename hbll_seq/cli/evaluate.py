@@ -9,14 +9,15 @@ from hbll_seq.cli.output import Output, table
 from hbll_seq.utils.arguments import Parser
 
 EXAMPLES = """\
-  hbll-seq eval my.txt                                every depth of the bundled model, on a text of yours
-  cat a.txt b.txt | hbll-seq eval - --depth 1,3,7     some depths
-  hbll-seq eval my.txt --path 4,6,7 --path 1,2,4      any paths
+  hbll-seq eval my.txt                              every depth, bundled model
+  cat a.txt b.txt | hbll-seq eval - --depth 1,3,7   some depths
+  hbll-seq eval my.txt --path 4,6,7 --path 1,2,4    any paths
   hbll-seq eval --data bundled --split test --model runs/lm
   hbll-seq eval my.txt --json | jq '.rows[].bits_per_byte'
 
-The text is one document, read in windows of the model's context. Per token and per word are perplexities; the end of a line
-counts as a word. Bits per byte compare models of any vocabulary.
+The text is one document, read in windows of the model's context. Per token and
+per word are perplexities; the end of a line counts as a word. Bits per byte
+compare models of any vocabulary.
 """
 COLUMNS = ["depth", "nats/token", "per token", "per word", "bits/byte", "path"]
 FORMATS = ["d", ".4f", ".2f", ".2f", ".4f", "<"]
@@ -26,7 +27,7 @@ def parser(prog: str) -> Parser:
     """What the command takes."""
     found = options.command_parser(prog, "Perplexity of a text along the paths of a model, and bits per byte.", EXAMPLES,
                                    "[FILE | -] [options]")
-    found.add_argument("file", metavar="FILE", nargs="?", help="a text file, or - for stdin")
+    found.add_argument("file", metavar="FILE", nargs="?", help="a text file, or - for stdin; or give --data")
     options.add_text_options(found)
     options.add_json_option(found)
     options.add_model_option(found)

@@ -13,13 +13,14 @@ from hbll_seq.utils.arguments import Parser
 
 EXAMPLES = """\
   hbll-seq generate "The history of the city" --depth 3
-  hbll-seq generate "The river" --model runs/lm --temperature 0 --max-new-tokens 20
+  hbll-seq generate "The river" --model runs/lm --temperature 0
   echo "The river" | hbll-seq generate - --path 1,2,4 --seed 0
   hbll-seq generate "The river" --n 3 --stop " ." --min-p 0.05
   hbll-seq generate "The river" --json --logprobs 3 | jq '.texts[0].tokens'
 
-A terminal shows the text as it comes, control characters as escapes; a pipe gets the plain text. The end of the last line of
-stdin is no part of the prompt. Several texts (--n) have a line of three hyphens between them.
+A terminal shows the text as it comes, control characters as escapes; a pipe
+gets the plain text. The line break at the end of stdin is not part of the
+prompt. Several texts (--n) have a line of three hyphens between them.
 """
 SEPARATOR = "---\n"
 
@@ -39,6 +40,12 @@ def parser(prog: str) -> Parser:
     group.add_argument("--depth", type=options.depth, metavar="N", help="how many blocks to run, or best, fast or all "
                        "(default: all)")
     group.add_argument("--path", type=options.path, metavar="LIST", help="which blocks to run, such as 1,2,4")
+    faster = found.add_argument_group("faster")
+    faster.add_argument("--speculative", action=argparse.BooleanOptionalAction, help="a short path drafts tokens and the "
+                        "chosen one checks several at once; the text is drawn from the same distribution (default: "
+                        "off)")
+    faster.add_argument("--in-order", type=options.whole_or_zero, metavar="K", help="take K of the blocks in order and the "
+                        "others side by side: fast, and another network (default: all in order)")
     names = options.add_fields(found.add_argument_group("sampling"), SamplingParams)
     found.set_defaults(sampling_names=names)
     return found
@@ -56,7 +63,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
     prompt = prompt_text(args.prompt)
     model = open_model(args.model, args.device)
-    chosen: dict[str, Any] = {"depth": args.depth, "path": args.path, "truncate_prompt": args.truncate_prompt}
+    names = ("depth", "path", "truncate_prompt", "speculative", "in_order")
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.json:
         found = model.generate_detailed(prompt, sampling=sampling, alternatives=args.logprobs or 0, **chosen)
         texts = [_told(generation, model.tokenizer, args.logprobs is not None) for generation in found]

@@ -19,8 +19,8 @@ EXAMPLES = """\
 
 def parser(prog: str) -> Parser:
     """What the command takes."""
-    found = options.command_parser(prog, "What a model is: its sizes, files, trained paths and configuration, and its tree "
-                                   "with the path of each depth.", EXAMPLES)
+    found = options.command_parser(prog, "What a model is: its sizes, files, trained paths and configuration, and its\n"
+                                   "tree with the path of each depth.", EXAMPLES)
     options.add_model_argument(found)
     options.add_json_option(found)
     return found
@@ -76,7 +76,7 @@ def _shown(about: dict[str, Any], model: Any) -> str:
         f"blocks         {about['blocks']}, " + (
             f"those of the path {','.join(map(str, model.config.blocks))} of a larger model" if about["dyadic_paths"] is None
             else f"which {about['dyadic_paths']:,} paths run"),
-        f"trained paths  {about['trained_paths'] or 'not told'}",
+        f"trained paths  {about['trained_paths'] or 'not recorded'}",
         f"tokenizer      {f'{pieces:,} pieces' if pieces else 'none'}",
         "",
         f"files in {about['folder']}",

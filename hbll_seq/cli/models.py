@@ -19,7 +19,7 @@ NAMES = ("bundled", "latest")
 
 
 def find_model(name: str) -> str:
-    """The folder or Hub id that a name stands for; of "latest" the folder is told on stderr.
+    """The folder or Hub id that a name stands for; of "latest" the folder is named on stderr.
 
     Raises:
         ValueError: there is no such run; or the name looks like a folder beside others, and one of these is meant.

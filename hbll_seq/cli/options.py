@@ -73,7 +73,7 @@ def whole_or_zero(text: str) -> int:
 
 def _at_least(text: str, low: int) -> int:
     if not text.isdecimal() or len(text) > 18 or int(text) < low:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no whole number of at least {low}")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number of at least {low}")
     return int(text)
 
 
@@ -92,7 +92,7 @@ def _depth(text: str) -> int | str:
         return text
     if not text.isdecimal() or len(text) > 18:
         hint = did_you_mean(text, (*NAMED_DEPTHS, "all"))
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no number of blocks, nor {', '.join(NAMED_DEPTHS)} or all{hint}")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a number of blocks, {', '.join(NAMED_DEPTHS)} or all{hint}")
     return int(text)
 
 
@@ -100,7 +100,7 @@ def path(text: str) -> list[int]:
     """Block numbers joined by commas."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no list of block numbers such as 1,2,4")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a list of block numbers such as 1,2,4")
     return [int(part) for part in parts]
 
 
@@ -162,11 +162,11 @@ def _integer(text: str) -> int:
     try:
         return int(text) if len(text) < 100 else int("")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number") from None
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no number") from None
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a number") from None

@@ -39,7 +39,7 @@ class Output:
         """Write text at once.
 
         Raises:
-            BrokenPipeError: nobody reads it any more.
+            BrokenPipeError: its reader has ended.
             Failure: it cannot be written.
         """
         if self._stream is None or not text:

@@ -13,14 +13,15 @@ EXAMPLES = """\
   hbll-seq paths runs/lm --no-time
   hbll-seq paths runs/lm --json | jq '.rows[] | select(.trained)'
 
-The perplexities are those that were stored when the model was trained; the time of a token is measured now, on this machine.
+The perplexities are those that were stored when the model was trained; the
+time of a token is measured now, on this machine.
 """
 
 
 def parser(prog: str) -> Parser:
     """What the command takes."""
-    found = options.command_parser(prog, "The paths of a model: stored perplexity, parameters, milliseconds a token. --depth "
-                                   "best and --depth fast choose by the perplexities.", EXAMPLES)
+    found = options.command_parser(prog, "The paths of a model: stored perplexity, parameters, milliseconds a token.\n"
+                                   "--depth best and --depth fast choose by the perplexities.", EXAMPLES)
     options.add_model_argument(found)
     options.add_json_option(found)
     options.add_time_options(found)

@@ -42,7 +42,7 @@ READER_GONE, INTERRUPTED = 141, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; what is wrong is told on stderr in one line.
+    """Run one command and return its exit code; one line on stderr says what is wrong.
 
     Args:
         argv: the words after the program's name; None takes those that it was started with.

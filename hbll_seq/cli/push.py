@@ -11,7 +11,7 @@ from hbll_seq.utils.arguments import Parser
 EXAMPLES = """\
   hf auth login
   hbll-seq push runs/lm me/my-model --private
-  hbll-seq push runs/lm me/my-model --license apache-2.0 --language en --message "Train longer"
+  hbll-seq push runs/lm me/my-model --license mit --message "Train longer"
 """
 #: what goes to the header of the card, where it is given
 CARD = ("license", "language", "datasets", "data", "model_name")
@@ -19,8 +19,8 @@ CARD = ("license", "language", "datasets", "data", "model_name")
 
 def parser(prog: str) -> Parser:
     """What the command takes."""
-    found = options.command_parser(prog, "Upload a model to the Hugging Face Hub, with its card. You are who you logged in "
-                                   "as by `hf auth login`, or whose token is in HF_TOKEN.", EXAMPLES)
+    found = options.command_parser(prog, "Upload a model to the Hugging Face Hub, with its card. Log in first with\n"
+                                   "`hf auth login`, or put a token into HF_TOKEN.", EXAMPLES)
     found.add_argument("model", metavar="MODEL", help=options.MODEL_HELP)
     found.add_argument("repo_id", metavar="OWNER/NAME", help="the repository, which is made where it is missing")
     found.add_argument("--private", action="store_true", default=None, help="a new repository is private")

@@ -10,6 +10,7 @@ from hbll_seq.utils.reading import possible_name, quote, read_bytes, shorten
 
 #: bytes of a text that is read whole; a longer one goes by --data, which reads it piece by piece
 MAX_TEXT = 1 << 28
+_NO_TEXT = "no text: give FILE, - to read stdin, or --data bundled --split test"
 
 
 def read_stdin() -> str:
@@ -21,7 +22,7 @@ def read_stdin() -> str:
 
 
 def prompt_text(given: str | None) -> str:
-    """The prompt: the argument, or stdin where it is "-" or left out. The end of stdin's last line is no part of it.
+    """The prompt: the argument, or stdin where it is "-" or left out. The line break at the end of stdin is not part of it.
 
     Raises:
         ValueError: there is none.
@@ -60,13 +61,16 @@ def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
     if args.split is not None:
         raise ValueError("--split belongs to --data: give --data bundled, say")
     if file is None and _is_terminal(sys.stdin):
-        raise ValueError("no text: give a file, - to read stdin, or --data bundled --split test")
+        raise ValueError(_NO_TEXT)
     if file in (None, "-"):
         name, text = "stdin", read_stdin()
     else:
         name, text = file, _read_file(file)
+    if not text and file is None:  # nothing was piped in either
+        raise ValueError(_NO_TEXT)
     if not text:
-        raise ValueError(f"{quote(name)} is empty: there is nothing to measure on")
+        remedy = "give some text, FILE, or --data bundled --split test" if file == "-" else "there is nothing to measure on"
+        raise ValueError(f"{name if file == '-' else quote(name)} is empty: {remedy}")
     return Measured(name, text)
 
 

@@ -171,6 +171,14 @@ class Tokenizer:
                 raise ValueError(f"id {quote(i)} is outside the vocabulary; ids are 0 .. {self.vocab_size - 1}")
         return b"".join([self._bytes_of[i] for i in ids]).decode("utf-8", errors="replace")
 
+    def bytes_of(self, i: int) -> bytes:
+        """What an id adds to the UTF-8 bytes of a text: a character may need several ids, a special id adds nothing.
+
+        Raises ValueError as :meth:`piece`.
+        """
+        self.piece(i)
+        return self._bytes_of[i]
+
     def piece(self, i: int) -> str:
         """The name of a piece, unlike that of any other; of a special id such as ``<|endoftext|>``.
 

@@ -17,23 +17,14 @@ from hbll_seq.generation.speculative import Speculation, Speculator, drafters_of
 from hbll_seq.utils.reading import quote
 
 
-def pays(paths: Sequence[tuple[int, ...]], sampler: Sampler) -> bool:
-    """Whether drafting is known to pay, and changes no text: one row, greedy, along a path of three blocks or more.
-
-    On a CPU it is not known to: with decoders that make a plain step cheap, checking several tokens costs more than two
-    steps (docs/generation.md).
-    """
-    return False
-
-
-def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], sampler: Sampler) -> Speculation | None:
+def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]]) -> Speculation | None:
     """What ``speculative`` means for rows along these paths; None: plain decoding.
 
     Raises:
         ValueError: it is something else, or is asked for where rows have different paths.
     """
-    if speculative is None:
-        return Speculation() if pays(paths, sampler) else None
+    if speculative is None:  # on a CPU drafting is not known to pay (docs/results.md 17)
+        return None
     if not isinstance(speculative, (bool, Speculation)):
         raise ValueError(
             f"speculative={quote(speculative)}: must be True, False, None, or a Speculation, such as Speculation(drafter=1)"
@@ -59,7 +50,7 @@ def reader_of(
     Raises:
         ValueError: an option is not possible for these paths.
     """
-    named = as_speculation(speculative, paths, sampler) if in_order is None or speculative else None
+    named = as_speculation(speculative, paths) if in_order is None or speculative else None
     if in_order is None:
         if named is None:
             return lambda start, n: Runner(model, list(paths)[::n], start)

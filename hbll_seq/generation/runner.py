@@ -24,8 +24,8 @@ Path = tuple[int, ...]
 class Runner:
     """A model that reads a batch of sequences, with buffers that are written in place and weights prepared once.
 
-    Buffers and prepared weights belong to this object; the model is not changed, and a model that was trained on since needs
-    a new runner. Use it without gradients (``torch.no_grad()``) and with the model in evaluation mode.
+    Buffers belong to this object, and it goes on with the weights that the model has now: a model that was trained on since
+    needs a new runner. Use it without gradients (``torch.no_grad()``) and with the model in evaluation mode.
 
     Args:
         model: see :class:`hbll_seq.generation.protocol.CausalLM`.
@@ -189,11 +189,9 @@ class _SharedPaths:
             for k in range(len(p)):
                 self._children.setdefault(p[:k], set()).add(p[: k + 1])
         self._stages: dict[Path, _Stage] = {}
-        first: dict[int, Decoder] = {}  # of each block: prepared weights are shared
         for prefix in sorted({p[:k] for p in self.paths for k in range(1, len(p) + 1)}):
             n, n_readers = prefix[-1], len(self._children.get(prefix, ())) + (prefix in self.paths)
-            decoder = model.blocks[n - 1].decoder(start, rollback=rollback, like=first.get(n))
-            first.setdefault(n, decoder)
+            decoder = model.blocks[n - 1].decoder(start, rollback=rollback)
             self._stages[prefix] = _Stage(decoder, n_readers > 1)
         self._along = {p: [self._stages[p[:k]] for k in range(1, len(p) + 1)] for p in self.paths}
         #: the whole of it where there is one path

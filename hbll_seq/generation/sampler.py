@@ -162,4 +162,4 @@ def _ranked(scaled: Tensor, top_k: int | None, top_p: float | None) -> tuple[Ten
                 break
             n_ranked *= _MORE_RANKED
     mass_before = F.pad(mass[:, :-1], (1, 0))
-    return ranked, (mass_before < top_p).sum(dim=-1, keepdim=True)
+    return ranked, (mass_before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # float32 may round top_p to 0

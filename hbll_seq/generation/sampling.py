@@ -33,7 +33,7 @@ class SamplingParams:
             2407.01082); None keeps all.
         repetition_penalty: divides the positive scores of the tokens that prompt and new text hold, and multiplies the
             negative ones (Keskar et al. 2019, arXiv 1909.05858, who take 1.2); 1 changes nothing.
-        stop: texts that end a row's text: the new text is cut before the first one that it comes to hold. One text or
+        stop: texts that end a row's text: the new text ends before the first that appears. One text or
             several; None for none.
         n: how many texts are drawn for each prompt.
         seed: makes the draw repeatable on every device, whatever else is in the batch: a prompt's k-th sample is a function

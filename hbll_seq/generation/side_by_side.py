@@ -43,7 +43,7 @@ class SideBySideRunner:
         start: [B], the number of left-padding positions of each row, or None for none.
         rollback: how many of the last tokens :meth:`truncate` can take back.
         stack: the others are evaluated as stacked rows, where their kind allows it; None: on a GPU, where a token costs
-            calls. On a CPU they were not faster (docs/generation.md).
+            calls. On a CPU they were not faster (docs/results.md, 17).
 
     Raises:
         ValueError: the path is not dyadic, or fewer than two blocks are left.

@@ -64,7 +64,7 @@ class TextGenerator:
             truncate_prompt: keep the last tokens of a prompt that is longer than the model's context, instead of refusing
                 it. A model of recurrent blocks alone reads prompts of any length, and whole.
             speculative: a short path drafts tokens and the network that was asked for checks them, several at once. True,
-                or a :class:`hbll_seq.generation.speculative.Speculation`; False never; None where it is known to pay.
+                or a :class:`hbll_seq.generation.speculative.Speculation`; False and None never.
             in_order: take only so many of the blocks in order and the others side by side, each on the state before them.
             options: the fields of :class:`SamplingParams`, in place of ``sampling``: ``max_new_tokens=40, seed=0``.
 
@@ -109,7 +109,7 @@ class TextGenerator:
         """As :meth:`generate`, with the log-probability of every new token, and why each text ended.
 
         Args:
-            alternatives: how many of the most probable tokens are told at each new one.
+            alternatives: how many of the most probable tokens are returned at each new one.
             prompt, depth, path, sampling, truncate_prompt, speculative, in_order, options: see :meth:`generate`.
 
         Returns:
@@ -224,7 +224,7 @@ class TextGenerator:
         remedy = "choose one of these"
         remedy += "" if mixed else ", or train all depths (train/lm.py --depth-mix octaves)"
         warn_user(
-            f"depth {len(path)} (path {quote(list(path))}) of this model was not trained, so that its text is worse; "
+            f"depth {len(path)} (path {quote(list(path))}) of this model was not trained; expect worse text; "
             f"trained: {config.trained_depths}; {remedy}"
         )
 

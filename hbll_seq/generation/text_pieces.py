@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,22 +61,16 @@ class TextPieces:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] | None = None):
         self.tokenizer, self.stop, self.stopped = tokenizer, stop or (), False
-        self._held: list[int] = []  # ids whose bytes do not form a character (yet)
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")  # holds the bytes of one that is not whole yet
         self._may_stop = ""  # the beginning of a stop string, perhaps
 
     def push(self, token: int) -> str:
         """Text that ``token`` makes certain; may be empty."""
-        self._held.append(token)
-        text = self.tokenizer.decode(self._held)
-        if text.endswith("\ufffd"):  # what such bytes decode to; they may still become a character
-            return ""
-        self._held = []
-        return self._certain(text, at_end=False)
+        return self._certain(self._characters.decode(self.tokenizer.bytes_of(token)), at_end=False)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character."""
-        text, self._held = self.tokenizer.decode(self._held), []
-        return self._certain(text, at_end=True)
+        return self._certain(self._characters.decode(b"", final=True), at_end=True)
 
     def _certain(self, text: str, at_end: bool) -> str:
         if self.stopped:

@@ -92,7 +92,8 @@ def text_html(prompt: str, done: Progress | None = None, path: tuple[int, ...] =
     shown = f'<span class="prompt">{html.escape(printable(prompt))}</span>'
     if done is not None:
         blocks = "-".join(map(str, (0, *path))) + "-head"
-        note = f"{done.n_tokens} tokens, {1000 * done.each:.1f} ms a token, the first after {1000 * done.first:.0f} ms"
+        each, first = 1000 * done.each, 1000 * done.first
+        note = f"{done.n_tokens} tokens, {each:.1f} milliseconds a token, the first after {first:.0f}"
         shown += f'{html.escape(printable(done.text))}<span class="note">{note}; path {blocks}</span>'
     return f'<div class="text">{shown}</div>'
 
@@ -115,6 +116,8 @@ class Page:
 
     def __init__(self, model: HBLLForCausalLM):
         self.model = model.eval()
+        #: depth that the slider ends at; of an exported path the blocks that it holds
+        self.n_blocks = len(model.config.full_path)
 
     def write(self, prompt: str, depth: int, n: int, temperature: float, top_k: int, top_p: float, seed: str
               ) -> Iterator[str]:
@@ -140,7 +143,7 @@ class Page:
 def make_page(model: HBLLForCausalLM, name: str) -> Any:
     """The page, a ``gradio.Blocks``. Raises ValueError where Gradio is not installed."""
     gr = _gradio()
-    page, n_layer = Page(model), len(model.config.full_path)  # of an exported path those that it holds
+    page = Page(model)
     n_parameters = sum(p.numel() for p in model.parameters())
 
     def told(call: Any) -> Any:
@@ -154,14 +157,14 @@ def make_page(model: HBLLForCausalLM, name: str) -> Any:
         return stream
 
     with gr.Blocks(analytics_enabled=False, title="hbll_seq") as blocks:
-        gr.Markdown(f"# One model, any depth\n**{_plain(name)}**: {n_layer} blocks, {n_parameters:,} parameters. Choose how "
-                    "many blocks each token runs through.")
+        gr.Markdown(f"# One model, any depth\n**{_plain(name)}**: {page.n_blocks} blocks, {n_parameters:,} parameters. "
+                    "Choose how many blocks each token runs through.")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(PROMPT, label="Prompt", lines=3, elem_id="prompt")
                 text = gr.HTML(text_html(PROMPT), elem_id="text")
             with gr.Column(scale=1, min_width=300):
-                depth = gr.Slider(1, n_layer, n_layer, step=1, label="Depth (blocks)", elem_id="depth")
+                depth = gr.Slider(1, page.n_blocks, page.n_blocks, step=1, label="Depth (blocks)", elem_id="depth")
                 with gr.Row():
                     go = gr.Button("Write", variant="primary", elem_id="write", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", min_width=80)

@@ -1,6 +1,6 @@
 """Our models in lm-evaluation-harness, at any depth: ``python -m hbll_seq.integrations.lm_eval --model hbll ...``.
 
-The harness has no way to be told of a model from outside, so this program registers ``hbll`` and then is the harness's own.
+The harness has no option that loads a new kind of model, so this program registers ``hbll`` and then runs the harness's own.
 From Python, :func:`register` (or the class itself) is enough. Needs the extra ``[hf]``. See docs/integrations.md.
 
 Shapes: B rows of a batch, T tokens, V vocabulary.

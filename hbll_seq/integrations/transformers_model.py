@@ -6,6 +6,7 @@ Shapes: B rows of a batch, T tokens of a call, C width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,15 +97,18 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self.config.depth, self.config.path = None, list(self.model.resolve_path(depth, path))
 
-    @contextlib.contextmanager
-    def _at(self, depth: int | str | None, path: Sequence[int] | None) -> Iterator[None]:
-        before = self.config.depth, self.config.path
-        try:
-            if depth is not None or path is not None:
-                self.set_depth(depth, path)
-            yield
-        finally:
-            self.config.depth, self.config.path = before
+    def _at(self, depth: int | str | None, path: Sequence[int] | None) -> HBLLTransformersForCausalLM:
+        """This model for one call: the same modules with a configuration of its own, since other threads may ask for other
+        depths meanwhile."""
+        if depth is None and path is None:
+            return self
+        if "forward" in vars(self):  # as accelerate's hooks put it there: it would run the path of the whole model
+            raise ValueError(f"depth={quote(depth)}, path={quote(path)} with a model whose forward was replaced: call "
+                             "set_depth before generate")
+        twin = copy.copy(self)
+        twin.config = copy.copy(self.config)
+        twin.set_depth(depth, path)
+        return twin
 
     # ----------------------------------------------------------------------------------------------------- running
 
@@ -179,9 +183,9 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
             beyond = list(range(tokenizer.vocab_size, self.config.vocab_size))
             suppress = SuppressTokensLogitsProcessor(beyond, device=str(self.device))
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), suppress])
-        with self._at(depth, path):
-            TextGenerator(self.model, tokenizer).warn_if_untrained(self.path)
-            return super().generate(*inputs, **options)
+        along = self._at(depth, path)
+        TextGenerator(self.model, tokenizer).warn_if_untrained(along.path)
+        return super(HBLLTransformersForCausalLM, along).generate(*inputs, **options)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **options: Any) -> Tensor | None:

@@ -78,11 +78,11 @@ class TransformerBlock(ResidualBlock):
         """See :meth:`Cell.initial_state`."""
         return KVState(start=start)
 
-    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK) -> Decoder:
         """See :meth:`Cell.decoder`."""
         if not is_plain(self, [TransformerBlock], deep=False):  # a subclass or a hook expects its own forward to be called
             return super().decoder(start, rollback=rollback)
-        return AttentionDecoder(self, start, rollback, like)
+        return AttentionDecoder(self, start, rollback)
 
     def forward(self, x: Tensor, state: KVState | None = None) -> tuple[Tensor, KVState]:
         """See :meth:`Cell.forward`."""

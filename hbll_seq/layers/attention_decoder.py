@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hbll_seq.layers.attention_arithmetic import KVState, Turns, attention, band, rotate, rotation_table
 from hbll_seq.layers.base import ROLLBACK, Decoder
-from hbll_seq.layers.prepared import MANY_ROWS, MLP, Matrix, Norm, can_prepare
+from hbll_seq.layers.prepared import MANY_ROWS, MLP, Matrix, Norm, can_prepare, prepared
 
 #: positions that a buffer has at least beyond what it must hold.
 SPARE = 64
@@ -73,10 +73,9 @@ class AttentionDecoder(Decoder):
     Args:
         block: a TransformerBlock.
         start, rollback: see :meth:`hbll_seq.layers.base.Cell.decoder`.
-        like: a decoder of the same block, whose prepared weights are shared.
     """
 
-    def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK, like: Decoder | None = None):
+    def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK):
         super().__init__(rollback)
         self.block, self.start = block, start
         self._last_start = 0 if start is None else int(start.max())  # padding ends here in every row
@@ -84,10 +83,7 @@ class AttentionDecoder(Decoder):
         self._first = 0  # position of the buffer's first key
         self._hidden: Tensor | None = None  # [B, P], -inf where a key is padding
         self._table: Turns | None = None
-        if isinstance(like, AttentionDecoder):
-            self._prepared = like._prepared
-        else:
-            self._prepared = PreparedAttention(block) if can_prepare(block, [type(block)]) else None
+        self._prepared = prepared(block, PreparedAttention) if can_prepare(block, [type(block)]) else None
 
     def step(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.step`."""

@@ -142,12 +142,11 @@ class Cell(nn.Module, ABC):
         y, state = self(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
 
-    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK) -> Decoder:
         """What reads text token by token: the same function as ``forward``, faster where a block has a decoder of its own.
 
         Args:
             start: [B], the number of left-padding positions of each row, or None for none.
             rollback: how many positions can be taken back at once.
-            like: another decoder of this block, whose prepared weights are shared.
         """
         return CellDecoder(self, start, rollback)

@@ -4,7 +4,7 @@ On a CPU the time of such a product is that of reading its matrix. A matrix whos
 one stretch of memory, is read about as fast as the memory allows (bench_generation.py); and what can be multiplied into a
 matrix beforehand costs nothing later. Elsewhere the modules' own products are used as they are.
 
-Prepared parts are copies: they belong to one generation and do not follow the module's weights.
+Prepared parts are copies, kept beside the module for its next text and made anew when its weights are others.
 
 Shapes: R rows (batch times tokens), I inputs, O outputs of a matrix.
 """
@@ -12,7 +12,9 @@ Shapes: R rows (batch times tokens), I inputs, O outputs of a matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,30 @@ def is_plain(module: nn.Module, kinds: Iterable[type[nn.Module]], *, deep: bool 
     allowed = {nn.Linear, nn.RMSNorm, nn.LayerNorm, nn.Dropout, *kinds}
     modules = module.modules() if deep else [module]
     return all(type(m) in allowed and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
+
+
+#: what was prepared of each module, and of which weights
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
+
+
+def prepared(module: nn.Module, make: Callable[[nn.Module], Any]) -> Any:
+    """``make(module)``, or what it gave before if the module's parameters have the values that they had then.
+
+    What it makes must not hold the module itself, which would then never be freed.
+    """
+    weights, kept = _identity(module), _kept.get(module)
+    if kept is None or kept[0] != weights:
+        kept = _kept[module] = (weights, make(module))
+    return kept[1]
+
+
+@torch.no_grad()
+def _identity(module: nn.Module) -> tuple:
+    """What changes with a parameter's values: torch's counter of changes, and for those it misses (``p.data``) two sums."""
+    return tuple(
+        (p.data_ptr(), p.shape, p.dtype, 0 if p.is_inference() else p._version, p.sum().item(), p.norm().item())
+        for p in module.parameters()
+    )
 
 
 class Norm:

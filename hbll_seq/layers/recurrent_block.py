@@ -45,11 +45,11 @@ class RecurrentBlock(ResidualBlock):
         """See :meth:`Cell.initial_state`."""
         return self.cell.initial_state(start)
 
-    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK, like: Decoder | None = None) -> Decoder:
+    def decoder(self, start: Tensor | None = None, *, rollback: int = ROLLBACK) -> Decoder:
         """See :meth:`Cell.decoder`."""
         if not is_plain(self, [RecurrentBlock], deep=False):  # a subclass or a hook expects its own forward to be called
             return super().decoder(start, rollback=rollback)
-        return RecurrentDecoder(self, start, rollback, like)
+        return RecurrentDecoder(self, start, rollback)
 
     def forward(self, x: Tensor, state: RecurrentState | None = None) -> tuple[Tensor, RecurrentState]:
         """See :meth:`Cell.forward`."""

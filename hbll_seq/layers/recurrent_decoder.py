@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.layers.base import ROLLBACK, Decoder
-from hbll_seq.layers.prepared import MANY_ROWS, MLP, Matrix, Norm, can_prepare
+from hbll_seq.layers.prepared import MANY_ROWS, MLP, Matrix, Norm, can_prepare, prepared
 from hbll_seq.layers.recurrent import RecurrentState
 
 
@@ -33,18 +33,15 @@ class RecurrentDecoder(Decoder):
     Args:
         block: a RecurrentBlock.
         start, rollback: see :meth:`hbll_seq.layers.base.Cell.decoder`.
-        like: a decoder of the same block, whose prepared weights are shared.
     """
 
-    def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK, like: Decoder | None = None):
+    def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK):
         super().__init__(rollback)
         self.block, self.start = block, start
         self._last_start = 0 if start is None else int(start.max())  # padding ends here in every row
         self._states: list[Tensor] = []  # [B, C] after each of the last positions
-        if isinstance(like, RecurrentDecoder):
-            self._prepared = like._prepared
-        else:
-            self._prepared = PreparedRecurrence(block) if can_prepare(block, [type(block), type(block.cell)]) else None
+        fits = can_prepare(block, [type(block), type(block.cell)])
+        self._prepared = prepared(block, PreparedRecurrence) if fits else None
 
     def step(self, x: Tensor) -> Tensor:
         """See :meth:`Decoder.step`."""

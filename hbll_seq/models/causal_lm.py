@@ -18,7 +18,7 @@ from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
 from hbll_seq.generation.text_pieces import Generation
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy
-from hbll_seq.layers.prepared import ReadOut, can_prepare
+from hbll_seq.layers.prepared import ReadOut, can_prepare, prepared
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
@@ -148,10 +148,10 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         return state if self.exits is None else self.exits(state, path)
 
     def prepare_read_out(self) -> Callable[[Tensor, Sequence[int]], Tensor]:
-        """:meth:`read_out` for one generation: with a copy of the head's matrix that does not follow the model's weights."""
+        """:meth:`read_out` for one generation: with the head's matrix as it is now, prepared."""
         if type(self).read_out is not DepthHierarchy.read_out or not can_prepare(self.head, [LMHead]):
             return self.read_out
-        read_out = ReadOut(self.head.norm, self.head.projection)
+        read_out = prepared(self.head, lambda head: ReadOut(head.norm, head.projection))
         return lambda state, path: read_out(self.before_head(state, path))
 
     def score(self, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hbll_seq.generation.decoding import Decoding
@@ -20,6 +21,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.path_table import SPLITS, PathReport, PathRow
 from hbll_seq.models.save_checks import as_folder, refuse_taken
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.tensors import WithoutValues
 from hbll_seq.utils.values import as_flag, as_whole, whole_or_none
 
 Path = tuple[int, ...]
@@ -172,7 +174,8 @@ def export_path(
     trained = model.config.trained_paths
     if isinstance(trained, tuple):
         trained = tuple(each for each in trained if set(each) <= set(blocks)) or trained
-    alone = type(model)(replace(model.config, blocks=blocks, trained_paths=trained), tokenizer=model.tokenizer)
+    with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+        alone = type(model)(replace(model.config, blocks=blocks, trained_paths=trained), tokenizer=model.tokenizer)
     names = set(alone.state_dict())
     alone.load_state_dict({name: value for name, value in model.state_dict().items() if name in names}, assign=True)
     if model.config.tie_embeddings:

@@ -11,7 +11,7 @@ from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text import Depths, Paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.hub import find_latest_run
-from hbll_seq.models.hub_source import BUNDLED
+from hbll_seq.models.hub_source import package_folder
 from hbll_seq.utils.console import say
 from hbll_seq.utils.modules import plain_module
 
@@ -43,8 +43,8 @@ def generate(
     """
     sampling = as_sampling(sampling, options)  # before a model is loaded in vain
     if model is None:
-        model = BUNDLED
         say("hbll_seq: the bundled model, a small one trained on WikiText-2 (choose with model=)")
+        model = HBLLForCausalLM.from_pretrained(package_folder(), dtype="float32")  # whatever lies here by the name
     if isinstance(model, (str, PathLike)):
         if model == "latest":
             model = find_latest_run()

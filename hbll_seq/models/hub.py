@@ -29,6 +29,7 @@ from hbll_seq.models.hub_source import (
     check_hub_options,
     find_folder,
     refuse_unknown,
+    upload_remedy,
 )
 from hbll_seq.models.model_card import (
     CardText,
@@ -329,8 +330,7 @@ class HubMixin:
                 commit = api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
             except HUB_ERRORS as error:
                 raise ValueError(
-                    f"the Hub did not take {quote(repo_id)}: {shorten(error)}. Log in with `hf auth login` (or pass "
-                    "token=...) as someone who may write there, and see that this machine reaches the network"
+                    f"the Hub did not take {quote(repo_id)}: {shorten(error).rstrip('. ')}{upload_remedy(error)}"
                 ) from error
         return str(commit)
 

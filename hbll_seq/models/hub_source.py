@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hbll_seq.models.model_files import FILES, WHAT_TO_LOAD, called
 from hbll_seq.utils.reading import possible_name, quote, shorten
@@ -164,6 +164,16 @@ def find_folder(
             f"there is no folder {called(source)} here, and no such model could be read from the Hub "
             f"({type(error).__name__}: {shorten(error, 150)}). {WHAT_TO_LOAD}"
         ) from error
+
+
+def upload_remedy(error: Exception) -> str:
+    """What to do about an upload that failed, as the end of its message."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, (LocalTokenNotFoundError, ValueError)) or status in (401, 403, 404):
+        return ". Log in with `hf auth login` (or pass token=...) as someone who may write there"
+    if status is not None or isinstance(error, OfflineModeIsEnabled):  # the error says what to do
+        return ""
+    return ". See that this machine reaches the network"
 
 
 class _NoSubfolder(ValueError):

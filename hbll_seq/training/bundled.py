@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 from tqdm import tqdm
 
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.hub_source import package_folder
 from hbll_seq.training.settings import TrainingSettings
 
 #: batches that are enough for a figure of two digits
@@ -17,10 +16,11 @@ _BATCHES = 25
 
 def bundled_model() -> HBLLForCausalLM | None:
     """The model that the package brings along, None where this installation has none."""
-    if not (resources.files("hbll_seq") / "assets" / "bundled").is_dir():
+    folder = package_folder()  # not its name: the folder of work may hold something that is called so
+    if not folder.is_dir():
         return None
     try:
-        return HBLLForCausalLM.from_pretrained("bundled")
+        return HBLLForCausalLM.from_pretrained(folder)
     except ValueError:  # a run does not fail because another model is damaged
         return None
 

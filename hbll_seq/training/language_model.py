@@ -43,16 +43,22 @@ from hbll_seq.utils.console import forgiving_output, is_first_process, say
 from hbll_seq.utils.reading import shorten
 
 EPILOG = """\
-The output folder gets settings.yaml, metrics.jsonl (one line per logged step), evaluations.jsonl, checkpoints/, and at
-the end the model in Hugging Face layout, metrics.json, training_curve.png and perplexity_by_depth.png.
+The output folder gets settings.yaml, metrics.jsonl (one line per logged step),
+evaluations.jsonl, checkpoints/, and at the end the model in Hugging Face
+layout, metrics.json and figures: training_curve.png, perplexity_by_depth.png,
+tradeoff.png, tree.png (not of backprop).
 
-SIGTERM, Ctrl-C, SIGUSR1 (Slurm's --signal=USR1) or a closed terminal (SIGHUP, unless nohup has it ignored): the step is
-finished, a checkpoint saved, and the process ends with 128 + the signal's number (143, 130, 138, 129); a second signal ends
-it at once, with the first one's code. --resume goes on as if nothing had happened, bit for bit on a CPU with the same number
-of threads; another precision or text is refused, wherever the text lies now. --resume STEP removes what is newer than STEP.
-One run at a time holds a folder; files that no run has written are never removed or overwritten. Output that cannot be
+SIGTERM, Ctrl-C, SIGUSR1 (Slurm's --signal=USR1) or a closed terminal (SIGHUP,
+unless nohup has it ignored): the step is finished, a checkpoint saved, and the
+process ends with 128 + the signal's number (143, 130, 138, 129); a second
+signal ends it at once, with the first one's code. --resume goes on as if
+nothing had happened, bit for bit on a CPU with the same number of threads;
+another precision or text is refused, wherever the text lies now. --resume STEP
+removes what is newer than STEP. One run at a time holds a folder; files that
+no run has written are never removed or overwritten. Output that cannot be
 written and a tracker of --log-with that fails do not end a run.
-Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong option or input.
+Exit codes: 0 done, 1 the run failed (loss not finite, disk full), 2 a wrong
+option or input.
 """
 
 

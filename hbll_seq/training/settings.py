@@ -104,7 +104,8 @@ class TrainingSettings:
     num_proc: int | None = _data(None, "CPU threads that tokenise (default: all cores)", low=1, high=1024, resume="free")
 
     init_from: str | None = _start(None, "model to train on from: a folder, a Hub id or bundled; shape and tokenizer are "
-                                   "then the model's (default: none)", resume="resolved")
+                                   "then the model's; train on with --lr 3e-4, say, since a preset's rate may ruin what it "
+                                   "has learned (default: none)", resume="resolved")
 
     n_level: int = _model(3, "levels D of the tree: the full path has 2^D - 1 blocks", low=1, high=10)
     cell: str = _model("transformer", f"kind of block: {', '.join(CELLS)}; or one for each block, as in gru,transformer,gru")

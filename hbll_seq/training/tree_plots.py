@@ -81,7 +81,7 @@ def _tradeoff(figure, points: list[tuple[float, float, int]]) -> None:
         axes.annotate(str(depth), (x, y), textcoords="offset points", xytext=(6, 5))
     axes.margins(0.1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("ms a token on this machine, batch 1")
+    axes.set_xlabel("milliseconds a token on this machine, batch 1")
     axes.set_ylabel("perplexity per token")
     axes.grid(color="0.92")
 

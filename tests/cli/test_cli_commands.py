@@ -41,6 +41,16 @@ def test_generate_writes_what_the_library_writes(cli, model):
     assert "The river" + told["texts"][0]["continuation"] == text
 
 
+def test_the_faster_ways(cli, model):
+    argv = ("generate", "The", *LM, "--seed", 1, "--max-new-tokens", 8)
+    plain, options = cli(*argv, "--no-speculative"), dict(seed=1, max_new_tokens=8)
+    assert plain == model.generate("The", speculative=False, **options) + "\n"
+    assert cli(*argv, "--speculative") == model.generate("The", speculative=True, **options) + "\n"
+    assert cli(*argv, "--in-order", 2) == model.generate("The", in_order=2, **options) + "\n" != plain
+    assert cli.json(*argv, "--in-order", 2)["texts"][0]["text"] == model.generate("The", in_order=2, **options)
+    assert "in_order=99" in cli(*argv, "--in-order", 99, code=2)
+
+
 def test_several_texts_and_what_ends_them(cli, model):
     options = dict(n=3, stop=("e", " of"), seed=1, max_new_tokens=5, min_p=0.001, repetition_penalty=1.2)
     argv = ("generate", "The", *LM, "--n", 3, "--stop", "e", "--stop", " of", "--seed", 1, "--max-new-tokens", 5, "--min-p",
@@ -95,7 +105,7 @@ def test_every_sampling_option_is_a_field():
     assert vars(parser.parse_args(words)) == {"count": 4, "share": 0.5, "stop": ["x", "y"], "fast": True, "kind": "b"}
     text = " ".join(parser.format_help().split())
     assert "how 5% many (at least 1; default: 3)" in text and "a part (above 0 and at most 1)" in text
-    with pytest.raises(ValueError, match="--share: 'half' is no number"):
+    with pytest.raises(ValueError, match="--share: 'half' is not a number"):
         parser.parse_args(["--share", "half"])
     assert set(add_fields(Parser(prog="p"), SamplingParams)) == set(SamplingParams.__dataclass_fields__)
 

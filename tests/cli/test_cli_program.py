@@ -28,6 +28,12 @@ def test_help_and_version_of_every_command(cli):
     assert "commands:" in cli(code=2)
 
 
+def test_help_keeps_within_80_columns(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], *([name] for name in program.COMMANDS)):
+        assert [line for line in cli(*command, "--help").splitlines() if len(line) > 80] == [], command
+
+
 def test_help_needs_no_torch():
     program = ("import sys\nfrom hbll_seq.cli import main\nfrom hbll_seq.cli.program import COMMANDS\n"
                f"codes = [main([name, '--help']) for name in COMMANDS if name not in {WITHOUT_PARSER}] + [main(['--help'])]\n"
@@ -45,27 +51,28 @@ def test_help_needs_no_torch():
     (["info", "runs/ml"], "error: there is no model 'runs/ml' here; did you mean runs/lm?\n"),
     (["info", "bundeld"], "did you mean bundled?"),
     (["info", "zzzz"], "there is no folder 'zzzz', and it is no Hub id"),
-    (["generate", "x", "--model", "runs/lm", "--depth", "bst"], "'bst' is no number of blocks, nor best, fast or all; did"),
+    (["generate", "x", "--model", "runs/lm", "--depth", "bst"], "'bst' is not a number of blocks, best, fast or all; did"),
     (["generate", "x", "--model", "runs/lm", "--depth", "9"], "depth=9: a model with n_level=3 runs 1 to 7 blocks"),
     (["generate", "x", "--model", "runs/lm", "--depth", "3", "--path", "4"], "not allowed with"),
-    (["generate", "x", "--model", "runs/lm", "--path", "1,x"], "'1,x' is no list of block numbers such as 1,2,4"),
+    (["generate", "x", "--model", "runs/lm", "--path", "1,x"], "'1,x' is not a list of block numbers such as 1,2,4"),
     (["generate", "x", "--top-k", "0"], "top_k=0: must be a whole number of at least 1"),
     (["generate", "x", "--logprobs", "3", "--model", "runs/lm"], "--logprobs belongs to --json"),
     (["generate", "x", "--logprobs", "-3"], "argument --logprobs"),
-    (["generate", "x", "--top-k", "few"], "argument --top-k: 'few' is no whole number"),
+    (["generate", "x", "--top-k", "few"], "argument --top-k: 'few' is not a whole number"),
     (["generate", "--model", "runs/lm"], "stdin holds no prompt"),
     (["eval", "nothing.txt", "--model", "runs/lm"], "cannot read 'nothing.txt': No such file or directory"),
     (["eval", "runs", "--model", "runs/lm"], "'runs' is a folder"),
     (["eval", "runs/lm/model.safetensors", "--model", "runs/lm"], "is not UTF-8 text (byte "),
-    (["eval", "--model", "runs/lm"], "'stdin' is empty"),
+    (["eval", "--model", "runs/lm"], "error: no text: give FILE, - to read stdin, or --data bundled --split test\n"),
+    (["eval", "-", "--model", "runs/lm"], "stdin is empty: give some text, FILE, or --data bundled --split test"),
     (["eval", "x.txt", "--data", "bundled"], "choose one text"),
     (["eval", "x.txt", "--split", "test"], "--split belongs to --data"),
-    (["eval", "--batch-size", "0"], "'0' is no whole number of at least 1"),
+    (["eval", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
     (["compare", "runs/lm", "--prompt", "x", "--text", "y"], "--prompt and --text are both given"),
     (["compare", "runs/lm", "--seed", "1"], "--seed belongs to --prompt"),
     (["export", "runs/lm", "small"], "one of the arguments --depth --path is required"),
     (["export", "runs/lm", "small", "--path", "2,6"], "the step 2 -> 6 is not a dyadic interval"),
-    (["paths", "runs/lm", "--timed-tokens", "0"], "'0' is no whole number of at least 1"),
+    (["paths", "runs/lm", "--timed-tokens", "0"], "'0' is not a whole number of at least 1"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_in_one_line(cli, argv, message):
     said = cli(*argv, code=2)

@@ -1,7 +1,7 @@
 """Every Python block and every command of README and docs is tried here; a new one that nobody placed fails.
 
 Python blocks run in order, page by page, in one folder that holds the model ``runs/lm``. That model is made by the
-README's first command, shortened. Of the other commands the options are read by the script's own parser.
+README's training command, shortened. Of the other commands the options are read by the script's own parser.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def script_and_options(command: str) -> tuple[Path, list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The working folder of all blocks, with a text and the model that the README's first command makes."""
+    """The working folder of all blocks, with a text and the model that the README's training command makes."""
     folder = tmp_path_factory.mktemp("docs")
     rng, words = random.Random(0), "tree node level block the a of in reads writes state path . ,".split()
     text = "\n".join(" ".join(rng.choice(words) for _ in range(12)) for _ in range(600))

@@ -275,7 +275,9 @@ def test_a_terminal_is_not_steered(model, monkeypatch):
     with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         text = model.generate("The \x1b[31mcity", stream=True, **GREEDY)
-    shown = os.read(master, 4096).decode()
+    shown = ""
+    while not shown.endswith("\n"):  # a terminal hands out what has come so far
+        shown += os.read(master, 4096).decode()
     os.close(master)
     assert text.startswith("The \x1b[31mcity")
     assert "\x1b" not in shown and "\\x1b[31mcity" in shown

@@ -152,11 +152,10 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
 
 
 def test_the_slider_ends_where_the_model_does(tmp_path):
-    pytest.importorskip("gradio")
     model_of(TOKENIZER, default_paths="prefix").export_path(3, tmp_path / "three")
-    page = demo.make_page(HBLLForCausalLM.from_pretrained(tmp_path / "three"), "three")
-    (depth,) = (block for block in page.blocks.values() if getattr(block, "elem_id", None) == "depth")
-    assert depth.value == depth.maximum == 3
+    page = demo.Page(HBLLForCausalLM.from_pretrained(tmp_path / "three"))
+    *_, text = page.write("The river", page.n_blocks, 3, 0, 0, 1, "")
+    assert page.n_blocks == 3 and "path 0-1-2-4-head" in text
 
 
 def test_what_cannot_be_served_is_told(monkeypatch):
@@ -231,7 +230,7 @@ def _use(page, address):
     page.fill("#depth input[type=number]", "2")
     page.keyboard.press("Tab")
     page.click("#write")
-    page.wait_for_function("/100 tokens, .* ms a token.*path 0-2-4-head/.test(document.querySelector('#text').innerText)")
+    page.wait_for_function("/100 tokens, .* milliseconds.*path 0-2-4-head/.test(document.querySelector('#text').innerText)")
     assert page.inner_text("#text .prompt") == demo.PROMPT
     page.fill("#pasted textarea", "The river\nof 1916")
     page.click("#show")

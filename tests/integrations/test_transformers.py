@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -388,3 +389,20 @@ def test_names_of_old_files_are_known(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([[3, 4, 5]])
     assert torch.equal(model(ids).logits, own(ids).logits)
+
+
+def test_threads_may_ask_for_different_depths(folders):
+    model, ids = load(folders, "attention"), batch(PROMPTS[:1])["input_ids"]
+
+    def at(depth):
+        return model.generate(ids, depth=depth, max_new_tokens=8, do_sample=False).tolist()
+
+    alone = {depth: at(depth) for depth in (1, 7)}
+    assert alone[1] != alone[7]
+    with ThreadPoolExecutor(4) as pool:
+        depths = [1, 7] * 8
+        assert list(pool.map(at, depths)) == [alone[depth] for depth in depths]
+    assert model.path == (1, 2, 3, 4, 5, 6, 7)
+    model.forward = model.forward  # as a hook does
+    with pytest.raises(ValueError, match="depth=3.*call set_depth before generate"):
+        at(3)

@@ -1,5 +1,7 @@
 """Decoders against ``forward``: of any cell, of attention with all its options, of recurrent blocks; prepared or not."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -205,16 +207,31 @@ def test_blocks_have_decoders_of_their_own_where_nothing_else_is_expected():
     assert inside.decoder()._prepared is None and exchanged.decoder()._prepared is None
 
 
-def test_prepared_weights_are_shared_only_when_asked_for_and_do_not_follow_the_model():
+@pytest.mark.parametrize("change", ["step", "data", "storage"])
+def test_prepared_weights_are_kept_for_the_next_text_and_follow_the_model(change):
     block, x = randomised(attention()), inputs(1, 10)
     first = block.decoder()
     assert (first._prepared is not None) == torch.backends.mkl.is_available()
-    assert block.decoder(like=first)._prepared is first._prepared
+    assert block.decoder()._prepared is first._prepared
     before = read_all(first, x, [1])
     for p in block.parameters():
-        p.mul_(1.5)
+        if change == "step":  # as an optimizer does
+            p.mul_(1.5)
+        elif change == "data":  # which torch does not count
+            p.data.mul_(1.5)
+        else:
+            p.data = p.data * 1.5
     close(read_all(block.decoder(), x, [1]), block(x)[0])
-    assert (block(x)[0] - before).abs().max() > 0.1
+    assert not torch.allclose(read_all(block.decoder(), x, [1]), before)
+
+
+def test_what_was_prepared_goes_with_the_model():
+    block = randomised(attention())
+    block.decoder()
+    kept = len(prepared._kept)
+    del block
+    gc.collect()
+    assert len(prepared._kept) < kept
 
 
 def test_a_matrix_gives_what_linear_gives():

@@ -70,6 +70,7 @@ def test_a_folder_of_that_name_is_not_guessed_at(tmp_path, monkeypatch):
         hbll_seq.generate("a", model="bundled")
     with pytest.raises(ValueError, match="no config.json"):
         hbll_seq.generate("a", model="./bundled")
+    assert hbll_seq.generate("a", max_new_tokens=1)  # nobody has named one
     with pytest.raises(ValueError, match="leave it out"):
         HBLLForCausalLM.from_pretrained("bundled", revision="main")
 

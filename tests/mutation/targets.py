@@ -34,6 +34,8 @@ TESTS = {
     "training/trainer.py": ("training/test_trainer.py", "training/test_lm_script.py", "training/test_lm_resume.py",
                             "training/test_lm_grid.py", "training/test_lm_signals.py", "training"),
     "training/checkpoint.py": ("training/test_checkpoint.py", "training/test_checkpoint_faults.py", "training"),
+    "cli": ("cli",),
+    "integrations": ("integrations", "evaluation"),
     "utils": ("utils", "data", "models"),
 }  # fmt: skip
 

@@ -93,3 +93,11 @@ def test_the_bundled_models_text_stands_beside_the_fresh_ones(lm_options, tmp_pa
 def test_another_text_is_no_place_for_the_bundled_model(lm_options, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bundled, "bundled_model", lambda: 1 / 0)
     assert lm.main([*lm_options, *QUICK, "--output-dir", str(tmp_path / "run")]) == 0
+
+
+def test_the_bundled_model_is_the_packages_wherever_one_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundled").mkdir()
+    assert bundled.bundled_model().tokenizer.fingerprint == Tokenizer.default().fingerprint
+    monkeypatch.setattr(bundled, "package_folder", lambda: tmp_path / "none")
+    assert bundled.bundled_model() is None

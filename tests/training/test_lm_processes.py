@@ -29,8 +29,8 @@ def threads():
         with contextlib.suppress(OSError):  # it has just ended
             names.append(path.read_text().strip())
     return [name for name in names if "gloo" in name]
-def training(*arguments):
-    train(*arguments)
+def training(*arguments, **options):
+    train(*arguments, **options)
     sys.stderr.write(f"threads while training: {{len(threads()) > 0}}\n")  # in one piece: two processes write
 script = kr.load_script()
 train, script.training = script.training, training

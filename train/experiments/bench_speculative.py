@@ -1,11 +1,11 @@
 """Faster ways to generate: speculative decoding, and blocks side by side, beside plain decoding and smaller depths.
 
-    python train/experiments/bench_speculative.py --model runs/lm                                    # minutes
-    python train/experiments/bench_speculative.py --model runs/lm --prompts 2 --tokens 20 --drafts 2 --windows 2   # seconds
+    python train/experiments/bench_speculative.py                                                    # minutes
+    python train/experiments/bench_speculative.py --prompts 2 --tokens 20 --drafts 2 --windows 2   # seconds
 
 Two tables. Speculation: ms a token, how many times as fast as plain decoding, tokens a round, and the share of drafted
 tokens that were taken, of each drafter and length and of the automatic choice. All forms write a prompt in turn, so that a
-busy machine slows all of them. Side by side: ms a token and perplexity of validation text of each depth, and of the full
+busy machine slows all of them. Side by side: ms a token and perplexity of each depth, and of the full
 depth with its first k blocks in order, by one block after the other and as stacked rows.
 
 With one thread on a CPU the time is the thread's own, which other programs take nothing of. It holds the prompt's reading.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comparisons.program import as_program
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.generation.decoding import Decoding
 from hbll_seq.generation.draft_control import clock
@@ -31,6 +31,7 @@ from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.generation.side_by_side import SideBySideRunner
 from hbll_seq.generation.speculative import Speculation
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -38,17 +39,18 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub id of a model with a tokenizer")
-    add("--prompts", type=int, default=12, help="prompts, of the bundled validation text (default: 12)")
+    add("--model", default="bundled", help="bundled (the default), a folder or a Hub id; with a tokenizer")
+    add("--split", choices=("validation", "test"), default="test", help="of the bundled text, for prompts and perplexity")
+    add("--prompts", type=int, default=12, help="prompts, equally far apart in the split (default: 12)")
     add("--prompt-tokens", type=int, default=24, help="tokens of a prompt (default: 24)")
     add("--tokens", type=int, default=128, help="new tokens of each (default: 128)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 0.8], help="(default: 0 0.8)")
     add("--drafts", type=int, nargs="+", default=[2, 4, 6], help="lengths of a draft (default: 2 4 6)")
     add("--drafters", type=int, nargs="+", default=[1, 2, 4], help="depths that draft (default: 1 2 4)")
     add("--in-order", type=int, nargs="+", default=[3, 4, 5], help="blocks in order (default: 3 4 5)")
-    add("--windows", type=int, default=32, help="windows of validation text for perplexity (default: 32)")
+    add("--windows", type=int, default=32, help="windows of the split for perplexity (default: 32)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
     add("--output", type=Path, default=RESULTS / "bench_speculative.json", help="JSON file of results")
     args = parser.parse_args(argv)
@@ -140,10 +142,10 @@ def _line(row: dict) -> str:
     return told + f"  {row['tokens_a_round']:>5.2f} tokens a round  {row['accepted']:>5.2f} accepted"
 
 
-def _validation_text(n_characters: int) -> str:
-    """The beginning of the bundled validation text."""
+def _beginning(split: str, n_characters: int) -> str:
+    """The beginning of a split of the bundled text."""
     text, length = [], 0
-    for line in open_corpus("bundled", "validation").segments():
+    for line in open_corpus("bundled", split).segments():
         text.append(line or "")
         length += len(text[-1])
         if length >= n_characters:
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     model = HBLLForCausalLM.from_pretrained(args.model).eval()
-    ids = model.tokenizer.encode(_validation_text(600_000))
+    ids = model.tokenizer.encode(_beginning(args.split, 600_000))
     apart = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
     prompts = [ids[i * apart : i * apart + args.prompt_tokens] for i in range(args.prompts)]
     length = model.config.context_length + 1
@@ -172,7 +174,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

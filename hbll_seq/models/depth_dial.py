@@ -88,7 +88,8 @@ def path_of_word(model: DepthHierarchy, word: str) -> Path:
     """
     if word not in WORDS:
         n = len(model.config.full_path)
-        raise ValueError(f"depth={quote(word)}: must be a whole number from 1 to {n}, 'best' or 'fast'")
+        raise ValueError(f"depth={quote(word)}: must be a whole number from 1 to {n}, 'best' or 'fast', of several prompts "
+                         "also a list of these; leave it out for all blocks")
     stored = {} if model.path_table is None else model.path_table.perplexities()
     found = {path: value for path, value in stored.items() if model.config.is_trained(path) and _holds(model, path)}
     if found:

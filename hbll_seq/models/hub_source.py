@@ -80,12 +80,13 @@ def check_hub_options(**options: Any) -> None:
 def as_device(device: Any) -> torch.device:
     """A device that this machine has. Raises ValueError for anything else."""
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
+        found = torch.device(device)
+        torch.empty(0, device=found)
     except Exception as error:  # torch raises errors of several types for a device that it does not have
         reason = shorten(error, 150)
-        raise ValueError(f"device={quote(device)}: {reason}; choose one that this machine has, such as 'cpu'") from None
-    return device
+        given = str(device) if isinstance(device, torch.device) else device
+        raise ValueError(f"device={quote(given)}: {reason}; choose one that this machine has, such as 'cpu'") from None
+    return found
 
 
 def package_folder() -> Path:

@@ -26,8 +26,8 @@ def bundled_model() -> HBLLForCausalLM | None:
 
 
 def show_bundled(model: HBLLForCausalLM, test: TokenWindows, prompt: str, settings: TrainingSettings) -> None:
-    """Print the bundled model's perplexity on the beginning of ``test`` and its text after ``prompt``; nothing where this
-    installation has no bundled model, or ``model`` reads text in another tokenizer."""
+    """Print the bundled model's perplexity on the beginning of ``test``, on how much of it, and its text after ``prompt``;
+    nothing where this installation has no bundled model, or ``model`` reads text in another tokenizer."""
     bundled = bundled_model()
     tokenizers = [found.tokenizer and found.tokenizer.fingerprint for found in (bundled or model, model)]
     if bundled is None or len(set(tokenizers)) > 1:
@@ -38,4 +38,7 @@ def show_bundled(model: HBLLForCausalLM, test: TokenWindows, prompt: str, settin
     (row,) = evaluate_paths(bundled, test, {"bundled": path}, batch_size=settings.eval_batch_size, max_batches=limit)
     text = bundled.generate(prompt, path=path, max_new_tokens=settings.sample_tokens, seed=settings.seed,
                             truncate_prompt=True)
-    tqdm.write(f"the bundled model (trained for hours), depth {len(path)}, test perplexity {row['perplexity']:.1f}: {text!r}")
+    n_all, n_read = test.stream.n_tokens - 1, row["tokens"]  # its card's figure is of all, in windows of its own context
+    part = "the" if n_read == n_all else f"the first {n_read:,} tokens of the"
+    tqdm.write(f"the bundled model (trained for hours), depth {len(path)}, perplexity {row['perplexity']:.1f} on {part} test "
+               f"split in this run's windows of {test.context_length} tokens: {text!r}")

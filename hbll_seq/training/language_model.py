@@ -132,6 +132,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         raise ValueError("--resume and --overwrite exclude each other: give one of the two")
     if extend is not None:
         check_extend(extend, resume, overwrite)
+        check_extendable(folder_of(given))
         resume = NEWEST
     if dry_run:
         settings, origin, *_ = chosen(given, preset, resume)
@@ -143,9 +144,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     else:
         folder = folder_of(given)
         check_resumable(folder, resume)
-        if extend is not None:
-            check_extendable(folder)
-        elif resume == NEWEST and (finished_step(folder) or -1) >= check_resumable(folder):
+        if extend is None and resume == NEWEST and (finished_step(folder) or -1) >= check_resumable(folder):
             chosen(given, preset, resume)  # other settings than the run's are told all the same
             return 0, f"{folder} holds a finished run: nothing is left to do"
     check_place(folder)

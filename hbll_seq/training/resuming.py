@@ -68,8 +68,11 @@ def check_extend(steps: int, resume: int | None, overwrite: bool) -> None:
 
 def check_extendable(folder: Path) -> None:
     """Raises ValueError unless ``folder`` holds a finished run and the checkpoint of its end."""
-    end, newest = finished_step(folder), check_resumable(folder)
-    where = f"output_dir={quote(str(folder))}"
+    end, where = finished_step(folder), f"output_dir={quote(str(folder))}"
+    if end is None and not list_checkpoints(folder / CHECKPOINTS):
+        raise ValueError(f"nothing to extend: {where} holds no run; name the folder of a finished run by --output-dir, or "
+                         "train one there first, without --extend")
+    newest = (list_checkpoints(folder / CHECKPOINTS) or [-1])[-1]
     if end is None:
         raise ValueError(f"{where} holds no finished run to extend, but one saved at step {newest}: go on with it by "
                          "--resume first")

@@ -193,7 +193,9 @@ class DyadicTree:
                 blocks = tuple(whole_or_none(n) for n in itertools.islice(path, self.N))  # one too many is too long
             except TypeError:
                 pass
-        if not blocks or not all(n is not None and 0 < n < self.N for n in blocks):
+        if blocks and all(n is not None for n in blocks):
+            self._check_numbers(blocks)
+        else:
             raise ValueError(
                 f"path={quote(path)}: must list at least one of the block numbers 1 to {self.n_nodes}, such as "
                 f"{list(self.path_for_depth(min(2, self.n_nodes)))}"
@@ -210,6 +212,18 @@ class DyadicTree:
                     f"{reachable}" + (f" or the head ({self.N})" if allowed and self.is_arc(i, self.N) else "")
                 )
         return blocks
+
+    def _check_numbers(self, blocks: tuple[int, ...]) -> None:
+        """Raises ValueError unless the numbers are those of blocks, in ascending order."""
+        path, example = f"path={quote(list(blocks))}", list(self.path_for_depth(min(2, self.n_nodes)))
+        if outside := list(dict.fromkeys(n for n in blocks if not 0 < n < self.N)):
+            raise ValueError(f"{path}: {quote(outside[0])} is none of the block numbers 1 to {self.n_nodes}; "
+                             f"give a path such as {example}")
+        if falls := [(i, j) for i, j in zip(blocks, blocks[1:]) if j <= i]:
+            ordered = sorted(set(blocks))
+            is_path = all(self.is_arc(i, j) for i, j in zip((0, *ordered), (*ordered, self.N)))
+            raise ValueError(f"{path}: {falls[0][1]} comes after {falls[0][0]}, but a path names its blocks in ascending "
+                             f"order; give {quote(ordered) if is_path else f'one such as {example}'}")
 
     def _check_node(self, n: int) -> None:
         if not isinstance(n, int) or isinstance(n, bool) or not 0 < n < self.N:

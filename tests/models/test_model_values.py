@@ -27,6 +27,9 @@ from hbll_seq.models.model_files import CARD_NAME, CONFIG_NAME, SUMS_NAME, WEIGH
 from hbll_seq.models.sequence_classification import MAX_SIZE
 from hbll_seq.tree.topology import DyadicTree
 
+#: a device that this machine lacks
+ABSENT = "xpu" if torch.cuda.is_available() else "cuda"
+
 
 def model_of(**changes):
     values = dict(vocab_size=40, n_level=2, n_embd=8, n_head=2, context_length=8)
@@ -188,6 +191,8 @@ def test_the_home_and_bytes_are_names_too(tmp_path, monkeypatch):
     (dict(force_download=True), "does not know force_download"),
     (dict(devise="cpu"), "does not know devise: known are.*leave it out"),
     (dict(device="gpu0"), "device='gpu0'.*choose one that this machine has"),
+    (dict(device=ABSENT), f"device='{ABSENT}'"),
+    (dict(device=torch.device(ABSENT)), f"device='{ABSENT}'"),
     (dict(device=7.5), "device=7.5"), (dict(device=None), "device=None"), (dict(device="x" * 10**5), "device='xxx"),
     (dict(dtype="float8"), "dtype='float8': allowed are 'float32', 'bfloat16', 'float16', 'float64'.*'auto'"),
     (dict(dtype=torch.int8), "dtype=torch.int8: allowed"), (dict(dtype=None), "dtype=None"), (dict(dtype=3), "dtype=3"),

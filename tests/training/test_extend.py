@@ -129,7 +129,10 @@ def test_a_run_is_extended_again_and_wound_back_into_an_extension(extended, tmp_
 
 def test_what_cannot_be_extended_is_told(folder, stopped_run, tmp_path, monkeypatch, capsys):
     kr.fails(["--extend", "9", "--output-dir", str(stopped_run)], capsys, "no finished run", "--resume")
-    kr.fails(["--extend", "9", "--output-dir", str(tmp_path / "none")], capsys, "holds no checkpoint")
+    for more in ([], ["--dry-run"]):
+        said = kr.fails(["--extend", "9", "--output-dir", str(tmp_path / "none"), *more], capsys, "nothing to extend",
+                        "none' holds no run", "finished run by --output-dir", "without --extend")
+        assert "resume" not in said
     kr.fails(["--extend", "0", "--output-dir", str(folder)], capsys, "extend=0", "at least 1")
     kr.fails(["--extend", "9", "--overwrite", "--output-dir", str(folder)], capsys, "--overwrite exclude each other")
     kr.fails(["--extend", "9", "--resume", "3", "--output-dir", str(folder)], capsys, "--resume 3 exclude each other")

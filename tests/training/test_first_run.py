@@ -83,7 +83,9 @@ def test_the_bundled_models_text_stands_beside_the_fresh_ones(lm_options, tmp_pa
     options = ["--preset", "debug", *QUICK, "--cache-dir", lm_options[5], "--output-dir", str(tmp_path / "run")]
     assert lm.main(options) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the bundled model")]
-    assert "depth 1, test perplexity 4" in line and "= Homarus gammarus =" in line  # it knows nothing: 4,096 pieces alike
+    assert "depth 1, perplexity 4" in line  # it knows nothing: 4,096 pieces alike
+    assert "on the first 256 tokens of the test split in this run's windows of 16 tokens" in line
+    assert "= Homarus gammarus =" in line
     monkeypatch.setattr(bundled, "bundled_model", lambda: None)
     assert lm.main([*options, "--overwrite"]) == 0 and "the bundled model" not in capsys.readouterr().out
 

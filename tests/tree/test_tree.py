@@ -116,10 +116,21 @@ def test_paths_that_are_no_block_numbers(path):
 
 @pytest.mark.parametrize(
     "path, step",
-    [((2, 6), "2 -> 6"), ((6,), "0 -> 6"), ((4, 4), "4 -> 4"), ((3, 4), "0 -> 3"), ((4, 2), "4 -> 2"), ((1,), "1 -> 8")],
+    [((2, 6), "2 -> 6"), ((6,), "0 -> 6"), ((3, 4), "0 -> 3"), ((1,), "1 -> 8")],
 )
 def test_paths_that_are_not_dyadic(path, step):
     with pytest.raises(ValueError, match=step + " is not a dyadic interval.*the next block can be"):
+        DyadicTree(3).validate_path(path)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [((1, 9), r"path=\[1, 9\]: 9 is none of the block numbers 1 to 7"),
+     ((4, 2, 1), r"path=\[4, 2, 1\]: 2 comes after 4.*ascending order; give \[1, 2, 4\]"),
+     ((4, 4), r"4 comes after 4.*ascending order; give \[4\]"), ((6, 3), r"3 comes after 6.*give one such as \[4, 6\]")],
+)  # fmt: skip
+def test_numbers_that_are_none_or_in_disorder(path, message):
+    with pytest.raises(ValueError, match=message):
         DyadicTree(3).validate_path(path)
 
 

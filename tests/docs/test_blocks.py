@@ -18,6 +18,7 @@ import pytest
 import torch
 from pages import PAGES, ROOT, blocks, inline_commands, named, shell_commands
 
+import hbll_seq
 from hbll_seq import cli
 from hbll_seq.cli.program import COMMANDS
 
@@ -243,3 +244,9 @@ def _check_script(script: Path, options: list[str]) -> None:
             module.main(["--help"])
         assert ended.value.code == 0
         assert [word for word in options if word.startswith("--") and word not in shown.getvalue()] == []
+
+
+def test_every_public_name_has_an_example_that_runs():
+    shown = "\n".join(block for page in PAGES if page.name not in ELSEWHERE for block in blocks(page, "python"))
+    names = set(re.findall(r"\w+", shown))
+    assert sorted(set(hbll_seq.__all__) - names) == []

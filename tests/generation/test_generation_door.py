@@ -86,7 +86,7 @@ def a_million():
         (dict(path=[4.0]), r"path=\[4.0\].*1 to 7"),
         (dict(path=[10**5000]), "path=.*1 to 7"),
         (dict(path=a_million()), "path=.*4 comes after 6"),
-        (dict(path=itertools.count(1)), "path=.*8 is none of the block numbers 1 to 7"),
+        (dict(path=itertools.count(1)), "path=.*is none of the block numbers 1 to 7"),
         (dict(path=4), "path=4.*1 to 7"),
         (dict(max_new_tokens=True), "max_new_tokens=True"),
         (dict(max_new_tokens=math.inf), "max_new_tokens=inf"),

@@ -356,7 +356,9 @@ def test_offset_of_bad_bytes_behind_the_first_block(
             load_tokens(str(tmp_path / "t.txt"), "train", tokenizer)
 
 
-def test_bad_sources(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_bad_sources(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # whatever lies beside the repository
     for source in ("nope", str(tmp_path / "none.txt"), "./a/b.jsonl", "../x", "a/b/c", "data/none.txt", ""):
         with pytest.raises(ValueError, match="there is no data .*bundled.*wikitext-103.*owner/name"):
             load_tokens(source, "train", tokenizer)

@@ -41,9 +41,9 @@ def parser(prog: str) -> Parser:
                        "(default: all)")
     group.add_argument("--path", type=options.path, metavar="LIST", help="which blocks to run, such as 1,2,4")
     faster = found.add_argument_group("faster")
-    faster.add_argument("--speculative", action=argparse.BooleanOptionalAction, help="a short path drafts tokens and the "
-                        "chosen one checks several at once; the text is drawn from the same distribution (default: "
-                        "off)")
+    faster.add_argument("--speculative", action=argparse.BooleanOptionalAction, help="guess what "
+                        "followed the last three tokens before, and check several at once; the text is the same; with "
+                        "--temperature 0 alone (default: off)")
     faster.add_argument("--in-order", type=options.whole_or_zero, metavar="K", help="take K of the blocks in order and the "
                         "others side by side: fast, and another network (default: all in order)")
     names = options.add_fields(found.add_argument_group("sampling"), SamplingParams)

@@ -111,10 +111,11 @@ class Fixed:
 
     def note(self, drafter: int, n_draft: int, gained: int, seconds: float) -> None:
         """See :meth:`Control.note`."""
-        _count(self.totals, n_draft, gained)
+        count(self.totals, n_draft, gained)
 
 
-def _count(totals: Totals, n_draft: int, gained: int) -> None:
+def count(totals: Totals, n_draft: int, gained: int) -> None:
+    """A round that drafted so many tokens, or a plain step, made the texts ``gained`` tokens longer."""
     if n_draft < 1:
         totals.plain += gained
         return
@@ -193,7 +194,7 @@ class Control:
 
     def note(self, drafter: int, n_draft: int, gained: int, seconds: float) -> None:
         """A round took ``seconds`` and made the texts ``gained`` tokens longer, of which it had drafted ``n_draft``."""
-        _count(self.totals, n_draft, gained)
+        count(self.totals, n_draft, gained)
         if n_draft < 1:
             self._plain_steps.append(seconds)
             self._since_plain, self.known.wait, self._all = 0, max(0, self.known.wait - 1), self._all + 1.0

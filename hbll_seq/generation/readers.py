@@ -17,13 +17,13 @@ from hbll_seq.generation.speculative import Speculation, Speculator, drafters_of
 from hbll_seq.utils.reading import quote
 
 
-def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]]) -> Speculation | None:
+def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], temperature: float) -> Speculation | None:
     """What ``speculative`` means for rows along these paths; None: plain decoding.
 
     Raises:
         ValueError: it is something else, or is asked for where rows have different paths.
     """
-    if speculative is None:  # on a CPU drafting is not known to pay (docs/results.md 17)
+    if speculative is None:  # plain decoding is never slower, and a seed gives the same text (docs/results.md 17)
         return None
     if not isinstance(speculative, (bool, Speculation)):
         raise ValueError(
@@ -38,7 +38,8 @@ def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]]) -> Spe
         )
     if speculative is not True:
         return speculative
-    return Speculation() if len(paths[0]) > 1 else None  # nothing is shorter than one block
+    # In a drawn text too few guesses are right, and of one block a check is not known to be cheap (docs/results.md 17).
+    return Speculation(drafter="text") if temperature == 0 and len(paths[0]) > 1 else None
 
 
 def reader_of(
@@ -50,7 +51,7 @@ def reader_of(
     Raises:
         ValueError: an option is not possible for these paths.
     """
-    named = as_speculation(speculative, paths) if in_order is None or speculative else None
+    named = as_speculation(speculative, paths, sampler.sampling.temperature) if in_order is None or speculative else None
     if in_order is None:
         if named is None:
             return lambda start, n: Runner(model, list(paths)[::n], start)

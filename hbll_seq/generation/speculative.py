@@ -1,4 +1,4 @@
-"""Self-speculative decoding: a cheap drafter guesses some tokens, the path that is asked for checks them all in one call.
+"""Speculative decoding: something cheap guesses some tokens, the path that is asked for checks them all in one call.
 
 A round drafts n tokens after the last one that is known and reads all of them at once along the path. Greedy decoding takes
 the guesses that the path would have chosen itself, and its own choice behind them. Sampling takes a guess d, drawn from the
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hbll_seq.generation.draft_control import LONGEST, Control, Fixed, clock
@@ -25,6 +26,7 @@ from hbll_seq.generation.drafters import Drafter, PathDrafter, SweepDrafter
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
+from hbll_seq.generation.text_drafter import Budget, RepeatedText
 from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
 
@@ -34,25 +36,28 @@ _DRAFT, _ACCEPT, _RESIDUAL = 1, 2, 3
 
 @dataclass(frozen=True)
 class Speculation:
-    """How tokens are drafted. What is left out is chosen while the text is written, by measured time and acceptance.
+    """How tokens are drafted. What is left out is chosen while the text is written.
 
     Attributes:
-        drafter: the depth that drafts, or the path.
+        drafter: the depth that drafts, or the path; or ``"text"``: what followed where the last three tokens stood before.
+            None chooses a depth by measured time and acceptance.
         in_order: in place of ``drafter``: the path itself drafts with its first ``in_order`` blocks in order and the others
             side by side (docs/method.md 2.2).
-        n_draft: how many tokens are drafted at once. With the drafter named as well nothing is left to choose: no text
-            depends on the clock, and nothing falls back to plain decoding.
+        n_draft: how many tokens are drafted at once. With the drafter named as well nothing falls back to plain decoding.
+            A text depends on the clock only where a depth or its length is to be chosen.
 
     Raises:
         ValueError: an option is out of range, or two drafters are named.
     """
 
-    drafter: int | Sequence[int] | None = None
+    drafter: int | Sequence[int] | str | None = None
     in_order: int | None = option(None, "blocks that a draft takes in order", low=0, remedy=", or None")
     n_draft: int | None = option(None, "tokens that are drafted at once", low=1, high=LONGEST, remedy=", or None to choose")
 
     def __post_init__(self):
         check_options(self)
+        if isinstance(self.drafter, str) and self.drafter != "text":
+            raise ValueError(f"drafter={quote(self.drafter)}: must be a depth, a path, 'text' or None")
         if self.drafter is not None and self.in_order is not None:
             raise ValueError(
                 f"drafter={quote(self.drafter)} and in_order={self.in_order} are both given: a draft is made by a shorter "
@@ -96,9 +101,13 @@ class Speculator:
         self._sampler = sampler.copy()
         self._rule = _rule(self._sampler)
         n_rows = len(sampler.uniforms())
+        self._is_text, self._padding = speculation.drafter == "text", [0] * n_rows if start is None else start.tolist()
+        self._texts: list[RepeatedText] = []  # of each row, where the text itself is what drafts
         names = [drafter.name for drafter in self._drafters]
-        if speculation.n_draft and len(names) == 1:
-            self.control: Control | Fixed = Fixed(speculation.n_draft)
+        if speculation.n_draft and len(names) < 2:
+            self.control: Control | Fixed | Budget = Fixed(speculation.n_draft)
+        elif self._is_text:
+            self.control = Budget(n_rows)
         else:
             setting = (self.path, sampler.sampling.temperature == 0, n_rows)
             self.control = Control(names, model, setting, n_draft=speculation.n_draft)
@@ -106,12 +115,15 @@ class Speculator:
         self._history: list[Tensor] = []  # [B, K]: what the runner has read, in order
         self._tails: list[list[int]] = []  # of each row the known tokens that the runner has not read
         self._queues: list[deque[tuple[int, Tensor]]] = []  # and those that no one has been told yet, with their logits
+        self._guesses: list[list[int]] = []  # of each row, behind its tail
         self._blank: Tensor | None = None
 
     def prefill(self, input_ids: Tensor) -> None:
         """Read the prompts [P, T]."""
         input_ids = input_ids.repeat_interleave(self.n, dim=0)
         self._history = [input_ids]
+        if self._is_text:
+            self._texts = [RepeatedText(ids[n:]) for ids, n in zip(input_ids.tolist(), self._padding)]
         logits = self.runner.prefill(input_ids).unsqueeze(1)
         rows = range(len(input_ids))
         self._tails, self._queues, self._blank = [[] for _ in rows], [deque() for _ in rows], logits[0, 0]
@@ -128,16 +140,31 @@ class Speculator:
         while not all(self._queues[row] for row in alive):
             drafter, n_draft = self.control.choose()
             n_draft = min(n_draft, remaining - 1)
+            if self._texts and n_draft > 0:
+                n_draft = self._guess(n_draft, alive)
             before = self._clock()
             if n_draft < 1 and max(map(len, self._tails)) == 1 and not any(self._queues):
                 told = self._plain_step()
                 self.control.note(drafter, 0, 1, self._clock() - before)
                 return told
-            gained = self._round(None if n_draft < 1 else self._drafters[drafter], n_draft, alive)
+            gained = self._round(None if n_draft < 1 or self._texts else self._drafters[drafter], n_draft, alive)
             self.control.note(drafter, n_draft, gained, self._clock() - before)
         told = [queue.popleft() if runs else (0, self._blank) for queue, runs in zip(self._queues, running)]
         tokens = torch.tensor([token for token, _ in told], device=self._blank.device)
         return tokens, torch.stack([logits for _, logits in told])
+
+    def _guess(self, n_draft: int, alive: Sequence[int]) -> int:
+        """Looks up what may follow in every row; returns how many tokens can be checked, at most ``n_draft``."""
+        self._guesses = [[] for _ in self._tails]
+        for row in alive:
+            n_certain = len(self._tails[row]) - 1
+            self._guesses[row] = self._texts[row].guesses(n_draft - n_certain) if n_certain < n_draft else []
+            n_draft = min(n_draft, n_certain + len(self._guesses[row]))
+        return n_draft
+
+    def _add_history(self, tokens: Tensor) -> None:
+        if self._drafters:  # they may have to catch up
+            self._history.append(tokens)
 
     def _plain_step(self) -> tuple[Tensor, Tensor]:
         """What :meth:`next` returns, as plain decoding makes it."""
@@ -146,15 +173,19 @@ class Speculator:
         drawn = self._sampler.draw(logits)
         ids = drawn.tolist()
         self._sampler.accept(ids)
-        self._history.append(tokens)
+        self._add_history(tokens)
         self._tails = [[token] for token in ids]
+        for text, token in zip(self._texts, ids):
+            text.append([token])
         return drawn, logits
 
     def _round(self, drafter: Drafter | None, n_draft: int, alive: Sequence[int]) -> int:
         """Drafts and checks; returns by how many tokens the text of all rows has become longer."""
         length, device = self.runner.length, self._history[0].device
         n_known = [len(tail) for tail in self._tails]  # a row may know more than is read in this round
-        known = torch.tensor([(tail + [0] * n_draft)[: n_draft + 1] for tail in self._tails], device=device)
+        guesses = self._guesses if self._texts else [[]] * len(n_known)
+        rows = [(tail + guess + [0] * n_draft)[: n_draft + 1] for tail, guess in zip(self._tails, guesses)]
+        known = torch.tensor(rows, device=device)
         is_known = None
         if n_draft > 0 and max(n_known) > 1:
             is_known = known.new_tensor(n_known)[:, None] > torch.arange(n_draft + 1, device=device)
@@ -170,7 +201,7 @@ class Speculator:
         if gained <= n_draft:
             self.runner.truncate(length + gained)
             tokens = tokens[:, :gained]
-        self._history.append(tokens)
+        self._add_history(tokens)
         for other in self._drafters:
             other.truncate(length + gained)
         self._tails = [tail[gained:] or [0] for tail in self._tails]  # of a row that has stopped anything will do
@@ -178,6 +209,9 @@ class Speculator:
 
     def _draft(self, drafter: Drafter, known: Tensor, is_known: Tensor | None) -> Tensor:
         """Tokens [B, K]: those that are known, and guesses behind them."""
+        if drafter is None:
+            self._rule.begin(n_sure=known.shape[1] - 1)
+            return known
         columns = [known[:, 0]]
         drafter.begin(self.runner, self._history)
         self._rule.begin()
@@ -193,6 +227,8 @@ class Speculator:
         """Adds what was decided: of each row the tokens that the logits [B, K, V] from position ``first`` on gave."""
         for row, tokens in enumerate(new):
             self._tails[row] += tokens
+            if self._texts:
+                self._texts[row].append(tokens)
             self._queues[row].extend(zip(tokens, logits[row, first[row] :]))
 
 
@@ -200,6 +236,8 @@ def drafters_of(
     model: CausalLM, path: tuple[int, ...], start: Tensor | None, speculation: Speculation
 ) -> tuple[list[tuple[int, ...]], list[Drafter]]:
     """Paths that share the runner of ``path``, and the drafters that may be chosen from."""
+    if speculation.drafter == "text":
+        return [], []
     if speculation.in_order is not None:
         return [], [SweepDrafter(model, path, speculation.in_order)]
     if speculation.drafter is not None:
@@ -232,7 +270,7 @@ class _Greedy:
     def __init__(self, n_tokens: int | None):
         self.n_tokens = n_tokens
 
-    def begin(self) -> None:
+    def begin(self, n_sure: int = 0) -> None:
         """Nothing is remembered."""
 
     def propose(self, logits: Tensor, certain: Tensor | None) -> Tensor:
@@ -257,10 +295,10 @@ class _Drawn:
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
         self._ahead = sampler  # the same rows with the guesses of a round behind them
-        self._guessed: list[Tensor] = []  # [B, V]: what each guess was drawn from
+        self._guessed: list[Tensor | None] = []  # [B, V]: what each guess was drawn from; None: it was not drawn
 
-    def begin(self) -> None:
-        self._ahead, self._guessed = self.sampler.copy(), []
+    def begin(self, n_sure: int = 0) -> None:
+        self._ahead, self._guessed = self.sampler.copy(), [None] * n_sure
 
     def propose(self, logits: Tensor, certain: Tensor | None) -> Tensor:
         q = self._ahead.probabilities(logits)
@@ -292,6 +330,7 @@ class _Drawn:
         if guess is None:
             return self.sampler.pick(p).tolist(), [False] * len(p)
         q = self._guessed[i]
+        q = F.one_hot(guess, p.shape[1]).to(p.dtype) if q is None else q
         of_guess = guess.unsqueeze(1)
         uniform = self.sampler.uniforms(_ACCEPT).to(p.device)
         taken = uniform * q.gather(1, of_guess)[:, 0] < p.gather(1, of_guess)[:, 0]

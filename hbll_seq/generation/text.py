@@ -63,8 +63,9 @@ class TextGenerator:
                 terminal shows control characters as escapes; the text that is returned holds all.
             truncate_prompt: keep the last tokens of a prompt that is longer than the model's context, instead of refusing
                 it. A model of recurrent blocks alone reads prompts of any length, and whole.
-            speculative: a short path drafts tokens and the network that was asked for checks them, several at once. True,
-                or a :class:`hbll_seq.generation.speculative.Speculation`; False and None never.
+            speculative: guesses are checked several at once by the network that was asked for. True: in a greedy
+                text what followed where the last three tokens stood before, else plain decoding; a
+                :class:`hbll_seq.generation.speculative.Speculation` names what drafts; False and None: plain decoding.
             in_order: take only so many of the blocks in order and the others side by side, each on the state before them.
             options: the fields of :class:`SamplingParams`, in place of ``sampling``: ``max_new_tokens=40, seed=0``.
 

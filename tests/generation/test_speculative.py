@@ -15,7 +15,7 @@ from hbll_seq.generation.speculative import Speculation, residual
 FULL = (1, 2, 3, 4, 5, 6, 7)
 #: paths that share nothing with the full one, paths that are its beginning, and the full one with blocks side by side
 DRAFTERS = [dict(drafter=1), dict(drafter=[2, 4]), dict(drafter=[1, 2, 3, 4]), dict(drafter=[1, 2, 3, 4, 5, 6]),
-            dict(in_order=0), dict(in_order=4), dict(in_order=5)]  # fmt: skip
+            dict(in_order=0), dict(in_order=4), dict(in_order=5), dict(drafter="text")]  # fmt: skip
 KINDS = {"attention": {}, "gru": dict(cell="gru"), "mixed": dict(cell=["transformer", "mingru"] * 3 + ["gru"])}
 
 
@@ -73,7 +73,7 @@ def test_the_window_is_passed_and_drafters_are_right_and_wrong(attention_model):
     assert 20 < wrong < drafted - 20
 
 
-@pytest.mark.parametrize("chosen", [True, Speculation(n_draft=2), Speculation(drafter=1)], ids=str)
+@pytest.mark.parametrize("chosen", [True, Speculation(), Speculation(n_draft=2), Speculation(drafter=1)], ids=str)
 def test_greedy_text_is_that_of_plain_decoding_whatever_is_chosen(attention_model, chosen):
     """The clock decides here which rounds there are."""
     for prompts in (prompts_of(9), prompts_of(4, 11, 1)):
@@ -137,14 +137,21 @@ def test_greedy_texts_of_200_prompts(text_model, chosen):
 # --------------------------------------------------------------------------------------------------------- drawing
 
 N_DRAWN = 3600
+#: a text of four tokens in which any three stand once, so that whatever follows there is a guess
+EVERY_THREE = [0, 0]
+while True:
+    follows = [s for s in (3, 2, 1, 0) if [*EVERY_THREE[-2:], s] not in [EVERY_THREE[i : i + 3] for i in range(len(EVERY_THREE))]]
+    if not follows:
+        break
+    EVERY_THREE.append(follows[0])
 
 
-def chi_square(model, speculative, batch=80, n=3, **options):
+def chi_square(model, speculative, batch=80, n=3, prompt=(1, 2, 0), **options):
     """Pairs of new tokens (the second and the third) against the model's own probabilities: statistic over its bound.
 
     Above 1 has a chance of some 1e-5 where the distribution is right.
     """
-    prompt, vocab = [1, 2, 0], model.config.vocab_size
+    prompt, vocab, at = list(prompt), model.config.vocab_size, len(prompt) - 1
     expected = torch.zeros(vocab, vocab)
     with torch.no_grad():
         for i in range(vocab):
@@ -153,7 +160,7 @@ def chi_square(model, speculative, batch=80, n=3, **options):
                     rows = torch.tensor([[*prompt, i, j, k]])
                     sampler = Sampler(SamplingParams(**options), [prompt])
                     logits = model(rows).logits[0]
-                    chances = [sampler.probabilities(logits[t : t + 1])[0, rows[0, t + 1]].item() for t in (2, 3, 4)]
+                    chances = [sampler.probabilities(logits[t : t + 1])[0, rows[0, t + 1]].item() for t in (at, at + 1, at + 2)]
                     expected[j, k] += math.prod(chances)
     torch.manual_seed(0)
     counts = torch.zeros(vocab, vocab)
@@ -178,21 +185,24 @@ def tiny():
 @pytest.mark.parametrize(
     "drafter,batch,options",
     [(dict(drafter=1), 80, dict(temperature=1.0)), (dict(in_order=2), 80, dict(temperature=0.7, top_k=3)),
-     (dict(drafter=1), 24, dict(temperature=1.0))],
-    ids=["short path", "side by side, top-k", "few rows"],
+     (dict(drafter=1), 24, dict(temperature=1.0)), (dict(drafter="text"), 80, dict(temperature=1.0, prompt=EVERY_THREE)),
+     (dict(drafter="text"), 24, dict(temperature=0.7, top_k=3, prompt=EVERY_THREE))],
+    ids=["short path", "side by side, top-k", "few rows", "text", "text, few rows, top-k"],
 )  # fmt: skip
 def test_drawn_tokens_have_the_models_distribution(tiny, drafter, batch, options):
     assert chi_square(tiny, Speculation(**drafter, n_draft=2), batch, **options) < 1
 
 
+@pytest.mark.parametrize("drafter", [dict(drafter=1), dict(drafter="text", prompt=EVERY_THREE)], ids=["short path", "text"])
 @pytest.mark.parametrize("broken", ["residual", "accept"])
-def test_the_distribution_test_can_fail(tiny, monkeypatch, broken):
+def test_the_distribution_test_can_fail(tiny, monkeypatch, broken, drafter):
     if broken == "residual":
         monkeypatch.setattr(module, "residual", lambda p, q: p)
     else:
         monkeypatch.setattr(Sampler, "uniforms", lambda self, use=0: torch.zeros(len(self._positions)) if use == 2
                             else UNIFORMS(self, use))  # fmt: skip
-    assert chi_square(tiny, Speculation(drafter=1, n_draft=2), temperature=1.0) > 1.2
+    prompt = dict(prompt=drafter["prompt"]) if "prompt" in drafter else {}
+    assert chi_square(tiny, Speculation(drafter=drafter["drafter"], n_draft=2), temperature=1.0, **prompt) > 1.2
 
 
 UNIFORMS = Sampler.uniforms
@@ -212,8 +222,9 @@ def test_probabilities_are_told_on_a_gpu():
     assert fast.tokens == plain.tokens and fast.logprobs == pytest.approx(plain.logprobs, abs=1e-4)
 
 
-def test_a_seed_repeats_a_text_where_nothing_is_left_to_choose(text_model):
-    options = dict(speculative=Speculation(drafter=1, n_draft=3), temperature=1.0, max_new_tokens=20)
+@pytest.mark.parametrize("chosen", [Speculation(drafter=1, n_draft=3), Speculation(drafter="text"), True], ids=str)
+def test_a_seed_repeats_a_text_where_no_clock_chooses(text_model, chosen):
+    options = dict(speculative=chosen, temperature=1.0, max_new_tokens=20)
     first = text_model.generate("The city", seed=3, **options)
     assert first == text_model.generate("The city", seed=3, **options) != text_model.generate("The city", seed=4, **options)
 

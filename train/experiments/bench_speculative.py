@@ -4,7 +4,7 @@
     python train/experiments/bench_speculative.py --prompts 2 --tokens 20 --drafts 2 --windows 2   # seconds
 
 Two tables. Speculation: ms a token, how many times as fast as plain decoding, tokens a round, and the share of drafted
-tokens that were taken, of each drafter and length and of the automatic choice. All forms write a prompt in turn, so that a
+tokens that were taken, of each drafter and length, of the depth chosen by the clock, and of the text's repetitions. All forms write a prompt in turn, so that a
 busy machine slows all of them. Side by side: ms a token and perplexity of each depth, and of the full
 depth with its first k blocks in order, by one block after the other and as stacked rows.
 
@@ -71,7 +71,7 @@ def forms(model: HBLLForCausalLM, args: argparse.Namespace) -> dict[str, bool | 
         for in_order in args.in_order:
             if in_order < n_layer - 1:
                 found[f"{in_order} in order draft {n_draft}"] = Speculation(in_order=in_order, n_draft=n_draft)
-    return {**found, "automatic": True}
+    return {**found, "chosen depth": Speculation(), "text": Speculation(drafter="text"), "speculative=True": True}
 
 
 def speculation(model: HBLLForCausalLM, prompts: list[list[int]], temperature: float, args: argparse.Namespace) -> list[dict]:

@@ -51,13 +51,13 @@ def reader_of(
     Raises:
         ValueError: an option is not possible for these paths.
     """
-    named = as_speculation(speculative, paths, sampler.sampling.temperature) if in_order is None or speculative else None
     if in_order is None:
+        named = as_speculation(speculative, paths, sampler.sampling.temperature)
         if named is None:
             return lambda start, n: Runner(model, list(paths)[::n], start)
         drafters_of(model, paths[0], None, named)
         return lambda start, n: Speculator(model, paths[0], start, sampler, named, n)
-    if named is not None:
+    if speculative:
         raise ValueError(
             f"in_order={quote(in_order)} and speculative={quote(speculative)} are both given: leave one out; to draft with "
             f"blocks side by side pass speculative=Speculation(in_order={quote(in_order)})"

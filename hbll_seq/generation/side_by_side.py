@@ -16,7 +16,6 @@ from torch import Tensor
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
 from hbll_seq.layers.base import ROLLBACK, Decoder
-from hbll_seq.layers.stacked import stacked_decoder
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import whole_or_none
 
@@ -42,8 +41,6 @@ class SideBySideRunner:
         in_order: how many blocks are taken in order.
         start: [B], the number of left-padding positions of each row, or None for none.
         rollback: how many of the last tokens :meth:`truncate` can take back.
-        stack: the others are evaluated as stacked rows, where their kind allows it; None: on a GPU, where a token costs
-            calls. On a CPU they were not faster (docs/results.md, 17).
 
     Raises:
         ValueError: the path is not dyadic, or fewer than two blocks are left.
@@ -57,17 +54,13 @@ class SideBySideRunner:
         start: Tensor | None = None,
         *,
         rollback: int = ROLLBACK,
-        stack: bool | None = None,
     ):
         self.model, self.path = model, model.resolve_path(path=path)
         self.in_order = check_in_order(in_order, self.path)
         self._runner = Runner(model, self.path, start, rollback=rollback)  # whose decoders and head are used by hand
         decoders = [self._runner.decoder(self.path[: k + 1]) for k in range(len(self.path))]
         self._first, rest = decoders[: self.in_order], decoders[self.in_order :]
-        blocks = [model.blocks[n - 1] for n in self.path[self.in_order :]]
-        wanted = model.embed.weight.device.type != "cpu" if stack is None else stack
-        stacked = stacked_decoder(blocks, start, rollback) if wanted else None
-        self._rest = stacked or SideBySide(rest, rollback)
+        self._rest = SideBySide(rest, rollback)
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ _ALIKE = 3
 #: what a check of n guesses costs beyond a plain step, in plain steps: a first token more, and every one; with one row and
 #: with several. At the upper end of what was measured on a CPU (docs/results.md 17)
 _CHECK, _EACH, _EACH_OF_ROWS = 0.6, 0.12, 0.26
-#: the share of plain decoding's time that guesses may lose, and how much of what they have gained they may lose again, in plain steps
+#: the share of plain decoding's time that guesses may lose, and how many plain steps of what they gained they may lose again
 _MAY_LOSE, _CREDIT = 0.02, 8.0
 
 

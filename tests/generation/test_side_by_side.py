@@ -1,11 +1,10 @@
-"""A path with its last blocks side by side: against plain arithmetic, one block after the other and as stacked rows."""
+"""A path with its last blocks side by side: against plain arithmetic."""
 
 import pytest
 import torch
 from helpers.language_models import TOKENIZER, model_of
 
 from hbll_seq.generation.side_by_side import SideBySideRunner
-from hbll_seq.layers.stacked import StackedDecoder
 
 KINDS = {
     "attention": {}, "gru": dict(cell="gru"), "mixed": dict(cell=["transformer"] * 4 + ["gru", "transformer", "mingru"]),
@@ -32,13 +31,12 @@ def obvious(model, tokens, path, in_order):
 
 @pytest.mark.parametrize("path,in_order", [((1, 2, 3, 4, 5, 6, 7), k) for k in (0, 4, 5)] + [((2, 4, 6), 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stack", [True, False])
 @torch.no_grad()
-def test_it_is_the_formula(kind, path, in_order, stack):
+def test_it_is_the_formula(kind, path, in_order):
     """Prompt, several tokens, single tokens, tokens taken back; past the window of 12."""
     model, tokens = double(**KINDS[kind]), tokens_of(2, 30)
     expected = obvious(model, tokens, path, in_order)
-    runner = SideBySideRunner(model, path, in_order, stack=stack)
+    runner = SideBySideRunner(model, path, in_order)
     assert (runner.prefill(tokens[:, :5]) - expected[:, 4]).abs().max() < 1e-9
     assert (runner.read(tokens[:, 5:9]) - expected[:, 5:9]).abs().max() < 1e-9
     for t in range(9, 20):
@@ -55,25 +53,12 @@ def test_padding_and_rows():
     model, path = double(), (1, 2, 3, 4, 5, 6, 7)
     tokens = tokens_of(2, 16)
     alone = obvious(model, tokens[1:, 3:], path, 4)
-    for stack in (True, False):
-        runner = SideBySideRunner(model, path, 4, torch.tensor([0, 3]), stack=stack)
-        assert (runner.prefill(tokens[:, :7])[1] - alone[0, 3]).abs().max() < 1e-5  # angles are float32
-        assert (runner.step(tokens[:, 7])[1] - alone[0, 4]).abs().max() < 1e-5  # angles are float32
-        runner.keep([1])
-        for t in range(8, 16):
-            assert (runner.step(tokens[1:, t])[0] - alone[0, t - 3]).abs().max() < 1e-5  # angles are float32
-
-
-def test_which_blocks_are_stacked():
-    def is_stacked(**changes):
-        runner = SideBySideRunner(double(**changes), (1, 2, 3, 4, 5, 6, 7), 4, stack=True)
-        return isinstance(runner._rest, StackedDecoder)
-
-    assert [name for name, changes in KINDS.items() if is_stacked(**changes)] == ["attention"]
-    model = double()
-    handle = model.blocks[5].register_forward_hook(lambda *given: None)
-    assert not isinstance(SideBySideRunner(model, (1, 2, 3, 4, 5, 6, 7), 4, stack=True)._rest, StackedDecoder)
-    handle.remove()
+    runner = SideBySideRunner(model, path, 4, torch.tensor([0, 3]))
+    assert (runner.prefill(tokens[:, :7])[1] - alone[0, 3]).abs().max() < 1e-5  # angles are float32
+    assert (runner.step(tokens[:, 7])[1] - alone[0, 4]).abs().max() < 1e-5
+    runner.keep([1])
+    for t in range(8, 16):
+        assert (runner.step(tokens[1:, t])[0] - alone[0, t - 3]).abs().max() < 1e-5
 
 
 def test_text_with_blocks_in_order():

@@ -139,11 +139,9 @@ def test_greedy_texts_of_200_prompts(text_model, chosen):
 N_DRAWN = 3600
 #: a text of four tokens in which any three stand once, so that whatever follows there is a guess
 EVERY_THREE = [0, 0]
-while True:
-    follows = [s for s in (3, 2, 1, 0) if [*EVERY_THREE[-2:], s] not in [EVERY_THREE[i : i + 3] for i in range(len(EVERY_THREE))]]
-    if not follows:
-        break
-    EVERY_THREE.append(follows[0])
+while len(EVERY_THREE) < 4**3 + 2:
+    stood = [EVERY_THREE[i : i + 3] for i in range(len(EVERY_THREE))]
+    EVERY_THREE.append(next(s for s in (3, 2, 1, 0) if [*EVERY_THREE[-2:], s] not in stood))
 
 
 def chi_square(model, speculative, batch=80, n=3, prompt=(1, 2, 0), **options):
@@ -160,7 +158,7 @@ def chi_square(model, speculative, batch=80, n=3, prompt=(1, 2, 0), **options):
                     rows = torch.tensor([[*prompt, i, j, k]])
                     sampler = Sampler(SamplingParams(**options), [prompt])
                     logits = model(rows).logits[0]
-                    chances = [sampler.probabilities(logits[t : t + 1])[0, rows[0, t + 1]].item() for t in (at, at + 1, at + 2)]
+                    chances = [sampler.probabilities(logits[t : t + 1])[0, rows[0, t + 1]].item() for t in range(at, at + 3)]
                     expected[j, k] += math.prod(chances)
     torch.manual_seed(0)
     counts = torch.zeros(vocab, vocab)

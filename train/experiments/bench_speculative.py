@@ -4,9 +4,9 @@
     python train/experiments/bench_speculative.py --prompts 2 --tokens 20 --drafts 2 --windows 2   # seconds
 
 Two tables. Speculation: ms a token, how many times as fast as plain decoding, tokens a round, and the share of drafted
-tokens that were taken, of each drafter and length, of the depth chosen by the clock, and of the text's repetitions. All forms write a prompt in turn, so that a
-busy machine slows all of them. Side by side: ms a token and perplexity of each depth, and of the full
-depth with its first k blocks in order, by one block after the other and as stacked rows.
+tokens that were taken, of each drafter and length, of the depth chosen by the clock, and of the text's repetitions. All
+forms write a prompt in turn, so that a busy machine slows all of them. Side by side: ms a token and perplexity of each
+depth, and of the full depth with its first k blocks in order.
 
 With one thread on a CPU the time is the thread's own, which other programs take nothing of. It holds the prompt's reading.
 """
@@ -109,9 +109,7 @@ def side_by_side(model: HBLLForCausalLM, prompts: list[list[int]], windows: Tens
     for depth in sorted({min(depth, n_layer) for depth in (4, 5, n_layer)}):
         makers[f"depth {depth}"] = lambda path=model.resolve_path(depth): Runner(model, path)
     for k in [k for k in args.in_order if k < n_layer - 1]:
-        for stack in (False, True):
-            name = f"{k} in order, " + ("stacked" if stack else "one by one")
-            makers[name] = lambda k=k, stack=stack: SideBySideRunner(model, full, k, stack=stack)
+        makers[f"{k} in order"] = lambda k=k: SideBySideRunner(model, full, k)
     now, seconds, rows = clock(model.embed.weight.device), dict.fromkeys(makers, 0.0), []
     with torch.no_grad():
         for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Token ids in, token ids out, along any dyadic path: prefill, decode_one_token, and the loop over them.
+"""Token ids in, token ids out, along any dyadic path: the loop over tokens.
 
 Rows may go along different paths: one model serves every depth at once.
 
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.readers import reader_of
 from hbll_seq.generation.runner import Runner
@@ -44,32 +43,6 @@ class Step(NamedTuple):
 
     tokens: list[int | None]
     logprobs: list[TokenLogprobs | None] | None
-
-
-def prefill(model: CausalLM, input_ids: Tensor, path: Sequence[int], start: Tensor | None = None) -> tuple[Tensor, PathCache]:
-    """Read the prompts [B, T] at once.
-
-    Args:
-        model: in evaluation mode.
-        input_ids: [B, T]; shorter prompts are padded on the LEFT with any token.
-        path: block numbers, see ``model.resolve_path``.
-        start: [B] number of padding positions of each row, or None.
-
-    Returns:
-        Logits [B, V] of the token that follows, and the cache to hand to :func:`decode_one_token`.
-
-    Raises:
-        ValueError: the path is not dyadic.
-    """
-    cache = PathCache(model, [path], start)
-    cache.append(input_ids)
-    return model.read_out(cache.advance(path)[:, -1], path), cache
-
-
-def decode_one_token(model: CausalLM, tokens: Tensor, path: Sequence[int], cache: PathCache) -> Tensor:
-    """Add one token to each row of the cache, ``tokens`` [B], and return the logits [B, V] of the next."""
-    cache.append(tokens.unsqueeze(1))
-    return model.read_out(cache.advance(path)[:, -1], path)
 
 
 class Decoding:

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from helpers.path_cache import PathCache
 
 from hbll_seq.chains.depth import DepthChain
 from hbll_seq.evaluation.span import _Ledger
-from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.layers.recurrent import Jacobian, RecurrentState
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.causal_lm import HBLLForCausalLM

@@ -14,9 +14,12 @@ from comparisons.words import current_points, current_run  # noqa: E402
 ROWS = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")]
 
 
+def stored(name: str) -> dict:
+    return json.loads((ROOT / "train" / "results" / f"{name}.json").read_text("utf-8"))
+
+
 def runs(name: str) -> list[dict]:
-    stored = json.loads((ROOT / "train" / "results" / f"{name}.json").read_text("utf-8"))["runs"]
-    return [current_run(run, "depth" if name == "compare" else "time") for run in stored]
+    return [current_run(run, "depth" if name == "compare" else "time") for run in stored(name)["runs"]]
 
 
 def of(name: str, method: str, lr: float, figure: str) -> list[float]:
@@ -76,3 +79,48 @@ def test_seconds_and_work():
     text = row("work over depth")
     work = {run["method"]: run["work"] for run in runs("compare")}
     assert f"{work['sweeps']:.0f} block calls" in text and f"{work['backprop-7']:.0f} block calls" in text
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def section(page, beginning):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    return next(part for part in re.split(r"^## ", text, flags=re.MULTILINE) if part.startswith(beginning)).replace("*", "")
+
+
+def rate(rows, width, batch, form):
+    (row,) = [row for row in rows if (row["width"], row["batch"], row["form"]) == (width, batch, form)]
+    return row["tokens_per_cpu_second"]
+
+
+def test_tokens_a_second():
+    rows, text, gains, depths = stored("bench_generation")["rows"], section("results.md", "16."), [], []
+    for width, batch in ((128, 1), (128, 8), (384, 1), (384, 8)):
+        forms = ["generate", "forward loop", "depth 7", "depth 3", "depth 1"]
+        theirs, loop, full, three, one = (rate(rows, width, batch, form) for form in forms)
+        gains, depths = [*gains, full / theirs], [*depths, one / full]
+        cells = [f"{theirs:,.0f}", f"{loop:,.0f}", f"{full:,.0f} / {three:,.0f} / {one:,.0f}", f"{full / theirs:.2f}",
+                 f"{full / loop:.2f}", f"{full / one:.2f}"]  # fmt: skip
+        assert f"| {width}, {batch} | {' | '.join(cells)} |" in text
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"All seven blocks write {min(gains):.1f} to {max(gains):.1f} times as fast" in readme
+    assert f"one block {int(min(depths))} times that or more" in " ".join(readme.split())
+
+
+def test_speculation():
+    rows = stored("bench_speculative")["speculation"]
+    (greedy,) = [row for row in rows if row["form"] == "speculative=True" and row["temperature"] == 0]
+    (drawn,) = [row for row in rows if row["form"] == "speculative=True" and row["temperature"] > 0]
+    cells = [f"{greedy['times_plain']:.2f}", f"{greedy['tokens_a_round']:.1f}", f"{greedy['accepted']:.0%} | "]
+    told = f"| `speculative=True` | {' | '.join(cells)}"
+    assert told + f"{drawn['times_plain']:.2f} (" in section("results.md", "17.")
+    for page in ("docs/generation.md", "CHANGELOG.md"):
+        assert f"{greedy['times_plain']:.1f} times as" in (ROOT / page).read_text("utf-8")
+
+
+def test_the_bundled_model():
+    test = json.loads((ROOT / "hbll_seq" / "assets" / "bundled" / "paths.json").read_text("utf-8"))["test"]
+    first, last = test[0]["perplexity"], test[-1]["perplexity"]
+    told = f"test perplexity {first:.1f} at depth 1 to {last:.1f} at depth 7"
+    assert told in " ".join((ROOT / "README.md").read_text("utf-8").split())

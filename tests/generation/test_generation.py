@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 from helpers.language_models import CONTEXT_LENGTH, TOKENIZER, check_cached_logits, model_of
+from helpers.path_cache import PathCache, decode_one_token, prefill
 
 from hbll_seq.generation import decoding as generation
-from hbll_seq.generation.decoding import decode_one_token, prefill
-from hbll_seq.generation.path_cache import PathCache
+from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.generate import generate
@@ -335,7 +335,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
     ids=str,
 )
 def test_bad_input_is_named(text_model, monkeypatch, capsys, options, message):
-    monkeypatch.setattr(generation, "prefill", lambda *_: pytest.fail("ran the model before checking its input"))
+    monkeypatch.setattr(Runner, "prefill", lambda *_: pytest.fail("ran the model before checking its input"))
     options = {"prompt": "The city", **options}
     with pytest.raises(ValueError, match=f"(?s){message}"):
         text_model.generate(stream=isinstance(options["prompt"], str), **options)

@@ -3,9 +3,9 @@
 import torch
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
+from helpers.path_cache import decode_one_token, prefill
 
 TOKENIZER = Tokenizer.default()
 CONTEXT_LENGTH = 12

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.language_models import check_cached_logits, model_of, small_lm
+from helpers.path_cache import PathCache
 
-from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.runner import Runner
 from hbll_seq.layers.attention import TransformerBlock, attention, rotate, rotation
 from hbll_seq.layers.recurrent_block import RecurrentBlock

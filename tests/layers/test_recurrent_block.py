@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.language_models import CONTEXT_LENGTH, check_cached_logits
 from helpers.language_models import model_of as language_model_of
+from helpers.path_cache import PathCache
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.generation.decoding import generate_ids
-from hbll_seq.generation.path_cache import PathCache
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cells import CELL_KINDS

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.path_cache import decode_one_token, prefill
 
-from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.exits import EXIT_BY

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers.language_models import small_lm
+from helpers.path_cache import decode_one_token, prefill
 from torch import nn
 
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.generation.decoding import decode_one_token, prefill
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.models.recurrent import RecurrentLM

@@ -1,4 +1,4 @@
-"""Key-value cache keyed by path prefix.
+"""Key-value cache keyed by path prefix: the slow, obvious form of ``generation/runner.py``, by immutable states.
 
 A cache belongs to a *path prefix*, not to a block: on the path (4, 6) block 6 reads what block 4 made, on the path
 (2, 4, 6) something else. Only paths that share a prefix share its cache (arXiv 2606.21497; docs/method.md 1.4).
@@ -113,3 +113,29 @@ class PathCache:
         pending = entry.pending[:, oldest - first :] if oldest < entry.length else None
         self._entries[prefix] = entry._replace(pending=pending)
         return x
+
+
+def prefill(model: CausalLM, input_ids: Tensor, path: Sequence[int], start: Tensor | None = None) -> tuple[Tensor, PathCache]:
+    """Read the prompts [B, T] at once.
+
+    Args:
+        model: in evaluation mode.
+        input_ids: [B, T]; shorter prompts are padded on the LEFT with any token.
+        path: block numbers, see ``model.resolve_path``.
+        start: [B] number of padding positions of each row, or None.
+
+    Returns:
+        Logits [B, V] of the token that follows, and the cache to hand to :func:`decode_one_token`.
+
+    Raises:
+        ValueError: the path is not dyadic.
+    """
+    cache = PathCache(model, [path], start)
+    cache.append(input_ids)
+    return model.read_out(cache.advance(path)[:, -1], path), cache
+
+
+def decode_one_token(model: CausalLM, tokens: Tensor, path: Sequence[int], cache: PathCache) -> Tensor:
+    """Add one token to each row of the cache, ``tokens`` [B], and return the logits [B, V] of the next."""
+    cache.append(tokens.unsqueeze(1))
+    return model.read_out(cache.advance(path)[:, -1], path)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.calls import Calls
 from hbll_seq.layers.base import Cell
 from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.layers.recurrent_block import RecurrentBlock
@@ -25,8 +25,13 @@ def prefixes(path: Sequence[int]) -> list[Prefix]:
     return [tuple(path[:i]) for i in range(1, len(path) + 1)]
 
 
-class DepthChain(Chain):
-    """The blocks as transitions; f_n is ``blocks[n - 1]``.
+def number_of(index: Prefix | int) -> int:
+    """The number of the block that a call is named by, from 1."""
+    return index[-1] if isinstance(index, tuple) else index
+
+
+class BlockCalls(Calls):
+    """Calls of blocks in one step; f_n is ``blocks[n - 1]``.
 
     A transition is named by its block's number n, or by the blocks walked up to it, a :data:`Prefix` that ends in n. With
     the latter, recurrent blocks start from the state carried for it and leave their last one in ``last``; with a number
@@ -51,16 +56,20 @@ class DepthChain(Chain):
         self.last: dict[Prefix, Tensor] = {}
 
     def apply(self, indices: Sequence[Prefix | int], states: Sequence[Tensor]) -> list[Tensor]:
-        """See :meth:`Chain.apply`; states are [batch, ..., width]. Raises ValueError where a block changes their shape."""
+        """See :meth:`Calls.apply`; states are [batch, ..., width]. Raises ValueError where a block changes their shape."""
         calls = [self.bind(index) for index in indices]
         return [call(state) for call, state in zip(calls, states)]
 
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
-        """See :meth:`Chain.bind`."""
+        """See :meth:`Calls.bind`."""
         return lambda state: self._run(index, state)
 
+    def parameters(self, index: Prefix | int) -> list[Tensor]:
+        """See :meth:`Calls.parameters`: those that the block registers."""
+        return [p for p in self.blocks[number_of(index) - 1].parameters() if p.requires_grad]
+
     def _run(self, index: Prefix | int, state: Tensor, *hints: Tensor | None) -> Tensor:
-        n = self.number(index)
+        n = number_of(index)
         block = self.blocks[n - 1]
         kind = plain_module(block)
         with fork_rng_of(state) if self.dropout_seed is not None else contextlib.nullcontext():

@@ -15,46 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hbll_seq.chains.depth import DepthChain, Prefix
-from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.depth import BlockCalls, Prefix, number_of
+from hbll_seq.chains.time import KnownJacobians, TimeChain
 from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Diagonal
+from hbll_seq.engine.solve import solve, solve_adjoint
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.utils.modules import plain_module
 
 
-class _Linearized(NamedTuple):
-    """What adjoints need of a :class:`hbll_seq.chains.time.TimeSolution`."""
-
-    jacobian: Jacobian
-    diagonals: Tensor | None
-
-
 class _Composed(torch.autograd.Function):
     """States of single transitions as they are composed forwards; backwards, e_n -> lambda_n.
 
-    ``outputs`` [N, B, C] is one call of the cell on detached states, attached to its parameters and to what it reads of the
+    ``attached`` [N, B, C] is one call of the cell on detached states, attached to its parameters and to what it reads of the
     input. What autograd makes of lambda_n there is the local product lambda_n^T d a_n / d theta of every transition.
     """
 
     @staticmethod
-    def forward(ctx, outputs, states, iterations, diagonals, *jacobian):
+    def forward(ctx, attached, s0, states, iterations, diagonal, *jacobian):
         ctx.iterations = iterations
-        ctx.save_for_backward(diagonals, *jacobian)  # rather than as attributes, so that a checkpoint can drop them
+        ctx.save_for_backward(diagonal, *jacobian)  # rather than as attributes, so that a checkpoint can drop them
         return states.view_as(states)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        diagonals, *jacobian = ctx.saved_tensors
-        linearized = _Linearized(Jacobian(*jacobian), diagonals)
-        adjoints = backward_time_sweeps(linearized, upstream.contiguous(), ctx.iterations)
-        return adjoints, None, None, None, None, None, None
+        diagonal, *jacobian = ctx.saved_tensors
+        linearized = KnownJacobians(Jacobian(*jacobian), ctx.iterations.clip, diagonal)
+        adjoints = solve_adjoint(linearized, upstream.clone(), ctx.iterations)
+        by_s0 = linearized.vjp(slice(0, 1, 1), adjoints[:1])[0] if ctx.needs_input_grad[1] else None
+        return adjoints, by_s0, None, None, None, None, None, None
 
 
 def recurrent_states(
@@ -62,7 +57,7 @@ def recurrent_states(
 ) -> Tensor:
     """s_1 .. s_N [N, B, C] of a recurrence, solved and differentiated along time; any number of times.
 
-    With (K + 1) c at least N and M c at least N - 1, states and gradients are those of the plain recurrence.
+    With (K + 1) c and M c at least N, states and gradients are those of the plain recurrence.
 
     Args:
         cell: f.
@@ -71,11 +66,14 @@ def recurrent_states(
         iterations: K, M, c and how it is iterated.
         start: [N - 1, B, C], estimate of s_1 .. s_{N-1}; None is s_0 everywhere.
     """
-    solution = forward_time_sweeps(cell, projected, s0, iterations, start=start)
-    return _Composed.apply(solution.outputs, solution.states, iterations, solution.diagonals, *solution.jacobian)
+    chain = TimeChain(cell, projected, iterations.clip, differentiates=torch.is_grad_enabled())
+    solution = solve(chain, s0, iterations, start=start)
+    rows = solution.linearized
+    diagonal = rows.diagonal() if isinstance(iterations.linearization, Diagonal) else None
+    return _Composed.apply(rows.attached, s0, solution.states, iterations, diagonal, *rows.jacobian)
 
 
-class GridChain(DepthChain):
+class GridCalls(BlockCalls):
     """The blocks in one training step, recurrent ones solved along time. Made anew for every step.
 
     Args:
@@ -83,19 +81,19 @@ class GridChain(DepthChain):
         of: the blocks, their dropout and the states that they start from.
     """
 
-    def __init__(self, iterations: Iterations, of: DepthChain):
+    def __init__(self, iterations: Iterations, of: BlockCalls):
         super().__init__(of.blocks, of.dropout_seed, of.carried)
         self.iterations = iterations
         #: s_1 .. s_{N-1} of the last evaluation without gradient: on this path, or else of the block on any other.
         self._estimates: dict[Prefix | int, Tensor] = {}
 
     def remembers(self, index: Prefix | int) -> bool:
-        """See :meth:`Chain.remembers`: recurrent blocks go on from their last estimate."""
-        return isinstance(plain_module(self.blocks[self.number(index) - 1]), RecurrentBlock)
+        """See :meth:`Calls.remembers`: recurrent blocks go on from their last estimate."""
+        return isinstance(plain_module(self.blocks[number_of(index) - 1]), RecurrentBlock)
 
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
-        """See :meth:`DepthChain.bind`: later evaluations change nothing for the one that is bound."""
-        start = self._estimates.get(index, self._estimates.get(self.number(index)))
+        """See :meth:`BlockCalls.bind`: later evaluations change nothing for the one that is bound."""
+        start = self._estimates.get(index, self._estimates.get(number_of(index)))
         return lambda state: self._run(index, state, start)
 
     def _recurrence(self, block: RecurrentBlock, index: Prefix | int, x: Tensor, start: Tensor | None = None) -> Tensor:
@@ -105,6 +103,6 @@ class GridChain(DepthChain):
         iterations = self.iterations if differentiated else replace(self.iterations, forward=0)
         states = recurrent_states(block.cell, projected, self.carried.get(index, zero), iterations, start)
         if not differentiated:
-            self._estimates[index] = self._estimates[self.number(index)] = states[:-1]
+            self._estimates[index] = self._estimates[number_of(index)] = states[:-1]
         self._keep(index, states[-1])
         return block.leave(x, states)

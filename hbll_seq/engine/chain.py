@@ -1,67 +1,198 @@
-"""What a chain is: N transitions, and a call that evaluates many of them at once.
+"""What a chain is to the engine: N transitions s_n = f_n(s_{n-1}), many of which are evaluated at once.
 
-What is written here knows nothing of layers, time, attention or optimisers.
+What is written here knows nothing of layers, time, attention or optimisers. Row i of a stacked tensor [R, ...] belongs to one
+transition. A slice names transitions by number from 0: that of number i reads s_i and makes s_{i+1}. A slice may reach past
+the last transition, into the rest of a short last segment: a transition that is not there passes on what it is given.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from hbll_seq.engine.calls import Calls
+
+
+class Linearized(ABC):
+    """Transitions after their differentiated call, which were evaluated at given states, each on its own.
+
+    Attributes:
+        outputs: a_1 .. a_N, [N, ...], once all have been called; detached.
+    """
+
+    #: whether a product with the transposed Jacobian can make the gradients of the transition's parameters as well
+    makes_gradients = False
+    #: whether the gradient by s_0 is wanted
+    wants_input = False
+    #: whether the Jacobians are diagonal
+    is_diagonal = False
+    outputs: Tensor
+
+    @abstractmethod
+    def call(self, rows: slice, states: Tensor) -> Tensor:
+        """The differentiated calls of these transitions, [R, ...] -> [R, ...], detached. Each is called once."""
+
+    def output(self, row: int) -> Tensor:
+        """a_{row + 1} [...], detached, of a transition that has been called; of a chain that keeps calls."""
+        raise NotImplementedError(f"{type(self).__name__} keeps no calls")
+
+    @abstractmethod
+    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
+        """``J_n^T cotangent`` of these transitions, [R, ...] -> [R, ...].
+
+        Args:
+            rows: which.
+            cotangents: of their outputs.
+            n_final: of the last so many rows no other product will be asked for, so that their cotangents are their adjoints:
+                where ``makes_gradients`` says so, their parameters' gradients are made too.
+            wanted: whether the products of these rows are, or their gradients alone.
+        """
+
+    def diagonal(self) -> Tensor:
+        """Diagonals of all Jacobians [N, ...], at least; where :attr:`Chain.has_diagonal`."""
+        raise NotImplementedError(f"{type(self).__name__} knows no diagonals")
 
 
 class Chain(ABC):
-    """Transitions s_n = f_n(s_{n-1}), evaluated in parallel wherever the algorithm allows it."""
+    """N transitions; a call evaluates a slice of them side by side.
 
-    #: whether :meth:`diagonal` is there: gated recurrent cells have it, Transformer blocks do not.
-    has_diagonal = False
-
-    @abstractmethod
-    def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
-        """``[f_n(s) for n, s in zip(indices, states)]``: one step of the algorithm's span, however many they are."""
-
-    @staticmethod
-    def number(index: int | tuple[int, ...]) -> int:
-        """The transition's own number, where it is named by all that lead up to it (as in a chain over depth)."""
-        return index[-1] if isinstance(index, tuple) else index
-
-    def remembers(self, index: int) -> bool:
-        """Whether evaluations of f_n without gradient improve later ones: iterations then evaluate the last transition too,
-        whose output they do not need."""
-        return False
-
-    def bind(self, index: int) -> Callable[[Tensor], Tensor]:
-        """f_n as :meth:`apply` would evaluate it now, however often and however late it is called."""
-        return lambda state: self.apply((index,), (state,))[0]
-
-    def diagonal(self, indices: Sequence[int], states: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Diagonals of the Jacobians d f_n(s) / d s, of the states' shape, given the outputs too."""
-        raise NotImplementedError(f"{type(self).__name__} says has_diagonal={self.has_diagonal}")
-
-
-class Recomputed(Chain):
-    """A chain that keeps no graph inside a transition: a product computes what it needs again (activation checkpointing).
-
-    Alive at any time are the states between transitions and the inside of the one in flight (docs/method.md 2.5).
+    Attributes:
+        n_steps: N.
     """
 
-    def __init__(self, chain: Chain):
-        self.chain, self.has_diagonal = chain, chain.has_diagonal
+    n_steps: int
+    #: whether :meth:`apply_with_diagonal` is there
+    has_diagonal = False
+    #: whether differentiated calls at states that are exact already are kept, rather than made again with all others
+    keeps_calls = False
+    #: whether evaluations without gradient improve later ones, those of the last segment too
+    remembers = False
 
-    def apply(self, indices: Sequence[int], states: Sequence[Tensor]) -> list[Tensor]:
+    @abstractmethod
+    def apply(self, rows: slice, states: Tensor) -> Tensor:
+        """[R, ...] -> [R, ...], without gradient; a single state [1, ...] may stand for those of all rows."""
+
+    def apply_with_diagonal(self, rows: slice, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`apply` gives, and the diagonals of the Jacobians [R, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} says has_diagonal={self.has_diagonal}")
+
+    @abstractmethod
+    def linearize(self, chunk_size: int) -> Linearized:
+        """What the differentiated calls of a solution go into, rows ``chunk_size`` apart or one at a time."""
+
+
+class CallChain(Chain):
+    """A chain of calls of their own, evaluated one after the other on one device, as the blocks of a path are.
+
+    Args:
+        calls: f_n by name.
+        indices: the names of f_1 .. f_N.
+        differentiates: whether anybody will ask for gradients.
+    """
+
+    keeps_calls = True
+
+    def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool = True):
+        self.differentiates = differentiates
+        self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
+        self.has_diagonal = calls.has_diagonal
+        self.remembers = any(calls.remembers(index) for index in self.indices)
+
+    def apply(self, rows: slice, states: Tensor) -> Tensor:
         """See :meth:`Chain.apply`."""
-        if not torch.is_grad_enabled():
-            return self.chain.apply(indices, states)
-        calls = [self.chain.bind(n) for n in indices]
-        return [checkpoint(call, s, use_reentrant=False, preserve_rng_state=False) for call, s in zip(calls, states)]
+        return self._apply(rows, states)[0]
 
-    def diagonal(self, indices: Sequence[int], states: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-        """See :meth:`Chain.diagonal`."""
-        return self.chain.diagonal(indices, states, outputs)
+    def apply_with_diagonal(self, rows: slice, states: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Chain.apply_with_diagonal`."""
+        outputs, indices, reads = self._apply(rows, states)
+        diagonals = self.calls.diagonal(indices, reads, list(outputs[: len(reads)])) if reads else []
+        passed = [torch.ones_like(s) for s in outputs[len(reads) :]]
+        return outputs, torch.stack([*diagonals, *passed])
 
-    def remembers(self, index: int) -> bool:
-        """See :meth:`Chain.remembers`."""
-        return self.chain.remembers(index)
+    def _apply(self, rows: slice, states: Tensor) -> tuple[Tensor, list[Hashable], list[Tensor]]:
+        numbers = range(rows.start, rows.stop, rows.step or 1)
+        states = states.expand(len(numbers), *states.shape[1:]).unbind(0)
+        indices = self.indices[rows]
+        reads = list(states[: len(indices)])
+        outputs = [*self.calls.apply(indices, reads), *states[len(indices) :]]
+        return torch.stack(outputs), indices, reads
+
+    def linearize(self, chunk_size: int) -> CalledRows:
+        """See :meth:`Chain.linearize`."""
+        return CalledRows(self)
+
+
+class CalledRows(Linearized):
+    """The differentiated calls of a :class:`CallChain`, a graph for each.
+
+    Attributes:
+        gradients: by row, of the parameters of its transition, in the order of :meth:`Calls.parameters`; None for one that
+            the output does not depend on. There once the row's adjoint is final.
+        input_gradient: of s_0, likewise.
+    """
+
+    makes_gradients = True
+
+    def __init__(self, chain: CallChain):
+        self.calls, self.indices, self.differentiates = chain.calls, chain.indices, chain.differentiates
+        self.gradients: dict[int, list[Tensor | None]] = {}
+        self.input_gradient: Tensor | None = None
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
+
+    def call(self, rows: slice, states: Tensor) -> Tensor:
+        """See :meth:`Linearized.call`. The rows are read where they stand, so that nobody may write to them later on."""
+        numbers, indices = self._numbers(rows)
+        reads = [state.detach().requires_grad_(self.differentiates) for state in states[: len(numbers)]]
+        # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
+        torch.clear_autocast_cache()
+        with torch.set_grad_enabled(self.differentiates):
+            outputs = self.calls.apply(indices, reads)
+        self._inputs.update(zip(numbers, reads))
+        self._outputs.update(zip(numbers, outputs))
+        made = [*(output.detach() for output in outputs), *states[len(numbers) :]]
+        return made[0][None] if len(made) == 1 else torch.stack(made)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """See :class:`Linearized`."""
+        return torch.stack([self._outputs[i].detach() for i in range(len(self.indices))])
+
+    def output(self, row: int) -> Tensor:
+        """See :meth:`Linearized.output`."""
+        return self._outputs[row].detach()
+
+    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
+        """See :meth:`Linearized.vjp`."""
+        numbers, _ = self._numbers(rows)
+        n_inner = len(cotangents) - n_final
+        products = list(cotangents)
+        if inner := numbers[:n_inner]:
+            outputs, inputs = [self._outputs[i] for i in inner], [self._inputs[i] for i in inner]
+            found = torch.autograd.grad(outputs, inputs, products[: len(inner)], retain_graph=True)
+            products[: len(inner)] = found
+        for j, i in enumerate(numbers[n_inner:], start=n_inner):
+            product = self._finish(i, cotangents[j], wanted if i else self.wants_input)
+            products[j] = products[j] if product is None else product
+        return products[0][None] if len(products) == 1 else torch.stack(products) if wanted else cotangents
+
+    def _finish(self, row: int, adjoint: Tensor, wanted: bool) -> Tensor | None:
+        """A row's last product, if it is wanted, and its parameters' gradients; its graph is freed."""
+        parameters = self.calls.parameters(self.indices[row])
+        output, read = self._outputs.pop(row), self._inputs.pop(row)
+        asked = [read, *parameters] if wanted else parameters
+        if not asked:
+            return None
+        found = list(torch.autograd.grad(output, asked, adjoint, allow_unused=True))
+        product = found.pop(0) if wanted else None
+        self.gradients[row] = found
+        if row == 0:
+            self.input_gradient = product
+        return product
+
+    def _numbers(self, rows: slice) -> tuple[list[int], list[Hashable]]:
+        return list(range(rows.start, rows.stop, rows.step or 1)[: len(self.indices[rows])]), self.indices[rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hbll_seq.engine.linearization.base import Identity, Linearization
+from hbll_seq.engine.linearization.base import Composer, Identity, Linearization
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,20 @@ class Iterations:
     tolerance: float = 0.0
     clip: float = 1.0
 
-    def check(self, plain: tuple[type[Linearization], ...], taught: type[Linearization], learned: object) -> None:
-        """Refuses a linearization that a chain cannot have, and learned maps without theirs.
+    def segments(self, n_steps: int) -> tuple[int, int]:
+        """Transitions of a segment of a chain of N, and how many segments it has; the last one may be short."""
+        size = min(self.chunk_size, n_steps)
+        return size, -(-n_steps // size)
 
-        Args:
-            plain: linearizations that need no maps.
-            taught: the one that does.
-            learned: its maps, or None.
+    def composer(self, learned: Composer | None = None) -> Composer:
+        """What composes segments: the linearization, or its learned maps.
 
         Raises:
-            ValueError: the linearization is none of these, or the maps and it do not belong together.
+            ValueError: a linearization that is learned without its maps, or one that is not with maps.
         """
-        if not isinstance(self.linearization, (*plain, taught)):
-            allowed = ", ".join(kind.name for kind in (*plain, taught))
-            raise ValueError(f"linearization={self.linearization!r}: this chain has {allowed}; choose one of them")
-        if isinstance(self.linearization, taught) != (learned is not None):
+        if isinstance(self.linearization, Composer) == (learned is not None):
             raise ValueError(
-                f"linearization={self.linearization.name!r} with learned={type(learned).__name__}: {taught.name!r} needs its "
-                "learned maps, and it alone; pass learned=.. with it and leave it out otherwise"
+                f"linearization={self.linearization.name!r} with learned={type(learned).__name__}: low_rank and shared_matrix "
+                "need their learned maps, and they alone; pass learned=.. with them and leave it out otherwise"
             )
+        return learned or self.linearization

@@ -1,35 +1,33 @@
 """Parallel solution of a chain: K forward iterations and M backward ones (docs/method.md 2.2).
 
-A chain s_n = f_n(s_{n-1}), n = 1 .. L, is linearised around an estimate of its states, with a cheap approximation A_n of
-the Jacobian of f_n. A whole iteration is then one parallel call of the transitions and one scan. Lists are over transitions:
-``inputs[i]`` is s_i, ``outputs[i]`` is a_{i+1} = f_{i+1}(s_i), ``adjoints[i]`` is lambda_{i+1} = d loss / d s_{i+1}.
+A chain s_n = f_n(s_{n-1}), n = 1 .. N, is cut into segments of c transitions, the last of which may be a short one. A pass
+walks all segments side by side, the c transitions of each one after the other, from the present estimates of the states at
+their beginnings. Then a scan composes what the walks ended in with what approximates the segments' Jacobians
+(``linearization/``), which makes the next estimates. After K iterations without gradient comes the pass whose calls are
+differentiated, each on its own; then the adjoints go back, segment by segment, in the same way.
 
-What is exact is not computed again: after k iterations the first k states are those of the plain chain, so iteration k + 1
-leaves those transitions out, and their calls are already the differentiated ones. The same holds for adjoints from the end.
-With K and M at least L - 1 the whole scheme is backpropagation, evaluated in parallel; below, it is an approximation of it
-that truncates: M backward iterations carry exact products over M transitions.
+What is exact is not computed again. After k iterations the first k segments begin exactly, so that iteration k + 1 leaves them
+out; where calls are few and large (``keeps_calls``) their calls are already the differentiated ones. The same holds for
+adjoints from the end. With (K + 1) c >= N and M c >= N the whole scheme is backpropagation, evaluated in parallel. Below, it
+is an approximation that truncates.
 
-With ``chunk_size`` = c a forward iteration takes c transitions one after the other inside every chunk of the chain, all
-chunks side by side, and a backward iteration takes so many products: for the span of c iterations of single transitions, and
-as many exact states, the work of one.
+Where a product with a transposed Jacobian can make the gradients of the transition's parameters too
+(``makes_gradients``), the last walk back is also the one that makes them. With c = 1 a walk ends where it begins, so that M
+iterations go before it; with longer segments it is itself the last of the M.
+
+Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.chain import Chain, Linearized
 from hbll_seq.engine.iterations import Iterations
-from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
-from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit, LowRankMaps, low_rank_scan
-from hbll_seq.engine.scan import affine_scan
-
-#: what approximates the Jacobians of a chain: a number for all, diagonals [L, ...], or maps.
-Approximation = float | Tensor | LowRankMaps
+from hbll_seq.engine.linearization.base import Composer, Diagonal, Walk
 
 
 @dataclass
@@ -37,307 +35,351 @@ class Solution:
     """A chain after its forward iterations.
 
     Attributes:
-        inputs: s_0 .. s_{L-1}, what the differentiated calls read; s_0 stays attached, the others are leaves.
-        outputs: a_1 .. a_L, the differentiated calls.
-        states: s_1 .. s_L as one more composition makes them of these calls, detached: what losses are taken at.
-        approximation: A of each transition; that of the transposed Jacobians where it is learned apart.
-        residual: root mean square of the last iteration's change relative to the states'; 0 where all states are exact.
+        linearized: its differentiated calls.
+        states: s_1 .. s_N, [N, ...], as one more composition makes them of these calls, detached: what losses are taken at.
+        residual: root mean square of the last iteration's change of the states at which segments begin, relative to theirs; 0
+            where all states are exact.
     """
 
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    states: list[Tensor]
-    approximation: Approximation
+    linearized: Linearized
+    states: Tensor
     residual: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------- forward
 
 
-def forward_sweeps(
+@torch.no_grad()
+def solve(
     chain: Chain,
-    indices: Sequence[int],
     s0: Tensor,
     iterations: Iterations,
     *,
     init: str = "input",
-    start: Sequence[Tensor] | None = None,
-    learned: LowRankFit | None = None,
+    start: Tensor | None = None,
+    learned: Composer | None = None,
     learn: bool = False,
 ) -> Solution:
     """K parallel iterations without gradient, then the differentiated call of every transition (iteration K + 1).
 
-    After k iterations the first kc states are exact, whatever approximates the Jacobians.
-
     Args:
         chain: the transitions.
-        indices: the L transitions in order.
-        s0: [...], what the first one reads; stays attached to what made it.
-        iterations: K and how it is iterated.
-        init: first estimate of the states, ``"input"`` (s_0 everywhere) or ``"first"`` (f_1(s_0) everywhere). The latter is
-            one call more, and makes one more state exact: for chains whose first transition changes the state most
-            (docs/method.md 2.6).
-        start: first estimate of s_1 .. s_{L-1}; goes before ``init``.
-        learned: the maps of :class:`LowRank`.
+        s0: [...], what the first one reads.
+        iterations: K, c and how it is iterated.
+        init: first estimate of the states: ``"input"`` (s_0 everywhere), ``"zeros"``, ``"first"`` (f_1(s_0) everywhere, in a
+            call that is kept: for chains whose first transition changes the state most, docs/method.md 2.6), or
+            ``"diagonal"``: one quasi-Newton iteration of single transitions from s_0 (one call; makes a state exact).
+        start: [N - 1, ...], first estimate of s_1 .. s_{N-1}; goes before ``init``.
+        learned: the learned maps of the linearization, where it has some.
         learn: they also learn from these iterations.
 
     Raises:
-        ValueError: a linearization of another kind of chain, :class:`LowRank` without maps, or maps without it.
+        ValueError: the linearization asks for diagonals that the chain does not tell, or for learned maps that are not given;
+            or maps are given to one that has none.
     """
-    iterations.check((Identity, Zero, Diagonal), LowRank, learned)
-    run = _Forward(chain, indices, s0, iterations, learned, learn)
-    with torch.no_grad():
-        run.begin(init, start)
-        for _ in range(iterations.forward):
-            if run.is_exact:
-                break
-            run.iterate()
-            if iterations.tolerance > 0 and run.residual.item() <= iterations.tolerance:
-                break
-        return run.finish()
+    run = _Forward(chain, s0, iterations, iterations.composer(learned), learn)
+    run.begin(init, start)
+    for number in range(iterations.forward):
+        if run.is_exact:
+            break
+        run.iterate(number)
+        if iterations.tolerance > 0 and run.residual.item() <= iterations.tolerance:
+            break
+    return run.finish()
 
 
 class _Forward:
-    """A run of :func:`forward_sweeps`: what it knows so far.
+    """A run of :func:`solve`: what it knows so far.
 
     Attributes:
-        inputs, outputs: of the calls that are differentiated already, in their places.
-        states: s_0 .. s_{L-1}, the present estimate.
-        n_exact: the first so many transitions are differentiated; their inputs are exact and do not change any more.
+        low: the segments before this one begin exactly, and so does it.
+        exact: [1, ...] each, the states that the segments before ``low`` begin with.
+        starts: [S - low, ...], the present estimate of those that the other segments begin with; never written to. Where all
+            are one state, [1, ...].
+        n_called: from the first on so many transitions have had their differentiated call.
         residual: of the last iteration.
-        seen: of each transition, some positions of an input that it had in an earlier iteration, and of its output.
-        old_last: an earlier estimate of what the last transition reads.
+        seen: what iterations walked, for the learned maps.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        indices: Sequence[int],
-        s0: Tensor,
-        iterations: Iterations,
-        learned: LowRankFit | None,
-        learn: bool,
-    ):
-        self.chain, self.indices, self.s0, self.iterations = chain, indices, s0, iterations
-        self.learned, self.teaches = learned, learn and learned is not None
-        self.n_steps = len(indices)
-        self.chunk = min(iterations.chunk_size, self.n_steps)
-        self.inputs: list[Tensor] = [s0] * self.n_steps
-        self.outputs: list[Tensor] = [s0] * self.n_steps
-        self.states: list[Tensor] = [s0.detach()] * self.n_steps
-        self.n_exact = 0
+    def __init__(self, chain: Chain, s0: Tensor, iterations: Iterations, composer: Composer, learn: bool):
+        if composer.needs_diagonal and not chain.has_diagonal:
+            raise ValueError(
+                "linearization='diagonal': these transitions do not tell the diagonal of their Jacobian (gated recurrent cells "
+                "do); use 'identity' or 'zero'"
+            )
+        self.chain, self.iterations, self.composer, self.learn = chain, iterations, composer, learn
+        self.size, self.n_segments = iterations.segments(chain.n_steps)
+        self.linearized = chain.linearize(self.size)
+        self.linearized.wants_input = s0.requires_grad
+        self.starts, self.low, self.n_called = s0.detach()[None], 0, 0
+        self.exact: list[Tensor] = []
         self.residual = s0.new_zeros(())
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self.old_last: Tensor | None = None
+        self.seen: list[Walk] = []
 
     @property
     def is_exact(self) -> bool:
         """Whether the differentiated calls that are still to come will read exact states alone."""
-        return self.n_exact >= self.n_steps - self.chunk
+        return self.low >= self.n_segments - 1
 
-    def begin(self, init: str, start: Sequence[Tensor] | None) -> None:
+    def begin(self, init: str, start: Tensor | None) -> None:
         """The first estimate."""
+        n_later = self.n_segments - 1
+        if start is None and init == "zeros":
+            start = torch.zeros_like(self.starts).expand(max(1, self.chain.n_steps - 1), *self.starts.shape[1:])
         if start is not None:
-            self.states[1:] = [s.detach() for s in start]
+            self._estimate(start[self.size - 1 :: self.size][:n_later])
         elif init == "first":
-            self.states[1:] = self._differentiate([0], self.states[:1], own=True) * (self.n_steps - 1)
-            self.n_exact = 1
+            made = self._call(slice(0, 1), self.starts)
+            self._estimate(made.expand(n_later, *made.shape[1:]), is_exact=self.size == 1)
+        elif init == "diagonal" and self.chain.n_steps > 1:
+            made, diagonal = self.chain.apply_with_diagonal(slice(0, self.chain.n_steps - 1), self.starts)
+            states = Diagonal().compose(Walk(self.starts.expand_as(made), made, product=diagonal))
+            self._estimate(states[self.size - 1 :: self.size][:n_later], is_exact=self.size == 1)
 
-    def iterate(self) -> None:
-        """One iteration: every transition at the present estimate, and one composition of the results."""
-        reads, calls, n_done = self._walk()
-        index, damping = self.indices[self.n_exact : -1], self.iterations.damping
-        new = _compose(calls, reads, self._approximation(index, reads, calls))
-        if self.teaches:
-            self._note(reads, calls, n_done)
-        old = self.states[self.n_exact + 1 :]
-        self.residual = _residual(old, new)
-        self.states[self.n_exact + 1 :] = [o + damping * (n - o) for o, n in zip(old, new)] if damping != 1.0 else new
-        self.n_exact = n_done
+    def iterate(self, number: int) -> None:
+        """Iteration ``number``, from 0: walks all segments that can still change and composes what they end in."""
+        iterations, n_later = self.iterations, self.n_segments - 1 - self.low
+        is_plain, is_last = iterations.damping == 1.0, number == iterations.forward - 1
+        n_called = 0
+        if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
+            first, n_called = self._call_segment(self.low), 1
+        # The last segment's end is not needed.
+        walks_last = self.chain.remembers or (self.learn and is_last and self.composer.wants_last)
+        begun = self.starts[n_called:] if len(self.starts) > 1 else self.starts
+        begun, ended, product = self._walk(begun, self.low + n_called, self.n_segments - (not walks_last))
+        if self.learn and len(ended):
+            self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_called, number)))
+        if n_called:
+            ended = torch.cat((first, ended))
+            product = product if product is None else torch.cat((torch.ones_like(product[:1]), product))
+        old = self.starts.expand(n_later + 1, *self.starts.shape[1:])
+        walk = Walk(old[:n_later], ended[:n_later], self.low, number, product=None if product is None else product[:n_later])
+        new, old = self.composer.compose(walk), old[1:]
+        if iterations.tolerance > 0 or is_last:
+            self.residual = torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new).clamp(min=1e-30)
+        self._estimate(new if is_plain else old.lerp(new, iterations.damping), is_exact=is_plain)
 
     def finish(self) -> Solution:
         """The differentiated calls of all transitions that have none yet, and what follows of them."""
         if self.is_exact:
             self.residual = torch.zeros_like(self.residual)
-        if self.old_last is not None:
-            calls = self.chain.apply(self.indices[-1:], [self.old_last])
-            self.seen[self.n_steps - 1] = tuple(LowRankFit.sample(t) for t in (self.old_last, *calls))
-        for p in range(self.chunk):
-            rows = range(self.n_exact + p, self.n_steps, self.chunk)
-            calls = self._differentiate(rows, [self.states[r] for r in rows], own=self.chunk > 1 and p == 0)
-            if p + 1 < self.chunk:
-                n_next = len(range(self.n_exact + p + 1, self.n_steps, self.chunk))
-                self.states[self.n_exact + p + 1 :: self.chunk] = calls[:n_next]
-        calls = [a.detach() for a in self.outputs]
-        approximation = self._approximation(self.indices, self.states, calls)
-        states, first = calls, self.n_exact
-        if first < self.n_steps:
-            states = calls[:first] + _compose(calls[first:], self.states[first:], _between(approximation, first, None))
-        self._teach(calls)
-        if self.learned is not None:
-            approximation = self.learned.maps([self.chain.number(index) for index in self.indices], "backward")
-        return Solution(self.inputs, self.outputs, states, approximation, self.residual)
+        low, size, n_segments = self.low, self.size, self.n_segments
+        starts = self.starts.expand(n_segments - low, *self.starts.shape[1:])
+        every = torch.cat((*self.exact, starts)) if self.exact and (self.learn or not self.chain.keeps_calls) else starts
+        if not self.chain.keeps_calls:
+            low, starts = 0, every
+        elif self.n_called > low * size:  # the first transition alone
+            self._call_segment(low)
+            low, starts = low + 1, starts[1:]
+        state = starts
+        for p in range(size if len(starts) else 0):
+            state = self._call(slice(low * size + p, n_segments * size, size), state)
+        outputs = self.linearized.outputs
+        ended = outputs[size - 1 :: size]
+        if len(ended) < n_segments:  # the last segment is a short one
+            ended = torch.cat((ended, outputs[-1:]))
+        if self.learn and self.seen:
+            last = Walk(every, ended, index=self.iterations.forward)
+            self.composer.observe([*self.seen, self.composer.sample(last)])
+        states = outputs
+        if self.composer.carries_inside and not self.is_exact:
+            states = self._compose_all(every[-(n_segments - self.low) :], outputs, ended[self.low :])
+        return Solution(self.linearized, states, self.residual)
 
-    def _walk(self) -> tuple[list[Tensor], list[Tensor], int]:
-        """Walks all chunks side by side from the present estimate: what each transition from ``n_exact`` on reads, but the
-        last one, whose output no state reads; what it makes of it; and the new ``n_exact``."""
-        chunk, low, n_done = self.chunk, self.n_exact, self.n_exact
-        reads, calls = list(self.states), [self.s0] * (self.n_steps - 1)
-        for p in range(chunk):
-            rows = range(low + p, self.n_steps - 1, chunk)
-            if not rows:
-                break
-            if self.iterations.damping == 1.0:  # the first chunk's input is exact: its calls are the differentiated ones
-                (calls[rows[0]],) = self._differentiate(rows[:1], [reads[rows[0]]], own=True)
-                n_done, rows = rows[0] + 1, rows[1:]
-            for r, a in zip(rows, self.chain.apply([self.indices[r] for r in rows], [reads[r] for r in rows])):
-                calls[r] = a
-            if p + 1 < chunk:
-                reads[low + p + 1 : self.n_steps : chunk] = calls[low + p :: chunk]
-        if self.chain.remembers(self.indices[-1]):
-            self.chain.apply(self.indices[-1:], reads[-1:])
-        return reads[low:-1], calls[low:], n_done
+    def _compose_all(self, begun: Tensor, outputs: Tensor, ended: Tensor) -> Tensor:
+        """s_1 .. s_N of one more composition, of the segments from ``low`` on [S - low, ...]."""
+        first, size, states = self.low * self.size, self.size, outputs.clone()
+        products = None
+        if self.composer.needs_diagonal:
+            products = _products(self.linearized.diagonal()[first : self.chain.n_steps], size)
+            whole = products[-1]
+            if len(whole) < len(ended):
+                whole = torch.cat((whole, products[(len(outputs) - 1) % size][-1:]))
+        walk = Walk(begun, ended, self.low, self.iterations.forward, product=products and whole)
+        new = self.composer.compose(walk)
+        change = new[:-1] - begun[1:]
+        for p in range(size - 1):
+            inside = states[first + size + p :: size]
+            n_inside = len(inside)
+            inside += self.composer.carry(change[:n_inside], products and products[p][1 : 1 + n_inside])
+        states[first + size - 1 :: size] = new[: len(states[first + size - 1 :: size])]
+        states[-1] = new[-1]
+        return states
 
-    def _differentiate(self, rows: Sequence[int], reads: Sequence[Tensor], own: bool) -> list[Tensor]:
-        """The differentiated calls of these transitions, detached; ``own``: each reads a copy, since a state is a row of a
-        whole iteration, which a row that outlives it would keep alive."""
-        for i, state in zip(rows, reads):
-            state = state.clone() if own else state.detach()
-            self.inputs[i] = self.s0 if i == 0 else state.requires_grad_(True)
-        # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
-        torch.clear_autocast_cache()
-        with torch.enable_grad():
-            calls = self.chain.apply([self.indices[i] for i in rows], [self.inputs[i] for i in rows])
-        for i, a in zip(rows, calls):
-            self.outputs[i] = a
-        return [a.detach() for a in calls]
+    def _estimate(self, later: Tensor, is_exact: bool = False) -> None:
+        """Takes new estimates of the states with which the segments behind ``low`` begin; with ``is_exact`` the first of them
+        is."""
+        if is_exact:
+            self.exact.append(self.starts[:1])
+            self.low, self.starts = self.low + 1, later
+        else:
+            self.starts = torch.cat((self.starts[:1], later))
 
-    def _approximation(self, indices: Sequence[int], inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Approximation:
-        """What approximates the Jacobians of these transitions."""
-        if isinstance(self.iterations.linearization, Diagonal):
-            return torch.stack(self.chain.diagonal(indices, inputs, outputs))
-        if self.learned is not None:
-            return self.learned.maps([self.chain.number(index) for index in indices], "forward")
-        return 1.0 if isinstance(self.iterations.linearization, Identity) else 0.0
+    def _walk(self, begun: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Walks the segments low .. high - 1 from their states ``begun`` (or one state for all): where they begin, what they
+        end in, and the product of the diagonals along each, where it is asked for."""
+        begun = begun[: high - low]
+        state, product = begun, None
+        if high <= low:
+            return begun, begun[:0], begun[:0] if self.composer.needs_diagonal else None
+        for p in range(self.size):
+            rows = slice(low * self.size + p, high * self.size, self.size)
+            if self.composer.needs_diagonal:
+                state, diagonal = self.chain.apply_with_diagonal(rows, state)
+                product = diagonal if product is None else product * diagonal
+            else:
+                state = self.chain.apply(rows, state)
+        return begun, state, product
 
-    def _note(self, reads: list[Tensor], calls: list[Tensor], n_done: int) -> None:
-        """Keeps samples of this iteration for :meth:`_teach`, of the transitions that later ones evaluate again."""
-        n_new = n_done - self.n_exact  # these have been differentiated, at states that no later iteration changes
-        sampled = ((LowRankFit.sample(s), LowRankFit.sample(a)) for s, a in zip(reads[n_new:], calls[n_new:]))
-        self.seen.update(zip(range(n_done, self.n_steps), sampled))
-        if self.learned.wants_last:
-            self.old_last = self.states[-1]
+    def _call(self, rows: slice, states: Tensor) -> Tensor:
+        made = self.linearized.call(rows, states)
+        self.n_called += len(made)
+        return made
 
-    def _teach(self, calls: list[Tensor]) -> None:
-        """How each branch's output changed from the sample of an earlier iteration to the differentiated call."""
-        for i, (s, a) in self.seen.items():
-            change = LowRankFit.sample(self.inputs[i]) - s
-            response = LowRankFit.sample(calls[i]) - a - change
-            self.learned.observe(self.chain.number(self.indices[i]), "forward", change, response)
+    def _call_segment(self, number: int) -> Tensor:
+        """The differentiated calls of a segment that begins exactly, one after the other: what it ends in, [1, ...]."""
+        first = number * self.size
+        # A copy: what is read lives long, and would keep alive the whole estimate that it is a row of.
+        state = self.starts[:1].clone() if self.n_called == first else self.linearized.output(self.n_called - 1)[None]
+        for row in range(max(first, self.n_called), min(first + self.size, self.chain.n_steps)):
+            state = self._call(slice(row, row + 1), state)
+        return state
+
+
+def _products(diagonal: Tensor, size: int) -> list[Tensor]:
+    """Of diagonals [N, ...] of segments of ``size``: the product from the beginning of a segment to each of its rows."""
+    products = [diagonal[::size]]
+    for p in range(1, size):
+        here = diagonal[p::size]
+        products.append(products[-1][: len(here)] * here)
+    return products
 
 
 # ------------------------------------------------------------------------------------------------------ backward
 
 
-def backward_sweeps(
-    solution: Solution,
-    upstream: Sequence[Tensor | None],
+@torch.no_grad()
+def solve_adjoint(
+    linearized: Linearized,
+    upstream: Tensor,
     iterations: Iterations,
     *,
-    observe: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> list[Tensor]:
-    """Adjoints lambda_1 .. lambda_L of a loss on some of the states: a scan, then M iterations (docs/method.md 2.2).
+    learned: Composer | None = None,
+    learn: bool = False,
+) -> Tensor:
+    """Adjoints lambda_1 .. lambda_N [N, ...] of a loss on the states: a first estimate, then M iterations.
 
-    Each iteration is one batched vector-Jacobian product and a scan:
-    ``lambda_n <- e_n + A^T lambda_{n+1} + (J_{n+1} - A)^T lambda_old_{n+1}``. With M >= L - 1 they are exact.
+    Where ``linearized`` makes gradients, those of all parameters are made too, from the adjoints that are returned.
 
     Args:
-        solution: the chain after :func:`forward_sweeps`.
-        upstream: upstream gradients e_n = d loss / d s_n for n = 1 .. L; None where no loss is taken at s_n.
-        iterations: M, and c: products that one iteration takes one after the other.
-        observe: called with every i but 0, some positions of an adjoint at s_{i+1} and of its product, once for the last
-            product that is taken there.
+        linearized: of a :class:`Solution`.
+        upstream: [N, ...], upstream gradients e_n = d loss / d s_n for n = 1 .. N; zero where no loss is taken at s_n. It may
+            be overwritten.
+        iterations: M, c and the linearization.
+        learned, learn: see :func:`solve`.
+
+    Raises:
+        ValueError: see :func:`solve`.
     """
-    n_steps, approximation, chunk = len(solution.outputs), solution.approximation, iterations.chunk_size
-
-    def add_upstream(b: Tensor) -> Tensor:
-        for row, gradient in zip(b, upstream):
-            if gradient is not None:
-                row += gradient
-        return b
-
-    adjoints = add_upstream(solution.inputs[0].new_zeros((n_steps, *solution.inputs[0].shape)))
-    if n_steps > 1:
-        adjoints[:-1] = _scan(adjoints[:-1], _between(approximation, 1, n_steps), adjoints[-1], reverse=True)
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    for iteration in range(iterations.backward):
-        high = n_steps - iteration * chunk  # products of transitions from here on were taken of final adjoints
-        if high < 2:
+    run = _Backward(linearized, upstream, iterations, iterations.composer(learned), learn)
+    n_before = iterations.backward if run.is_fused and run.size == 1 else max(0, iterations.backward - 1)
+    for number in range(n_before):
+        if run.high == 1:
             break
-        b, read = _products(solution, upstream, adjoints[1:high], chunk)
-        if observe is not None:
-            seen |= {i: (LowRankFit.sample(m), LowRankFit.sample(p)) for i, m, p in zip(range(1, high), read, b)}
-        inner = _between(approximation, 1, high)
-        b = add_upstream(_subtract(b, inner, read))
-        adjoints[: high - 1] = _scan(b, inner, adjoints[high - 1], reverse=True)
-    for i, (adjoint, product) in seen.items():
-        observe(i, adjoint, product)
-    return list(adjoints.unbind(0))
+        run.iterate(number)
+    return run.finish(n_before)
 
 
-def _products(solution: Solution, upstream: Sequence[Tensor | None], old: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """``J_{n+1}^T lambda_{n+1}`` of all transitions but the first [R, ...], and the adjoints of which they were taken: the
-    last one of each chunk of transitions is an old one, the others come from the products behind them."""
-    read = old if chunk == 1 else old.clone()
-    n_rows, products = len(old), [old] * len(old)
-    for q in range(min(chunk, n_rows)):
-        rows = range(n_rows - 1 - q, -1, -chunk)
-        outputs, inputs = ([tensors[r + 1] for r in rows] for tensors in (solution.outputs, solution.inputs))
-        for r, product in zip(rows, torch.autograd.grad(outputs, inputs, [read[r] for r in rows], retain_graph=True)):
-            products[r] = product
-            if r > 0 and q + 1 < chunk:
-                read[r - 1] = product if upstream[r] is None else product + upstream[r]
-    return torch.stack(products), read
+class _Backward:
+    """A run of :func:`solve_adjoint`: what it knows so far.
 
+    Attributes:
+        high: the segments from this one on are done: their adjoints are final.
+        adjoints: [S c, ...], those of these segments, and the upstream gradients of the others.
+        ends: [high, ...], the present estimate of the adjoints at the segments' ends; the last of them is exact.
+        seen: what iterations walked, for the learned maps.
+    """
 
-# --------------------------------------------------------------------------------------------------- composition
+    def __init__(self, linearized: Linearized, upstream: Tensor, iterations: Iterations, composer: Composer, learn: bool):
+        self.linearized, self.iterations, self.composer, self.learn = linearized, iterations, composer, learn
+        self.n_steps, self.is_fused = len(upstream), linearized.makes_gradients
+        self.size, self.high = iterations.segments(self.n_steps)
+        self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
+        self.guess = composer.guess(upstream, self.diagonal, self.size)
+        self.ends = self.guess[self.size - 1 :: self.size]
+        self.adjoints, n_missing = upstream, self.high * self.size - self.n_steps
+        if n_missing:  # nothing comes back from behind the end
+            nothing = upstream.new_zeros((n_missing, *upstream.shape[1:]))
+            self.adjoints, self.ends = torch.cat((upstream, nothing)), torch.cat((self.ends, nothing[:1]))
+        self.pure = None
+        if learn and self.size > 1:
+            inside = self.adjoints.unflatten(0, (self.high, self.size))[1:, :-1]
+            self.pure = inside.flatten(1).any(1).logical_not()
+        self.seen: list[Walk] = []
 
+    def iterate(self, number: int) -> None:
+        """Iteration ``number``, from 0: walks all segments but the first one back, which makes the last one's adjoints final."""
+        ended, products = self._walk(1, n_final=1, exchanges=True)
+        self.adjoints[self.high * self.size - 1] = self.ends[-1]
+        self.ends = self._exchange(ended, products, number)
+        self.high -= 1
 
-def _between(approximation: Approximation, low: int, high: int | None) -> Approximation:
-    """That of the transitions low .. high - 1."""
-    if isinstance(approximation, LowRankMaps):
-        return approximation.between(low, high)
-    return approximation[low:high] if isinstance(approximation, Tensor) else approximation
+    def finish(self, number: int) -> Tensor:
+        """The last walk: the adjoints of all segments that are not done yet."""
+        high, size = self.high, self.size
+        is_diagonal = self.composer.needs_diagonal and self.linearized.is_diagonal  # then nothing is left to correct
+        if not self.is_fused and (is_diagonal or self.iterations.backward == 0):
+            return self.guess
+        exchanges = not self.is_fused and high > 1
+        ended, products = self._walk(0, n_final=high, exchanges=exchanges)
+        if exchanges:
+            new = self._exchange(ended, products, number, composes=self.composer.carries_inside)
+            if self.composer.carries_inside:
+                change = new - self.ends[:-1]
+                for p, product in zip(range(size - 1), reversed(products[:-1] or [None] * (size - 1))):
+                    inside = self.adjoints[p : (high - 1) * size : size]
+                    inside += self.composer.carry(change, product if product is None else product[: high - 1])
+            self.ends = torch.cat((new, self.ends[-1:]))
+        self.adjoints[size - 1 : high * size : size] = self.ends
+        if self.learn and self.seen:
+            self.composer.observe(self.seen)
+        return self.adjoints[: self.n_steps]
 
+    def _walk(self, low: int, n_final: int, exchanges: bool) -> tuple[Tensor, list[Tensor]]:
+        """Walks the segments from ``low`` on back from their ends; the adjoints inside the last ``n_final`` of them are final.
 
-def _scan(b: Tensor, approximation: Approximation, initial: Tensor, *, reverse: bool = False) -> Tensor:
-    """``s_n = A_n s_{n-1} + b_n`` for all n."""
-    scan = low_rank_scan if isinstance(approximation, LowRankMaps) else affine_scan
-    return scan(b, approximation, initial, reverse=reverse)
+        Returns:
+            With ``exchanges`` what the segments from the second on ended in, without the upstream gradients there; and the
+            products of the diagonals behind each of their steps, where they are asked for.
+        """
+        size, stop, state, products = self.size, self.high * self.size, self.ends[low:], []
+        for p in reversed(range(size)):
+            first = low * size + p
+            if p == 0 and not exchanges:
+                if self.is_fused:
+                    self.linearized.vjp(slice(first, stop, size), state, n_final, wanted=False)
+                break
+            if p == 0 and low == 0:  # no segment waits for what the first one would send
+                first, state, n_final = size, state[1:], n_final - 1
+            rows = slice(first, stop, size)
+            state = self.linearized.vjp(rows, state, n_final)
+            if self.diagonal is not None:
+                here = self.diagonal[rows]
+                products.append(here if not products else products[-1][-len(here) :] * here)
+            if p > 0:
+                before = self.adjoints[first - 1 : stop - 1 : size]
+                # what autograd returns may be what it was given
+                state = state + before if self.is_fused else state.add_(before)
+                before[len(before) - n_final :] = state[len(before) - n_final :]
+        return state, products
 
-
-def _compose(outputs: Sequence[Tensor], inputs: Sequence[Tensor], approximation: Approximation) -> list[Tensor]:
-    """States of ``sbar_n = f_n(s_{n-1}) + A_n (sbar_{n-1} - s_{n-1})``, the first input being exact."""
-    if isinstance(approximation, float) and approximation == 0.0:
-        return list(outputs)
-    b = _subtract(torch.stack(list(outputs)), approximation, inputs)
-    return list(_scan(b, approximation, inputs[0]).unbind(0))
-
-
-def _subtract(b: Tensor, approximation: Approximation, states: Sequence[Tensor] | Tensor) -> Tensor:
-    """``b - A s``, row by row in place."""
-    if isinstance(approximation, Tensor):
-        for row, diagonal, s in zip(b, approximation, states):
-            row.addcmul_(diagonal, s, value=-1.0)
-    elif approximation != 0.0:
-        for n, (row, s) in enumerate(zip(b, states)):
-            row.sub_(s)
-            if isinstance(approximation, LowRankMaps):
-                row.sub_(approximation.branch(n, s))
-    return b
-
-
-def _residual(old: Sequence[Tensor], new: Sequence[Tensor]) -> Tensor:
-    change = sum((n.float() - o.float()).square().sum() for o, n in zip(old, new))
-    size = sum(n.float().square().sum() for n in new)
-    return (change / size.clamp(min=1e-30)).sqrt()
+    def _exchange(self, ended: Tensor, products: list[Tensor], number: int, composes: bool = True) -> Tensor:
+        """The adjoints [high - 1, ...] at the ends of all segments but the last, from what those behind them ended in."""
+        high, size = self.high, self.size
+        walk = Walk(self.ends[1:], ended, 1, number, True, products[-1] if products else None)
+        if self.learn:
+            pure = self.pure if self.pure is None else self.pure[: high - 1]
+            self.seen.append(self.composer.sample(walk._replace(ended=ended.clone(), pure=pure)))
+        before = self.adjoints[size - 1 : (high - 1) * size : size]
+        ended = ended + before if self.is_fused else ended.add_(before)
+        return self.composer.compose(walk._replace(ended=ended)) if composes else ended

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hbll_seq.chains.depth import DepthChain
+from hbll_seq.chains.depth import BlockCalls
 from hbll_seq.data.tokens import TokenStream
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models import depth_dial
@@ -111,18 +111,18 @@ def _sum_nats(
     nats, n_tokens, carried = dict.fromkeys(paths, 0.0), 0, {}
     for batch in batches:
         # what is left over behind the last row is read alone, and goes on from there
-        chain = DepthChain(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
+        calls = BlockCalls(model.blocks, carried={p: state[-len(batch) :] for p, state in carried.items()})
         x, targets = model.prepare(batch)
         n_tokens += targets.numel()
-        for name, logits in logits_of_paths(model, chain, x, paths):
+        for name, logits in logits_of_paths(model, calls, x, paths):
             nats[name] += 0.5 * Categorical().energy(logits, targets).cpu().double().sum().item()
         if carry_state:
-            carried = chain.last
+            carried = calls.last
     return nats, n_tokens
 
 
 def logits_of_paths(
-    model: HBLLForCausalLM, chain: DepthChain, x: Tensor, paths: Mapping[str, tuple[int, ...]]
+    model: HBLLForCausalLM, calls: BlockCalls, x: Tensor, paths: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The logits [B, T, V] of each path for the tokens ``x`` [B, T], by the path's name.
 
@@ -134,7 +134,7 @@ def logits_of_paths(
             states.pop()
         for n in path[len(states[-1][0]) :]:
             prefix, state = states[-1]
-            states.append(((*prefix, n), chain.apply(((*prefix, n),), (state,))[0]))
+            states.append(((*prefix, n), calls.apply(((*prefix, n),), (state,))[0]))
         yield name, model.read_out(states[-1][1], path)
 
 

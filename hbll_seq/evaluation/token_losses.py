@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbll_seq.chains.depth import DepthChain
+from hbll_seq.chains.depth import BlockCalls
 from hbll_seq.evaluation.perplexity import default_paths, logits_of_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.modules import evaluation_mode
@@ -72,7 +72,7 @@ def token_losses(
     x, targets = torch.tensor([[tokenizer.eos_id, *ids[:-1]]], device=device), torch.tensor(ids, device=device)
     found = {}
     with evaluation_mode(model):
-        for name, logits in logits_of_paths(model, DepthChain(model.blocks), x, paths):
+        for name, logits in logits_of_paths(model, BlockCalls(model.blocks), x, paths):
             found[name] = F.cross_entropy(logits[0].float(), targets, reduction="none").cpu()
     tokens = tuple(tokenizer.decode([i]) for i in ids)
     return TokenLosses(tokens, tuple(paths.values()), tuple(paths), torch.stack([found[name] for name in paths]))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from hbll_seq.chains.depth import DepthChain, Prefix
+from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.tree.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.tree.topology import DyadicTree
@@ -64,7 +64,7 @@ class DepthHierarchy(nn.Module):
         self.embed = embed if embed is not None else nn.Identity()
         self.blocks = blocks
         self.head = head
-        self.chain = DepthChain(blocks)
+        self.calls = BlockCalls(blocks)
 
     def resolve_path(self, depth: int | None = None, path: Sequence[int] | None = None) -> tuple[int, ...]:
         """The path that ``depth`` or ``path`` names; the full one where both are None.
@@ -124,7 +124,7 @@ class DepthHierarchy(nn.Module):
         """
         state, path = self.embed(inputs), self.resolve_path(path=path)
         for n in path:
-            (state,) = self.chain.apply((n,), (state,))
+            (state,) = self.calls.apply((n,), (state,))
         return self.read_out(state, path)
 
     def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:

@@ -35,15 +35,15 @@ class BackpropObjective(Objective):
         step = self.check(inputs, step, states)
         with self._dropout_of_step(inputs, step):
             x, targets = self.model.prepare(inputs, labels)
-            blocks = self.chain(step, states)
-            z0, chain = self.model.embed(x), self.maybe_recomputed(blocks)
+            blocks = self.calls(step, states)
+            z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
             reached: dict[Prefix, Tensor] = {(): z0}  # by beginning of a path: sub-networks share theirs
             exits: list[Exit] = []
             for network in self.sub_networks(step):
                 found = {}
                 for done in prefixes(network.path):
                     if done not in reached:
-                        (reached[done],) = chain.apply((done,), (reached[done[:-1]],))
+                        (reached[done],) = calls.apply((done,), (reached[done[:-1]],))
                     if (n := done[-1]) in network.exits:
                         nats = nats_of(self.model, reached[done], targets, done)
                         found[n] = Exit(done, network.exits[n], reached[done], nats)

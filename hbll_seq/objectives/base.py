@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.chains.depth import DepthChain, Prefix
-from hbll_seq.engine.chain import Chain, Recomputed
+from hbll_seq.chains.depth import BlockCalls, Prefix
+from hbll_seq.engine.calls import Calls, Recomputed
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.depth_mix import SubNetwork, paths_of_mix, sub_networks_of_step
 from hbll_seq.objectives.options import DepthMix
@@ -128,10 +128,10 @@ class Objective(nn.Module):
         """The paths whose ends have a loss, as :attr:`hbll_seq.models.config.HBLLConfig.trained_paths` says it."""
         return paths_of_mix(self.depths.name, self.model.tree, self.path)
 
-    def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
+    def calls(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> BlockCalls:
         """The model's blocks in a step, with its dropout, and with the states that recurrent ones start from."""
         seed = mix_seeds(self.noise_seed, step, 0) if self._has_dropout else None
-        return DepthChain(self.model.blocks, seed, states)
+        return BlockCalls(self.model.blocks, seed, states)
 
     def check(self, inputs: Tensor, step: int, states: Mapping[Prefix, Tensor] | None) -> int:
         """Checks what ``forward`` is given before anything is evaluated, and returns the step as an int.
@@ -148,9 +148,9 @@ class Objective(nn.Module):
             check_state(f"states[{quote(prefix)}]", state, (len(inputs), width), next(self.model.parameters()))
         return as_whole("step", step, 0)
 
-    def maybe_recomputed(self, chain: Chain) -> Chain:
-        """The chain; with ``recompute`` one that keeps no graph inside a block."""
-        return Recomputed(chain) if self.recompute else chain
+    def maybe_recomputed(self, calls: Calls) -> Calls:
+        """The calls; with ``recompute`` ones that keep no graph inside a block."""
+        return Recomputed(calls) if self.recompute else calls
 
     def sub_networks(self, step: int) -> list[SubNetwork]:
         """The main path, and the sub-networks of the depth mix, of a step."""

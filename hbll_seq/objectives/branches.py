@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.chains.depth import Prefix
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.calls import Calls
 from hbll_seq.objectives.depth_mix import SubNetwork
 
 
@@ -76,14 +76,14 @@ class WalkedBranch:
     sent: Tensor | None = None
 
 
-def walk(chain: Chain, branches: Sequence[Branch], starts: Sequence[Tensor]) -> list[WalkedBranch]:
+def walk(calls: Calls, branches: Sequence[Branch], starts: Sequence[Tensor]) -> list[WalkedBranch]:
     """Every branch from its start, [...], which stays as attached as it is given.
 
-    The chain is asked for transitions by the blocks walked up to them (:class:`hbll_seq.chains.depth.DepthChain`).
+    The chain is asked for transitions by the blocks walked up to them (:class:`hbll_seq.chains.depth.BlockCalls`).
     """
     walked = [WalkedBranch(branch, [start]) for branch, start in zip(branches, starts)]
     for j, alive in enumerate(_by_step(walked)):
-        calls = chain.apply([each.branch.prefix(j) for each in alive], [each.inputs[j] for each in alive])
+        calls = calls.apply([each.branch.prefix(j) for each in alive], [each.inputs[j] for each in alive])
         for each, output in zip(alive, calls):
             each.outputs.append(output)
             if j + 1 < len(each.branch.path):

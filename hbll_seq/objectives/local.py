@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hbll_seq.chains.depth import DepthChain, Prefix
-from hbll_seq.chains.layer import GridChain
+from hbll_seq.chains.depth import BlockCalls, Prefix
+from hbll_seq.chains.layer import GridCalls
 from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.layers.recurrent_block import RecurrentBlock
@@ -120,7 +120,7 @@ class LocalObjective(Objective):
     def _new_fit(self) -> LowRankFit | None:
         """The learned maps of the linearization, None where it has none. Raises ValueError where the model cannot have it."""
         linearization, model = self.inference.linearization, self.model
-        if isinstance(linearization, Diagonal) and not model.chain.has_diagonal:
+        if isinstance(linearization, Diagonal) and not model.calls.has_diagonal:
             raise ValueError(
                 "linearization='diagonal': these blocks do not tell the diagonal of their Jacobian (gated recurrent cells "
                 "do); use 'identity' or 'zero'"
@@ -142,9 +142,9 @@ class LocalObjective(Objective):
         """See :meth:`Objective.trained_paths`; the tree trains all."""
         return "all" if isinstance(self.inference, Tree) else super().trained_paths()
 
-    def chain(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> DepthChain:
-        """See :meth:`Objective.chain`; recurrent blocks are solved along time."""
-        return GridChain(self.time.iterations, of=super().chain(step, states))
+    def calls(self, step: int, states: Mapping[Prefix, Tensor] | None = None) -> BlockCalls:
+        """See :meth:`Objective.calls`; recurrent blocks are solved along time."""
+        return GridCalls(self.time.iterations, of=super().calls(step, states))
 
     @eagerly
     def forward(
@@ -178,12 +178,12 @@ class LocalObjective(Objective):
                 losses, metrics = tree_losses(self.model, result, targets, self.inference.state_weight)
                 output = ObjectiveOutput(losses.sum(), losses, metrics, {})
             else:
-                output = self._sweep_step(x, targets, self.chain(step, states), step, keep_graph)
+                output = self._sweep_step(x, targets, self.calls(step, states), step, keep_graph)
         if isinstance(self.inference, Tree) and self.inference.free_energy:
             output.metrics.update(free_energy(self.model, result, targets, self.inference.sigma))
         return output if keep_graph else output._replace(loss=output.loss.detach(), node_losses=output.node_losses.detach())
 
-    def _sweep_step(self, x: Tensor, targets: Tensor, blocks: DepthChain, step: int, keep_graph: bool) -> ObjectiveOutput:
+    def _sweep_step(self, x: Tensor, targets: Tensor, blocks: BlockCalls, step: int, keep_graph: bool) -> ObjectiveOutput:
         """Every sub-network by K forward and M backward iterations, or its V-cycles."""
         z0, chain = self.model.embed(x), self.maybe_recomputed(blocks)
         main, *others = self.sub_networks(step)
@@ -205,5 +205,5 @@ class LocalObjective(Objective):
         """Algorithm 1 on ``n_samples`` copies of the batch: their targets, and what it left behind."""
         if self.inference.n_samples > 1:
             x, targets = (t.repeat_interleave(self.inference.n_samples, dim=0) for t in (x, targets))
-        chain = self.maybe_recomputed(self.chain(step))
+        chain = self.maybe_recomputed(self.calls(step))
         return targets, run_tree(self.model, chain, self.inference, x, targets, node_noise(self.noise_seed, step))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.calls import Calls
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.options import Tree
 from hbll_seq.tree.inference import TreePass, tree_pass
@@ -26,7 +26,7 @@ def node_noise(seed: int, step: int) -> Callable[[int, Tensor], Tensor]:
 
 def run_tree(
     model: DepthHierarchy,
-    chain: Chain,
+    calls: Calls,
     inference: Tree,
     x: Tensor,
     targets: Tensor,
@@ -36,7 +36,7 @@ def run_tree(
 
     Args:
         model: whose blocks are trained.
-        chain: its blocks in this step.
+        calls: its blocks in this step.
         inference: with ``sigma`` given.
         x: what the model embeds.
         targets: what its head is scored on.
@@ -44,7 +44,7 @@ def run_tree(
     """
     spine = model.tree.right_spine
     return tree_pass(
-        chain,
+        calls,
         model.tree,
         model.embed(x),
         lambda n, state: model.score(state, targets, spine[: spine.index(n) + 1]),
@@ -83,7 +83,7 @@ def free_energy(model: DepthHierarchy, result: TreePass, targets: Tensor, sigma:
     target."""
     tree, family, states = model.tree, model.state_family, {0: result.reads[0], **result.targets}
     nodes = range(1, tree.N)
-    predictions = model.chain.apply(nodes, [states[n - 1] for n in nodes])
+    predictions = model.calls.apply(nodes, [states[n - 1] for n in nodes])
     nll = model.score(states[tree.N - 1], targets, range(1, tree.N))
     n_targets = model.n_scored(states[tree.N - 1], targets)
     metrics = {f"free_energy_level_{t}": torch.zeros((), device=targets.device) for t in range(tree.n_level)}

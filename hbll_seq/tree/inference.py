@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.calls import Calls
 from hbll_seq.tree.posterior import StateFamily, posterior_mean, sample_forward, sample_posterior
 from hbll_seq.tree.topology import DyadicTree
 
 
-def tree_states(chain: Chain, tree: DyadicTree, path: Sequence[int], z0: Tensor) -> list[Tensor]:
+def tree_states(calls: Calls, tree: DyadicTree, path: Sequence[int], z0: Tensor) -> list[Tensor]:
     """First estimate of the states on a path, by its jump arcs: every node from its left parent, D calls one after the
     other. The left parent of a node on a path is on it too, since only an interval that is split has a middle.
 
@@ -24,7 +24,7 @@ def tree_states(chain: Chain, tree: DyadicTree, path: Sequence[int], z0: Tensor)
     with torch.no_grad():
         for level in tree.levels:
             nodes = [n for n in level if n in path[:-1]]
-            states.update(zip(nodes, chain.apply(nodes, [states[tree.parents(n)[0]] for n in nodes])))
+            states.update(zip(nodes, calls.apply(nodes, [states[tree.parents(n)[0]] for n in nodes])))
     return [states[n] for n in path[:-1]]
 
 
@@ -49,7 +49,7 @@ class TreePass:
 
 
 def tree_pass(
-    chain: Chain,
+    calls: Calls,
     tree: DyadicTree,
     z0: Tensor,
     output_energy: Callable[[int, Tensor], Tensor],
@@ -63,7 +63,7 @@ def tree_pass(
     """Algorithm 1, level by level from the root; all nodes of a level in one call (docs/method.md 1.3).
 
     Args:
-        chain: the blocks f_1 .. f_{N-1}.
+        calls: the blocks f_1 .. f_{N-1}.
         tree: the tree over them.
         z0: embedded input, [batch, ..., width]; stays attached, so that the left spine trains the embedding.
         output_energy: n, a_n -> e = -2 log p(y | head(a_n)), per position or summed, for the nodes whose right parent is y.
@@ -79,8 +79,8 @@ def tree_pass(
         left, right = zip(*(tree.parents(n) for n in level))
         # A message of frozen parts has no history; the posterior needs its gradient all the same.
         messages = [a if a.requires_grad else a.detach().requires_grad_(True)
-                    for a in chain.apply(level, [result.reads[i] for i in left])]  # fmt: skip
-        energies = _energies(chain, level, right, messages, output_energy, state_family, result.targets)
+                    for a in calls.apply(level, [result.reads[i] for i in left])]  # fmt: skip
+        energies = _energies(calls, level, right, messages, output_energy, state_family, result.targets)
         result.messages.update(zip(level, messages))
         result.energies.update(zip(level, energies))
         is_leaf_level = level[0] == 1
@@ -98,10 +98,10 @@ def tree_pass(
     return result
 
 
-def _energies(chain, level, right, messages, output_energy, state_family, targets) -> list[Tensor]:
+def _energies(calls, level, right, messages, output_energy, state_family, targets) -> list[Tensor]:
     """e_n of each node of a level: against the right parent's state, or against y where that parent is the boundary."""
     inner = [(j, a) for j, a in zip(right, messages) if j in targets]
-    predictions = iter(chain.apply([j for j, _ in inner], [a for _, a in inner]) if inner else [])
+    predictions = iter(calls.apply([j for j, _ in inner], [a for _, a in inner]) if inner else [])
     return [
         state_family.energy(next(predictions), targets[j]) if j in targets else output_energy(n, a)
         for n, j, a in zip(level, right, messages)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.calls import Calls
 from hbll_seq.tree.inference import tree_states
 from hbll_seq.tree.topology import DyadicTree
 
 
 @torch.no_grad()
-def v_cycle(chain: Chain, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[Tensor]:
+def v_cycle(calls: Calls, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[Tensor]:
     """Estimates of the full path's inputs s_1 .. s_{N-2} after V-cycles from the tree's own states.
 
     A cycle is one parallel call of all blocks at the old states and D calls, one level after the other: span D + 1.
@@ -30,18 +30,18 @@ def v_cycle(chain: Chain, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[
     m states a cycle makes m + 1, and a leaf after it.
 
     Args:
-        chain: the blocks.
+        calls: the blocks.
         tree: the tree over them.
         z0: [...], the embedded input.
         cycles: number of V-cycles; 0 leaves the tree's states.
     """
-    states = dict(enumerate([z0.detach(), *tree_states(chain, tree, range(1, tree.N), z0)]))
+    states = dict(enumerate([z0.detach(), *tree_states(calls, tree, range(1, tree.N), z0)]))
     last = tree.N - 1  # its state is made by the differentiated call
     for cycle in range(cycles):
         if 2 * cycle + 1 >= last - 1:  # all are exact
             break
         nodes = [n for n in range(1, last)]
-        steps = dict(zip(nodes, chain.apply(nodes, [states[n - 1] for n in nodes])))  # every block at its own old input
+        steps = dict(zip(nodes, calls.apply(nodes, [states[n - 1] for n in nodes])))  # every block at its own old input
         old, new = states, {0: states[0]}
         for level in tree.levels:
             inner = [n for n in level if n < last]
@@ -50,8 +50,8 @@ def v_cycle(chain: Chain, tree: DyadicTree, z0: Tensor, *, cycles: int) -> list[
             if all(tree.span(n) == 1 for n in inner):
                 before = [steps[n] for n in inner]
             else:
-                before = chain.apply(inner, [old[i] for i in left])
-            after = chain.apply(inner, [new[i] for i in left])
+                before = calls.apply(inner, [old[i] for i in left])
+            after = calls.apply(inner, [new[i] for i in left])
             for n, i, a, b in zip(inner, left, after, before):
                 # Fine stretch i -> n from the old states: increments of its blocks, each at its own input (Picard).
                 fine = old[i] + sum(steps[m] - old[m - 1] for m in range(i + 1, n + 1))

@@ -19,8 +19,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.engine.linearization.base import Composer, Linearization, Walk
 from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
+from hbll_seq.engine.scan import affine_scan
 from hbll_seq.utils.options import check_options, option
 
 #: rank of the learned maps; a higher one explains hardly more (docs/lab-log.md).
@@ -51,10 +52,6 @@ class LowRankMaps(NamedTuple):
 
     left: Tensor
     right: Tensor
-
-    def between(self, low: int, high: int | None = None) -> LowRankMaps:
-        """Those of the transitions low .. high - 1."""
-        return LowRankMaps(self.left[low:high], self.right[low:high])
 
     def branch(self, n: int, x: Tensor) -> Tensor:
         """``(x @ left_n) @ right_n``, what the n-th map adds to ``x`` [..., C]."""
@@ -128,25 +125,20 @@ class LowRankFit(RunningFit):
             self.register_buffer(f"{way}_left", torch.zeros(n_blocks, width, rank))
             self.register_buffer(f"{way}_right", torch.eye(width)[:rank].repeat(n_blocks, 1, 1))
 
-    def maps(self, numbers: Sequence[int], way: str) -> LowRankMaps:
-        """Of the blocks of these numbers, ``way`` being ``"forward"`` or ``"backward"`` (of the transposed Jacobians)."""
-        rows = torch.tensor([n - 1 for n in numbers], device=self.n_steps.device)
-        return LowRankMaps(getattr(self, f"{way}_left")[rows], getattr(self, f"{way}_right")[rows])
-
-    @staticmethod
-    def sample(state: Tensor) -> Tensor:
-        """Some positions of a state [..., C] as [n, C] in float32: a copy, since iterations go on to work in place."""
-        return state.detach().flatten(0, -2)[::STRIDE].to(torch.float32, copy=True)
+    def of(self, numbers: Sequence[int]) -> LowRankComposer:
+        """What composes a chain whose segments have the maps of these numbers, from 1."""
+        return LowRankComposer(self, numbers)
 
     @torch.no_grad()
-    def observe(self, number: int, way: str, change: Tensor, response: Tensor) -> None:
-        """A block's branch responds to ``change`` [n, C] with ``response`` [n, C]."""
+    def learn(self, number: int, way: str, change: Tensor, response: Tensor, is_sound: Tensor | None = None) -> None:
+        """A segment's branch responds to ``change`` [n, C] with ``response`` [n, C]; ``way`` is ``"forward"``, or
+        ``"backward"`` of adjoints. What is not sound teaches nothing."""
         moments = (getattr(self, f"{way}_{name}")[number - 1] for name in ("change", "response"))
-        self._average(change, response, *moments)
+        self._average(change, response, *moments, is_sound=is_sound)
 
     @property
     def wants_last(self) -> bool:
-        """Whether this step evaluates the last block once more, whose output no iteration needs: one step in ``every``."""
+        """Whether this step walks the last segment once more, whose end no iteration needs: one step in ``every``."""
         return int(self.n_steps) % self.every == 0
 
     def _fit(self, way: str) -> None:
@@ -160,3 +152,60 @@ class LowRankFit(RunningFit):
             kept = torch.linalg.qr(response.mT @ torch.cholesky_solve(response @ kept, factor))[0]
         left.copy_(torch.where(sound, torch.cholesky_solve(response @ kept, factor), left))
         right.copy_(torch.where(sound, kept.mT, right))
+
+
+class LowRankComposer(Composer):
+    """The maps of the segments of one chain.
+
+    Args:
+        fit: that learns them.
+        numbers: of each segment's map there, from 1.
+    """
+
+    carries_inside = True
+
+    def __init__(self, fit: LowRankFit, numbers: Sequence[int]):
+        self.fit, self.numbers = fit, list(numbers)
+
+    def maps(self, way: str, first: int = 0, n_segments: int | None = None) -> LowRankMaps:
+        """Those of some segments, ``way`` being ``"forward"`` or ``"backward"`` (of the transposed Jacobians)."""
+        numbers = self.numbers[first : None if n_segments is None else first + n_segments]
+        rows = torch.tensor([n - 1 for n in numbers], device=self.fit.n_steps.device)
+        return LowRankMaps(getattr(self.fit, f"{way}_left")[rows], getattr(self.fit, f"{way}_right")[rows])
+
+    def compose(self, walk: Walk) -> Tensor:
+        """See :meth:`Composer.compose`; states are [..., C]."""
+        maps = self.maps("backward" if walk.is_adjoint else "forward", walk.first, len(walk.begun))
+        branches = torch.stack([maps.branch(n, s) for n, s in enumerate(walk.begun)])
+        return low_rank_scan(walk.ended - walk.begun - branches, maps, walk.head, reverse=walk.is_adjoint)
+
+    def guess(self, upstream: Tensor, diagonal: Tensor | None, chunk_size: int) -> Tensor:
+        """See :meth:`Composer.guess`; inside a segment as with the identity."""
+        adjoints = affine_scan(upstream, 1.0, reverse=True)
+        ends = [*range(chunk_size - 1, len(upstream) - 1, chunk_size), len(upstream) - 1]
+        if len(ends) > 1:
+            added = torch.stack([upstream[end:following].sum(0) for end, following in zip(ends, ends[1:])])
+            adjoints[ends[:-1]] = low_rank_scan(added, self.maps("backward", 1), upstream[-1], reverse=True)
+        return adjoints
+
+    @property
+    def wants_last(self) -> bool:
+        """See :attr:`LowRankFit.wants_last`."""
+        return self.fit.wants_last
+
+    def sample(self, walk: Walk) -> Walk:
+        """Some positions of each state, [R, n, C] in float32: a copy."""
+        begun, ended = (s.flatten(1, -2)[:, ::STRIDE].to(torch.float32, copy=True) for s in (walk.begun, walk.ended))
+        return walk._replace(begun=begun, ended=ended)
+
+    def observe(self, walks: Sequence[Walk]) -> None:
+        """See :meth:`Composer.observe`: of each segment the latest walk, against the differentiated one. Walks of adjoints,
+        which are linear, tell by themselves."""
+        is_adjoint = walks[0].is_adjoint
+        latest = {walk.first + i: (walk, i) for walk in (walks if is_adjoint else walks[:-1]) for i in range(len(walk.begun))}
+        for segment, (walk, i) in latest.items():
+            begun, ended = walk.begun[i], walk.ended[i]
+            if not is_adjoint:
+                begun, ended = walks[-1].begun[segment] - begun, walks[-1].ended[segment] - ended
+            is_sound = None if walk.pure is None else walk.pure[i]
+            self.fit.learn(self.numbers[segment], "backward" if is_adjoint else "forward", begun, ended - begun, is_sound)

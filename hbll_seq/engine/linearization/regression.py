@@ -45,12 +45,14 @@ class RunningFit(nn.Module, ABC):
         return self
 
     @torch.no_grad()
-    def _average(self, change: Tensor, response: Tensor, *moments: Tensor) -> None:
-        """Takes the second moments of ``change`` [n, C] and of it with ``response`` [n, C] into the averages."""
+    def _average(self, change: Tensor, response: Tensor, *moments: Tensor, is_sound: Tensor | None = None) -> None:
+        """Takes the second moments of ``change`` [n, C] and of it with ``response`` [n, C] into the averages, where they are
+        sound."""
         with full_precision(change):
             values = [value / len(change) for value in (change.T @ change, change.T @ response)]
             # a tensor that nothing asks for its value, so that no GPU is waited for
             finite = torch.isfinite(values[0]).all() & torch.isfinite(values[1]).all()
+            finite = finite if is_sound is None else finite & is_sound
             for average, value in zip(moments, values):
                 average.copy_(torch.where(finite, average.lerp(value.to(average.dtype), 1.0 - self.decay), average))
 

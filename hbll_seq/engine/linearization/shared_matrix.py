@@ -14,13 +14,14 @@ Shapes: n chunks, B batch, H hidden width; states are rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.engine.linearization.base import Composer, Linearization, Walk
 from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
 from hbll_seq.engine.scan import shared_scan
 
@@ -35,7 +36,7 @@ class SharedMatrix(Linearization):
     name: ClassVar[str] = "shared_matrix"
 
 
-class SharedMatrixFit(RunningFit):
+class SharedMatrixFit(RunningFit, Composer):
     """The matrices of :class:`SharedMatrix`: running regressions of what walks end in on where they begin, and the same for
     adjoints. Buffers hold 3 H^2 numbers a matrix.
 
@@ -79,30 +80,25 @@ class SharedMatrixFit(RunningFit):
         buffer = getattr(self, f"{way}_{name}")
         return buffer[min(number, len(buffer) - 1)]
 
-    def compose(self, walked: Tensor, begun: Tensor, way: str, number: int) -> Tensor:
-        """What walks end in, [n, B, H], once each begins where the one before it ends.
+    def compose(self, walk: Walk) -> Tensor:
+        """See :meth:`Composer.compose`; states are [B, H]."""
+        matrix = self._of("map", "backward" if walk.is_adjoint else "forward", walk.index)
+        work = torch.promote_types(walk.ended.dtype, matrix.dtype)
+        with full_precision(walk.ended):
+            matrix, begun = matrix.to(work), walk.begun.to(work)
+            b = walk.ended.to(work) - begun @ matrix
+            return shared_scan(b, matrix, walk.head.to(work), reverse=walk.is_adjoint).to(walk.ended.dtype)
 
-        Args:
-            walked: [n, B, H], what they end in from ``begun``.
-            begun: [n, B, H]; the first of them is not moved.
-            way: ``"forward"``, or ``"backward"`` for adjoints, where the last of them is walked first.
-            number: of the iteration, from 0.
-        """
-        is_backward = way == "backward"
-        matrix = self._of("map", way, number)
-        work = torch.promote_types(walked.dtype, matrix.dtype)
-        with full_precision(walked):
-            matrix, begun = matrix.to(work), begun.to(work)
-            b = walked.to(work) - begun @ matrix
-            return shared_scan(b, matrix, begun[-1 if is_backward else 0], reverse=is_backward).to(walked.dtype)
-
-    @torch.no_grad()
-    def observe(self, way: str, number: int, change: Tensor, response: Tensor) -> None:
-        """Walks respond to ``change`` [n, B, H] of where they begin, which that iteration has made, with ``response``
-        [n, B, H]."""
-        if len(change):
-            moments = (self._of(name, way, number) for name in ("change", "response"))
-            self._average(change.float().flatten(0, 1), response.float().flatten(0, 1), *moments)
+    def observe(self, walks: Sequence[Walk]) -> None:
+        """See :meth:`Composer.observe`: walks respond to a change of where they begin, which their iteration has made."""
+        for walk, later in zip(walks, walks[1:]) if walks[0].is_adjoint else ((walk, walks[-1]) for walk in walks[:-1]):
+            rows = slice(walk.first - later.first, walk.first - later.first + len(walk.begun))
+            begun, ended = later.begun[rows], later.ended[rows]
+            if len(begun):
+                moments = (self._of(name, "backward" if walk.is_adjoint else "forward", walk.index)
+                           for name in ("change", "response"))  # fmt: skip
+                change, response = begun - walk.begun[: len(begun)], ended - walk.ended[: len(begun)]
+                self._average(change.float().flatten(0, 1), response.float().flatten(0, 1), *moments)
 
     def _fit(self, way: str) -> None:
         change, response, matrix = (getattr(self, f"{way}_{name}") for name in ("change", "response", "map"))

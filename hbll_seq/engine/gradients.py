@@ -1,0 +1,33 @@
+"""Gradients that were found in the forward pass, handed to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def inject_gradients(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A zero, to be added to a loss, whose gradient by each of ``tensors`` is the given one of the same shape.
+
+    So what was differentiated early reaches ``.grad`` by the one backward call of a training step, on which
+    DistributedDataParallel, gradient accumulation and clipping rely. Local losses are formed so:
+    ``||a_n - sg mu_n||^2 / 2 sigma^2`` with ``mu_n = a_n - sigma^2 lambda_n`` has the gradient lambda_n by a_n
+    (docs/method.md 2.2), and float32 could not hold that difference.
+    """
+    return _Injected.apply(len(tensors), *gradients, *tensors)
+
+
+class _Injected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, n_tensors: int, *both: Tensor) -> Tensor:
+        gradients = both[:n_tensors]
+        ctx.save_for_backward(*gradients)
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return None, *(None for _ in gradients), *(scale.to(gradient.dtype) * gradient for gradient in gradients)

@@ -66,8 +66,7 @@ def recurrent_states(
         iterations: K, M, c and how it is iterated.
         start: [N - 1, B, C], estimate of s_1 .. s_{N-1}; None is s_0 everywhere.
     """
-    chain = TimeChain(cell, projected, iterations.clip, differentiates=torch.is_grad_enabled())
-    solution = solve(chain, s0, iterations, start=start)
+    solution = solve(TimeChain(cell, projected, iterations.clip), s0, iterations, start=start)
     rows = solution.linearized
     diagonal = rows.diagonal() if isinstance(iterations.linearization, Diagonal) else None
     return _Composed.apply(rows.attached, s0, solution.states, iterations, diagonal, *rows.jacobian)

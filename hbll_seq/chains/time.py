@@ -32,14 +32,14 @@ class TimeChain(Chain):
         projected: [N, B, G * H], ``cell.project`` of the inputs, time first; stays attached to what made it.
         clip: diagonals of Jacobians are held within -clip .. clip, so that a scan of many cannot explode. Where the diagonal
             is the whole Jacobian it is left as it is: clipped it would never be exact.
-        differentiates: whether anybody will ask for gradients.
+        differentiates: whether anybody will ask for gradients; None: where they are enabled now.
     """
 
     has_diagonal = True
 
-    def __init__(self, cell: RecurrentCell, projected: Tensor, clip: float = 1.0, differentiates: bool = True):
+    def __init__(self, cell: RecurrentCell, projected: Tensor, clip: float = 1.0, differentiates: bool | None = None):
         self.cell, self.projected, self.clip, self.n_steps = cell, projected, clip, len(projected)
-        self.differentiates = differentiates
+        self.differentiates = torch.is_grad_enabled() if differentiates is None else differentiates
         self._fixed = projected.detach()
 
     def apply(self, rows: slice, states: Tensor) -> Tensor:

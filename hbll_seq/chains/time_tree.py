@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hbll_seq.chains.time import forward_time_sweeps
+from hbll_seq.chains.time import TimeChain
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Zero
+from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.layers.recurrent import RecurrentCell
 from hbll_seq.utils.values import as_whole, check_choice
@@ -206,8 +207,8 @@ class RecurrentTree(nn.Module):
         """
         clean = states.detach()
         jacobi = Iterations(n_iterations - 1, linearization=Zero())
-        solution = forward_time_sweeps(f0, f0.project(symbols), h0.detach(), jacobi, start=clean[:-1])
-        return (solution.outputs - clean).square().sum(-1).mean()
+        solution = solve(TimeChain(f0, f0.project(symbols)), h0.detach(), jacobi, start=clean[:-1])
+        return (solution.linearized.attached - clean).square().sum(-1).mean()
 
 
 def _first_node(padding: int, span: int) -> int:

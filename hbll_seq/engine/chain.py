@@ -91,13 +91,13 @@ class CallChain(Chain):
     Args:
         calls: f_n by name.
         indices: the names of f_1 .. f_N.
-        differentiates: whether anybody will ask for gradients.
+        differentiates: whether anybody will ask for gradients; None: where they are enabled now.
     """
 
     keeps_calls = True
 
-    def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool = True):
-        self.differentiates = differentiates
+    def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool | None = None):
+        self.differentiates = torch.is_grad_enabled() if differentiates is None else differentiates
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
         self.has_diagonal = calls.has_diagonal
         self.remembers = any(calls.remembers(index) for index in self.indices)

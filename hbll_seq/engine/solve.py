@@ -139,8 +139,8 @@ class _Forward:
     def iterate(self, number: int) -> None:
         """Iteration ``number``, from 0: walks all segments that can still change and composes what they end in."""
         iterations, n_later = self.iterations, self.n_segments - 1 - self.low
-        is_plain, is_last = iterations.damping == 1.0, number == iterations.forward - 1
-        n_called = 0
+        is_plain, n_called = iterations.damping == 1.0, 0
+        is_last = number == iterations.forward - 1 or (is_plain and n_later == 1)
         if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
             first, n_called = self._call_segment(self.low), 1
         # The last segment's end is not needed.
@@ -318,7 +318,7 @@ class _Backward:
         self.seen: list[Walk] = []
 
     def iterate(self, number: int) -> None:
-        """Iteration ``number``, from 0: walks all segments but the first one back, which makes the last one's adjoints final."""
+        """Iteration ``number``, from 0: walks all segments but the first one back. That ends the last one's part in it."""
         ended, products = self._walk(1, n_final=1, exchanges=True)
         self.adjoints[self.high * self.size - 1] = self.ends[-1]
         self.ends = self._exchange(ended, products, number)
@@ -346,7 +346,7 @@ class _Backward:
         return self.adjoints[: self.n_steps]
 
     def _walk(self, low: int, n_final: int, exchanges: bool) -> tuple[Tensor, list[Tensor]]:
-        """Walks the segments from ``low`` on back from their ends; the adjoints inside the last ``n_final`` of them are final.
+        """Walks segments from ``low`` on back from their ends. The adjoints inside the last ``n_final`` of them are final.
 
         Returns:
             With ``exchanges`` what the segments from the second on ended in, without the upstream gradients there; and the

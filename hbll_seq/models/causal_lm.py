@@ -17,14 +17,14 @@ from hbll_seq.generation.speculative import Speculation
 from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
 from hbll_seq.generation.text_pieces import Generation
 from hbll_seq.layers.attention import TransformerBlock
-from hbll_seq.layers.cross_entropy import linear_cross_entropy
-from hbll_seq.layers.prepared import ReadOut, can_prepare, prepared
+from hbll_seq.layers.cross_entropy import linear_cross_entropy, weighted_cross_entropy
+from hbll_seq.layers.prepared import ReadOut, can_prepare, is_plain, prepared
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.depth_dial import AbsentBlock, check_held, export_path, path_of_depth, path_of_word, report_paths
 from hbll_seq.models.exits import ExitAdapters
-from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.models.hierarchy import DepthHierarchy, check_exits
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import AUTO_USAGE, CardText
 from hbll_seq.models.path_table import PathReport
@@ -160,6 +160,37 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
             return super().score(state, targets, path)
         hidden = self.head.norm(self.before_head(state, path)).flatten(0, -2)
         return 2.0 * linear_cross_entropy(hidden, self.head.projection.weight, targets.flatten(), IGNORE_INDEX)
+
+    def score_exits(
+        self, states: Sequence[Tensor], targets: Tensor, paths: Sequence[Sequence[int]], weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`DepthHierarchy.score_exits`; the states go through the head as one batch, unless something in the way is
+        not this class's own."""
+        check_exits(states, paths, weights)
+        if len(states) == 1 or not self._reads_as_one(states):
+            return super().score_exits(states, targets, paths, weights)
+        stacked = torch.stack(list(states)).flatten(1, -2)  # [E, P, C]
+        hidden = self.head.norm(stacked if self.exits is None else self.exits.stacked(stacked, paths))
+        # The greatest weight stays outside: half precision would lose what rows of small weights multiply.
+        greatest = max(abs(w) for w in weights) or 1.0
+        by_row = torch.tensor([w / greatest for w in weights], dtype=torch.promote_types(hidden.dtype, torch.float32))
+        by_row = by_row.to(hidden.device, non_blocking=True).repeat_interleave(hidden.shape[1])
+        answers, matrix = targets.flatten().repeat(len(states)), self.head.projection.weight
+        total, nats = weighted_cross_entropy(hidden.flatten(0, 1), matrix, answers, by_row, IGNORE_INDEX)
+        n_scored = self.n_scored(states[0], targets)
+        return total * (greatest / n_scored), nats.view(len(states), -1).sum(1) / n_scored
+
+    def _reads_as_one(self, states: Sequence[Tensor]) -> bool:
+        """Whether one call of the head's parts does what :meth:`score` does with each of these states."""
+        ours, of_all = HBLLForCausalLM, DepthHierarchy
+        own = {"score": ours.score, "before_head": ours.before_head, "read_out": of_all.read_out, "n_scored": of_all.n_scored}
+        first, parts = states[0], [self.head] if self.exits is None else [self.head, self.exits]
+        return (
+            all(getattr(getattr(self, name), "__func__", None) is method for name, method in own.items())
+            and all(is_plain(part, [LMHead, ExitAdapters]) for part in parts)
+            and not any(m._backward_hooks or m._backward_pre_hooks for part in parts for m in part.modules())
+            and all((z.shape, z.dtype, z.device) == (first.shape, first.dtype, first.device) for z in states)
+        )
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, path: Sequence[int] | None = None) -> CausalLMOutput:
         """The plain network along ``path`` (default: full).

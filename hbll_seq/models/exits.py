@@ -43,3 +43,8 @@ class ExitAdapters(nn.Module):
         """``state`` [..., C], the blocks ``path`` walked -> [..., C]."""
         row = self.row(path)
         return state + state @ self.down[row].T @ self.up[row].T
+
+    def stacked(self, states: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        """``forward`` of each of ``states`` [E, P, C], with the path of each -> [E, P, C]."""
+        rows = [self.row(path) for path in paths]
+        return states + states @ self.down[rows].mT @ self.up[rows].mT

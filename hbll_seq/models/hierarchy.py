@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
@@ -116,6 +117,30 @@ class DepthHierarchy(nn.Module):
         """How many positions of ``state`` [..., width] have a target."""
         return self.target_family.n_scored(state.shape[:-1].numel(), targets)
 
+    def score_exits(
+        self, states: Sequence[Tensor], targets: Tensor, paths: Sequence[Sequence[int]], weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """All exits of a step together: half of :meth:`score` per scored position, its sum over the exits by weight.
+
+        A model whose head can read many states at once overrides this; here each is scored on its own.
+
+        Args:
+            states: what the head reads at each exit, each [batch, ..., width].
+            targets: of every exit.
+            paths: the blocks walked up to each exit.
+            weights: of each exit.
+
+        Returns:
+            The weighted sum, a scalar, once differentiable by the states and by what reads them; and the nats of each exit,
+            [exits], detached.
+
+        Raises:
+            ValueError: there is no exit, or not one path and one weight for each.
+        """
+        check_exits(states, paths, weights)
+        nats = [0.5 * self.score(z, targets, path) / self.n_scored(z, targets) for z, path in zip(states, paths)]
+        return sum(w * value for w, value in zip(weights, nats)), torch.stack([value.detach() for value in nats])
+
     def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """The plain network along ``path`` (default: full): raw inputs -> the head's output.
 
@@ -130,6 +155,15 @@ class DepthHierarchy(nn.Module):
     def forward(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """Same as :meth:`run`."""
         return self.run(inputs, path)
+
+
+def check_exits(states: Sequence[Tensor], paths: Sequence[Sequence[int]], weights: Sequence[float]) -> None:
+    """Raises ValueError unless there is an exit, and a path and a weight for each."""
+    if not len(states) == len(paths) == len(weights) > 0:
+        raise ValueError(
+            f"{len(states)} states, {len(paths)} paths and {len(weights)} weights of exits: give one exit or more, and for "
+            "each its state, the blocks walked up to it, and its weight"
+        )
 
 
 def _as_modules(blocks: Iterable[nn.Module]) -> nn.ModuleList:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hbll_seq.chains.depth import Prefix, prefixes
-from hbll_seq.objectives.base import Exit, Objective, ObjectiveOutput, nats_of
+from hbll_seq.objectives.base import Exit, Objective, ObjectiveOutput
 from hbll_seq.utils.eager import eagerly
 
 
@@ -38,15 +38,13 @@ class BackpropObjective(Objective):
             blocks = self.calls(step, states)
             z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
             reached: dict[Prefix, Tensor] = {(): z0}  # by beginning of a path: sub-networks share theirs
-            exits: list[Exit] = []
+            ends: list[tuple[Prefix, float]] = []
             for network in self.sub_networks(step):
-                found = {}
                 for done in prefixes(network.path):
                     if done not in reached:
                         (reached[done],) = calls.apply((done,), (reached[done[:-1]],))
-                    if (n := done[-1]) in network.exits:
-                        nats = nats_of(self.model, reached[done], targets, done)
-                        found[n] = Exit(done, network.exits[n], reached[done], nats)
-                exits += [found[n] for n in network.exits]
-            loss = sum(each.weight * each.nats for each in exits)
+                ends += [(network.path[: network.path.index(n) + 1], w) for n, w in network.exits.items()]
+            paths, weights = zip(*ends)
+            loss, nats = self.model.score_exits([reached[path] for path in paths], targets, paths, weights)
+            exits = [Exit(path, weight, value) for (path, weight), value in zip(ends, nats)]
         return ObjectiveOutput(loss, loss.unsqueeze(0), self._metrics(exits), dict(blocks.last))

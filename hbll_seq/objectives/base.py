@@ -47,13 +47,11 @@ class Exit(NamedTuple):
 
     prefix: the blocks walked up to it.
     weight: of its loss.
-    state: what the head reads, [batch, ..., width].
-    nats: its loss, per target.
+    nats: its loss, per target; detached.
     """
 
     prefix: Prefix
     weight: float
-    state: Tensor
     nats: Tensor
 
 
@@ -174,16 +172,11 @@ class Objective(nn.Module):
 
     def _metrics(self, exits: Sequence[Exit]) -> dict[str, Tensor]:
         """``ce`` of the main path's end, the first of all exits, and ``ce_mix``, the weighted mean of all others."""
-        metrics = {"ce": exits[0].nats.detach()}
-        others = [(each.weight, each.nats.detach()) for each in exits[1:]]
+        metrics = {"ce": exits[0].nats}
+        others = [(each.weight, each.nats) for each in exits[1:]]
         if self.depths.name != "none":  # in every step, also in one whose random path is the main one
             metrics["ce_mix"] = sum(w * v for w, v in others) / sum(w for w, _ in others) if others else metrics["ce"]
         return metrics
-
-
-def nats_of(model: DepthHierarchy, state: Tensor, targets: Tensor, path: Sequence[int]) -> Tensor:
-    """Half the energy of the head's prediction after the blocks ``path``, mean over positions that have a target."""
-    return 0.5 * model.score(state, targets, path) / model.n_scored(state, targets)
 
 
 def check_local_losses_can_run(model: nn.Module, device_type: str) -> None:

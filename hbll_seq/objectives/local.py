@@ -22,7 +22,7 @@ from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_los
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
 from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
-from hbll_seq.objectives.sweeps import SweepStep
+from hbll_seq.objectives.sweeps import DepthStep
 from hbll_seq.objectives.tree import free_energy, node_noise, run_tree, tree_losses
 from hbll_seq.tree.inference import TreePass
 from hbll_seq.tree.posterior import Gaussian
@@ -132,7 +132,9 @@ class LocalObjective(Objective):
                 "linearization='low_rank' with a hierarchy of unknown width: give DepthHierarchy the width of "
                 "its states, or use 'identity'"
             )
-        return LowRankFit(model.tree.n_nodes, model.width, linearization.rank)
+        n_segments = self.inference.iterations.segments(len(self.path))[1]
+        n_maps = model.tree.n_nodes if self.inference.chunk_size == 1 else n_segments
+        return LowRankFit(n_maps, model.width, linearization.rank)
 
     def extra_repr(self) -> str:
         """The options as text, for ``print(objective)``."""
@@ -185,25 +187,25 @@ class LocalObjective(Objective):
 
     def _sweep_step(self, x: Tensor, targets: Tensor, blocks: BlockCalls, step: int, keep_graph: bool) -> ObjectiveOutput:
         """Every sub-network by K forward and M backward iterations, or its V-cycles."""
-        z0, chain = self.model.embed(x), self.maybe_recomputed(blocks)
+        z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
         main, *others = self.sub_networks(step)
         branches, others = split_off(main.path, others, self.model.tree.n_level)
         learn = self.secants is not None and keep_graph and self.training  # a measurement must not change what it measures
-        run = SweepStep(self.model, chain, self.inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
-        solution = run.train(main, branches, learn)
+        run = DepthStep(self.model, calls, self.inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
+        residual = run.train(main, branches, learn)
         if learn:
             self.secants.end_step()
         for network in others:
             run.train(network)
         metrics = self._metrics(run.exits)
         if isinstance(self.inference, Sweeps) and self.inference.forward > 0:
-            metrics["residual"] = solution.residual
-        losses = torch.stack([run.node_losses[n] for n in sorted(run.node_losses)])
+            metrics["residual"] = residual
+        losses = run.losses()
         return ObjectiveOutput(losses.sum(), losses, metrics, dict(blocks.last))
 
     def _run_tree(self, x: Tensor, targets: Tensor, step: int) -> tuple[Tensor, TreePass]:
         """Algorithm 1 on ``n_samples`` copies of the batch: their targets, and what it left behind."""
         if self.inference.n_samples > 1:
             x, targets = (t.repeat_interleave(self.inference.n_samples, dim=0) for t in (x, targets))
-        chain = self.maybe_recomputed(self.calls(step))
-        return targets, run_tree(self.model, chain, self.inference, x, targets, node_noise(self.noise_seed, step))
+        calls = self.maybe_recomputed(self.calls(step))
+        return targets, run_tree(self.model, calls, self.inference, x, targets, node_noise(self.noise_seed, step))

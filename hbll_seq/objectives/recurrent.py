@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.time import TimeChain
+from hbll_seq.engine.gradients import inject_gradients
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.base import check_local_losses_can_run
 from hbll_seq.objectives.options import Inference, Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.registry import TIME_INFERENCES, parse_inference
+from hbll_seq.objectives.sweeps import output_loss, sweep
 from hbll_seq.utils.checks import check_inputs
 from hbll_seq.utils.eager import eagerly
 from hbll_seq.utils.modules import plain_module
@@ -223,31 +225,44 @@ class RecurrentLocalObjective(RecurrentObjective):
     def _sweep_step(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
         cell, keep_graph = self.model.cell, torch.is_grad_enabled()
         iterations, init = self.inference.iterations, self.inference.init
+        init = "input" if init == "state" else init  # s_0 everywhere
         learn = self.secants is not None and keep_graph and self.training
         estimate, start = None, None
         if isinstance(init, TreeGuess):
             estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True)
-            init, start = "state", estimate.detach()[:-1]
-        solution = forward_time_sweeps(
-            cell, cell.project(symbols), s0, iterations, init=init, start=start, learned=self.secants, learn=learn
+            init, start = "input", estimate.detach()[:-1]
+        chain = TimeChain(cell, cell.project(symbols), iterations.clip, differentiates=keep_graph)
+        losses: list[Tensor] = []
+
+        def read_out(states: Tensor) -> Tensor | None:
+            read = states.detach().requires_grad_(keep_graph)
+            loss = _nats(self.model, read, targets, lengths)
+            if not keep_graph:
+                losses.append(loss)
+                return None
+            loss, (upstream,) = output_loss(loss, [read], self.model)
+            losses.append(loss)
+            return upstream
+
+        solution, adjoints = sweep(
+            chain, s0, iterations, read_out, init=init, start=start, learned=self.secants, learn=learn
         )
-        metrics = {"residual": solution.residual} if iterations.forward > 0 else {}
-        if not keep_graph:
-            ce = _nats(self.model, solution.states, targets, lengths)
-            return RecurrentOutput(ce, ce.unsqueeze(0), {"ce": ce, **metrics}, _last(solution.states, lengths))
-        read = solution.states.detach().requires_grad_(True)
-        ce, upstream = _output_loss(self.model, read, targets, lengths)
-        adjoints = backward_time_sweeps(solution, upstream, iterations, learned=self.secants, learn=learn)
+        metrics = {"ce": losses[0].detach()}
+        if iterations.forward > 0:
+            metrics["residual"] = solution.residual
+        last = _last(solution.states.detach(), lengths)
+        if adjoints is None:
+            return RecurrentOutput(losses[0], torch.stack(losses), metrics, last)
         if learn:
             self.secants.end_step()
-        # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
-        # forming a difference that float32 could not hold. Its value is given as 0; its gradient by a_n is lambda_n.
-        losses = [ce + _WithGradients.apply(adjoints, solution.outputs)]
+        rows = solution.linearized
+        losses[0] = losses[0] + inject_gradients([rows.attached], [adjoints])
+        if s0.requires_grad:
+            losses[0] = losses[0] + inject_gradients([s0], [rows.vjp(slice(0, 1, 1), adjoints[:1])[0]])
         if estimate is not None:
             losses.append(self._tree_agreement(estimate, solution.states, targets))
             metrics["tree"] = losses[-1].detach()
-        metrics["ce"] = ce.detach()
-        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, _last(solution.states.detach(), lengths))
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, last)
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
         """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (docs/method.md 2.4)."""
@@ -260,7 +275,7 @@ class RecurrentLocalObjective(RecurrentObjective):
             read = estimate[own].detach().requires_grad_(True)
             ce = self.model.nats(read, targets[:, own])
             (upstream,) = torch.autograd.grad(ce, read)
-            loss = loss + ce.detach() + _WithGradients.apply(upstream, estimate[own])
+            loss = loss + ce.detach() + inject_gradients([estimate[own]], [upstream])
         return loss
 
     # -------------------------------------------------------------------------------------------------------- tree
@@ -286,32 +301,3 @@ def _nats(model: RecurrentModel, states: Tensor, targets: Tensor, lengths: Tenso
 def _last(states: Tensor, lengths: Tensor | None) -> Tensor:
     """The state [B, H] after the last real step of s_1 .. s_N [N, B, H]."""
     return states[-1] if lengths is None else last_of(states, lengths)
-
-
-def _output_loss(
-    model: RecurrentModel, read: Tensor, targets: Tensor, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The task loss, attached to the head alone, and e_n = d loss / d s_n [N, B, H]; the head is differentiated once."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    ce = _nats(model, read, targets, lengths)
-    upstream, *gradients = torch.autograd.grad(ce, [read, *parameters], allow_unused=True)
-    pairs = [(g, p) for g, p in zip(gradients, parameters) if g is not None]
-    loss = ce.detach()
-    if pairs:
-        loss = loss + sum(_WithGradients.apply(g, p) for g, p in pairs)
-    return loss, upstream
-
-
-class _WithGradients(torch.autograd.Function):
-    """A zero whose gradient by ``tensor`` is ``gradient``."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return tensor.new_zeros(())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale: Tensor) -> tuple[None, Tensor]:
-        (gradient,) = ctx.saved_tensors
-        return None, scale * gradient

@@ -1,47 +1,98 @@
-"""Local losses of sub-networks that are solved as chains: a step's states, adjoints and losses (docs/method.md 2.2)."""
+"""Local losses of chains, over depth or time: states, upstream gradients, adjoints, and their losses (docs/method.md 2.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hbll_seq.chains.depth import prefixes
-from hbll_seq.engine.chain import Chain
-from hbll_seq.engine.linearization.low_rank import LowRankFit
-from hbll_seq.engine.solve import Solution, backward_sweeps, forward_sweeps
+from hbll_seq.chains.depth import Prefix, number_of, prefixes
+from hbll_seq.engine.calls import Calls
+from hbll_seq.engine.chain import CallChain, CalledRows, Chain
+from hbll_seq.engine.gradients import inject_gradients
+from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.linearization.base import Composer, Identity
+from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
+from hbll_seq.engine.solve import Solution, solve, solve_adjoint
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.base import Exit, nats_of
-from hbll_seq.objectives.branches import Branch, WalkedBranch, find_adjoints, walk
+from hbll_seq.objectives.base import Exit
+from hbll_seq.objectives.branches import Branch
 from hbll_seq.objectives.depth_mix import SubNetwork
 from hbll_seq.objectives.options import Sweeps, VCycles
 from hbll_seq.tree.inference import tree_states
 from hbll_seq.tree.multigrid import v_cycle
 
 
-class SweepStep:
-    """One training step, sub-network by sub-network.
+def sweep(
+    chain: Chain,
+    s0: Tensor,
+    iterations: Iterations,
+    read_out: Callable[[Tensor], Tensor | None],
+    *,
+    init: str = "input",
+    start: Tensor | None = None,
+    learned: Composer | None = None,
+    learn: bool = False,
+) -> tuple[Solution, Tensor | None]:
+    """Solves a chain forward, takes the losses at its states, and solves it back.
+
+    Args:
+        read_out: the states s_1 .. s_N [N, ...] -> their upstream gradients, or None where nobody asks for any.
+        chain, s0, iterations, init, start, learned, learn: see :func:`hbll_seq.engine.solve.solve`.
+
+    Returns:
+        The solution, and the adjoints [N, ...], or None without upstream gradients.
+    """
+    solution = solve(chain, s0, iterations, init=init, start=start, learned=learned, learn=learn)
+    upstream = read_out(solution.states)
+    if upstream is None:
+        return solution, None
+    return solution, solve_adjoint(solution.linearized, upstream, iterations, learned=learned, learn=learn)
+
+
+def output_loss(loss: Tensor, read: Sequence[Tensor], model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """Differentiates the loss at the outputs once: the same value, attached to the head alone, and the upstream gradients of
+    the states that it read.
+
+    Args:
+        loss: a scalar.
+        read: states, leaves.
+        model: whose parameters the head's are among.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, [*read, *parameters], allow_unused=True)
+    upstream = [torch.zeros_like(s) if g is None else g for s, g in zip(read, gradients)]
+    return loss.detach() + injected(parameters, gradients[len(read) :]), upstream
+
+
+def injected(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor | float:
+    """:func:`inject_gradients` of those that have a gradient; a zero."""
+    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
+    return inject_gradients(*zip(*pairs)) if pairs else 0.0
+
+
+class DepthStep:
+    """One training step over depth, sub-network by sub-network.
 
     Args:
         model: whose blocks are trained.
-        chain: its blocks in this step.
+        calls: its blocks in this step.
         inference: resolved for depth.
         z0: [batch, ..., width], the embedded input; stays attached.
         targets: what the head is scored on.
-        learned: maps that approximate the blocks' Jacobians, if they are learned.
-        keep_graph: whether there is to be a gradient; without one the adjoints are not iterated.
+        learned: maps that approximate the segments' Jacobians, if they are learned.
+        keep_graph: whether there is to be a gradient; without one no adjoint is asked for.
 
     Attributes:
-        node_losses: by block. Only the loss of an exit has a value other than zero; the gradients are the blocks' own.
         exits: of all sub-networks so far.
     """
 
     def __init__(
         self,
         model: DepthHierarchy,
-        chain: Chain,
+        calls: Calls,
         inference: Sweeps | VCycles,
         z0: Tensor,
         targets: Tensor,
@@ -49,121 +100,127 @@ class SweepStep:
         learned: LowRankFit | None,
         keep_graph: bool,
     ):
-        self.model, self.chain, self.inference, self.z0, self.targets = model, chain, inference, z0, targets
+        self.model, self.calls, self.inference, self.z0, self.targets = model, calls, inference, z0, targets
         self.learned, self.keep_graph = learned, keep_graph
-        self.node_losses: dict[int, Tensor] = {}
         self.exits: list[Exit] = []
+        self._losses: dict[int, Tensor] = {}
+        self._gradients: dict[int, list[Tensor | None]] = {}
+        self._by_z0: list[Tensor] = []
 
-    def train(self, network: SubNetwork, branches: Sequence[Branch] = (), learn: bool = False) -> Solution:
+    def train(self, network: SubNetwork, branches: Sequence[Branch] = (), learn: bool | None = None) -> Tensor:
         """Adds the losses of a sub-network and of the branches off it; its exits go before theirs.
 
         Args:
             network: solved as a chain.
-            branches: walked block by block.
-            learn: let the learned maps learn from it: blocks on other paths read other states.
+            branches: solved as chains of one segment.
+            learn: whether the learned maps learn from it; None leaves them out: blocks on other paths read other states.
 
         Returns:
-            The chain's solution, without its states.
+            The chain's residual.
         """
-        path = network.path
-        solution = self._solve(path, learn)
-        starts = [solution.states[b.start - 1].clone().requires_grad_(True) if b.start else self.z0 for b in branches]
-        leaves = {n: solution.states[path.index(n)].clone().requires_grad_(True) for n in network.exits}
-        solution.states.clear()  # only what an exit or a branch reads is needed from here on
-        walked = walk(self.chain, branches, starts)
-        main, of_branches = self._score(path, network.exits, leaves, walked)
-        at_exits = self._find_upstream([main, *of_branches])
-        for each, upstream in zip(walked, at_exits[1:]):
-            each.upstream = upstream
-        find_adjoints(walked)
-        adjoints = self._find_adjoints(solution, path, _upstream_of_chain(path, at_exits[0], walked), learn)
-        for n, adjoint, output in _local_products(path, adjoints, solution, walked):
-            # <sg lambda_n, a_n> has the gradient of ||a_n - sg mu_n||^2 / 2 sigma^2, mu_n = a_n - sigma^2 lambda_n, without
-            # forming a difference that float32 could not hold.
-            value = (adjoint * output).sum()
-            self._add(n, value - value.detach())
-        for each in (each for group in (main, *of_branches) for each in group):
-            self._add(each.prefix[-1], each.weight * each.nats)
-            self.exits.append(each)
-        return solution
-
-    def _solve(self, path: tuple[int, ...], learn: bool) -> Solution:
-        """The forward iterations."""
-        tree, inference = self.model.tree, self.inference
-        iterations, init, start = inference.iterations, "first", None
-        if isinstance(inference, VCycles):
+        path, tree, iterations = network.path, self.model.tree, self.inference.iterations
+        chain = CallChain(self.calls, prefixes(path), self.keep_graph)
+        init, start = "first", None
+        if isinstance(self.inference, VCycles):
             if len(path) == tree.n_nodes:
-                start = v_cycle(self.chain, tree, self.z0, cycles=inference.cycles)
+                start = v_cycle(self.calls, tree, self.z0, cycles=self.inference.cycles)
                 iterations = replace(iterations, forward=0)
-        elif inference.init == "tree":
-            start = tree_states(self.chain, tree, path, self.z0)
+        elif self.inference.init == "tree":
+            start = tree_states(self.calls, tree, path, self.z0)
         else:
-            init = inference.init
-        return forward_sweeps(
-            self.chain, prefixes(path), self.z0, iterations, init=init, start=start, learned=self.learned, learn=learn
+            init = self.inference.init
+        learned = None
+        if isinstance(iterations.linearization, LowRank):
+            if iterations.chunk_size == 1:
+                learned = self.learned.of(path)
+            elif learn is None:  # the maps are those of the main path's segments
+                iterations = replace(iterations, linearization=Identity())
+            else:
+                learned = self.learned.of(range(1, 1 + iterations.segments(len(path))[1]))
+        solution, _ = sweep(
+            chain,
+            self.z0,
+            iterations,
+            lambda states: self._read_out(network, branches, states),
+            init=init,
+            start=torch.stack(start) if start else None,
+            learned=learned,
+            learn=bool(learn),
         )
+        self._collect(chain.indices, solution.linearized, from_z0=True)
+        return solution.residual
 
-    def _score(
-        self,
-        path: tuple[int, ...],
-        weights: Mapping[int, float],
-        leaves: Mapping[int, Tensor],
-        walked: Sequence[WalkedBranch],
-    ) -> tuple[list[Exit], list[list[Exit]]]:
-        """The exits of the chain, and of each branch. The state of each is a leaf."""
+    def losses(self) -> Tensor:
+        """The losses of the trained blocks [n], in this order. Only that of an exit has a value other than zero. The
+        gradients are the blocks' own, the head's with the last block of a path, the embedding's with the first one."""
+        for n, gradients in self._gradients.items():
+            self._add(n, injected(self.calls.parameters(n), gradients))
+        if self._by_z0:
+            self._add(min(self._gradients), injected([self.z0], [sum(self._by_z0)]))
+        return torch.stack([self._losses[n] for n in sorted(self._losses)])
 
-        def score(whole: tuple[int, ...], weights: Mapping[int, float], states: Mapping[int, Tensor]) -> list[Exit]:
-            found = []
-            for n, state in states.items():
-                prefix = whole[: whole.index(n) + 1]
-                found.append(Exit(prefix, weights[n], state, nats_of(self.model, state, self.targets, prefix)))
-            return found
+    def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor) -> Tensor | None:
+        """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the
+        chain's states."""
+        walked = [(branch, self._walk(branch, states)) for branch in branches]
+        ends = _ends(network.path, prefixes(network.path), network.exits, states)
+        for branch, solution in walked:
+            ends += _ends(branch.path, branch.prefixes, branch.exits, solution.states)
+        paths, weights, read = zip(*ends)
+        read = [state.detach().requires_grad_(self.keep_graph) for state in read]
+        loss, nats = self.model.score_exits(read, self.targets, paths, weights)
+        for path, weight, value in zip(paths, weights, nats):
+            self.exits.append(Exit(path, weight, value))
+            self._add(path[-1], weight * value)
+        if not self.keep_graph:
+            return None
+        head, by_exit = output_loss(loss, read, self.model)
+        self._add(network.path[-1], head - loss.detach())
+        by_exit = dict(zip(paths, by_exit))
+        upstream = _upstream(prefixes(network.path), by_exit, states)
+        for branch, solution in walked:
+            rows = solution.linearized
+            solve_adjoint(rows, _upstream(branch.prefixes, by_exit, solution.states), _one_segment(branch))
+            if branch.start:
+                upstream[branch.start - 1] += rows.input_gradient
+            self._collect(branch.prefixes, rows, from_z0=branch.start == 0)
+        return upstream
 
-        of_branches = []
-        for each in walked:
-            ends = {n: each.outputs[each.branch.path.index(n)] for n in each.branch.exits}
-            of_branches.append({n: a.detach().requires_grad_(True) for n, a in ends.items()})
-        main = score(path, weights, leaves)
-        return main, [score(w.branch.whole, w.branch.exits, states) for w, states in zip(walked, of_branches)]
+    def _walk(self, branch: Branch, states: Tensor) -> Solution:
+        start = states[branch.start - 1].detach().requires_grad_(self.keep_graph) if branch.start else self.z0
+        return solve(CallChain(self.calls, branch.prefixes, self.keep_graph), start, _one_segment(branch))
 
-    def _find_upstream(self, groups: Sequence[Sequence[Exit]]) -> list[dict[int, Tensor]]:
-        """Upstream gradients of each group's exits, block number -> d loss / d state."""
-        flat = [each for group in groups for each in group]
-        output_loss = sum(each.weight * each.nats for each in flat)
-        gradients = iter(torch.autograd.grad(output_loss, [each.state for each in flat], retain_graph=True))
-        return [{each.prefix[-1]: next(gradients) for each in group} for group in groups]
+    def _collect(self, indices: Sequence[Prefix], rows: CalledRows, from_z0: bool) -> None:
+        """Adds the gradients of evaluations to those of their blocks."""
+        for row, gradients in rows.gradients.items():
+            n = number_of(indices[row])
+            before = self._gradients.get(n, [None] * len(gradients))
+            self._gradients[n] = [h if g is None else g if h is None else g.add_(h) for g, h in zip(before, gradients)]
+        if from_z0 and rows.input_gradient is not None:
+            self._by_z0.append(rows.input_gradient)
+        rows.gradients.clear()
 
-    def _find_adjoints(
-        self, solution: Solution, path: tuple[int, ...], upstream: Sequence[Tensor | None], learn: bool
-    ) -> list[Tensor]:
-        """The backward iterations."""
-
-        def observe(i: int, adjoint: Tensor, product: Tensor) -> None:
-            self.learned.observe(path[i], "backward", adjoint, product - adjoint)
-
-        iterations = self.inference.iterations if self.keep_graph else replace(self.inference.iterations, backward=0)
-        return backward_sweeps(solution, upstream, iterations, observe=observe if learn else None)
-
-    def _add(self, n: int, loss: Tensor) -> None:
-        self.node_losses[n] = self.node_losses[n] + loss if n in self.node_losses else loss
+    def _add(self, n: int, loss: Tensor | float) -> None:
+        self._losses[n] = self._losses[n] + loss if n in self._losses else loss
 
 
-def _upstream_of_chain(
-    path: tuple[int, ...], at_exits: Mapping[int, Tensor], walked: Sequence[WalkedBranch]
-) -> list[Tensor | None]:
-    """d loss / d s_n for every state of a path: of its own exits, and what its branches send."""
-    upstream = [at_exits.get(n) for n in path]
-    for each in walked:
-        if each.sent is not None:
-            i = each.branch.start - 1
-            upstream[i] = each.sent if upstream[i] is None else upstream[i] + each.sent
+def _one_segment(branch: Branch) -> Iterations:
+    """A branch is walked from its start to its end, and back."""
+    return Iterations(0, 1, chunk_size=len(branch.path))
+
+
+def _ends(
+    path: Sequence[int], beginnings: Sequence[Prefix], exits: Mapping[int, float], states: Tensor
+) -> list[tuple[Prefix, float, Tensor]]:
+    """Of each exit on a path: the blocks up to it, its weight, and the state there."""
+    rows = [path.index(n) for n in exits]
+    return [(beginnings[row], weight, states[row]) for row, weight in zip(rows, exits.values())]
+
+
+def _upstream(beginnings: Sequence[Prefix], by_exit: Mapping[Prefix, Tensor], states: Tensor) -> Tensor:
+    """d loss / d s_n of the exits at the ends of these beginnings of a path, [L, ...]."""
+    upstream = torch.zeros_like(states)
+    for row, beginning in enumerate(beginnings):
+        if beginning in by_exit:
+            upstream[row] += by_exit[beginning]
     return upstream
-
-
-def _local_products(
-    path: tuple[int, ...], adjoints: Sequence[Tensor], solution: Solution, walked: Sequence[WalkedBranch]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Block number, adjoint and differentiated output of every evaluation that is trained."""
-    yield from zip(path, adjoints, solution.outputs)
-    for each in walked:
-        yield from zip(each.branch.path, each.adjoints, each.outputs)

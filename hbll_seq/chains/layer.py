@@ -21,9 +21,10 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix, number_of
 from hbll_seq.chains.time import KnownJacobians, TimeChain
+from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal
-from hbll_seq.engine.solve import solve, solve_adjoint
+from hbll_seq.engine.solve import solve
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.utils.modules import plain_module

@@ -99,7 +99,7 @@ class TimeRows(KnownJacobians):
     def __init__(self, chain: TimeChain, chunk_size: int):
         super().__init__(Jacobian(None), chain.clip)
         self.chain, self.chunk_size = chain, chunk_size
-        projected, n_missing = chain.projected if chain.differentiates else chain.projected.detach(), -chain.n_steps % chunk_size
+        projected, n_missing = chain.projected, -chain.n_steps % chunk_size
         with torch.set_grad_enabled(chain.differentiates):
             if n_missing:
                 projected = F.pad(projected, (0, 0) * (projected.dim() - 1) + (0, n_missing))

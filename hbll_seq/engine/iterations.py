@@ -43,7 +43,7 @@ class Iterations:
         """
         if isinstance(self.linearization, Composer) == (learned is not None):
             raise ValueError(
-                f"linearization={self.linearization.name!r} with learned={type(learned).__name__}: low_rank and shared_matrix "
-                "need their learned maps, and they alone; pass learned=.. with them and leave it out otherwise"
+                f"linearization={self.linearization.name!r} with learned={type(learned).__name__}: low_rank and "
+                "shared_matrix need their learned maps, and they alone; pass learned=.. with them and leave it out otherwise"
             )
         return learned or self.linearization

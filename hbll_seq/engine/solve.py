@@ -6,14 +6,10 @@ their beginnings. Then a scan composes what the walks ended in with what approxi
 (``linearization/``), which makes the next estimates. After K iterations without gradient comes the pass whose calls are
 differentiated, each on its own; then the adjoints go back, segment by segment, in the same way.
 
-What is exact is not computed again. After k iterations the first k segments begin exactly, so that iteration k + 1 leaves them
+What is exact is not computed again. After k iterations the first k segments begin exactly, so that the next one leaves them
 out; where calls are few and large (``keeps_calls``) their calls are already the differentiated ones. The same holds for
 adjoints from the end. With (K + 1) c >= N and M c >= N the whole scheme is backpropagation, evaluated in parallel. Below, it
 is an approximation that truncates.
-
-Where a product with a transposed Jacobian can make the gradients of the transition's parameters too
-(``makes_gradients``), the last walk back is also the one that makes them. With c = 1 a walk ends where it begins, so that M
-iterations go before it; with longer segments it is itself the last of the M.
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
@@ -44,9 +40,6 @@ class Solution:
     linearized: Linearized
     states: Tensor
     residual: Tensor
-
-
-# ------------------------------------------------------------------------------------------------------- forward
 
 
 @torch.no_grad()
@@ -104,8 +97,8 @@ class _Forward:
     def __init__(self, chain: Chain, s0: Tensor, iterations: Iterations, composer: Composer, learn: bool):
         if composer.needs_diagonal and not chain.has_diagonal:
             raise ValueError(
-                "linearization='diagonal': these transitions do not tell the diagonal of their Jacobian (gated recurrent cells "
-                "do); use 'identity' or 'zero'"
+                "linearization='diagonal': these transitions do not tell the diagonal of their Jacobian (gated recurrent "
+                "cells do); use 'identity' or 'zero'"
             )
         self.chain, self.iterations, self.composer, self.learn = chain, iterations, composer, learn
         self.size, self.n_segments = iterations.segments(chain.n_steps)
@@ -253,133 +246,3 @@ def _products(diagonal: Tensor, size: int) -> list[Tensor]:
         here = diagonal[p::size]
         products.append(products[-1][: len(here)] * here)
     return products
-
-
-# ------------------------------------------------------------------------------------------------------ backward
-
-
-@torch.no_grad()
-def solve_adjoint(
-    linearized: Linearized,
-    upstream: Tensor,
-    iterations: Iterations,
-    *,
-    learned: Composer | None = None,
-    learn: bool = False,
-) -> Tensor:
-    """Adjoints lambda_1 .. lambda_N [N, ...] of a loss on the states: a first estimate, then M iterations.
-
-    Where ``linearized`` makes gradients, those of all parameters are made too, from the adjoints that are returned.
-
-    Args:
-        linearized: of a :class:`Solution`.
-        upstream: [N, ...], upstream gradients e_n = d loss / d s_n for n = 1 .. N; zero where no loss is taken at s_n. It may
-            be overwritten.
-        iterations: M, c and the linearization.
-        learned, learn: see :func:`solve`.
-
-    Raises:
-        ValueError: see :func:`solve`.
-    """
-    run = _Backward(linearized, upstream, iterations, iterations.composer(learned), learn)
-    n_before = iterations.backward if run.is_fused and run.size == 1 else max(0, iterations.backward - 1)
-    for number in range(n_before):
-        if run.high == 1:
-            break
-        run.iterate(number)
-    return run.finish(n_before)
-
-
-class _Backward:
-    """A run of :func:`solve_adjoint`: what it knows so far.
-
-    Attributes:
-        high: the segments from this one on are done: their adjoints are final.
-        adjoints: [S c, ...], those of these segments, and the upstream gradients of the others.
-        ends: [high, ...], the present estimate of the adjoints at the segments' ends; the last of them is exact.
-        seen: what iterations walked, for the learned maps.
-    """
-
-    def __init__(self, linearized: Linearized, upstream: Tensor, iterations: Iterations, composer: Composer, learn: bool):
-        self.linearized, self.iterations, self.composer, self.learn = linearized, iterations, composer, learn
-        self.n_steps, self.is_fused = len(upstream), linearized.makes_gradients
-        self.size, self.high = iterations.segments(self.n_steps)
-        self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
-        self.guess = composer.guess(upstream, self.diagonal, self.size)
-        self.ends = self.guess[self.size - 1 :: self.size]
-        self.adjoints, n_missing = upstream, self.high * self.size - self.n_steps
-        if n_missing:  # nothing comes back from behind the end
-            nothing = upstream.new_zeros((n_missing, *upstream.shape[1:]))
-            self.adjoints, self.ends = torch.cat((upstream, nothing)), torch.cat((self.ends, nothing[:1]))
-        self.pure = None
-        if learn and self.size > 1:
-            inside = self.adjoints.unflatten(0, (self.high, self.size))[1:, :-1]
-            self.pure = inside.flatten(1).any(1).logical_not()
-        self.seen: list[Walk] = []
-
-    def iterate(self, number: int) -> None:
-        """Iteration ``number``, from 0: walks all segments but the first one back. That ends the last one's part in it."""
-        ended, products = self._walk(1, n_final=1, exchanges=True)
-        self.adjoints[self.high * self.size - 1] = self.ends[-1]
-        self.ends = self._exchange(ended, products, number)
-        self.high -= 1
-
-    def finish(self, number: int) -> Tensor:
-        """The last walk: the adjoints of all segments that are not done yet."""
-        high, size = self.high, self.size
-        is_diagonal = self.composer.needs_diagonal and self.linearized.is_diagonal  # then nothing is left to correct
-        if not self.is_fused and (is_diagonal or self.iterations.backward == 0):
-            return self.guess
-        exchanges = not self.is_fused and high > 1
-        ended, products = self._walk(0, n_final=high, exchanges=exchanges)
-        if exchanges:
-            new = self._exchange(ended, products, number, composes=self.composer.carries_inside)
-            if self.composer.carries_inside:
-                change = new - self.ends[:-1]
-                for p, product in zip(range(size - 1), reversed(products[:-1] or [None] * (size - 1))):
-                    inside = self.adjoints[p : (high - 1) * size : size]
-                    inside += self.composer.carry(change, product if product is None else product[: high - 1])
-            self.ends = torch.cat((new, self.ends[-1:]))
-        self.adjoints[size - 1 : high * size : size] = self.ends
-        if self.learn and self.seen:
-            self.composer.observe(self.seen)
-        return self.adjoints[: self.n_steps]
-
-    def _walk(self, low: int, n_final: int, exchanges: bool) -> tuple[Tensor, list[Tensor]]:
-        """Walks segments from ``low`` on back from their ends. The adjoints inside the last ``n_final`` of them are final.
-
-        Returns:
-            With ``exchanges`` what the segments from the second on ended in, without the upstream gradients there; and the
-            products of the diagonals behind each of their steps, where they are asked for.
-        """
-        size, stop, state, products = self.size, self.high * self.size, self.ends[low:], []
-        for p in reversed(range(size)):
-            first = low * size + p
-            if p == 0 and not exchanges:
-                if self.is_fused:
-                    self.linearized.vjp(slice(first, stop, size), state, n_final, wanted=False)
-                break
-            if p == 0 and low == 0:  # no segment waits for what the first one would send
-                first, state, n_final = size, state[1:], n_final - 1
-            rows = slice(first, stop, size)
-            state = self.linearized.vjp(rows, state, n_final)
-            if self.diagonal is not None:
-                here = self.diagonal[rows]
-                products.append(here if not products else products[-1][-len(here) :] * here)
-            if p > 0:
-                before = self.adjoints[first - 1 : stop - 1 : size]
-                # what autograd returns may be what it was given
-                state = state + before if self.is_fused else state.add_(before)
-                before[len(before) - n_final :] = state[len(before) - n_final :]
-        return state, products
-
-    def _exchange(self, ended: Tensor, products: list[Tensor], number: int, composes: bool = True) -> Tensor:
-        """The adjoints [high - 1, ...] at the ends of all segments but the last, from what those behind them ended in."""
-        high, size = self.high, self.size
-        walk = Walk(self.ends[1:], ended, 1, number, True, products[-1] if products else None)
-        if self.learn:
-            pure = self.pure if self.pure is None else self.pure[: high - 1]
-            self.seen.append(self.composer.sample(walk._replace(ended=ended.clone(), pure=pure)))
-        before = self.adjoints[size - 1 : (high - 1) * size : size]
-        ended = ended + before if self.is_fused else ended.add_(before)
-        return self.composer.compose(walk._replace(ended=ended)) if composes else ended

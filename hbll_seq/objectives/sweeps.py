@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from hbll_seq.chains.depth import Prefix, number_of, prefixes
+from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain, CalledRows, Chain
 from hbll_seq.engine.gradients import inject_gradients
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Identity
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
-from hbll_seq.engine.solve import Solution, solve, solve_adjoint
+from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Exit
 from hbll_seq.objectives.branches import Branch
@@ -176,11 +177,11 @@ class DepthStep:
             return None
         head, by_exit = output_loss(loss, read, self.model)
         self._add(network.path[-1], head - loss.detach())
-        by_exit = dict(zip(paths, by_exit))
-        upstream = _upstream(prefixes(network.path), by_exit, states)
+        found = iter(by_exit)
+        upstream = _upstream(network.path, network.exits, found, states)
         for branch, solution in walked:
             rows = solution.linearized
-            solve_adjoint(rows, _upstream(branch.prefixes, by_exit, solution.states), _one_segment(branch))
+            solve_adjoint(rows, _upstream(branch.path, branch.exits, found, solution.states), _one_segment(branch))
             if branch.start:
                 upstream[branch.start - 1] += rows.input_gradient
             self._collect(branch.prefixes, rows, from_z0=branch.start == 0)
@@ -201,7 +202,7 @@ class DepthStep:
         rows.gradients.clear()
 
     def _add(self, n: int, loss: Tensor | float) -> None:
-        self._losses[n] = self._losses[n] + loss if n in self._losses else loss
+        self._losses[n] = self._losses.get(n, self.z0.new_zeros(())) + loss
 
 
 def _one_segment(branch: Branch) -> Iterations:
@@ -217,10 +218,9 @@ def _ends(
     return [(beginnings[row], weight, states[row]) for row, weight in zip(rows, exits.values())]
 
 
-def _upstream(beginnings: Sequence[Prefix], by_exit: Mapping[Prefix, Tensor], states: Tensor) -> Tensor:
-    """d loss / d s_n of the exits at the ends of these beginnings of a path, [L, ...]."""
+def _upstream(path: Sequence[int], exits: Iterable[int], found: Iterator[Tensor], states: Tensor) -> Tensor:
+    """d loss / d s_n of the exits on a path, [L, ...]; ``found`` has those of its exits next."""
     upstream = torch.zeros_like(states)
-    for row, beginning in enumerate(beginnings):
-        if beginning in by_exit:
-            upstream[row] += by_exit[beginning]
+    for n in exits:
+        upstream[path.index(n)] = next(found)
     return upstream

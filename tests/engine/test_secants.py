@@ -85,12 +85,12 @@ def test_linear_branches_are_learned_and_then_an_iteration_is_exact():
     z0, path = model.embed(x).detach(), model.resolve_path()
     states = [z0]
     for n in path:
-        states += model.chain.apply((n,), (states[-1],))
+        states += model.calls.apply((n,), (states[-1],))
 
     def error(linearization):
         learned = objective.secants if isinstance(linearization, LowRank) else None
         once = Iterations(1, linearization=linearization)
-        solution = forward_sweeps(model.chain, path, z0, once, learned=learned)
+        solution = forward_sweeps(model.calls, path, z0, once, learned=learned)
         return max((s - exact).abs().max().item() for s, exact in zip(solution.states, states[1:]))
 
     assert error(LowRank()) < 0.02 * error(Identity())
@@ -239,7 +239,7 @@ def test_it_needs_to_know_the_width_and_sweeps():
     for linearization, learned in ((LowRank(), None), (Identity(), LowRankFit(3, 4))):
         with pytest.raises(ValueError, match="'low_rank' needs its learned maps"):
             once = Iterations(1, linearization=linearization)
-            forward_sweeps(model.chain, [1, 2], torch.zeros(1, 4), once, learned=learned)
+            forward_sweeps(model.calls, [1, 2], torch.zeros(1, 4), once, learned=learned)
     with pytest.raises(ValueError, match="every=0"):
         LowRankFit(3, 12, every=0)
 

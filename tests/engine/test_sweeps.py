@@ -69,9 +69,9 @@ def test_after_k_iterations_the_first_k_states_are_exact(linearization):
     path = model.resolve_path()
     states = [model.embed(tokens)]
     for n in path:
-        states += model.chain.apply((n,), (states[-1],))
+        states += model.calls.apply((n,), (states[-1],))
     for k in range(7):
-        solution = forward_sweeps(model.chain, path, states[0].detach(), Iterations(k, linearization=linearization))
+        solution = forward_sweeps(model.calls, path, states[0].detach(), Iterations(k, linearization=linearization))
         errors = [(solution.inputs[n] - states[n]).abs().max().item() for n in range(7)]
         assert max(errors[: k + 1]) < 1e-12
         assert all(error > 1e-6 for error in errors[k + 1 :])
@@ -96,9 +96,9 @@ def test_chunks_are_exact_in_a_fraction_of_the_iterations_and_not_before(lineari
     assert difference(forward, backward - 1) > 1e-7
     states = [model.embed(tokens)]
     for n in model.resolve_path():
-        states += model.chain.apply((n,), (states[-1],))
+        states += model.calls.apply((n,), (states[-1],))
     for k in range(forward + 1):
-        solution = forward_sweeps(model.chain, range(1, 8), states[0], Iterations(k, chunk_size=chunk), init=init)
+        solution = forward_sweeps(model.calls, range(1, 8), states[0], Iterations(k, chunk_size=chunk), init=init)
         errors = [(solution.inputs[n] - states[n]).abs().max().item() for n in range(7)]
         n_exact = (k + 1) * chunk + first  # inputs
         assert max(errors[:n_exact]) < 1e-12 and min([*errors[n_exact:], 1.0]) > 1e-6
@@ -122,13 +122,13 @@ def test_v_cycles_and_the_tree_start():
     model, tokens = double_lm()
     states = [model.embed(tokens)]
     for n in range(1, 8):
-        states += model.chain.apply((n,), (states[-1],))
-    jump = model.chain.apply((4,), (states[0],))[0]
-    estimates = v_cycle(model.chain, model.tree, states[0], cycles=0)
+        states += model.calls.apply((n,), (states[-1],))
+    jump = model.calls.apply((4,), (states[0],))[0]
+    estimates = v_cycle(model.calls, model.tree, states[0], cycles=0)
     torch.testing.assert_close(estimates[3], jump)
-    torch.testing.assert_close(estimates[5], model.chain.apply((6,), (jump,))[0])
+    torch.testing.assert_close(estimates[5], model.calls.apply((6,), (jump,))[0])
     for cycles in range(7):
-        estimates = v_cycle(model.chain, model.tree, states[0], cycles=cycles)
+        estimates = v_cycle(model.calls, model.tree, states[0], cycles=cycles)
         errors = [(s - exact).abs().max().item() for s, exact in zip(estimates, states[1:7])]
         exact = 2 * cycles + 1  # the first needs no cycle: its jump arc is the block itself
         assert max(errors[:exact]) < 1e-12
@@ -257,16 +257,16 @@ def test_a_branch_tells_the_chain_what_it_needs():
     """What a branch reads is trained for it too: without the main exit's weight the shared blocks still learn."""
     model, tokens = double_lm(default_paths="prefix")
     z0 = model.embed(tokens).detach()
-    (s1,) = model.chain.apply((1,), (z0,))
+    (s1,) = model.calls.apply((1,), (z0,))
     start = s1.detach().requires_grad_(True)
-    walked = walk(model.chain, [Branch((1,), (2, 4), {4: 1.0}), Branch((), (4,), {4: 1.0})], [start, z0])
+    walked = walk(model.calls, [Branch((1,), (2, 4), {4: 1.0}), Branch((), (4,), {4: 1.0})], [start, z0])
     end = walked[0].outputs[1].detach().requires_grad_(True)
     other = torch.ones_like(end)
     walked[0].upstream, walked[1].upstream = {4: torch.autograd.grad(end.square().sum(), end)[0]}, {4: other}
     find_adjoints(walked)
     state = s1.detach().requires_grad_(True)
-    (two,) = model.chain.apply((2,), (state,))
-    (four,) = model.chain.apply((4,), (two,))
+    (two,) = model.calls.apply((2,), (state,))
+    (four,) = model.calls.apply((4,), (two,))
     exact = torch.autograd.grad(four.square().sum(), (state, two))
     torch.testing.assert_close(walked[0].sent, exact[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(walked[0].adjoints[0], exact[1], rtol=1e-12, atol=1e-12)
@@ -342,15 +342,15 @@ def test_early_stop_and_damping():
     model, tokens = double_lm()
     z0, path = model.embed(tokens).detach(), model.resolve_path()
     calls = []
-    apply = model.chain.apply
-    model.chain.apply = lambda indices, states: calls.append(1) or apply(indices, states)
-    forward_sweeps(model.chain, path, z0, Iterations(50, tolerance=1e-10))
+    apply = model.calls.apply
+    model.calls.apply = lambda indices, states: calls.append(1) or apply(indices, states)
+    forward_sweeps(model.calls, path, z0, Iterations(50, tolerance=1e-10))
     assert len(calls) <= 13  # six iterations of two calls (differentiated or not) make it exact, then the last block
     calls.clear()
-    forward_sweeps(model.chain, path, z0, Iterations(50, tolerance=1e3))
+    forward_sweeps(model.calls, path, z0, Iterations(50, tolerance=1e3))
     assert len(calls) == 3  # one iteration, and the differentiated call of the others
-    half = torch.stack(forward_sweeps(model.chain, path, z0, Iterations(1, damping=0.5)).inputs)
-    whole = torch.stack(forward_sweeps(model.chain, path, z0, Iterations(1)).inputs)
+    half = torch.stack(forward_sweeps(model.calls, path, z0, Iterations(1, damping=0.5)).inputs)
+    whole = torch.stack(forward_sweeps(model.calls, path, z0, Iterations(1)).inputs)
     torch.testing.assert_close(half, 0.5 * (whole + z0))
 
 

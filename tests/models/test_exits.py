@@ -29,7 +29,7 @@ def test_each_length_of_the_heads_jump_or_of_the_path_reads_in_its_own_way(path,
     x, y = model.prepare(tokens)
     state = model.embed(x)
     for n in path:
-        (state,) = model.chain.apply((n,), (state,))
+        (state,) = model.calls.apply((n,), (state,))
     by_hand = 2 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), y.flatten(), reduction="sum")
     torch.testing.assert_close(model.score(state, y, path), by_hand)
     own = {(4,): 2, (4, 6): 1, (2, 4, 6, 7): 0, (1, 2, 3, 4): 2}[path] if by == "jump" else len(path) - 1

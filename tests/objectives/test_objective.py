@@ -50,7 +50,7 @@ def tree_states(model, tokens, **options):
     output_energy = lambda n, a: model.target_family.energy(model.head(a), targets)  # noqa: E731
     noise = lambda n, like: torch.randn(like.shape, generator=torch.Generator().manual_seed(n))  # noqa: E731
     z0 = model.embed(tokens[:, :-1])
-    return tree_pass(model.chain, model.tree, z0, output_energy, Gaussian(), sigma=0.1, noise=noise, **options)
+    return tree_pass(model.calls, model.tree, z0, output_energy, Gaussian(), sigma=0.1, noise=noise, **options)
 
 
 def test_no_leak_what_a_block_reads_does_not_move_with_later_tokens():

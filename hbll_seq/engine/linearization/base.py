@@ -32,7 +32,7 @@ class Walk(NamedTuple):
     index: number of the iteration.
     is_adjoint: whether cotangents are walked.
     product: [R, ...], of the Jacobians' diagonals along each walk, where they were asked for.
-    pure: [R], of adjoints: whether nothing but the adjoint that it began with came into a walk; None where that holds for all.
+    pure: [R], of adjoints: whether nothing but the adjoint that it began with came into a walk; None: into any.
     """
 
     begun: Tensor

@@ -11,7 +11,8 @@ from hbll_seq.layers.cross_entropy import linear_cross_entropy
 @pytest.mark.parametrize("positions", [1, 5, 64])
 @pytest.mark.parametrize("chunk_elements", [1, 40, 10**6])
 def test_value_and_gradients(positions, chunk_elements, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(cross_entropy, "CPU_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(cross_entropy, "CPU_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (positions, 13))
     targets = torch.randint(13, (positions,), generator=generator)

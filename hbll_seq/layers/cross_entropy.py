@@ -50,14 +50,12 @@ def weighted_cross_entropy(
     with torch.no_grad():
         total, nats, *gradients = _chunked(hidden, weight, targets, row_weights, ignore_index, *needs)
     # Each input has a node of its own: who asks for the gradient by one of them does not pay for the other's.
-    for needed, each, gradient in zip(needs, (hidden, weight), gradients):
-        if needed:
-            total = total + _WithGradient.apply(each, gradient, total)
-    return total, nats
+    nodes = [_Zero.apply(x, gradient, total) for needed, x, gradient in zip(needs, (hidden, weight), gradients) if needed]
+    return sum(nodes, total), nats
 
 
-class _WithGradient(torch.autograd.Function):
-    """Zero, with this gradient by ``x``."""
+class _Zero(torch.autograd.Function):
+    """0 with this gradient by ``x``."""
 
     @staticmethod
     def forward(ctx, x, gradient, like):

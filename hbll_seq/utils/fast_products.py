@@ -1,5 +1,5 @@
 """Float32 matrix products of a CPU by oneDNN, where that is float32 in full and the library that torch asks by itself is not
-as fast: MKL's own kernels for AVX-512 are for Intel's processors alone (train/experiments/bench_heads.py).
+as fast: MKL's kernels for AVX-512 are for Intel's processors alone (train/experiments/bench_heads.py).
 
 torch asks oneDNN for a float32 product only where it may be rounded to bfloat16. oneDNN rounds where the processor has
 a unit for such products (AMX); elsewhere it has nothing to gain and computes in float32. Whether it does is tested here.
@@ -53,7 +53,8 @@ def _is_exact() -> bool:
         return False  # nothing to gain
     settings = _settings()
     # numbers that no bfloat16 holds, without a draw from the random state of the caller
-    a, b = (torch.arange(256 * 256, dtype=torch.float64).add(shift).sin().view(256, 256).float() for shift in (1, 2))
+    numbers = torch.arange(256 * 256, dtype=torch.float64, device="cpu").view(256, 256)
+    a, b = numbers.sin().float(), numbers.cos().float()
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

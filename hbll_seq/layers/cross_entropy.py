@@ -12,8 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hbll_seq.utils.fast_products import fast_products
+
 #: logits of a chunk: 16M numbers, 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
+#: on a CPU 1M, 4 MiB, which its cache holds, but at least so many rows: products of fewer take longer.
+CPU_ELEMENTS, CPU_ROWS = 2**20, 128
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -42,63 +46,90 @@ def weighted_cross_entropy(
     Returns:
         The weighted sum, a scalar, and the nats of each position, [P], unweighted and detached; 0 where none is scored.
     """
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, row_weights, ignore_index)
-    return _chunked(hidden, weight, targets, row_weights, ignore_index, False, False)[:2]
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
+    with torch.no_grad():
+        total, nats, *gradients = _chunked(hidden, weight, targets, row_weights, ignore_index, *needs)
+    # Each input has a node of its own: who asks for the gradient by one of them does not pay for the other's.
+    nodes = [_Zero.apply(x, gradient, total) for needed, x, gradient in zip(needs, (hidden, weight), gradients) if needed]
+    return sum(nodes, total), nats
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _Zero(torch.autograd.Function):
+    """0 with this gradient by ``x``."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_weights, ignore_index):
-        needs = ctx.needs_input_grad[:2]
-        total, nats, d_hidden, d_weight = _chunked(hidden, weight, targets, row_weights, ignore_index, *needs)
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.mark_non_differentiable(nats)
-        ctx.set_materialize_grads(False)
-        return total, nats
+    def forward(ctx, x, gradient, like):
+        ctx.save_for_backward(gradient)
+        return torch.zeros_like(like)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, _):
-        d_hidden, d_weight = ctx.saved_tensors
-        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        return (
-            (gradient * d_hidden).to(d_hidden.dtype) if needs_hidden else None,
-            (gradient * d_weight).to(d_weight.dtype) if needs_weight else None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (upstream * gradient).to(gradient.dtype), None, None
 
 
 def _chunked(hidden, weight, targets, row_weights, ignore_index, needs_hidden, needs_weight):
     """The sum, the nats of each row, and the sum's gradients by hidden and weight where they are needed (else None)."""
     work = torch.promote_types(hidden.dtype, torch.float32)
-    nats = torch.zeros(len(hidden), dtype=work, device=hidden.device)
+    scored = targets != ignore_index
+    answers = targets.masked_fill(~scored, 0).unsqueeze(1)  # gather refuses any other wrong label
+    scales = scored.to(work) if row_weights is None else scored * row_weights.to(work)
+    scaled = hidden * scales.to(hidden.dtype).unsqueeze(1) if needs_weight else None
     d_hidden = torch.empty_like(hidden) if needs_hidden else None
     d_weight = torch.zeros(weight.shape, dtype=work, device=weight.device) if needs_weight else None
-    scales = (targets != ignore_index).to(work)
-    if row_weights is not None:
-        scales *= row_weights
-    rows = max(1, CHUNK_ELEMENTS // len(weight))
-    for low in range(0, len(hidden), rows):
-        part, answer = hidden[low : low + rows], targets[low : low + rows]
-        scored, scale = (answer != ignore_index).unsqueeze(1), scales[low : low + rows].unsqueeze(1)
-        answer = answer.unsqueeze(1).masked_fill(~scored, 0)  # gather refuses any other wrong label
-        logits = (part @ weight.T).to(work)  # autocast lowers the product, never the sum below
-        log_norm = logits.logsumexp(1, keepdim=True)
-        nats[low : low + rows] = ((log_norm - logits.gather(1, answer)) * scored).squeeze(1)
-        if not (needs_hidden or needs_weight):
-            continue
-        d_logits = logits.sub_(log_norm).exp_()
-        d_logits.scatter_add_(1, answer, torch.full_like(log_norm, -1.0))
-        d_logits = d_logits.mul_(scale).to(part.dtype)
-        if needs_hidden:
-            d_hidden[low : low + rows] = d_logits @ weight.to(part.dtype)
-        if needs_weight:
-            if d_weight.dtype == part.dtype and not torch.is_autocast_enabled(part.device.type):
-                d_weight.addmm_(d_logits.T, part)  # no second [V, C]
-            else:
-                d_weight += d_logits.T @ part
-    total = nats.sum() if row_weights is None else (nats * row_weights).sum()
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    plain = hidden.dtype == weight.dtype == work and not autocast  # nothing is cast on the way
+    fast = plain and hidden.device.type == "cpu"
+    rows, found = _rows_of_chunk(weight), []
+    buffer = hidden.new_empty(min(rows, len(hidden)), len(weight)) if fast else None
+    with fast_products(hidden):
+        for low in range(0, len(hidden), rows):
+            here = slice(low, low + rows)
+            part, answer = hidden[here], answers[here]
+            p, nats = _softmax_in(buffer, part, weight, answer) if fast else _softmax(part, weight, answer)
+            found.append(nats)
+            if not (needs_hidden or needs_weight):
+                continue
+            # The row's weight comes after the product: there it multiplies C numbers, not V.
+            d_logits = p.scatter_add_(1, answer, nats.new_full(answer.shape, -1.0)).to(hidden.dtype)
+            if needs_hidden and plain:
+                torch.mm(d_logits, weight, out=d_hidden[here])
+            elif needs_hidden:
+                d_hidden[here] = d_logits @ weight.to(hidden.dtype)
+            if needs_weight and plain:
+                d_weight.addmm_(d_logits.T, scaled[here])  # no second [V, C]
+            elif needs_weight:
+                d_weight += d_logits.T @ scaled[here]
+    nats = torch.cat(found).squeeze(1).masked_fill(~scored, 0.0) if found else scales
+    total = nats.sum() if row_weights is None else (nats * scales).sum()
+    if needs_hidden:
+        d_hidden *= scales.to(hidden.dtype).unsqueeze(1)
     return total, nats, d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
+
+
+def _rows_of_chunk(weight: Tensor) -> int:
+    if weight.device.type == "cpu":
+        return max(CPU_ROWS, CPU_ELEMENTS // len(weight))
+    return max(1, CHUNK_ELEMENTS // len(weight))
+
+
+def _softmax(part: Tensor, weight: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(part @ weight.T)`` [rows, V] in at least float32, a new tensor, and the nats of the answers [rows, 1]."""
+    # autocast lowers the product, never the sum
+    logs = torch.log_softmax(part @ weight.T, 1, dtype=torch.promote_types(part.dtype, torch.float32))
+    nats = logs.gather(1, answer).neg_()
+    return logs.exp_(), nats
+
+
+def _softmax_in(buffer: Tensor, part: Tensor, weight: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_softmax`, in a buffer that stays in a CPU's cache, with one exponential for each logit and no more."""
+    p = torch.mm(part, weight.T, out=buffer[: len(part)])
+    torch.softmax(p, 1, out=p)
+    of_answer = p.gather(1, answer)
+    nats = of_answer.log().neg_()
+    if of_answer.min() < (least := torch.finfo(p.dtype).tiny):  # too unlikely for this dtype
+        lost = (of_answer < least).squeeze(1)
+        logits = part[lost] @ weight.T
+        nats[lost] = logits.logsumexp(1, keepdim=True) - logits.gather(1, answer[lost])
+    return p, nats

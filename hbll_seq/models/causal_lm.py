@@ -178,7 +178,7 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         answers, matrix = targets.flatten().repeat(len(states)), self.head.projection.weight
         total, nats = weighted_cross_entropy(hidden.flatten(0, 1), matrix, answers, by_row, IGNORE_INDEX)
         n_scored = self.n_scored(states[0], targets)
-        return total * (greatest / n_scored), nats.view(len(states), -1).sum(1) / n_scored
+        return total * greatest / n_scored, nats.view(len(states), -1).sum(1) / n_scored
 
     def _reads_as_one(self, states: Sequence[Tensor]) -> bool:
         """Whether one call of the head's parts does what :meth:`score` does with each of these states."""

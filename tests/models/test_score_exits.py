@@ -11,7 +11,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.utils.checks import IGNORE_INDEX
 
 PATHS = [(1, 2, 3, 4, 5, 6, 7), (1,), (1, 2, 4), (2, 4, 6)]  # two share the length of their jump
-WEIGHTS = [1.0, 4.5, 0.25, 0.0]
+WEIGHTS = [1.0, 4.7, 0.3, 0.0]
 
 
 def build(kind=HBLLForCausalLM, **options):

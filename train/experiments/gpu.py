@@ -109,10 +109,9 @@ def usable_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: allowed are cpu, cuda and cuda:N; {remedy}")
     try:
         device = torch.device(name)
+        device = torch.empty(1, device=device).device  # with its index
         if device.type == "cuda":
-            torch.cuda.set_device(device if device.index is not None else torch.device("cuda", 0))
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.empty(1, device=device)
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"device={name!r} cannot be used ({str(error).splitlines()[0]}): {remedy}") from error
     return device

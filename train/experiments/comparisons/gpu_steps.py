@@ -20,8 +20,10 @@ from hbll_seq.utils.reading import shorten
 MIB = 2**20
 WARMUP = 3  # steps before a timed or captured one
 LEAST = 3  # timed repeats at least, however long they take
-#: relative difference of losses, and of gradients by their norm, up to which two steps are the same one
-TOLERANCES = {"float32": 1e-3, "bf16": 5e-2}
+#: relative differences of losses, and of gradients by their norm, up to which two steps are one. An untrained model's
+#: losses of two batches lie close to each other; gradients are summed up in an order that varies.
+TOLERANCES = {"float32": {"loss_difference": 1e-4, "gradient_difference": 1e-3},
+              "bf16": {"loss_difference": 2e-3, "gradient_difference": 5e-2}}  # fmt: skip
 
 
 class DoesNotFit(ValueError):
@@ -274,10 +276,10 @@ def _measure_graph(step: Step, device: torch.device, repeats: int, seconds: floa
     _restore(buffers)
     differences = _compare(replay().clone(), step.gradients(), expected, gradients)
     del gradients
-    tolerance = TOLERANCES[step.precision]
-    if not max(differences.values()) <= tolerance:  # NaN too
-        told = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in differences.items())
-        raise DoesNotFit(f"the graph computes another step than the plain form: relative {told}, allowed {tolerance:g}")
+    allowed = TOLERANCES[step.precision]
+    if not all(value <= allowed[key] for key, value in differences.items()):  # so that NaN is refused
+        told = [f"{key.replace('_', ' ')} {value:.2g} (allowed {allowed[key]:g})" for key, value in differences.items()]
+        raise DoesNotFit(f"the graph computes another step than the plain form: relative {', '.join(told)}")
     prepared = time.perf_counter() - begun
     return {**times_of(replay, device, repeats, seconds), **peak, **differences, "setup_s": prepared}
 

@@ -1,10 +1,12 @@
 """The measurements on a GPU, their logic on a CPU: cells are stored, a stop costs nothing, a failing form stops no other."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +274,113 @@ def test_what_a_step_learns_is_put_back_before_the_replay(monkeypatch):
     monkeypatch.setattr(gpu_steps, "_restore", lambda buffers: None)
     with pytest.raises(gpu_steps.DoesNotFit, match="another step"):
         gpu_steps.measure_step(Form("counts", "ours", Counts, graphed=True), subject, "float32", 2, 0.5)
+
+
+class FakeCuda:
+    """What a capture asks of torch.cuda, in the order in which it does."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.mode, self.stream_now = [], "default", "main"
+        for name in ("current_stream", "set_stream", "stream", "graph", "CUDAGraph", "get_sync_debug_mode",
+                     "set_sync_debug_mode"):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(gpu_steps, "_side_stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None, name=self.stream_now)
+
+    def set_stream(self, stream):
+        self.stream_now = stream.name
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.stream_now, before = "side", self.stream_now
+        try:
+            yield
+        finally:
+            self.stream_now = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.stream_now = "capturing"
+        try:
+            yield
+        except RuntimeError:  # as torch does: the end of a broken capture fails too, and the stream is not put back
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        self.stream_now = "main"
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+
+def steps_of(cuda, wrong=()):
+    """A step that notes where it was run, and fails where it is told to."""
+
+    class Noted:
+        def forget(self):
+            cuda.calls.append("forget")
+
+        def __call__(self):
+            cuda.calls.append((cuda.stream_now, cuda.mode))
+            if cuda.stream_now in wrong or cuda.mode in wrong:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return torch.ones(())
+
+    return Noted()
+
+
+def test_a_capture_warms_up_on_its_stream_looks_for_waits_and_then_captures(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    started = SimpleNamespace(start=lambda: cuda.calls.append("memory"))
+    replay = gpu_steps.capture(steps_of(cuda), started)
+    warm, strict = ["forget", ("side", "default")], ["forget", ("side", "error")]
+    assert cuda.calls == warm * gpu_steps.WARMUP + strict + ["forget", "memory", ("capturing", "default")]
+    assert replay() == 1 and cuda.calls[-1] == "replay"  # the gradients are those of the capture: nothing forgets them
+    assert (cuda.stream_now, cuda.mode) == ("main", "default")
+
+
+@pytest.mark.parametrize("wrong, kind", [("error", RuntimeError), ("capturing", gpu_steps.CaptureFailed)])
+def test_a_form_that_waits_is_found_before_a_capture_breaks(monkeypatch, wrong, kind):
+    cuda = FakeCuda(monkeypatch)
+    with pytest.raises(RuntimeError) as raised:
+        gpu_steps.capture(steps_of(cuda, [wrong]), SimpleNamespace(start=lambda: None))
+    assert type(raised.value) is kind and (cuda.stream_now, cuda.mode) == ("main", "default")
+    assert gpu_steps.reason_of(raised.value).startswith("RuntimeError: called a synchronizing CUDA operation")
+
+
+def test_memory_does_not_count_what_the_measurement_holds(monkeypatch):
+    allocated = iter([100 * gpu_steps.MIB, 130 * gpu_steps.MIB])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 180 * gpu_steps.MIB)
+    memory = gpu_steps.Memory(torch.device("cuda"))
+    memory.start()
+    assert memory.result() == {"peak_mib": 150.0, "step_mib": 50.0}
+
+
+def test_times_on_a_gpu_are_of_events_on_an_idle_device(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            calls.append("record")
+
+        def elapsed_time(self, end):
+            return float(len(calls))
+
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    found = gpu_steps.times_of(lambda: calls.append("call"), torch.device("cuda"), 5, 0.0)
+    assert calls == ["wait", "record", "call", "record", "wait"] * gpu_steps.LEAST  # no time is left after that
+    assert found == {"median_ms": 10.0, "spread_ms": [5.0, 15.0], "repeats": 3}
 
 
 def test_compiled_blocks_are_put_back_and_leave_weights_alone(monkeypatch):

@@ -230,9 +230,10 @@ class Bench:
             self._subject = self._made_for = None  # frees the model before
             self._subject = SUBJECTS[cell.kind](cell, args.plan, args.device)
             self._made_for = (cell.kind, cell.shape)
-        if form.compiled and args.device.type == "cuda" and self._compiled_for != (cell.size("width"), cell.precision):
-            torch.compiler.reset()  # else another width would be compiled for sizes that vary
-            self._compiled_for = (cell.size("width"), cell.precision)
+        compiled_for = (form.side, cell.size("width"), cell.precision) if form.compiled else self._compiled_for
+        if args.device.type == "cuda" and compiled_for != self._compiled_for:
+            torch.compiler.reset()  # no code of another side's, and none for sizes that vary
+            self._compiled_for = compiled_for
         return measure_step(form, self._subject, cell.precision, args.repeats, args.cell_seconds)
 
 

@@ -30,7 +30,7 @@ class Form:
         make: a model -> the objective around it.
         compiled: each block is compiled by ``torch.compile``. One compilation serves all blocks of a width.
         graphed: forward and backward are one CUDA graph.
-        late: measured after the forms that are not.
+        late: above 0, measured after all others, those of the same number together: for a width they are compiled once.
     """
 
     base: str
@@ -38,7 +38,7 @@ class Form:
     make: Callable[[nn.Module], nn.Module]
     compiled: bool = False
     graphed: bool = False
-    late: bool = False
+    late: int = 0
 
     @property
     def way(self) -> str:
@@ -81,11 +81,11 @@ FORMS: dict[str, list[Form]] = {
         *_both(_BACKPROP),
         *_both(_SWEEPS),
         *_both(_sweeps(3, 4, 1)),
-        *_both(replace(_BACKPROP, compiled=True, late=True)),
-        *_both(replace(_SWEEPS, compiled=True, late=True)),
-        Form("AdamW step alone", "optimizer", BackpropObjective, late=True),
+        *_both(replace(_BACKPROP, compiled=True, late=1)),
+        *_both(replace(_SWEEPS, compiled=True, late=2)),
+        Form("AdamW step alone", "optimizer", BackpropObjective, late=1),
     ],
-    "time": [_FUSED, *_both(_BPTT), *_both(_TIME_SWEEPS), *_both(_TIME_SHARED), replace(_FUSED, graphed=True, late=True)],
+    "time": [_FUSED, *_both(_BPTT), *_both(_TIME_SWEEPS), *_both(_TIME_SHARED), replace(_FUSED, graphed=True, late=1)],
 }
 GENERATION = "generate_ids"  # the one form of generation
 
@@ -169,33 +169,35 @@ def form_of(cell: Cell) -> Form:
 
 
 def cells_of(plan: Plan) -> list[Cell]:
-    """Every cell once, in the order of what it says: the middle width and batch in all lengths, generation, bf16, and then
-    the others; forms that take long to prepare come later. Cells that share a model stand together where they can."""
-    ranked: list[tuple[int, Cell]] = []
+    """Every cell once, in the order of what it says: the first width and batch at all lengths, generation, bf16, and then the
+    others; forms that take long to prepare come later. Cells that share a model stand together where they can."""
+    ranked: list[tuple[tuple[int, int], Cell]] = []
     for width in plan.widths:
         for blocks in plan.blocks:
-            first, low = width == plan.widths[0], (blocks, width) == plan.bf16_depth
-            ranked += _of_shape("depth", {"blocks": blocks, "width": width}, (0, 3) if first else (5, 7), low)
+            ranks = (0, 3) if width == plan.widths[0] else (5, 7)
+            ranked += _of_shape("depth", {"blocks": blocks, "width": width}, ranks, (blocks, width) == plan.bf16_depth)
     for batch in plan.batches:
         for steps in plan.steps:
-            first, low = batch == plan.batches[0], (steps, batch) == plan.bf16_time
-            ranked += _of_shape("time", {"steps": steps, "batch": batch}, (1, 6) if first else (5, 6), low)
+            ranks = (1, 6) if batch == plan.batches[0] else (5, 6)
+            ranked += _of_shape("time", {"steps": steps, "batch": batch}, ranks, (steps, batch) == plan.bf16_time)
     for width in plan.generation_widths:
         for batch in plan.generation_batches:
             for depth in plan.depths:
                 shape = {"depth": depth, "width": width, "batch": batch}
                 rank = 2 if width == plan.generation_widths[0] else 6
-                ranked.append((rank, Cell("generation", tuple(shape.items()), GENERATION)))
+                ranked.append(((rank, 0), Cell("generation", tuple(shape.items()), GENERATION)))
     return [cell for _, cell in sorted(ranked, key=lambda pair: pair[0])]  # sorted leaves equals in their order
 
 
-def _of_shape(kind: str, shape: dict[str, int], ranks: tuple[int, int], low: bool) -> list[tuple[int, Cell]]:
-    """All forms at a shape; with ``low`` in both precisions, and then at the rank of those."""
+def _of_shape(kind: str, shape: dict[str, int], ranks: tuple[int, int], low: bool) -> list[tuple[tuple[int, int], Cell]]:
+    """All forms at a shape with their ranks, those that are not late and those that are; with ``low`` in both precisions,
+    side by side."""
     found = []
     for precision in PRECISIONS if low else PRECISIONS[:1]:
         for form in FORMS[kind]:
+            if precision == "bf16" and form.side == "optimizer":  # autocast does not touch it
+                continue
             rank = ranks[1] if form.late else min(ranks[0], 4) if low else ranks[0]
-            if not (precision == "bf16" and form.side == "optimizer"):  # autocast does not touch it
-                found.append((rank if precision == "float32" else max(4, rank), Cell(kind, tuple(shape.items()), form.name,
-                              precision)))  # fmt: skip
+            rank = rank if precision == "float32" else max(4, rank)
+            found.append(((rank, form.late), Cell(kind, tuple(shape.items()), form.name, precision)))
     return found

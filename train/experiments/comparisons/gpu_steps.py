@@ -153,7 +153,7 @@ def measure_step(form: Form, subject: Subject, precision: str, repeats: int, sec
     if form.needs_cuda and device.type != "cuda":
         raise DoesNotFit("needs CUDA")
     begun = time.perf_counter()
-    with _blocks_compiled(subject.model, form.compiled):
+    with _blocks_compiled(subject.model, form):
         step = Step(form.make(subject.model).to(device), subject, precision)
         try:
             if form.side == "optimizer":
@@ -188,16 +188,20 @@ def _measure_optimizer(step: Step, device: torch.device, repeats: int, seconds: 
 
 
 @contextlib.contextmanager
-def _blocks_compiled(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside it, the model's blocks are compiled ones with the same weights."""
-    if not wanted:
+def _blocks_compiled(model: nn.Module, form: Form) -> Iterator[None]:
+    """Inside it, the model's blocks are compiled ones with the same weights, where the form wants that."""
+    if not form.compiled:
         yield
         return
     before = list(model.blocks)
     for n, block in enumerate(before):
         model.blocks[n] = torch.compile(block, dynamic=False)
+    # Local losses take products of one graph more than once; a compiled backward would by default overwrite what it saved.
+    config = torch._functorch.config
+    kept = {"donated_buffer": False} if form.side == "ours" and hasattr(config, "donated_buffer") else {}
     try:
-        yield
+        with config.patch(kept):
+            yield
     finally:
         for n, block in enumerate(before):
             model.blocks[n] = block

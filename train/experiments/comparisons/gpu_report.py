@@ -115,11 +115,15 @@ def draw(folder: Path, stored: Stored, cells: Sequence[Cell]) -> None:
         n_columns = min(2, len(values))
         n_rows = -(-len(values) // n_columns)
         figure = new_figure(5.5 * n_columns + 1.0, 3.6 * n_rows + 1.4)
-        all_axes = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True).flatten()
+        all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
         handles: dict[str, Any] = {}
+        ticks = sorted({cell.size(along) for cell, _ in rows})  # also of a panel that a stop has left without some of them
         for axes, value in zip(all_axes, values):
             handles |= _panel(axes, [(c, r) for c, r in rows if c.size(panel) == value], kind, along)
             axes.set_title(f"{panel} {value}", fontsize="medium")
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(n) for n in ticks])
+            axes.set_xticks([], minor=True)
             axes.set_xlabel(words)
         for axes in all_axes[len(values) :]:
             axes.remove()
@@ -142,11 +146,7 @@ def _panel(axes, rows: Sequence[tuple[Cell, Row]], kind: str, along: str) -> dic
             marker = {"backprop": "o", "ours": "s"}.get(form.side, "x")
             (lines[form.name],) = axes.plot(*zip(*points), STYLES[form.way], marker=marker, markersize=4,
                                             color=f"C{bases.index(form.base)}")  # fmt: skip
-    ticks = sorted({cell.size(along) for cell, _ in rows})
-    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("milliseconds a step")
     axes.grid(color="0.9")

@@ -4,9 +4,9 @@ They go as the forward ones do (``solve.py``), from the last segment to the firs
 Jacobians, from the adjoint at a segment's end to the one at its beginning; a scan composes what the walks ended in. After m
 iterations the adjoints of the last m segments are exact.
 
-Where a product can make the gradients of the transition's parameters too (``makes_gradients``), the last walk is also the one
-that makes them. With c = 1 a walk ends where it begins, so that M iterations go before it; with longer segments it is itself
-the last of the M.
+Where a product can make the gradients of the transition's parameters too (``makes_gradients``), a segment's last walk is also
+the one that makes them: an exact segment's the one that shows it exact, that of all others the last of the M. With c = 1 a
+walk ends where it begins; then the gradients are made behind M iterations, of all transitions at once.
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
@@ -45,7 +45,7 @@ def solve_adjoint(
         ValueError: see :func:`solve`.
     """
     run = _Backward(linearized, upstream, iterations, iterations.composer(learned), learn)
-    n_before = iterations.backward if run.is_fused and run.size == 1 else max(0, iterations.backward - 1)
+    n_before = iterations.backward if run.is_fused and not run.walks_make_gradients else max(0, iterations.backward - 1)
     for number in range(n_before):
         if run.high == 1:
             break
@@ -67,6 +67,7 @@ class _Backward:
         self.linearized, self.iterations, self.composer, self.learn = linearized, iterations, composer, learn
         self.n_steps, self.is_fused = len(upstream), linearized.makes_gradients
         self.size, self.high = iterations.segments(self.n_steps)
+        self.walks_make_gradients = self.is_fused and self.size > 1
         self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
         self.guess = composer.guess(upstream, self.diagonal, self.size)
         self.ends = self.guess[self.size - 1 :: self.size]
@@ -104,6 +105,8 @@ class _Backward:
                     inside += self.composer.carry(change, product if product is None else product[: high - 1])
             self.ends = torch.cat((new, self.ends[-1:]))
         self.adjoints[size - 1 : high * size : size] = self.ends
+        if self.is_fused and not self.walks_make_gradients:
+            self.linearized.vjp(slice(0, self.n_steps, 1), self.adjoints, self.n_steps, wanted=False)
         if self.learn and self.seen:
             self.composer.observe(self.seen)
         return self.adjoints[: self.n_steps]
@@ -119,13 +122,13 @@ class _Backward:
         for p in reversed(range(size)):
             first = low * size + p
             if p == 0 and not exchanges:
-                if self.is_fused:
+                if self.walks_make_gradients:
                     self.linearized.vjp(slice(first, stop, size), state, n_final, wanted=False)
                 break
             if p == 0 and low == 0:  # no segment waits for what the first one would send
                 first, state, n_final = size, state[1:], n_final - 1
             rows = slice(first, stop, size)
-            state = self.linearized.vjp(rows, state, n_final)
+            state = self.linearized.vjp(rows, state, n_final if self.walks_make_gradients else 0)
             if self.diagonal is not None:
                 here = self.diagonal[rows]
                 products.append(here if not products else products[-1][-len(here) :] * here)

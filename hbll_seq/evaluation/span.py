@@ -43,7 +43,6 @@ class _Ledger(TorchDispatchMode):
         super().__init__()
         self.stamps: dict[int, int] = {}
         self.alive: list[Tensor] = []  # a freed storage's address may come back, and would bring its old stamp
-        self.backward_cost = 1  # inner gradients are input-only products; the final backward is a full one
         self.work = self.head_work = 0
 
     @property
@@ -72,11 +71,23 @@ class _Ledger(TorchDispatchMode):
         return out
 
 
+class _Weights(torch.autograd.Function):
+    """Stands for a block's parameters: autograd comes here when their gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx, parameter):
+        return parameter.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 class _Gate(torch.autograd.Function):
     """The identity at a block's output: adds the block's cost to what passes, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx, x, ledger, recomputes, is_head):
+    def forward(ctx, x, weights, ledger, recomputes, is_head):
         ctx.ledger, ctx.recomputes, ctx.is_head = ledger, recomputes, is_head
         y = x.clone()
         ledger.set_stamp(y, ledger.stamp(x) + 1)
@@ -89,20 +100,26 @@ class _Gate(torch.autograd.Function):
         passed = gradient.clone()
         # A block that was not kept is computed again when the gradient arrives, since computed earlier the insides of all
         # blocks would be alive at once. (The recomputation stops at the last saved tensor, often before this gate.)
-        cost = ledger.backward_cost + ctx.recomputes
+        of_weights = ctx.next_functions[1][0]
+        cost = 1 + (of_weights is not None and torch._C._will_engine_execute_node(of_weights)) + ctx.recomputes
         ledger.set_stamp(passed, ledger.stamp(gradient) + cost)
         ledger.count(cost, ctx.is_head)
-        return passed, None, None, None
+        return passed, gradient.new_zeros(()), None, None, None
+
+
+def _stand_in(module: nn.Module) -> nn.Parameter:
+    """A parameter that is trained where the module has one that is."""
+    return nn.Parameter(torch.zeros(()), requires_grad=any(p.requires_grad for p in module.parameters()))
 
 
 class _Counted(nn.Module):
     def __init__(self, module: nn.Module, ledger: _Ledger, *, recomputes: bool = False, is_head: bool = False):
         super().__init__()
-        self.module, self.gate = module, (ledger, recomputes, is_head)
+        self.module, self.stand_in, self.gate = module, _stand_in(module), (ledger, recomputes, is_head)
 
     def forward(self, x):
         y = self.module(x)
-        return _Gate.apply(y[0] if isinstance(y, tuple) else y, *self.gate)
+        return _Gate.apply(y[0] if isinstance(y, tuple) else y, _Weights.apply(self.stand_in), *self.gate)
 
 
 class _CountedRecurrent(RecurrentBlock):
@@ -110,7 +127,7 @@ class _CountedRecurrent(RecurrentBlock):
 
     def __init__(self, block: RecurrentBlock, ledger: _Ledger, *, recomputes: bool = False):
         nn.Module.__init__(self)  # none of a block's own parameters: it has those of the one inside
-        self.module, self.gate = block, (ledger, recomputes, False)
+        self.module, self.stand_in, self.gate = block, _stand_in(block), (ledger, recomputes, False)
 
     @property
     def cell(self):
@@ -118,13 +135,13 @@ class _CountedRecurrent(RecurrentBlock):
 
     def forward(self, x, state=None):
         y, state = self.module(x, state)
-        return _Gate.apply(y, *self.gate), state
+        return _Gate.apply(y, _Weights.apply(self.stand_in), *self.gate), state
 
     def enter(self, x):
         return self.module.enter(x)
 
     def leave(self, x, states):
-        return _Gate.apply(self.module.leave(x, states), *self.gate)
+        return _Gate.apply(self.module.leave(x, states), _Weights.apply(self.stand_in), *self.gate)
 
 
 def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = None, step: int = 0) -> Span:
@@ -135,7 +152,6 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     """
     model, ledger = objective.model, _Ledger()
     blocks, head = list(model.blocks), model.head
-    parameters = objective.trained_parameters()
     try:
         for n, block in enumerate(blocks):
             counted = _CountedRecurrent if isinstance(plain_module(block), RecurrentBlock) else _Counted
@@ -144,8 +160,7 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
         with ledger:
             loss = objective(inputs, labels, step=step).loss
             forward = ledger.stamp(loss)
-            ledger.backward_cost = 2
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, objective.trained_parameters())
             until = max(ledger.stamp(gradient) for gradient in gradients)
     finally:
         for n, block in enumerate(blocks):

@@ -85,8 +85,8 @@ def options() -> Parser:
     add("--methods", nargs="+", default=METHODS, help=f"what is compared (default: {' '.join(METHODS)}; of a recurrent "
         f"stack backprop-N with all its blocks, {' '.join(OF_RECURRENT)})")
     add("--depth-mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
-    add("--data", default="bundled", help=f"text, as for train/lm.py, or {CODE!r}: the source of SymPy (BSD licence), from the "
-        f"package index, with a tokenizer of {VOCAB_SIZE:,} pieces of its own (default: bundled)")  # fmt: skip
+    add("--data", default="bundled", help=f"text, as for train/lm.py, or {CODE!r}: the source of SymPy (BSD licence) of the "
+        f"index, with a tokenizer of {VOCAB_SIZE:,} pieces of its own (default: bundled)")  # fmt: skip
     add("--cache", type=Path, help="folder that keeps texts, tokenizers and tokens (default: that of train/lm.py)")
     add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
     add("--cell", default=TRANSFORMER, help=f"kind of block: {', '.join(CELLS)}; or one for each block, as in "

@@ -54,7 +54,9 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(tmp_path, capsys, monke
     assert [row["depth"] for row in by_method["sweeps"]["test"]] == [3]
     assert by_method["backprop-3"]["work"] == 9 < by_method["sweeps"]["work"] < by_method["mix"]["work"]
     assert by_method["sweeps"]["alignment"][0][1] == pytest.approx(1, abs=1e-3)  # three blocks: three sweeps are exact
-    assert [step for step, _ in by_method["mix"]["evaluations"]] == [2]
+    assert [step for step, _ in by_method["mix"]["evaluations"]] == [2, 3]
+    assert all(run["step_seconds"] > 0 for run in runs)
+    assert "validation perplexity at equal time" in first and "step time / backprop-3's" in first
     for name in ("mix", "backprop-mix"):
         assert [row["path"] for row in by_method[name]["test"]] == [[2], [1, 2], [1, 2, 3]]  # the prefix family
     assert by_method["mix"]["alignment"][0][4] == pytest.approx(1, abs=1e-3)  # of the full path alone
@@ -130,8 +132,8 @@ def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
     setting = stored["setting"]
     for run, old in zip(Results(path, setting, "depth").runs, stored["runs"], strict=True):
         shape = {name: setting[name] for name in ("n_level", "cell") if name in setting}
-        for name in (run["method"], old["side"]):
-            method = DepthMethod.named(name, setting["mix"], **shape)
+        for name in (run["method"], old.get("side", run["method"])):
+            method = DepthMethod.named(name, current_setting(setting)["depth_mix"], **shape)
             assert (method.name, method.description) == (run["method"], run["description"])
         assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]
 
@@ -194,7 +196,7 @@ def test_sweeps_without_end_learn_what_backprop_learns(stretches, cell):
     names = ("backprop-3", EXACT, EXACT.replace("=7", "=0"))
     backprop, exact, less = (train_depth(DepthMethod.named(name, "random"), 2e-2, 0, stretches(), shape) for name in names)
     curves = [[row["depth 3"] for _, row in run["evaluations"]] for run in (backprop, exact, less)]
-    assert len(curves[0]) == 4 and curves[0][-1] < 0.3 * curves[0][0]
+    assert len(curves[0]) == 5 and curves[0][-1] < 0.3 * curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert exact["test"][0]["loss"] == pytest.approx(backprop["test"][0]["loss"], rel=1e-5)
     assert [row[1] for row in exact["alignment"]] == pytest.approx([1] * 3, abs=1e-5)  # at carried states, by both

@@ -81,7 +81,7 @@ def test_full_sweeps_train_as_bptt_with_the_state_carried():
     afresh.carry_state = False
     fresh = train_time(TimeMethod.named("bptt"), 1e-2, 0, afresh, shape)
     assert abs(fresh["curve"][-1][1] - exact["curve"][-1][1]) > 1e-4  # the state that was carried makes a difference
-    assert [step for step, _ in exact["evaluations"]] == [6] and math.isfinite(tree["test"][0]["bits"])
+    assert [step for step, _ in exact["evaluations"]] == [6, 12] and math.isfinite(tree["test"][0]["bits"])
 
 
 def test_the_script_resumes_and_ends_with_the_difference(tmp_path, capsys, monkeypatch):
@@ -137,10 +137,23 @@ def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
     runs = Results(path, stored["setting"], "time").runs
     assert runs
     for run, old in zip(runs, stored["runs"], strict=True):
-        for name in (run["method"], old["side"]):
-            method = TimeMethod.named(name, sweeps)
+        for name in (run["method"], old.get("side", run["method"])):
+            method = compare_rnn.method_named(name, sweeps)
             assert (method.name, method.description) == (run["method"], run["description"])
         assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]
+
+
+def test_the_fused_layer_trains_the_cell_as_bptt_does(tmp_path):
+    output = tmp_path / "fused.json"
+    argv = [*TINY, "--task", "copy-64", "--seeds", "0", "--methods", "bptt", "fused", "one-step", "--output", str(output)]
+    compare_rnn.main(argv)
+    bptt, fused, truncated = json.loads(output.read_text())["runs"][:3]
+    assert (fused["method"], fused["description"]) == ("fused", "fused {}")
+    assert fused["curve"][-1][1] == pytest.approx(bptt["curve"][-1][1], abs=2e-5)
+    assert fused["test"][0]["loss"] == pytest.approx(bptt["test"][0]["loss"], abs=1e-5)  # of the deployed cell
+    assert truncated["test"][0]["loss"] != pytest.approx(bptt["test"][0]["loss"], abs=1e-4)  # or that would say nothing
+    with pytest.raises(ValueError, match="'fused' with cell='mingru': torch has fused layers of gru, elman; leave"):
+        compare_rnn.main([*argv[:-1], str(tmp_path / "other.json"), "--cell", "mingru"])
 
 
 def test_chunks_of_default_sweeps_grow_with_the_delay():

@@ -65,7 +65,7 @@ def test_curve_evaluations_and_alignment_have_their_steps():
                         alignment=alignment)  # fmt: skip
     assert [step for step, _ in fitted.curve] == [20, 40, 50]
     assert fitted.curve[0][1] == pytest.approx(2 * 2 * -0.2 * 19)
-    assert fitted.evaluations == [[25, 1]] and looks == [pytest.approx(-0.2 * 25)]  # the last step has a full evaluation
+    assert fitted.evaluations == [[25, 1], [50, 2]] and looks == pytest.approx([-0.2 * 25, -0.2 * 50])  # the last step too
     assert fitted.alignment == [[15, 1.0, 1.0, 0.0], [30, 1.0, 1.0, 0.0], [45, 1.0, 1.0, 0.0]]
     assert fitted.seconds > 0
     other.a, other.b = line.a, line.b

@@ -4,6 +4,7 @@
     python train/experiments/compare.py --output new.json          # all of them again
     python train/experiments/compare.py --quick                    # minutes: the same, too short to mean much
     python train/experiments/compare.py --task induction           # a task that one block cannot do
+    python train/experiments/compare.py --data code                # Python source, a text where depth matters
     python train/experiments/compare.py --cell gru --n-level 2     # 3 GRU layers, beside backprop through depth and time
 
 A method is an inference with options, such as "sweeps:forward=2,backward=1", "tree", "backprop:depth_mix=sandwich", or a
@@ -34,6 +35,7 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 
 import torch
 
+from comparisons.code_text import VOCAB_SIZE, code_folder
 from comparisons.depth_methods import DepthMethod
 from comparisons.methods import distinct
 from comparisons.plots import plot_depth
@@ -44,7 +46,7 @@ from comparisons.runs import DepthShape, train_depth
 from comparisons.tasks import LanguageTask, SyntheticTask, Text
 from hbll_seq.data.tasks import make_task
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.data.tokens import load_tokens
+from hbll_seq.data.tokens import load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIXES
@@ -52,6 +54,7 @@ from hbll_seq.training.settings import block_cells
 from hbll_seq.utils.arguments import Parser
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+CODE = "code"
 METHODS = [*(f"backprop-{k}" for k in range(1, 8)), "backprop-mix", "tree", "sweeps", "sweeps:linearization=low_rank", "mix"]
 TASKS = {
     "text": {},
@@ -77,12 +80,14 @@ def options() -> Parser:
     add("--task", choices=TASKS, default="text", help="text, or a synthetic task: induction of one or two hops, associative "
         f"recall, nested list operations; tasks have their own defaults: {ON_TASKS}")
     add("--output", type=Path, help="JSON file of results (default: "
-        "train/results/compare[-TASK][-CELL-LEVEL][-quick].json)")
+        "train/results/compare[-TASK][-code][-CELL-LEVEL][-quick].json)")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--methods", nargs="+", default=METHODS, help=f"what is compared (default: {' '.join(METHODS)}; of a recurrent "
         f"stack backprop-N with all its blocks, {' '.join(OF_RECURRENT)})")
     add("--depth-mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
-    add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
+    add("--data", default="bundled", help=f"text, as for train/lm.py, or {CODE!r}: the source of SymPy (BSD licence) of the "
+        f"index, with a tokenizer of {VOCAB_SIZE:,} pieces of its own (default: bundled)")  # fmt: skip
+    add("--cache", type=Path, help="folder that keeps texts, tokenizers and tokens (default: that of train/lm.py)")
     add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
     add("--cell", default=TRANSFORMER, help=f"kind of block: {', '.join(CELLS)}; or one for each block, as in "
         f"gru,transformer,gru (default: {TRANSFORMER})")
@@ -136,7 +141,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.output is None:
         told = [cell.replace(",", "+")] if cell != TRANSFORMER else []
         told += [str(args.n_level)] if told or args.n_level != parser.get_default("n_level") else []
-        name = "-".join(["compare", *([task] if task != "text" else []), *told, *(["quick"] if args.quick else [])])
+        what = [task] if task != "text" else [CODE] if args.data == CODE else []
+        name = "-".join(["compare", *what, *told, *(["quick"] if args.quick else [])])
         args.output = RESULTS / f"{name}.json"
     return args
 
@@ -153,9 +159,13 @@ def task_of(args: argparse.Namespace) -> LanguageTask:
     """What is learned. Raises ValueError when the text cannot be used."""
     if args.task != "text":
         return SyntheticTask(make_task(args.task.removesuffix("-2"), **TASKS[args.task]))
-    tokenizer = Tokenizer.default()
+    if args.data == CODE:
+        source = str(code_folder(args.cache))
+        tokenizer = load_tokenizer(source, VOCAB_SIZE, cache_dir=args.cache)
+    else:
+        source, tokenizer = args.data, Tokenizer.default()
     splits = ("train", "validation", "test")
-    windows = {s: TokenWindows(load_tokens(args.data, s, tokenizer), args.context_length) for s in splits}
+    windows = {s: TokenWindows(load_tokens(source, s, tokenizer, cache_dir=args.cache), args.context_length) for s in splits}
     return Text(windows, tokenizer.vocab_size, args.carry_state)
 
 

@@ -6,13 +6,13 @@
     python train/experiments/compare_rnn.py --task copy-64         # remember three symbols over 64 steps
     python train/experiments/compare_rnn.py --quick                # a minute: too short to mean much
 
-A method is "bptt", "truncated:window=16" (credit goes back to the last multiple of 16 steps), "one-step" (exact states, no
-credit through time), "sweeps" (local losses from forward and backward iterations along time) with options as in
-"sweeps:forward=2,backward=2,chunk_size=8,linearization=zero", or "tree:consistency=4" (HBLL-RNN as published, K = 4, 0
-leaves its consistency stage out). Every method tries every learning rate with the first seed, and beyond the grid while its
-best one lies at the edge; the one with the lowest validation loss is kept for the other seeds. What is evaluated is the
-deployed network. Results are added to a JSON file run by run, and a run that is in the file is not done again; two
-processes may share one.
+A method is "bptt", "fused" (BPTT by torch's own layer), "truncated:window=16" (credit goes back to the last multiple of 16
+steps), "one-step" (exact states, no credit through time), "sweeps" (local losses from forward and backward iterations along
+time) with options as in "sweeps:forward=2,backward=2,chunk_size=8,linearization=zero", or "tree:consistency=4" (HBLL-RNN as
+published, K = 4, 0 leaves its consistency stage out). Every method tries every learning rate with the first seed, and beyond
+the grid while its best one lies at the edge; the one with the lowest validation loss is kept for the other seeds. What is
+evaluated is the deployed network. Results are added to a JSON file run by run, and a run that is in the file is not done
+again; two processes may share one.
 
 New names in version 0.2: --methods (was --sides), --context-length (--block-size), --alignment-every (--probe-every).
 Files of results and names of methods from before are read as they are.
@@ -24,8 +24,9 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,6 +34,7 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import numpy as np
 import torch
 
+from comparisons.fused_bptt import FUSED, FusedBPTT
 from comparisons.methods import distinct
 from comparisons.plots import plot_time
 from comparisons.program import as_program
@@ -125,6 +127,11 @@ def default_sweeps(task: str, cell: str) -> dict[str, object]:
     return defaults_of(cell, {**SWEEPS_ON_COPY, "chunk_size": max(SWEEPS["chunk_size"], delay // CHUNKS_ON_COPY)})
 
 
+def method_named(name: str, sweeps: Mapping[str, object], **network: Any) -> TimeMethod:
+    """"fused", or what :meth:`TimeMethod.named` makes of a name."""
+    return FusedBPTT(FUSED, FUSED, (), **network) if name == FUSED else TimeMethod.named(name, sweeps, **network)
+
+
 def task_of(args: argparse.Namespace) -> LanguageTask:
     """What is learned. Raises ValueError when the text cannot be used."""
     delay = delay_of(args.task)
@@ -158,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.methods or (results.methods() if args.report_only else METHODS)
     network = dict(cell=args.cell, n_steps=task.context_length, memory=args.memory)
     sweeps = default_sweeps(args.task, args.cell)
-    methods = distinct(TimeMethod.named(name, sweeps, **network) for name in names)
+    methods = distinct(method_named(name, sweeps, **network) for name in names)
     for method in methods:
         method.check()  # before the first run, not hours later
 

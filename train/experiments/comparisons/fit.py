@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ CURVE_EVERY = 20
 class Fitted:
     """What a training run shows.
 
-    seconds: of the training steps alone, without evaluations and measurements.
+    seconds: of the training steps alone, without evaluations and measurements, by the wall clock.
+    step_seconds: what a step took, by the processor's clock, see :func:`usual_step`.
     curve: [step, nats per target] of every 20th step and of the last.
     alignment: [step, *figures] as :meth:`Alignment.measure` makes them.
-    evaluations: [step, what ``evaluate`` returned].
+    evaluations: [step, what ``evaluate`` returned], of the last step too.
     """
 
     seconds: float = 0.0
+    step_seconds: float = 0.0
     curve: list[list] = field(default_factory=list)
     alignment: list[list] = field(default_factory=list)
     evaluations: list[list] = field(default_factory=list)
@@ -88,12 +91,12 @@ def fit(
         carry: ``"states"`` or ``"state"``: what the output calls the states that the next step is given under the same name;
             None starts every step from zero.
         alignment: what is compared with the exact gradient before a step, from the same states; nothing learns from it.
-        evaluate: what is looked at every ``evaluate_every`` steps, but for the last.
+        evaluate: what is looked at every ``evaluate_every`` steps and after the last.
         title: of the progress bar.
     """
     groups = (group["params"] for group in optimizer.param_groups)
     clipped = list(itertools.chain(*groups) if clipped is None else clipped)
-    fitted, carried = Fitted(), {}
+    fitted, carried, spent = Fitted(), {}, []
     with tqdm(range(steps), desc=title, mininterval=5) as bar:
         for step in bar:
             for group in optimizer.param_groups if rate is not None else ():
@@ -101,7 +104,7 @@ def fit(
             inputs, labels = batch(step)
             if alignment is not None and (step + 1) % alignment.every == 0:
                 fitted.alignment.append([step + 1, *alignment.measure(inputs, labels, step, **carried)])
-            start = now(inputs)
+            start, begun = now(inputs), work_clock(inputs)
             output = objective(inputs, labels, step=step, **carried)
             optimizer.zero_grad()
             output.loss.backward()
@@ -109,14 +112,34 @@ def fit(
                 torch.nn.utils.clip_grad_norm_(clipped, clip)
             optimizer.step()
             fitted.seconds += now(inputs) - start
+            spent.append(work_clock(inputs) - begun)
             if carry is not None:
                 carried = {carry: getattr(output, carry)}
             if step % CURVE_EVERY == CURVE_EVERY - 1 or step == steps - 1:
                 fitted.curve.append([step + 1, round(output.metrics["ce"].item(), 5)])
                 bar.set_postfix(ce=f"{fitted.curve[-1][1]:.3f}")
-            if evaluate is not None and (step + 1) % evaluate_every == 0 and step + 1 < steps:
+            if evaluate is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
                 fitted.evaluations.append([step + 1, evaluate()])
+    fitted.step_seconds = usual_step(spent)
     return fitted
+
+
+def usual_step(seconds: Sequence[float]) -> float:
+    """Seconds of a step, from those of all: the median over stretches of 20 steps of their mean.
+
+    A median alone would leave out the dear steps of a method whose steps differ, as those of a random depth mix do, and a
+    mean alone would take in what other jobs on the machine do to a few.
+    """
+    if not seconds:
+        return 0.0
+    ends = range(CURVE_EVERY, len(seconds) + 1, CURVE_EVERY)  # a rest of fewer steps than that is no stretch of its own
+    stretches = [seconds[end - CURVE_EVERY : end] for end in ends] or [seconds]
+    return statistics.median(map(statistics.fmean, stretches))
+
+
+def work_clock(tensor: Tensor) -> float:
+    """Seconds of this process's processors, all threads together; of another device, the wall clock once it is done."""
+    return now(tensor) if tensor.is_cuda else time.process_time()
 
 
 def now(tensor: Tensor) -> float:

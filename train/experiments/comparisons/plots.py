@@ -88,7 +88,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def plot_time(path: Path, runs: Runs, metric: str) -> None:
-    """Validation figure over steps and over seconds, first seed of each method."""
+    """Validation figure over steps and over seconds, first seed of each method; processor seconds where they are stored."""
     figure = new_figure(10.0, 4.2)
     by_step, by_second = figure.subplots(1, 2)
     for name, of_method in runs.items():
@@ -97,7 +97,7 @@ def plot_time(path: Path, runs: Runs, metric: str) -> None:
         if not curve:  # a run shorter than one evaluation
             continue
         steps, values = zip(*curve)
-        per_step = run["seconds"] / run["curve"][-1][0]
+        per_step = run.get("step_seconds") or run["seconds"] / run["curve"][-1][0]
         marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
         by_step.plot(steps, values, marker=marker, label=name)
         by_second.plot([step * per_step for step in steps], values, marker=marker, label=name)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from comparisons.equal_time import at_equal_time, told_step_time, until_reached
 from comparisons.results import deepest
+from comparisons.statistics import told, told_paired
 
 Runs = Mapping[str, Sequence[dict]]
-
-
-def mean_and_half_range(values: Sequence[float]) -> str:
-    """Over seeds; a dash where there is none."""
-    return f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2f}" if values else "-"
+#: what the sign means that ``told_step_time`` puts before a time
+WALL = "s/step: processor seconds of a training step; ~ by the wall clock, of runs from before that was stored"
+#: points of accuracy within which a method counts as having got where the reference did
+MARGIN = 1.0
 
 
 def first_lowest_last(values: Sequence[float]) -> str:
@@ -39,6 +40,11 @@ def join(parts: Iterable[tuple[str, Sequence[str]]], missing: str) -> str:
     return "; ".join(f"{name} " + ", ".join(values) for name, values in parts if values) or missing
 
 
+def join_paired(parts: Iterable[tuple[str, Sequence[float]]], form: str, missing: str) -> str:
+    """The same of paired figures, with what the seeds say of their mean."""
+    return "; ".join(f"{name} {told_paired(values, form)}" for name, values in parts if values) or missing
+
+
 # ------------------------------------------------------------------------------------------------------------ over depth
 
 
@@ -54,8 +60,12 @@ def report_depth(runs: Runs, metric: str, how: str = "") -> str:
     single = {depth: f"backprop-{depth}" for depth in depths}
     others = [name for name in runs if name not in single.values()]
     last = f"backprop-{depths[-1]}"
-    lines = [f"test {metric}, mean and half range over {max(map(len, runs.values()))} seed(s)" + how]
-    lines += [*_by_depth(runs, metric, single, others), "", *_costs(runs), ""]
+    n_seeds = max(map(len, runs.values()))
+    over = f"mean and standard deviation over {n_seeds} seeds" if n_seeds > 1 else "one seed"
+    lines = [f"test {metric}, {over}{how}", *_by_depth(runs, metric, single, others), "", *_costs(runs), ""]
+    whole = {name: of_method for name, of_method in runs.items() if deepest(of_method[0], "test")["depth"] == depths[-1]}
+    if shown := at_equal_time(whole, last, metric, lambda row: row.get(f"depth {depths[-1]}")):
+        lines += [*shown, ""]
     lines += _ratios_by_depth(runs, metric, single, others)
     if metric == "perplexity":
         if lines[-1]:
@@ -65,16 +75,16 @@ def report_depth(runs: Runs, metric: str, how: str = "") -> str:
     def ratio(run: dict, reference: dict) -> float:
         return deepest(run, "test")[metric] / max(deepest(reference, "test")[metric], 1e-9)
 
-    parts = ((name, [f"{r:.3f}" for r in paired(runs[name], runs.get(last, ()), ratio)]) for name in others)
+    parts = ((name, paired(runs[name], runs.get(last, ()), ratio)) for name in others)
     lines.append(f"\nratio of {metric} on the full path to {depths[-1]}-block backprop at equal steps: "
-                 + join(parts, "no run of it"))  # fmt: skip
+                 + join_paired(parts, ".3f", "no run of it"))  # fmt: skip
     return "\n".join(lines)
 
 
 def _by_depth(runs: Runs, metric: str, single: Mapping[int, str], others: Sequence[str]) -> list[str]:
     def cell(name: str, depth: int) -> str:
         rows = (row for run in runs.get(name, ()) for row in run["test"])
-        return mean_and_half_range([row[metric] for row in rows if row["depth"] == depth])
+        return told([row[metric] for row in rows if row["depth"] == depth])
 
     lines = [f"{'blocks':>6}  {'backprop, own model':>19}" + "".join(f"  {name:>16}" for name in others)]
     for depth, own in single.items():
@@ -83,17 +93,15 @@ def _by_depth(runs: Runs, metric: str, single: Mapping[int, str], others: Sequen
 
 
 def _costs(runs: Runs) -> list[str]:
-    lines = [f"{'method':>24}  {'lr':>7}  {'seeds':>5}  {'work/step':>9}  {'s/step':>7}  cosine to the exact gradient: "
+    lines = [WALL, f"{'method':>24}  {'lr':>7}  {'seeds':>5}  {'work/step':>9}  {'s/step':>7}  cosine to the exact gradient: "
              "first, lowest, last"]  # fmt: skip
     for name, of_method in runs.items():
         found = cosines(of_method)
         shown = first_lowest_last(found) if found else ""
         alone = [row[4] for run in of_method for row in run["alignment"] if len(row) > 4]
         shown += f"; of the full path alone: {first_lowest_last(alone)}" if alone else ""
-        steps = of_method[0]["curve"][-1][0]
-        seconds = sum(run["seconds"] for run in of_method) / len(of_method) / steps
         lines.append(f"{name:>24}  {of_method[0]['lr']:>7.2g}  {len(of_method):>5}  {of_method[0]['work']:>9.1f}  "
-                     f"{seconds:>7.3f}  " + shown)  # fmt: skip
+                     f"{told_step_time(of_method, '.3f'):>7}  " + shown)  # fmt: skip
     return lines
 
 
@@ -137,24 +145,34 @@ def _bits_per_token(runs: Runs, last: str) -> list[str]:
 
 
 def report_time(runs: Runs, metric: str, unit: str) -> str:
-    """Figures by method, what they cost, and one last line with the difference to BPTT."""
-    lines = [f"test {metric} of the deployed network ({unit}), by seed",
+    """Figures by method, what they cost, the figures at equal time, and one last line with the difference to BPTT."""
+    lines = [f"test {metric} of the deployed network ({unit}), by seed", WALL,
              f"{'method':>58}  {'lr':>6}  {metric:>17}  {'s/step':>7}  "
              "cosine to BPTT's gradient: lowest; last, by seed"]  # fmt: skip
     for name, of_method in runs.items():
         values = ", ".join(f"{run['test'][0][metric]:.4f}" for run in of_method)
         by_seed = [cosines([run]) for run in of_method if run["alignment"]]
         shown = f"{min(map(min, by_seed)):.3f}; {', '.join(f'{c[-1]:.3f}' for c in by_seed)}" if by_seed else ""
-        seconds = sum(run["seconds"] / run["curve"][-1][0] for run in of_method) / len(of_method)
-        lines.append(f"{name:>58}  {of_method[0]['lr']:>6.2g}  {values:>17}  {seconds:>7.4f}  {shown}")
+        lines.append(f"{name:>58}  {of_method[0]['lr']:>6.2g}  {values:>17}  {told_step_time(of_method):>7}  {shown}")
+    lines += _times(runs, "bptt", metric)
 
     def difference(run: dict, reference: dict) -> float:
         return run["test"][0][metric] - reference["test"][0][metric]
 
     bptt = runs.get("bptt", ())
-    parts = ((name, [f"{d:+.4f}" for d in paired(r, bptt, difference)]) for name, r in runs.items() if name != "bptt")
-    lines.append(f"\n{metric} minus BPTT's at equal steps: " + join(parts, "no run of both"))
+    parts = ((name, paired(r, bptt, difference)) for name, r in runs.items() if name != "bptt")
+    lines.append(f"\n{metric} minus BPTT's at equal steps: " + join_paired(parts, "+.4f", "no run of both"))
     return "\n".join(lines)
+
+
+def _times(runs: Runs, reference: str | None, metric: str) -> list[str]:
+    """Lines at equal time, and where it is accuracy also the time until it is reached."""
+    if reference not in runs:
+        return []
+    lines = at_equal_time(runs, reference, metric, lambda value: value)
+    if metric == "accuracy":
+        lines += until_reached(runs, reference, metric, lambda value: value, MARGIN)
+    return ["", *lines] if lines else []
 
 
 # --------------------------------------------------------------------------------------------------------------- classes
@@ -169,27 +187,27 @@ def report_classes(runs: Runs, setting: Mapping) -> str:
     """
     task = f"{'p' if setting['permutation_seed'] is not None else ''}sMNIST"
     width, pixels = max(map(len, runs)), -(-setting["n_inputs"] // setting["n_steps"])
-    lines = [f"test accuracy in %, mean and half range over seeds; {task}, N = {setting['n_steps']} steps of "
+    lines = [f"test accuracy in %, mean and standard deviation over seeds; {task}, N = {setting['n_steps']} steps of "
              f"{pixels} pixel{'s' * (pixels > 1)}, {setting['cell']}, hidden {setting['hidden_size']}, "
-             f"{setting['steps']} steps of {setting['batch_size']} images",
+             f"{setting['steps']} steps of {setting['batch_size']} images", WALL,
              f"{'method':>{width}}  {'lr':>7}  {'seeds':>5}  {'deployed':>13}  {'tree':>13}  {'f_D':>13}  {'s/step':>7}  "
              "cosine to the exact gradient: first, lowest, last"]  # fmt: skip
     for name, of_method in runs.items():
         found = cosines(of_method)
-        seconds = sum(run["seconds"] for run in of_method) / len(of_method) / setting["steps"]
         figures = [[run["test"][read] for run in of_method if read in run["test"]] for read in ("deployed", "tree", "top")]
-        cells = "  ".join(f"{mean_and_half_range(values):>13}" for values in figures)
+        cells = "  ".join(f"{told(values):>13}" for values in figures)
         shown = first_lowest_last(found) if found else ""
-        rate = of_method[0]["lr"]
-        lines.append(f"{name:>{width}}  {rate:>7.2g}  {len(of_method):>5}  {cells}  {seconds:>7.3f}  {shown}".rstrip())
+        rate, step = of_method[0]["lr"], told_step_time(of_method)
+        lines.append(f"{name:>{width}}  {rate:>7.2g}  {len(of_method):>5}  {cells}  {step:>7}  {shown}".rstrip())
 
     def difference(run: dict, reference: dict) -> float:
         return run["test"]["deployed"] - reference["test"]["deployed"]
 
     bptt = next((name for name in runs if name.partition(":")[0] == "bptt"), None)
     reference = runs.get(bptt, ())
-    parts = ((name, [f"{d:+.2f}" for d in paired(r, reference, difference)]) for name, r in runs.items() if name != bptt)
-    lines += ["", "deployed minus BPTT in points: " + join(parts, "no run of bptt" if bptt is None else "no other method")]
+    parts = ((name, paired(r, reference, difference)) for name, r in runs.items() if name != bptt)
+    lines += [*_times(runs, bptt, "accuracy"), "", "deployed minus BPTT in points: "
+              + join_paired(parts, "+.2f", "no run of bptt" if bptt is None else "no other method")]  # fmt: skip
     return "\n".join(lines)
 
 

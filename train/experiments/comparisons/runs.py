@@ -36,8 +36,8 @@ def a_device() -> str:
 
 def _stored(method: Method, lr: float, seed: int, fitted: Fitted, **figures: Any) -> dict[str, Any]:
     return {"method": method.name, "description": method.description, "lr": lr, "seed": seed,
-            "seconds": round(fitted.seconds, 2), "curve": fitted.curve, "alignment": fitted.alignment,
-            "evaluations": fitted.evaluations, **figures}  # fmt: skip
+            "seconds": round(fitted.seconds, 2), "step_seconds": round(fitted.step_seconds, 6), "curve": fitted.curve,
+            "alignment": fitted.alignment, "evaluations": fitted.evaluations, **figures}  # fmt: skip
 
 
 def _title(method: Method, lr: float, seed: int) -> str:

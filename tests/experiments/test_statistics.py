@@ -1,0 +1,52 @@
+"""What a few seeds say, beside tables and the definition."""
+
+import math
+import random
+
+import pytest
+
+from comparisons.statistics import mean, paired_interval, spread, t_quantile, told, told_paired
+
+
+@pytest.mark.parametrize(
+    "freedom, confidence, expected",
+    [(1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.95, 3.182), (4, 0.95, 2.776), (9, 0.95, 2.262), (10, 0.99, 3.169),
+     (30, 0.90, 1.697), (1000, 0.95, 1.962)],
+)  # fmt: skip
+def test_the_quantiles_are_those_of_the_tables(freedom, confidence, expected):
+    assert t_quantile(confidence, freedom) == pytest.approx(expected, abs=6e-4)
+
+
+def test_mean_spread_and_interval_of_three_seeds():
+    values = [1.0, 2.0, 6.0]
+    assert mean(values) == 3.0 and spread(values) == pytest.approx(math.sqrt(7))
+    found = paired_interval(values)
+    assert (found.mean, found.n) == (3.0, 3)
+    assert found.high - 3 == pytest.approx(3 - found.low) == pytest.approx(4.3027 * math.sqrt(7) / math.sqrt(3), rel=1e-4)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says():
+    rng = random.Random(0)
+    found = [paired_interval([rng.gauss(5.0, 2.0) for _ in range(3)]) for _ in range(4000)]
+    assert sum(i.low <= 5.0 <= i.high for i in found) / len(found) == pytest.approx(0.95, abs=0.012)
+
+
+def test_one_seed_is_called_that_and_shows_no_spread():
+    assert spread([3.0]) is None and paired_interval([3.0]) is None
+    assert told([3.0]) == "3.00" and told_paired([1.5]) == "1.500 (one seed)"
+    assert told([]) == "-" and told_paired([]) == ""
+    assert told([1.0, 3.0]) == "2.00 ± 1.41"
+    assert told_paired([1.0, 1.1], ".2f") == "1.00, 1.10 (mean 1.05, 95% interval 0.41 to 1.69)"
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: t_quantile(1.0, 2), "confidence=1.0: must be above 0 and below 1"),
+        (lambda: t_quantile(0.9, 0), "freedom=0: must be at least 1"),
+        (lambda: mean([]), "a mean needs at least one"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

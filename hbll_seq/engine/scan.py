@@ -93,25 +93,40 @@ def sequential_scan(b: Tensor, a: Tensor | float, initial: Tensor | None = None,
     return torch.stack(states)
 
 
-def shared_scan(b: Tensor, matrix: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
-    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n.
+def powers_of(matrix: Tensor, n_powers: int) -> Tensor:
+    """A, A^2, .. A^n of a matrix [H, H]: [n, H, H], in log2 n products one after the other."""
+    powers = matrix[None]
+    while len(powers) < n_powers:
+        powers = torch.cat((powers, powers @ powers[-1]))[:n_powers]
+    return powers
 
-    Two steps are one step of A^2, so that every second state is a scan of half the length: span 2 log2 N products, work 2 N
-    and log2 N squarings of A.
+
+def shared_scan(b: Tensor, powers: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
+    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n, whose powers are known.
+
+    With G powers, up to G states are sums of products that do not wait for each other, so their span is one product. Of more,
+    groups of G are summed side by side, their ends by recursion, and every group then takes what came before it: two products
+    for each level.
 
     Args:
         b: [N, ..., H].
-        matrix: A, [H, H]; states are rows.
+        powers: A, A^2, .. A^G, [G, H, H]; states are rows.
         initial: [..., H].
         reverse: from the end, ``s_n = s_{n+1} A + b_n``.
     """
     if reverse:
-        return shared_scan(b.flip(0), matrix, initial).flip(0)
-    if len(b) < 2:
-        return b + initial @ matrix
-    first, second = b[::2], b[1::2]
-    states = torch.empty_like(b)
-    states[1::2] = shared_scan(second + first[: len(second)] @ matrix, matrix @ matrix, initial)
-    before = torch.cat((initial[None], states[1:-1:2] if len(b) % 2 == 0 else states[1::2]))
-    states[::2] = first + before @ matrix
-    return states
+        return shared_scan(b.flip(0), powers, initial).flip(0)
+    n_steps, size = len(b), min(len(b), len(powers))
+    n_groups = -(-n_steps // size)
+    padding = b.new_zeros((n_groups * size - n_steps, *b.shape[1:]))
+    grouped = torch.cat((b, padding)).unflatten(0, (n_groups, size))
+    states = grouped.clone()
+    for lag in range(1, size):
+        states[:, lag:] += grouped[:, :-lag] @ powers[lag - 1]
+    before = initial[None]
+    if n_groups > 1:
+        ends = shared_scan(states[:-1, -1], powers_of(powers[size - 1], size), initial)
+        before = torch.cat((before, ends))
+    for j in range(size):
+        states[:, j] += before @ powers[j]
+    return states.flatten(0, 1)[:n_steps]

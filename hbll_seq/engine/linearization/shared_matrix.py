@@ -23,10 +23,12 @@ from torch import Tensor
 
 from hbll_seq.engine.linearization.base import Composer, Linearization, Walk
 from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
-from hbll_seq.engine.scan import shared_scan
+from hbll_seq.engine.scan import powers_of, shared_scan
 
 #: a map is squared so often to find its spectral radius.
 SQUARINGS = 8
+#: of a map so many powers are kept: a scan over that many segments is one product.
+MOST_POWERS = 8
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class SharedMatrixFit(RunningFit, Composer):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
         super().__init__(decay, max(2, width // 64) if every is None else every)
+        self._known_powers: dict[tuple[str, int], tuple[int, Tensor]] = {}
         for way, n_maps in (("forward", forward), ("backward", max(1, backward - 1))):
             for name in ("change", "response", "map"):
                 self.register_buffer(f"{way}_{name}", torch.zeros(n_maps, width, width))
@@ -82,12 +85,22 @@ class SharedMatrixFit(RunningFit, Composer):
 
     def compose(self, walk: Walk) -> Tensor:
         """See :meth:`Composer.compose`; states are [B, H]."""
-        matrix = self._of("map", "backward" if walk.is_adjoint else "forward", walk.index)
-        work = torch.promote_types(walk.ended.dtype, matrix.dtype)
+        powers = self._powers("backward" if walk.is_adjoint else "forward", walk.index, len(walk.begun))
+        work = torch.promote_types(walk.ended.dtype, powers.dtype)
         with full_precision(walk.ended):
-            matrix, begun = matrix.to(work), walk.begun.to(work)
-            b = walk.ended.to(work) - begun @ matrix
-            return shared_scan(b, matrix, walk.head.to(work), reverse=walk.is_adjoint).to(walk.ended.dtype)
+            powers, begun = powers.to(work), walk.begun.to(work)
+            b = walk.ended.to(work) - begun @ powers[0]
+            return shared_scan(b, powers, walk.head.to(work), reverse=walk.is_adjoint).to(walk.ended.dtype)
+
+    def _powers(self, way: str, number: int, n_segments: int) -> Tensor:
+        """As many powers of a map as a scan over so many segments uses. They are known before a step begins."""
+        matrix, n_powers = self._of("map", way, number), min(n_segments, MOST_POWERS)
+        key = way, matrix.data_ptr()
+        version, powers = self._known_powers.get(key, (None, matrix[:0]))
+        if version != matrix._version or len(powers) < n_powers:
+            with full_precision(matrix):
+                self._known_powers[key] = matrix._version, (powers := powers_of(matrix, n_powers))
+        return powers[:n_powers]
 
     def observe(self, walks: Sequence[Walk]) -> None:
         """See :meth:`Composer.observe`: walks respond to a change of where they begin, which their iteration has made."""

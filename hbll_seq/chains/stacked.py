@@ -151,6 +151,8 @@ class _Rows:
         device = weight.device.type
         if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):  # which leaves float64 alone
             self._dtype = torch.get_autocast_dtype(device)
+        elif states.dtype != weight.dtype:
+            raise ValueError(f"states of {states.dtype}: the blocks are of {weight.dtype}; convert one, or use autocast")
         self._copies = stack._stacked(rows, self._dtype)
         self._graph = torch.is_grad_enabled()
 
@@ -158,6 +160,7 @@ class _Rows:
         """The normalisation of this name of ``x`` [R, N, C]."""
         layer = getattr(self._stack._first, name)
         scale = self._vectors(f"{name}.weight").unsqueeze(1)
+        x = x.to(scale.dtype)
         if isinstance(layer, nn.RMSNorm):
             return F.rms_norm(x, x.shape[-1:], eps=layer.eps) * scale
         return torch.addcmul(self._vectors(f"{name}.bias").unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=layer.eps), scale)
@@ -166,7 +169,8 @@ class _Rows:
         """Queries and keys [R, N, H + K, D], normalised over D."""
         scales = [self._vectors(f"norm_{part}.weight").unsqueeze(1).expand(-1, n, -1)
                   for part, n in (("q", n_queries), ("k", n_keys))]  # fmt: skip
-        return F.rms_norm(heads, heads.shape[-1:], eps=self._stack._first.norm_q.eps) * torch.cat(scales, 1).unsqueeze(1)
+        scale = torch.cat(scales, 1).unsqueeze(1)
+        return F.rms_norm(heads.to(scale.dtype), heads.shape[-1:], eps=self._stack._first.norm_q.eps) * scale
 
     def product(self, name: str, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """``x`` [R, N, I] times the transposed matrices [R, O, I] of this name, plus ``add_to``: [R, N, O]."""
@@ -265,8 +269,12 @@ def _can_stack(block: nn.Module) -> bool:
 def _is_untouched(module: nn.Module) -> bool:
     """Whether nobody has put a hook on the module, compiled it in place, or given it a method of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    overridden = any(callable(getattr(type(module), name, None)) for name in vars(module))
-    return not hooked and not overridden and module._compiled_call_impl is None
+    return not hooked and module._compiled_call_impl is None and _methods(type(module)).isdisjoint(vars(module))
+
+
+@lru_cache(maxsize=16)
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name)))
 
 
 def _hooks_on_all() -> bool:

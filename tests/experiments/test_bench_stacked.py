@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import bench_stacked
-from hbll_seq.layers.attention import TransformerBlock
 
 TINY = ["--widths", "8", "16", "--tokens", "3", "--batches", "1", "--rows", "2", "--n-head", "2", "--repeats", "1"]
 
@@ -41,8 +40,7 @@ def test_quick_is_a_part_of_the_whole():
 
 
 def test_both_forms_compute_the_same_step():
-    torch.manual_seed(0)
-    blocks = [TransformerBlock(8, 2, window=4) for _ in range(3)]
+    blocks = bench_stacked.blocks_of(3, tokens=4, width=8, n_head=2)
     states, upstream = torch.randn(2, 3, 2, 4, 8)
     found = []
     for kind in (bench_stacked.Loop, bench_stacked.Stacked):
@@ -52,7 +50,7 @@ def test_both_forms_compute_the_same_step():
         found.append([by_states, *(p.grad.clone() for block in blocks for p in block.parameters())])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert all(g.abs().sum() > 0 for g in found[0][:4])
+    assert all(g.abs().sum() > 0 for g in found[0])
 
 
 def test_the_last_line_tells_what_the_rule_takes_and_leaves():

@@ -76,6 +76,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def blocks_of(rows: int, tokens: int, width: int, n_head: int, device: str = "cpu") -> list[TransformerBlock]:
+    """New blocks whose branches are not zero, as those of new blocks otherwise are."""
+    torch.manual_seed(0)
+    blocks = [TransformerBlock(width, n_head, window=tokens).to(device) for _ in range(rows)]
+    for block in blocks:
+        for matrix in (block.attention_out, block.mlp_out):
+            nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
+    return blocks
+
+
 class Loop:
     """The blocks one after the other, each with a state of its own, as in ``hbll_seq.chains.depth``."""
 
@@ -161,11 +171,7 @@ def compare(forms: Sequence[Callable[[], None]], repeats: int, device: str) -> d
 
 def measure(rows: int, batch: int, tokens: int, width: int, args: argparse.Namespace) -> dict:
     """One setting."""
-    torch.manual_seed(0)
-    blocks = [TransformerBlock(width, args.n_head, window=tokens).to(args.device) for _ in range(rows)]
-    for block in blocks:
-        for matrix in (block.attention_out, block.mlp_out):  # which start at zero
-            nn.init.normal_(matrix.weight, std=matrix.in_features**-0.5)
+    blocks = blocks_of(rows, tokens, width, args.n_head, args.device)
     states, upstream = torch.randn(2, rows, batch, tokens, width, device=args.device)
     forms = [calls_of(kind(blocks, states, upstream)) for kind in (Loop, Stacked)]
     found = {name: compare([form[name] for form in forms], args.repeats, args.device) for name in TIMED}

@@ -54,10 +54,21 @@ def test_both_forms_compute_the_same_step():
 
 
 def test_the_last_line_tells_what_the_rule_takes_and_leaves():
-    rows = [{"pays": pays, "step": {"gain": gain}} for pays, gain in ((True, 2.0), (True, 1.5), (False, 0.9))]
-    assert bench_stacked.report_line(rows) == ("2 of 3 settings are stacked: gain of a step 1.50 to 2.00; "
-                                               "1 of 3 settings are not: gain of a step 0.90 to 0.90")  # fmt: skip
-    assert "are not" not in bench_stacked.report_line(rows[:2])
+    rows = [{"width": width, "tokens": 8, "batch": 1, "rows": 2, "step": {"gain": gain}}
+            for width, gain in ((32, 2.0), (64, 1.5), (100_000, 0.9))]  # fmt: skip
+    assert bench_stacked.report_line(rows, "cpu") == ("2 of 3 settings are stacked: gain of a step 1.50 to 2.00; "
+                                                      "1 of 3 settings are not: gain of a step 0.90 to 0.90")  # fmt: skip
+    assert "are not" not in bench_stacked.report_line(rows[:2], "cpu")
+
+
+def test_report_only_prints_what_is_stored(tmp_path, capsys):
+    output = tmp_path / "stacked.json"
+    rows = bench_stacked.main([*TINY, "--output", str(output)])
+    printed, stored = capsys.readouterr().out, output.read_bytes()
+    assert bench_stacked.main(["--report-only", "--output", str(output)]) == rows
+    assert capsys.readouterr().out == printed and output.read_bytes() == stored
+    with pytest.raises(ValueError, match="there is no results file .*leave --report-only out"):
+        bench_stacked.main(["--report-only", "--output", str(tmp_path / "other.json")])
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -2,6 +2,7 @@
 
     python train/experiments/bench_stacked.py                                # some minutes on one core
     python train/experiments/bench_stacked.py --quick --output quick.json    # a minute
+    python train/experiments/bench_stacked.py --report-only                  # the stored table
     python train/experiments/bench_stacked.py --device cuda --output gpu.json
 
 Four things are timed, each for both forms in turn in one process:
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--quick", action="store_true", help="two widths, two lengths, one batch, four rows, three rounds")
+    add("--report-only", action="store_true", help="print what is stored, with the rule as it is now")
     add("--output", type=Path, default=RESULTS / "bench_stacked.json",
         help="JSON file of results (default: train/results/bench_stacked.json)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -175,16 +177,20 @@ def measure(rows: int, batch: int, tokens: int, width: int, args: argparse.Names
     states, upstream = torch.randn(2, rows, batch, tokens, width, device=args.device)
     forms = [calls_of(kind(blocks, states, upstream)) for kind in (Loop, Stacked)]
     found = {name: compare([form[name] for form in forms], args.repeats, args.device) for name in TIMED}
-    row = {"width": width, "tokens": tokens, "batch": batch, "rows": rows, **found,
-           "pays": pays(rows, batch, tokens, width, args.device)}  # fmt: skip
-    print(_line(row), flush=True)
+    row = {"width": width, "tokens": tokens, "batch": batch, "rows": rows, **found}
+    print(_line(row, args.device), flush=True)
     return row
 
 
-def report_line(rows: Sequence[dict]) -> str:
+def is_chosen(row: dict, device: str) -> bool:
+    """What the rule says of this setting."""
+    return pays(row["rows"], row["batch"], row["tokens"], row["width"], device)
+
+
+def report_line(rows: Sequence[dict], device: str) -> str:
     """What the rule makes of it."""
-    chosen = [row["step"]["gain"] for row in rows if row["pays"]]
-    left = [row["step"]["gain"] for row in rows if not row["pays"]]
+    chosen = [row["step"]["gain"] for row in rows if is_chosen(row, device)]
+    left = [row["step"]["gain"] for row in rows if not is_chosen(row, device)]
     parts = [f"{len(gains)} of {len(rows)} settings {name}: gain of a step {min(gains):.2f} to {max(gains):.2f}"
              for name, gains in (("are stacked", chosen), ("are not", left)) if gains]  # fmt: skip
     return "; ".join(parts)
@@ -194,25 +200,33 @@ _HEADER = (f"{'':>28}  {'ms of a step':>17}  {'gain':>34}\n{'width':>5} {'tokens
            f"  {'loop':>8} {'stacked':>8}" + "".join(f" {name:>9}" for name in TIMED))  # fmt: skip
 
 
-def _line(row: dict) -> str:
-    cells = f"{row['width']:>5} {row['tokens']:>6} {row['batch']:>5} {row['rows']:>4}  {'yes' if row['pays'] else 'no':>4}  "
+def _line(row: dict, device: str) -> str:
+    cells = f"{row['width']:>5} {row['tokens']:>6} {row['batch']:>5} {row['rows']:>4}  "
+    cells += f"{'yes' if is_chosen(row, device) else 'no':>4}  "
     cells += " ".join(f"{1e3 * row['step'][form]:>8.2f}" for form in ("loop", "stacked"))
     return cells + "".join(f" {row[name]['gain']:>9.2f}" for name in TIMED)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Measures every setting, prints the table and writes it as JSON."""
+    """Measures every setting, prints the table and writes it as JSON; ``--report-only`` prints a stored one."""
     args = parse(argv)
+    if args.report_only:
+        if not args.output.is_file():
+            raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
+        stored = json.loads(args.output.read_text(encoding="utf-8"))
+        rows, device = stored["rows"], stored["setting"]["device"]
+        print("\n".join([_HEADER, *(_line(row, device) for row in rows), report_line(rows, device)]))
+        return rows
     torch.set_num_threads(args.threads)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(_HEADER)
     rows = [measure(n, batch, tokens, width, args) for width in args.widths for tokens in args.tokens
             for batch in args.batches for n in args.rows]  # fmt: skip
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    setting = {k: v for k, v in vars(args).items() if k != "output"}
+    setting = {k: v for k, v in vars(args).items() if k not in ("output", "report_only")}
     setting |= {"torch": torch.__version__, "name": name, "load": os.getloadavg()[0]}
     atomic_write(args.output, json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
-    print(report_line(rows))
+    print(report_line(rows, args.device))
     return rows
 
 

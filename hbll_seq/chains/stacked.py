@@ -52,7 +52,7 @@ class StackedBlocks:
 
     What was checked then is not checked again: make a new one where a hook, another part or the training mode of a block
     with dropout may have come since. It holds the blocks' parameters, and copies of them that it makes anew when their
-    counters of changes say so. A change that torch does not count (``p.data.add_(..)``) needs :meth:`refresh`.
+    counters of changes say so. A change that torch does not count, as those through ``p.data``, needs :meth:`refresh`.
     """
 
     def __init__(self, blocks: Sequence[TransformerBlock]):
@@ -84,7 +84,8 @@ class StackedBlocks:
         """What the blocks make of their states.
 
         Derivatives are those of the blocks themselves: by the states, and by each block's own parameters. They can be
-        taken once: a graph of derivatives (``create_graph``) is refused.
+        taken once: a graph of derivatives (``create_graph``) is refused. A product of some rows' outputs costs that of all
+        rows of the call.
 
         Args:
             rows: numbers of blocks as they were given to :meth:`of`, from 0; in any order, a block several times.
@@ -94,7 +95,8 @@ class StackedBlocks:
             [R, B, T, C].
 
         Raises:
-            ValueError: another shape, or a row that is not there.
+            ValueError: another shape or precision, or a row that is not there.
+            RuntimeError: when a graph of derivatives is asked for.
         """
         self._check(rows, states)
         weights = _Rows(self, rows, states)
@@ -120,7 +122,7 @@ class StackedBlocks:
         block = self._first
         n_rows, n_turned = len(heads), block.n_head + block.n_kv_head
         heads = heads.view(n_rows, batch * tokens, n_turned + block.n_kv_head, -1)
-        turned, v = heads[:, :, :n_turned], heads[:, :, n_turned:]
+        turned, v = heads.split((n_turned, block.n_kv_head), dim=2)
         if block.qk_norm:
             turned = weights.norm_heads(turned, block.n_head, block.n_kv_head)
         table = _turns(tokens, heads.shape[-1], block.rope_base, heads.device)

@@ -16,8 +16,10 @@ from hbll_seq.utils.fast_products import fast_products
 
 #: logits of a chunk: 16M numbers, 64 MiB in float32.
 CHUNK_ELEMENTS = 2**24
-#: on a CPU 1M, 4 MiB, which its cache holds, but at least so many rows: products of fewer take longer.
-CPU_ELEMENTS, CPU_ROWS = 2**20, 128
+#: of a CPU for each thread 2M, 8 MiB, which its cache holds; smaller chunks would make threads wait for each other.
+CPU_ELEMENTS = 2**21
+#: but at least so many rows: products of fewer take longer.
+CPU_ROWS = 128
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -110,7 +112,7 @@ def _chunked(hidden, weight, targets, row_weights, ignore_index, needs_hidden, n
 
 def _rows_of_chunk(weight: Tensor) -> int:
     if weight.device.type == "cpu":
-        return max(CPU_ROWS, CPU_ELEMENTS // len(weight))
+        return max(CPU_ROWS, min(CPU_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) // len(weight))
     return max(1, CHUNK_ELEMENTS // len(weight))
 
 

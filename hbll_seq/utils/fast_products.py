@@ -1,5 +1,5 @@
-"""Float32 matrix products of a CPU by oneDNN, where that is float32 in full and the library that torch asks by itself is not
-as fast: MKL's kernels for AVX-512 are for Intel's processors alone (train/experiments/bench_heads.py).
+"""Float32 matrix products of a CPU by oneDNN, where those are float32 in full. On an AMD processor with AVX-512 they take
+less than half the time of MKL's, which torch asks by itself (train/experiments/bench_heads.py).
 
 torch asks oneDNN for a float32 product only where it may be rounded to bfloat16. oneDNN rounds where the processor has
 a unit for such products (AMX); elsewhere it has nothing to gain and computes in float32. Whether it does is tested here.
@@ -22,7 +22,7 @@ _FLOAT32_ERROR = 1e-4
 def fast_products(like: Tensor) -> Iterator[None]:
     """Products of float32 matrices inside run as fast as this processor allows, as exact as before.
 
-    For a few large products. Small ones, and torch's attention, which makes small ones, are slower inside.
+    For a few large products. Torch's attention, which makes many small ones, is several times slower inside.
 
     Args:
         like: one of the matrices. On a GPU, of another dtype, and under autocast nothing changes.

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from hbll_seq.engine.chain import CallChain
 from hbll_seq.engine.iterations import Iterations
-from hbll_seq.engine.linearization.base import Identity
+from hbll_seq.engine.linearization.base import Identity, Walk
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit, LowRankMaps, low_rank_scan
-from hbll_seq.engine.solve import forward_sweeps
+from hbll_seq.engine.solve import solve
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
@@ -42,16 +43,16 @@ def test_the_fit_is_the_reduced_rank_regression():
     low = down @ up
     fit = LowRankFit(2, 12, rank=3, every=5)
     for _ in range(200):
-        fit.observe(1, "forward", x, x @ low)
-        fit.observe(2, "backward", x, x @ full)
+        fit.learn(1, "forward", x, x @ low)
+        fit.learn(2, "backward", x, x @ full)
         fit.end_step()
-    found = fit.maps([1], "forward")
+    found = fit.of([1]).maps("forward")
     torch.testing.assert_close(found.left[0] @ found.right[0], low, rtol=0, atol=0.05)  # of entries of size 2: the ridge
-    found = fit.maps([2], "backward")
+    found = fit.of([2]).maps("backward")
     error = (x @ full - (x @ found.left[0]) @ found.right[0]).square().sum()
     singular = torch.linalg.svdvals(x @ full)  # Eckart and Young: the least error of any map of rank 3
     assert 1.0 <= error / singular[3:].square().sum() < 1.01
-    assert not fit.maps([2], "forward").left.any()  # what was not seen is the identity
+    assert not fit.of([2]).maps("forward").left.any()  # what was not seen is the identity
 
 
 @pytest.mark.parametrize("rank", [0, 13, True, 2.0])
@@ -88,9 +89,9 @@ def test_linear_branches_are_learned_and_then_an_iteration_is_exact():
         states += model.calls.apply((n,), (states[-1],))
 
     def error(linearization):
-        learned = objective.secants if isinstance(linearization, LowRank) else None
+        learned = objective.secants.of(path) if isinstance(linearization, LowRank) else None
         once = Iterations(1, linearization=linearization)
-        solution = forward_sweeps(model.calls, path, z0, once, learned=learned)
+        solution = solve(CallChain(model.calls, path), z0, once, learned=learned)
         return max((s - exact).abs().max().item() for s, exact in zip(solution.states, states[1:]))
 
     assert error(LowRank()) < 0.02 * error(Identity())
@@ -157,15 +158,19 @@ def test_other_paths_of_a_mix_teach_nothing():
 
 
 def test_what_is_observed_is_a_copy_in_full_precision():
-    state = torch.randn(2, 20, 8)
-    kept = LowRankFit.sample(state)
+    begun, ended = torch.randn(2, 3, 2, 20, 8)
+    kept = LowRankFit(3, 8).of([1, 2, 3]).sample(Walk(begun, ended, first=1, index=2))
+    assert (kept.first, kept.index) == (1, 2)
+    torch.testing.assert_close(kept.ended, ended.flatten(1, 2)[:, ::5], rtol=0, atol=0)
+    kept = kept.begun[1]
     before = kept.clone()
-    state.zero_()  # iterations go on to work in place
+    torch.testing.assert_close(kept, begun[1].flatten(0, 1)[::5], rtol=0, atol=0)
+    begun.zero_()  # iterations go on to work in place
     assert torch.equal(kept, before) and kept.abs().min() > 0
     fit, reference = LowRankFit(1, 8), LowRankFit(1, 8)
-    reference.observe(1, "forward", kept, 2 * kept)
+    reference.learn(1, "forward", kept, 2 * kept)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fit.observe(1, "forward", kept, 2 * kept)
+        fit.learn(1, "forward", kept, 2 * kept)
     assert torch.equal(fit.forward_change, reference.forward_change) and fit.forward_change.any()
 
 
@@ -236,10 +241,10 @@ def test_it_needs_to_know_the_width_and_sweeps():
         LocalObjective(model, "sweeps:linearization=identity(rank=2)")
     with pytest.raises(ValueError, match="rank=5.*from 1 to the width of the states, 4"):
         LocalObjective(model, Sweeps(linearization=LowRank(5)))
-    for linearization, learned in ((LowRank(), None), (Identity(), LowRankFit(3, 4))):
-        with pytest.raises(ValueError, match="'low_rank' needs its learned maps"):
+    for linearization, learned in ((LowRank(), None), (Identity(), LowRankFit(3, 4).of([1, 2]))):
+        with pytest.raises(ValueError, match=f"{linearization.name!r} with learned=.*learned maps, and they alone"):
             once = Iterations(1, linearization=linearization)
-            forward_sweeps(model.calls, [1, 2], torch.zeros(1, 4), once, learned=learned)
+            solve(CallChain(model.calls, [1, 2]), torch.zeros(1, 4), once, learned=learned)
     with pytest.raises(ValueError, match="every=0"):
         LowRankFit(3, 12, every=0)
 

@@ -62,7 +62,7 @@ class ApartRows(CalledRows):
     def backward(self, adjoints, tensors):
         """``sum_n lambda_n^T d a_n / d theta`` by every tensor theta."""
         outputs = [self._outputs[n] for n in range(len(adjoints))]
-        return torch.autograd.grad(outputs, tensors, list(adjoints), allow_unused=True)
+        return torch.autograd.grad(outputs, tensors, list(adjoints), allow_unused=True, retain_graph=True)
 
 
 class ApartChain(CallChain):

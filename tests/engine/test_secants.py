@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.chains import solved
 from torch import nn
 
+from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.chain import CallChain
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Identity, Walk
@@ -139,8 +141,56 @@ def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
         return (gradients(objective, tokens) - exact).abs().max()
 
     assert error(6, 6) < 1e-9
-    if chunk == 1 and mix == "none":
-        assert error(4, 6) > 1e-7 and error(6, 5) > 1e-7
+    if mix == "none":  # with c = 1 the call of f_1 has made a state exact before; with c = 2 there are four segments
+        forward, backward = (5, 6) if chunk == 1 else (3, 4)
+        assert error(forward, backward) < 1e-9
+        assert error(forward - 1, backward) > 1e-7 and error(forward, backward - 1) > 1e-7
+
+
+def test_segments_have_maps_of_their_own_and_are_composed_as_written_out():
+    """Of 7 blocks in segments of 3: one map of each; what it says goes to the state that the next segment begins with."""
+    model, tokens = double_lm()
+    objective = LocalObjective(model, Sweeps(1, 2, 3, "low_rank")).double()
+    assert len(objective.secants.forward_change) == 3
+    for _ in range(3):
+        objective(tokens)
+    assert [n for n in range(3) if objective.secants.forward_change[n].any()] == [1, 2]  # the first is exact at once
+    # the walk back of a short last segment begins behind the chain's end, where every adjoint is zero
+    assert [n for n in range(3) if objective.secants.backward_change[n].any()] == [1]
+    fit = objective.secants
+    with torch.no_grad():
+        for name, buffer in fit.named_buffers():
+            if name.endswith(("left", "right")):
+                buffer.normal_(std=0.3)
+    maps, z0, f = fit.of([1, 2, 3]), model.embed(tokens).detach(), lambda n, s: model.calls.apply((n,), (s,))[0]
+    iterations = Iterations(1, 2, 3, LowRank(8))
+    solution, inputs = solved(CallChain(model.calls, range(1, 8)), z0, iterations, learned=maps)
+    s3 = f(3, f(2, f(1, z0)))
+    walked = f(6, f(5, f(4, z0)))
+    change = s3 - z0
+    s6 = walked + change + maps.maps("forward").branch(1, change)
+    torch.testing.assert_close(inputs[[3, 6]], torch.stack((s3, s6)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(solution.states[3:5], torch.stack((f(4, s3), f(5, f(4, s3)))), rtol=0, atol=1e-12)
+    new = f(6, f(5, f(4, s3)))  # where the last segment should have begun, by one more composition
+    carried = new - s6 + maps.maps("forward").branch(2, new - s6)
+    torch.testing.assert_close(solution.states[6], f(7, s6) + carried, rtol=0, atol=1e-12)
+
+    upstream = torch.randn_like(solution.states)
+    back = maps.maps("backward")
+    ends = [0, upstream[5:].sum(0) + back.branch(2, upstream[6]), upstream[6]]  # the guess: sums, and the last one's map
+    ends[0] = upstream[2:5].sum(0) + ends[1] + back.branch(1, ends[1])
+
+    def product(n, adjoint):
+        read = inputs[n - 1].clone().requires_grad_(True)
+        return torch.autograd.grad(f(n, read), read, adjoint)[0]
+
+    new_end = product(7, ends[2]) + upstream[5]
+    walk = product(4, product(5, product(6, ends[1]) + upstream[4]) + upstream[3]) + upstream[2]
+    new_first = walk + (new_end - ends[1]) + back.branch(1, new_end - ends[1])
+    adjoints = solve_adjoint(solution.linearized, upstream.clone(), iterations, learned=maps)
+    torch.testing.assert_close(adjoints[[2, 5, 6]], torch.stack((new_first, new_end, ends[2])), rtol=0, atol=1e-11)
+    inside = product(6, new_end) + upstream[4], product(3, new_first) + upstream[1]
+    torch.testing.assert_close(adjoints[[4, 1]], torch.stack(inside), rtol=0, atol=1e-11)
 
 
 def test_other_paths_of_a_mix_teach_nothing():

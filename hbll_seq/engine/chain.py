@@ -53,7 +53,8 @@ class Linearized(ABC):
         """
 
     def diagonal(self) -> Tensor:
-        """Diagonals of all Jacobians [N, ...], at least; where :attr:`Chain.has_diagonal`."""
+        """Diagonals of all Jacobians, [S c, ...] of S segments, those behind the N-th being of no use; where
+        :attr:`Chain.has_diagonal`."""
         raise NotImplementedError(f"{type(self).__name__} knows no diagonals")
 
 
@@ -123,7 +124,7 @@ class CallChain(Chain):
 
     def linearize(self, chunk_size: int) -> CalledRows:
         """See :meth:`Chain.linearize`."""
-        return CalledRows(self)
+        return CalledRows(self, chunk_size)
 
 
 class CalledRows(Linearized):
@@ -137,12 +138,14 @@ class CalledRows(Linearized):
 
     makes_gradients = True
 
-    def __init__(self, chain: CallChain):
+    def __init__(self, chain: CallChain, chunk_size: int):
         self.calls, self.indices, self.differentiates = chain.calls, chain.indices, chain.differentiates
+        self.n_missing = -chain.n_steps % chunk_size
         self.gradients: dict[int, list[Tensor | None]] = {}
         self.input_gradient: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
+        self._diagonal: Tensor | None = None
 
     def call(self, rows: slice, states: Tensor) -> Tensor:
         """See :meth:`Linearized.call`. The rows are read where they stand, so that nobody may write to them later on."""
@@ -165,6 +168,14 @@ class CalledRows(Linearized):
     def output(self, row: int) -> Tensor:
         """See :meth:`Linearized.output`."""
         return self._outputs[row].detach()
+
+    def diagonal(self) -> Tensor:
+        """See :meth:`Linearized.diagonal`; asked for before an adjoint is final. Ones stand behind a short last segment."""
+        if self._diagonal is None:
+            made = (self._inputs, self._outputs)
+            found = self.calls.diagonal(self.indices, *([t[i].detach() for i in range(len(self.indices))] for t in made))
+            self._diagonal = torch.stack([*found, *[torch.ones_like(found[0])] * self.n_missing])
+        return self._diagonal
 
     def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
         """See :meth:`Linearized.vjp`."""

@@ -144,7 +144,7 @@ class _Forward:
             self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_called, number)))
         if n_called:
             ended = torch.cat((first, ended))
-            product = product if product is None else torch.cat((torch.ones_like(product[:1]), product))
+            product = product if product is None else torch.cat((torch.ones_like(first), product))
         old = self.starts.expand(n_later + 1, *self.starts.shape[1:])
         walk = Walk(old[:n_later], ended[:n_later], self.low, number, product=None if product is None else product[:n_later])
         new, old = self.composer.compose(walk), old[1:]

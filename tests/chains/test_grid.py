@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.path_cache import PathCache
 
-from hbll_seq.chains.depth import DepthChain
+from hbll_seq.chains.depth import BlockCalls
 from hbll_seq.evaluation.span import _Ledger
 from hbll_seq.layers.recurrent import Jacobian, RecurrentState
 from hbll_seq.layers.recurrent_block import RecurrentBlock
@@ -81,7 +81,7 @@ def test_backprop_through_depth_and_time_in_the_limit_and_not_before(cell, linea
 def test_chunks_reach_the_limit_in_fewer_iterations(chunk, linearization):
     model, tokens = double_lm("gru")
     _, reference = gradients(BackpropObjective(model), tokens)
-    forward, backward = math.ceil(T / chunk) - 1, math.ceil((T - 1) / chunk)  # the differentiated iteration is one more
+    forward, backward = math.ceil(T / chunk) - 1, math.ceil(T / chunk)  # the differentiated iteration is one more
     for fewer_forward, fewer_backward in ((0, 0), (1, 0), (0, 1)):
         if fewer_forward <= forward:
             time = Sweeps(forward - fewer_forward, backward - fewer_backward, chunk, linearization)
@@ -149,12 +149,25 @@ def most_recurrences_on_a_way(tensor):
 
 @pytest.mark.parametrize("cell", STACKS, ids=str)
 @pytest.mark.parametrize("mix", ["none", "octaves"])
-def test_no_graph_spans_two_transitions_in_time_or_two_blocks_in_depth(cell, mix):
+def test_no_graph_spans_two_transitions_in_time_or_two_blocks_in_depth(cell, mix, monkeypatch):
     model, tokens = double_lm(cell, default_paths="prefix")
-    log = instrument(model)
+    log, made = instrument(model), []
+    original = BlockCalls.apply
+
+    def watched(self, indices, states):
+        outputs = original(self, indices, states)
+        if torch.is_grad_enabled():
+            assert all(state.is_leaf and state.requires_grad for state in states)
+            made.extend(zip(indices, outputs))
+        return outputs
+
+    monkeypatch.setattr(BlockCalls, "apply", watched)
     output = LocalObjective(model, "sweeps", depths=mix)(tokens)
     assert log["read"] and not any(requires_grad or grad_fn for requires_grad, grad_fn in log["read"])
-    assert most_recurrences_on_a_way(output.loss) == 1
+    assert len(made) == 7 + (5 if mix == "octaves" else 0) and most_recurrences_on_a_way(output.loss) == 0
+    for index, state in made:
+        is_recurrent = isinstance(model.blocks[index[-1] - 1], RecurrentBlock)
+        assert most_recurrences_on_a_way(state) == is_recurrent
     for n, loss in enumerate(output.node_losses, start=1):
         found = torch.autograd.grad(loss, list(model.blocks.parameters()), retain_graph=True)
         touched = {name.split(".")[0] for (name, _), g in zip(model.blocks.named_parameters(), found) if g.any()}
@@ -166,9 +179,9 @@ def test_the_instruments_see_backprop():
     log = instrument(model)
     BackpropObjective(model)(tokens)
     assert log["calls"] == 7 * T and sum(requires_grad for requires_grad, _ in log["read"]) == 7 * (T - 1)
-    chain = LocalObjective(model, "sweeps").chain(0)
-    (state,) = chain.apply(((1,),), (model.embed(tokens),))
-    (state,) = chain.apply(((1, 2),), (state,))
+    calls = LocalObjective(model, "sweeps").calls(0)
+    (state,) = calls.apply(((1,),), (model.embed(tokens),))
+    (state,) = calls.apply(((1, 2),), (state,))
     assert most_recurrences_on_a_way(state.sum()) == 2
 
 
@@ -194,14 +207,14 @@ def test_what_blocks_read_and_make_does_not_move_with_later_tokens(cell, monkeyp
     changed = tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 17  # read at position 5, the target of position 4
     seen = []
-    original = DepthChain._run
+    original = BlockCalls._run
 
     def watched(self, index, state, *hints):
         output = original(self, index, state, *hints)
         seen.append((state.detach(), output.detach()))
         return output
 
-    monkeypatch.setattr(DepthChain, "_run", watched)
+    monkeypatch.setattr(BlockCalls, "_run", watched)
     for ids in (tokens, changed):
         LocalObjective(model, "sweeps", depths="octaves", time="sweeps:chunk_size=2")(ids)
     half = len(seen) // 2
@@ -300,7 +313,7 @@ def test_a_state_changes_what_a_block_makes_and_only_there():
     assert abs(other.loss - zero.loss) > 1e-4
     unknown = LocalObjective(model, "sweeps")(tokens, states={(4,): torch.ones_like(zero.states[(1,)])})
     assert torch.equal(unknown.loss, zero.loss)  # of a path that this step does not read
-    (y,) = DepthChain(model.blocks, carried={(1,): zero.states[(1,)]}).apply(((1,),), (model.embed(tokens),))
+    (y,) = BlockCalls(model.blocks, carried={(1,): zero.states[(1,)]}).apply(((1,),), (model.embed(tokens),))
     expected, _ = model.blocks[0](model.embed(tokens), RecurrentState(zero.states[(1,)]))
     assert torch.equal(y, expected)
 

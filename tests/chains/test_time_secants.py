@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.chains import solved
 from helpers.recurrent_models import difference, double_lm, exact_states, gradients, instrument
 
-from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.time import TimeChain
+from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization import shared_matrix
-from hbll_seq.engine.linearization.base import Diagonal, Zero
+from hbll_seq.engine.linearization.base import Diagonal, Walk, Zero
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit, bounded
 from hbll_seq.engine.scan import shared_scan
+from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.models.recurrent import RecurrentLM
@@ -40,6 +43,13 @@ def random_maps(fit, scale=0.3, seed=1):
     return fit
 
 
+def observe(fit, way, number, change, response):
+    """Teaches what walks of one iteration responded to a change of where they began."""
+    is_adjoint = way == "backward"
+    first = Walk(torch.zeros_like(change), torch.zeros_like(response), index=number, is_adjoint=is_adjoint)
+    fit.observe([first, Walk(change, response, index=number + 1, is_adjoint=is_adjoint)])
+
+
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 8, 13])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_scan_is_the_recurrence(n_steps, reverse):
@@ -62,7 +72,8 @@ def test_the_scan_is_the_recurrence(n_steps, reverse):
 def test_bptt_in_the_limit_whatever_the_maps_and_not_before(kind, n_steps, chunk):
     model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 2.0)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    enough = max(1, -(-n_steps // chunk) - 1), -(-(n_steps - 1) // chunk)
+    n_chunks = -(-n_steps // chunk)
+    enough = max(1, n_chunks - 1), n_chunks - (chunk == 1 or n_steps == 1)  # (K + 1) c and M c at least N
     for forward, backward in (enough, (enough[0] - 1, enough[1]), (enough[0], enough[1] - 1)):
         if forward < 1 or backward < 0:
             continue
@@ -92,36 +103,27 @@ def test_iterations_equal_their_written_out_form(n_steps):
             new.append(state + (new[m] - old[m]) @ forward[iteration])
         old = new
     iterations = learning(2, 3, chunk)
-    solution = forward_time_sweeps(cell, projected, s0, iterations, start=start[1:], learned=fit)
-    torch.testing.assert_close(solution.inputs[::chunk], torch.stack(new), rtol=0, atol=1e-12)
-    assert torch.equal(solution.outputs.detach(), solution.states)
+    solution, inputs = solved(TimeChain(cell, projected), s0, iterations, start=start[1:], learned=fit)
+    torch.testing.assert_close(inputs[::chunk], torch.stack(new), rtol=0, atol=1e-12)
+    linearized = solution.linearized
+    assert torch.equal(linearized.attached.detach(), solution.states)
 
     upstream = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
-    old = list(upstream)
+    ends = [min(first + chunk, n_steps) - 1 for first in range(0, n_steps, chunk)]  # of the chunks, cut as forward
+    old = [upstream[end] for end in ends]
     for iteration in range(3):
-        new = list(old)
-        for last in range(n_steps - 1, 0, -chunk):
-            first = max(last - chunk, 0)
-            adjoint = new[last] if iteration == 2 else old[last]
-            for n in range(last - 1, first - 1, -1):
-                adjoint = upstream[n] + solution.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
-                if iteration == 2 or n == first:
-                    new[n] = adjoint
-            if iteration < 2:
-                new[first] = new[first] + (new[last] - old[last]) @ backward[iteration]
-        if iteration == 1:
-            kept = list(new)
+        new, adjoints = list(old), list(upstream)
+        for r in reversed(range(len(ends))):
+            adjoints[ends[r]] = adjoint = old[r]
+            for n in range(ends[r] - 1, max(r * chunk - 1, 0) - 1, -1):
+                adjoint = adjoints[n] = upstream[n] + linearized.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
+            if r > 0:  # the last iteration walks from the ends that the others have made, and composes nothing
+                new[r - 1] = adjoint + (new[r] - old[r]) @ backward[iteration] if iteration < 2 else adjoint
         old = new
-    # the last iteration walks from the ends that the others have made, and composes nothing
-    expected = [None] * n_steps
-    expected[-1] = upstream[-1]
-    for last in range(n_steps - 1, 0, -chunk):
-        adjoint = kept[last]
-        for n in range(last - 1, max(last - chunk, 0) - 1, -1):
-            adjoint = upstream[n] + solution.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
-            expected[n] = adjoint
-    adjoints = backward_time_sweeps(solution, upstream, iterations, learned=fit)
-    torch.testing.assert_close(adjoints, torch.stack(expected), rtol=0, atol=1e-12)
+    for r, end in enumerate(ends):
+        adjoints[end] = new[r]
+    ours = solve_adjoint(linearized, upstream.clone(), iterations, learned=fit)
+    torch.testing.assert_close(ours, torch.stack(adjoints), rtol=0, atol=1e-12)
 
 
 class LinearCell(RecurrentCell):
@@ -168,7 +170,7 @@ def test_the_matrix_is_the_ridge_regression_of_the_observations():
     change, response = torch.zeros(5, 5), torch.zeros(5, 5)
     for _ in range(3):
         x, y = torch.randn(4, 7, 5), torch.randn(4, 7, 5)
-        fit.observe("forward", 0, x, y)
+        observe(fit, "forward", 0, x, y)
         x, y = x.flatten(0, 1), y.flatten(0, 1)
         change, response = 0.5 * (change + x.T @ x / 28), 0.5 * (response + x.T @ y / 28)
         assert not fit.forward_map.any()
@@ -184,15 +186,15 @@ def test_an_observation_that_is_not_finite_teaches_nothing(value, where):
     torch.manual_seed(0)
     fit = SharedMatrixFit(5, every=1)
     x = torch.randn(4, 7, 5)
-    fit.observe("forward", 0, x, 0.5 * x)
+    observe(fit, "forward", 0, x, 0.5 * x)
     fit.end_step()
     kept = {name: buffer.clone() for name, buffer in fit.named_buffers()}
     bad = torch.full_like(x, value)
-    fit.observe("forward", 0, *((bad, x) if where == "change" else (x, bad)))
+    observe(fit, "forward", 0, *((bad, x) if where == "change" else (x, bad)))
     fit.end_step()
     assert all(torch.equal(buffer, kept[name]) for name, buffer in fit.named_buffers() if name != "n_steps")
     for _ in range(50):
-        fit.observe("forward", 0, x, 0.9 * x)
+        observe(fit, "forward", 0, x, 0.9 * x)
     fit.end_step()
     assert (fit.forward_map[0].diagonal() > 0.8).all()
 
@@ -201,14 +203,14 @@ def test_every_iteration_has_its_matrix_and_later_ones_share_the_last():
     fit = random_maps(SharedMatrixFit(6, 2, 3))
     assert fit.forward_map.shape == fit.backward_map.shape == (2, 6, 6)  # the last backward iteration carries nothing
     walked, begun = torch.randn(2, 3, 4, 6)
-    results = [fit.compose(walked, begun, "forward", number) for number in range(4)]
+    results = [fit.compose(Walk(begun, walked, index=number)) for number in range(4)]
     assert not torch.equal(results[0], results[1]) and all(torch.equal(results[1], r) for r in results[2:])
     for number in (0, 1):
         expected = walked.clone()
         for n in (1, 2):
             expected[n] += (expected[n - 1] - begun[n]) @ fit.forward_map[number]
         torch.testing.assert_close(results[number], expected)
-    fit.observe("backward", 1, walked, begun)
+    observe(fit, "backward", 1, walked, begun)
     assert fit.backward_change[1].any() and not fit.backward_change[0].any()
     assert SharedMatrixFit(6, 1, 0).backward_map.shape == (1, 6, 6)
     objective = local(double_lm()[0], 3, 4, 2)
@@ -226,46 +228,62 @@ def test_a_state_of_other_numbers_of_iterations_is_taken(forward, backward):
         SharedMatrixFit(5, 2, 3).load_state_dict(old.state_dict())
 
 
+def moments(change, response):
+    """The averages after one observation [n, B, H]."""
+    change, response = change.detach().float().flatten(0, 1), response.detach().float().flatten(0, 1)
+    return 0.05 * change.T @ change / len(change), 0.05 * change.T @ response / len(change)
+
+
 def test_a_forward_iteration_learns_by_how_far_it_fell_short_of_the_last():
     model, tokens, s0 = double_lm("gru", N, gain=1.0)
     cell, chunk = model.cell, 4
     projected = cell.project(model.symbols(tokens[:, :-1])).detach()
     fit = random_maps(SharedMatrixFit(6, 2))
-    seen = []
-    fit.observe = lambda way, number, change, response: seen.append((way, number, change, response))
-    solution = forward_time_sweeps(cell, projected, s0, learning(2, 0, chunk), learned=fit, learn=True)
+    _, inputs = solved(TimeChain(cell, projected), s0, learning(2, 0, chunk), learned=fit, learn=True)
 
     def walk(starts, first):
         for n in range(chunk):
             starts = cell.transition(starts, projected[first * chunk + n :: chunk][: len(starts)])
         return starts
 
-    last = solution.inputs[::chunk]
-    once = forward_time_sweeps(cell, projected, s0, learning(1, 0, chunk), learned=fit)
-    begun = [s0.expand_as(last), once.inputs[::chunk]]
-    for k, (way, number, change, response) in enumerate(seen):  # of the chunks whose first state it has not made exact
-        assert (way, number) == ("forward", k)
-        torch.testing.assert_close(change, (last - begun[k])[k:-1])
-        torch.testing.assert_close(response, (walk(last[k:-1], k) - walk(begun[k][k:-1], k)).detach())
-    assert len(seen) == 2
+    last = inputs[::chunk]
+    _, once = solved(TimeChain(cell, projected), s0, learning(1, 0, chunk), learned=fit)
+    begun = [s0.expand_as(last), once[::chunk]]
+    for k in range(2):  # of the chunks whose first state it has not made exact
+        expected = moments((last - begun[k])[k:-1], walk(last[k:-1], k) - walk(begun[k][k:-1], k))
+        torch.testing.assert_close((fit.forward_change[k], fit.forward_response[k]), expected)
+        assert expected[1].abs().max() > 1e-6
+    assert not fit.backward_change.any()
 
 
 def test_a_backward_iteration_learns_by_what_the_next_one_changed():
     model, tokens, s0 = double_lm("gru", 24, gain=1.0)
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
-    fit, seen = random_maps(SharedMatrixFit(6, 1, 4)), []
-    solution = forward_time_sweeps(model.cell, projected, s0, learning(1, 4, 4), learned=fit)
-    fit.observe = lambda way, number, change, response: seen.append((way, number, change, response))
+    fit = random_maps(SharedMatrixFit(6, 1, 4))
+    rows = solve(TimeChain(model.cell, projected), s0, learning(1, 4, 4), learned=fit).linearized
     upstream = torch.randn(24, *s0.shape, dtype=torch.float64)
-    backward_time_sweeps(solution, upstream, learning(1, 4, 4), learned=fit, learn=True)
-    assert [(way, number) for way, number, *_ in seen] == [("backward", n) for n in range(3)]
-    for _, number, change, response in seen:
-        for q in range(len(change)):  # chunks whose walks end where another one's begin; their ends lie at 7, 11, ..
-            adjoint = change[q]
+
+    def ends(backward):
+        """What walk number ``backward`` of the chunks begins with, behind 3, 7, ..: no composition in the last iteration."""
+        kept, fit.compose = fit.compose, lambda walk: made.append(walk._replace(begun=walk.begun.clone())) or kept(walk)
+        made = []
+        solve_adjoint(rows, upstream.clone(), learning(1, backward, 4), learned=fit)
+        del fit.compose
+        return [walk.begun for walk in made]
+
+    begun = ends(5)[:4]  # of the chunks from the second on, less one with each iteration
+    assert [len(each) for each in begun] == [5, 4, 3, 2]
+    solve_adjoint(rows, upstream.clone(), learning(1, 4, 4), learned=fit, learn=True)
+    for number, (one, next_one) in enumerate(zip(begun, begun[1:])):
+        change, response = next_one - one[: len(next_one)], []
+        for q, adjoint in enumerate(change):  # chunk q + 1, whose end lies at 4 q + 7
             for n in range(4 * q + 7, 4 * q + 3, -1):
-                adjoint = solution.jacobian.between(n, n + 1).vjp(adjoint[None])[0]
-            torch.testing.assert_close(response[q], adjoint, rtol=0, atol=1e-12)
+                adjoint = rows.jacobian.between(n, n + 1).vjp(adjoint[None])[0]
+            response.append(adjoint)
+        expected = moments(change, torch.stack(response))
+        torch.testing.assert_close((fit.backward_change[number], fit.backward_response[number]), expected)
         assert change.abs().max() > 1e-6
+    assert not fit.forward_change.any()
 
 
 def test_maps_do_not_explode():
@@ -283,7 +301,7 @@ def test_maps_do_not_explode():
 def test_a_fitted_map_is_bounded():
     fit = SharedMatrixFit(5, every=1)
     x = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))
-    fit.observe("forward", 0, x, 3 * x)
+    observe(fit, "forward", 0, x, 3 * x)
     fit.end_step()
     assert torch.linalg.eigvals(fit.forward_map[0]).abs().max() <= 1.0 + 1e-6
 
@@ -291,7 +309,7 @@ def test_a_fitted_map_is_bounded():
 def test_averages_are_over_some_twenty_observations():
     """Runs with averages over ten and over twenty stayed on course, one with fifty did not (docs/lab-log.md)."""
     fit, x = SharedMatrixFit(5), torch.randn(3, 20, 5)
-    fit.observe("forward", 0, x, x)
+    observe(fit, "forward", 0, x, x)
     flat = x.flatten(0, 1)
     torch.testing.assert_close(fit.forward_change[0], 0.05 * flat.T @ flat / 60)
 
@@ -366,11 +384,11 @@ def test_under_autocast_scans_and_moments_keep_their_precision(dtype):
     torch.manual_seed(0)
     fit, exact = random_maps(SharedMatrixFit(6)), random_maps(SharedMatrixFit(6))
     walked, begun = torch.randn(2, 64, 3, 6).to(dtype)
-    expected = exact.compose(walked.float(), begun.float(), "forward", 0).to(dtype)
-    exact.observe("forward", 0, walked.float(), begun.float())
+    expected = exact.compose(Walk(begun.float(), walked.float())).to(dtype)
+    observe(exact, "forward", 0, walked.float(), begun.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = fit.compose(walked, begun, "forward", 0)
-        fit.observe("forward", 0, walked, begun)
+        ours = fit.compose(Walk(begun, walked))
+        observe(fit, "forward", 0, walked, begun)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fit.forward_response, exact.forward_response, rtol=1e-6, atol=1e-6)
 
@@ -401,7 +419,7 @@ def test_states_are_causal():
     states = []
     for ids in (tokens, changed):
         projected = model.cell.project(model.symbols(ids[:, :-1]))
-        states.append(forward_time_sweeps(model.cell, projected, s0, learning(2, 0, 4), learned=fit).states)
+        states.append(solve(TimeChain(model.cell, projected), s0, learning(2, 0, 4), learned=fit).states)
     assert torch.equal(states[0][:7], states[1][:7]) and (states[0][7] - states[1][7]).abs().max() > 1e-6
 
 
@@ -412,14 +430,14 @@ def test_a_cell_that_remembers_is_solved_better_than_by_diagonals():
     for tokens in batches:
         projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
         s0 = model.initial_state(8)
-        forward_time_sweeps(model.cell, projected, s0, learning(1, 0, 4), learned=fit, learn=True)
+        solve(TimeChain(model.cell, projected), s0, learning(1, 0, 4), learned=fit, learn=True)
         fit.end_step()
     exact = exact_states(model.cell, projected, s0)[:-1]
 
     def error(linearization, learned=None):
         once = Iterations(1, 0, 4, linearization)
-        solution = forward_time_sweeps(model.cell, projected, s0, once, learned=learned)
-        return ((solution.inputs - exact).norm() / exact.norm()).item()
+        _, inputs = solved(TimeChain(model.cell, projected), s0, once, learned=learned)
+        return ((inputs - exact).norm() / exact.norm()).item()
 
     ours = error(SharedMatrix(), fit)
     assert ours < 0.05 and ours < 0.1 * min(error(Diagonal()), error(Zero()))
@@ -445,13 +463,14 @@ def test_bad_options(make, message):
 def test_matrices_and_linearization_belong_together():
     model, tokens, s0 = double_lm()
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
+    chain = TimeChain(model.cell, projected)
     for linearization, learned in ((SharedMatrix(), None), (Zero(), SharedMatrixFit(6))):
-        with pytest.raises(ValueError, match="needs its learned maps"):
-            forward_time_sweeps(model.cell, projected, s0, Iterations(1, linearization=linearization), learned=learned)
+        with pytest.raises(ValueError, match=f"{linearization.name!r} with learned=.*learned maps, and they alone"):
+            solve(chain, s0, Iterations(1, linearization=linearization), learned=learned)
     diagonal = Iterations(1, 2, 2, Diagonal())
-    solution = forward_time_sweeps(model.cell, projected, s0, diagonal)
-    with pytest.raises(ValueError, match="beside the diagonals"):
-        backward_time_sweeps(solution, torch.zeros_like(solution.states), diagonal, learned=SharedMatrixFit(6))
+    solution = solve(chain, s0, diagonal)
+    with pytest.raises(ValueError, match="'diagonal' with learned=SharedMatrixFit.*leave it out otherwise"):
+        solve_adjoint(solution.linearized, torch.zeros_like(solution.states), diagonal, learned=SharedMatrixFit(6))
 
 
 def products(n_chunks: int) -> int:

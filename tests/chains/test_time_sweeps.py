@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from helpers.chains import ApartChain, CellCalls, solved, summed
 from helpers.recurrent_models import N, difference, double_lm, exact_states, gradients, instrument
 from torch import nn
 
-from hbll_seq.chains.time import backward_time_sweeps, forward_time_sweeps
+from hbll_seq.chains.time import TimeChain
 from hbll_seq.chains.time_tree import RecurrentTree
-from hbll_seq.engine.chain import Chain
+from hbll_seq.engine.adjoint import solve_adjoint
+from hbll_seq.engine.chain import CallChain
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
-from hbll_seq.engine.solve import backward_sweeps, forward_sweeps
+from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
+from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
+from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.models.recurrent import RecurrentModel
@@ -60,8 +64,8 @@ def test_after_k_iterations_the_first_k_states_are_exact(kind, linearization):
     exact = exact_states(model.cell, projected, s0).detach()
     for k in range(N):
         iterations = Iterations(k, linearization=LINEARIZATIONS[linearization])
-        solution = forward_time_sweeps(model.cell, projected, s0, iterations)
-        errors = (solution.inputs - exact[:-1]).abs().amax(dim=(1, 2))
+        solution, inputs = solved(TimeChain(model.cell, projected), s0, iterations)
+        errors = (inputs - exact[:-1]).abs().amax(dim=(1, 2))
         assert errors[: k + 1].max() < 1e-12
         if not (kind == "mingru" and linearization == "diagonal"):
             assert errors[k + 1 :].min() > 1e-12 if k < N - 1 else solution.residual == 0
@@ -86,7 +90,8 @@ def test_min_gru_is_exact_after_one_iteration_and_none_backward():
 def test_chunks_reach_bptt_in_a_fraction_of_the_iterations_and_not_before(kind, linearization, n_steps, chunk):
     model, tokens, state = double_lm(kind, n_steps, gain=6.0 if kind == "elman-sigmoid" else 3.0)
     _, reference = gradients(RecurrentBackpropObjective(model), tokens, state)
-    forward, backward = -(-n_steps // chunk) - 1, -(-(n_steps - 1) // chunk)  # the differentiated iteration is one too
+    forward, backward = -(-n_steps // chunk) - 1, -(-n_steps // chunk)  # the differentiated iteration is one too
+    backward -= n_steps == 1  # with one transition nothing goes back
     objective = RecurrentLocalObjective(model, Sweeps(forward, backward, chunk, linearization))
     assert difference(gradients(objective, tokens, state)[1], reference) < 1e-11
     if kind == "mingru" and linearization == "diagonal":
@@ -119,30 +124,32 @@ def test_chunked_iterations_equal_their_written_out_form(kind, linearization, n_
         expected = [o + damping * (n - o) for o, n in zip(old, new)]
         clip = 1.0 if kind != "mingru" else 10.0
         iterations = Iterations(1, 1, chunk, LINEARIZATIONS[linearization], damping, clip=clip)
-        solution = forward_time_sweeps(cell, projected, s0, iterations, start=torch.stack(old[1:]))
+        solution, inputs = solved(TimeChain(cell, projected, clip), s0, iterations, start=torch.stack(old[1:]))
         starts = torch.stack(expected)[::chunk]  # within the chunks the differentiated iteration has gone on from these
-        torch.testing.assert_close(solution.inputs[::chunk], starts, rtol=0, atol=1e-12)
+        torch.testing.assert_close(inputs[::chunk], starts, rtol=0, atol=1e-12)
         for n in range(n_steps - 1):
-            expected[n] = solution.inputs[n]
+            expected[n] = inputs[n]
             if (n + 1) % chunk:
                 expected[n + 1] = cell.transition(expected[n], projected[n])
-        torch.testing.assert_close(solution.inputs, torch.stack(expected), rtol=0, atol=1e-12)
-        torch.testing.assert_close(solution.outputs, cell.transition(solution.inputs, projected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(inputs, torch.stack(expected), rtol=0, atol=1e-12)
+        torch.testing.assert_close(solution.linearized.attached, cell.transition(inputs, projected), rtol=0, atol=1e-12)
 
     upstream = torch.randn(n_steps, *s0.shape, dtype=torch.float64)
-    diagonals = solution.diagonals if solution.diagonals is not None else torch.zeros_like(upstream)
+    linearized = solution.linearized
+    diagonals = linearized.diagonal() if linearization == "diagonal" else torch.zeros_like(linearized.diagonal())
     old = list(upstream)  # lambda_1 .. before the iteration: the scan
     for n in reversed(range(n_steps - 1)):
         old[n] = upstream[n] + diagonals[n + 1] * old[n + 1]
-    new, corrected = list(old), old[-1]
-    for last in range(n_steps - 1, 0, -chunk):
-        adjoint, product, off = old[last], torch.ones_like(s0), corrected - old[last]
-        for n in range(last - 1, max(last - chunk, 0) - 1, -1):
-            adjoint = upstream[n] + solution.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
+    new, off = list(old), torch.zeros_like(s0)
+    for first in range((n_steps - 1) // chunk * chunk, -1, -chunk):  # chunks as forward, the last of which may be short
+        last = min(first + chunk, n_steps) - 1
+        adjoint, product = old[last], torch.ones_like(s0)
+        for n in range(last - 1, max(first - 1, 0) - 1, -1):
+            adjoint = upstream[n] + linearized.jacobian.between(n + 1, n + 2).vjp(adjoint[None])[0]
             product = product * diagonals[n + 1]
             new[n] = adjoint + product * off
-        corrected = new[max(last - chunk, 0)]
-    adjoints = backward_time_sweeps(solution, upstream, iterations)
+        off = new[first - 1] - old[first - 1] if first else off
+    adjoints = solve_adjoint(linearized, upstream.clone(), iterations)
     if not (kind == "mingru" and linearization == "diagonal"):  # exact before
         assert (torch.stack(new) - torch.stack(old)).abs().max() > 1e-6
     torch.testing.assert_close(adjoints, torch.stack(new), rtol=0, atol=1e-12)
@@ -157,38 +164,66 @@ def test_a_chunked_step_spans_the_chunk_and_no_more():
         assert log["calls"] == (2 + 1) * 8
 
 
-class TimeChain(Chain):
-    """The same recurrence for the engine of the depth axis, one call per transition."""
-
-    has_diagonal = True
-
-    def __init__(self, cell, projected):
-        self.cell, self.projected = cell, projected
-
-    def apply(self, indices, states):
-        return [self.cell.transition(s, self.projected[n]) for n, s in zip(indices, states)]
-
-    def diagonal(self, indices, states, outputs):
-        return [self.cell.diagonal(s, self.projected[n]) for n, s in zip(indices, states)]
+#: every linearization that states of both kinds of chain [B, H] can have; (K, M, damping)
+ALL = {kind.name: kind for kind in (Zero(), Identity(), Diagonal(), LowRank(2), SharedMatrix())}
+COUNTS = [(0, 0, 1.0), (1, 1, 1.0), (2, 3, 1.0), (3, 2, 0.7), (30, 30, 1.0)]
 
 
-@pytest.mark.parametrize("kind", CELL_KINDS)
-@pytest.mark.parametrize("linearization", LINEARIZATIONS)
-def test_it_is_the_engine_of_the_depth_axis(kind, linearization):
-    model, tokens, s0 = double_lm(kind, gain=1.0)
-    projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
-    upstream = torch.randn(N, 2, 6, dtype=torch.float64)
-    for forward, backward, damping, chunk in ((0, 0, 1.0, 1), (2, 1, 1.0, 1), (3, 4, 0.7, 1), (2, 1, 1.0, 3), (1, 2, 0.7, 2)):
-        iterations = Iterations(forward, backward, chunk, LINEARIZATIONS[linearization], damping)
-        ours = forward_time_sweeps(model.cell, projected, s0, iterations)
-        theirs = forward_sweeps(TimeChain(model.cell, projected), range(N), s0, iterations)
-        torch.testing.assert_close(ours.inputs, torch.stack(theirs.inputs), rtol=0, atol=1e-12)
-        torch.testing.assert_close(ours.states, torch.stack(theirs.states), rtol=0, atol=1e-12)
-        if chunk == 1:  # else it is that of the states at the chunks' beginnings alone
-            torch.testing.assert_close(ours.residual.float(), theirs.residual.float(), rtol=1e-5, atol=1e-7)
-        adjoints = backward_time_sweeps(ours, upstream, iterations)
-        expected = backward_sweeps(theirs, list(upstream), iterations)
-        torch.testing.assert_close(adjoints, torch.stack(expected), rtol=0, atol=1e-12)
+def random_maps(linearization, n_maps):
+    """What composes in place of a linearization that is learned: maps of no meaning."""
+    if isinstance(linearization, LowRank):
+        fit = LowRankFit(n_maps, 6, 2)
+    elif isinstance(linearization, SharedMatrix):
+        fit = SharedMatrixFit(6, 2, 3)
+    else:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    for name, buffer in fit.named_buffers():
+        if name.endswith(("left", "right", "map")):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+    return fit.of(range(1, n_maps + 1)) if isinstance(linearization, LowRank) else fit
+
+
+@pytest.mark.parametrize(
+    "kind, linearization",
+    [("gru", name) for name in ALL] + [(kind, name) for kind in CELL_KINDS if kind != "gru" for name in LINEARIZATIONS],
+)
+@pytest.mark.parametrize("n_steps", [1, 2, N, 16, 23])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 40])
+def test_it_is_the_engine_on_a_loop_of_calls(kind, linearization, n_steps, chunk):
+    """States, adjoints and all gradients: known Jacobians of all transitions at once against autograd of each."""
+    model, tokens, s0 = double_lm(kind, n_steps, gain=1.0)
+    projected = model.cell.project(model.symbols(tokens[:, :-1])).detach().requires_grad_(True)
+    upstream, s0 = torch.randn(n_steps, 2, 6, dtype=torch.float64), s0.requires_grad_(True)
+    calls, tensors = CellCalls(model.cell, projected), [*model.cell.parameters(), projected]
+    for forward, backward, damping in COUNTS:
+        iterations = Iterations(forward, backward, chunk, ALL[linearization], damping)
+        learned = random_maps(ALL[linearization], iterations.segments(n_steps)[1])
+        ours, inputs = solved(TimeChain(model.cell, projected), s0, iterations, learned=learned)
+        theirs, expected = solved(ApartChain(calls, range(n_steps)), s0, iterations, learned=learned)
+        for a, b in ((inputs, expected), (ours.states, theirs.states), (ours.residual, theirs.residual)):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        adjoints = solve_adjoint(ours.linearized, upstream.clone(), iterations, learned=learned)
+        expected = solve_adjoint(theirs.linearized, upstream.clone(), iterations, learned=learned)
+        torch.testing.assert_close(adjoints, expected, rtol=0, atol=1e-12)
+        found = torch.autograd.grad(ours.linearized.attached, tensors, adjoints, allow_unused=True)
+        same(found, theirs.linearized.backward(expected, tensors))
+        by_s0 = ours.linearized.vjp(slice(0, 1, 1), adjoints[:1])[0]
+        torch.testing.assert_close(by_s0, theirs.linearized.vjp(slice(0, 1, 1), expected[:1])[0], rtol=0, atol=1e-12)
+        if chunk == 1 or forward == 30:  # else the last walk makes the gradients too, and carries nothing any more
+            fused = solve(CallChain(calls, range(n_steps)), s0, iterations, learned=learned)
+            expected = solve_adjoint(fused.linearized, upstream.clone(), iterations, learned=learned)
+            torch.testing.assert_close(adjoints, expected, rtol=0, atol=1e-12)
+            same(found, summed(fused.linearized.gradients))
+            torch.testing.assert_close(by_s0, fused.linearized.input_gradient, rtol=0, atol=1e-12)
+
+
+def same(ours, theirs):
+    """Gradients, None where the output does not depend on a tensor (a cell's matrices for what it reads)."""
+    assert [g is None for g in ours] == [g is None for g in theirs] and any(g is not None for g in ours)
+    for a, b in zip(ours, theirs):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
@@ -240,7 +275,7 @@ def test_states_are_causal(kind):
         for ids in (tokens, changed):
             projected = model.cell.project(model.symbols(ids[:, :-1]))
             iterations = Iterations(2, linearization=linearization)
-            states.append(forward_time_sweeps(model.cell, projected, s0, iterations).states)
+            states.append(solve(TimeChain(model.cell, projected), s0, iterations).states)
         assert torch.equal(states[0][:7], states[1][:7])  # s_1 .. s_7 have read x_0 .. x_6
         assert (states[0][7] - states[1][7]).abs().max() > 1e-6
 
@@ -254,10 +289,22 @@ def test_a_first_state_and_an_input_that_need_gradients_get_them():
     exact = exact_states(model.cell, model.cell.project(symbols), state)[1:]
     expected = torch.autograd.grad((exact * upstream).sum(), leaves)
     limit = Iterations(N - 1, N - 1, linearization=Diagonal())
-    solution = forward_time_sweeps(model.cell, model.cell.project(symbols), state, limit)
-    adjoints = backward_time_sweeps(solution, upstream, limit)
-    for ours, theirs in zip(torch.autograd.grad(solution.outputs, leaves, adjoints), expected):
+    solution = solve(TimeChain(model.cell, model.cell.project(symbols)), state, limit)
+    rows = solution.linearized
+    adjoints = solve_adjoint(rows, upstream, limit)
+    found = rows.vjp(slice(0, 1, 1), adjoints[:1])[0], *torch.autograd.grad(rows.attached, leaves[1:], adjoints)
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("linearization", ["zero", "diagonal", "shared_matrix"])
+def test_a_first_state_that_needs_a_gradient_gets_it_from_the_loss(linearization):
+    model, tokens, state = double_lm("gru")
+    state.requires_grad_(True)
+    expected = torch.autograd.grad(RecurrentBackpropObjective(model)(tokens, state=state).loss, state)[0]
+    sweeps = Sweeps(N, N, 3, linearization)
+    ours = torch.autograd.grad(RecurrentLocalObjective(model, sweeps)(tokens, state=state).loss, state)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", CELL_KINDS)
@@ -332,17 +379,17 @@ def test_early_stop_damping_and_clip():
     projected = model.cell.project(model.symbols(tokens[:, :-1])).detach()
     log = instrument(model.cell)
 
-    def solved(forward, linearization=Diagonal(), **options):
-        return forward_time_sweeps(model.cell, projected, s0, Iterations(forward, linearization=linearization, **options))
+    def run(forward, linearization=Diagonal(), clip=1.0, **options):
+        chain = TimeChain(model.cell, projected, clip)
+        return solved(chain, s0, Iterations(forward, linearization=linearization, clip=clip, **options))
 
-    solved(50, tolerance=1e3)
+    run(50, tolerance=1e3)
     assert log["calls"] == 2  # one iteration and the differentiated call
-    whole, half = solved(1).inputs, solved(1, damping=0.5).inputs
+    (_, whole), (_, half) = run(1), run(1, damping=0.5)
     torch.testing.assert_close(half[1:], 0.5 * (whole + s0)[1:])
-    assert solved(1, clip=0.25).diagonals.abs().max() <= 0.25
-    torch.testing.assert_close(solved(2, Zero()).inputs, solved(2, clip=1e-15).inputs, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="Identity.*zero, diagonal, shared_matrix"):
-        solved(1, Identity())
+    solution, _ = run(1, clip=0.25)
+    assert solution.linearized.diagonal().abs().max() <= 0.25 < run(1)[0].linearized.diagonal().abs().max()
+    torch.testing.assert_close(run(2, Zero())[1], run(2, clip=1e-15)[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ PACKAGE = ROOT / "hbll_seq"
 
 #: of a folder or a module of the package (the longest name that fits counts)
 TESTS = {
-    "engine": ("engine/test_sweeps.py", "engine", "objectives/test_objective.py", "chains"),
+    "engine": ("engine/test_engine.py", "engine", "chains/test_time_sweeps.py", "objectives/test_objective.py", "chains"),
     "engine/scan.py": ("engine/test_scan.py", "tree", "engine", "chains"),
+    "engine/linearization/base.py": ("engine/test_engine.py", "engine", "chains/test_time_sweeps.py"),
     "engine/linearization": ("engine/test_secants.py", "chains/test_time_secants.py", "engine", "chains"),
     "tree": ("tree", "objectives/test_objective.py", "engine/test_sweeps.py"),
-    "chains": ("chains", "engine/test_sweeps.py", "objectives/test_objective.py"),
+    "chains": ("chains", "engine/test_engine.py", "engine/test_sweeps.py", "objectives/test_objective.py"),
+    "chains/time.py": ("engine/test_engine.py", "chains/test_time_sweeps.py", "chains/test_time_secants.py", "chains"),
     "chains/depth.py": ("objectives/test_objective.py", "engine", "chains/test_grid.py"),
     "layers": ("layers", "models/test_model.py", "models/test_padding.py", "chains/test_time_sweeps.py"),
     "data": ("data",),
@@ -25,6 +27,7 @@ TESTS = {
                    "objectives", "chains"),
     "objectives/options.py": ("objectives/test_options.py", "objectives", "engine/test_sweeps.py", "chains"),
     "objectives/registry.py": ("objectives/test_options.py", "objectives", "engine/test_sweeps.py", "chains"),
+    "objectives/sweeps.py": ("engine/test_sweeps.py", "engine/test_engine.py", "objectives", "chains"),
     "objectives/depth_mix.py": ("engine/test_sweeps.py", "objectives", "chains"),
     "objectives/branches.py": ("engine/test_sweeps.py", "objectives", "chains"),
     "objectives/tree.py": ("models/test_exits.py", "tree", "objectives/test_objective.py", "objectives"),

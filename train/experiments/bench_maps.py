@@ -31,12 +31,13 @@ from comparisons.program import as_program
 from comparisons.runs import Length, train_classifier
 from comparisons.tasks import Classes
 from comparisons.time_methods import TimeMethod
-from hbll_seq.chains.time import forward_time_sweeps
+from hbll_seq.chains.time import TimeChain, TimeRows
 from hbll_seq.data.mnist import load_mnist
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Zero
 from hbll_seq.engine.linearization.regression import ridge_factor
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
+from hbll_seq.engine.solve import solve
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
@@ -147,6 +148,32 @@ def explained_by_chunk(model: HBLLForSequenceClassification, pixels: Tensor, lab
     return {"forward": forward, "backward": explained(change, adjoint, product)}
 
 
+class ReadChain(TimeChain):
+    """A chain that keeps what its differentiated calls read."""
+
+    def linearize(self, chunk_size: int) -> TimeRows:
+        """See :meth:`TimeChain.linearize`."""
+        return ReadRows(self, chunk_size)
+
+
+class ReadRows(TimeRows):
+    """See :class:`ReadChain`."""
+
+    def __init__(self, chain: TimeChain, chunk_size: int):
+        super().__init__(chain, chunk_size)
+        self._read: list[Tensor] = []
+
+    def call(self, rows: slice, states: Tensor) -> Tensor:
+        """See :meth:`TimeRows.call`."""
+        self._read.append(states)
+        return super().call(rows, states)
+
+    @property
+    def read(self) -> Tensor:
+        """s_0 .. s_{N-1}, [N, B, H]."""
+        return torch.stack(self._read, dim=1).flatten(0, 1)[: self.chain.n_steps]
+
+
 def errors_of_states(
     model: HBLLForSequenceClassification, pixels: Tensor, c: int, iterations: int, batch_size: int
 ) -> dict[str, float]:
@@ -157,7 +184,7 @@ def errors_of_states(
     *batches, last = pixels.split(batch_size)[: N_BATCHES + 1]
     for batch in batches:
         taught = Iterations(iterations, chunk_size=c, linearization=SharedMatrix())
-        forward_time_sweeps(cell, project(batch), s0, taught, learned=fit, learn=True)
+        solve(TimeChain(cell, project(batch)), s0, taught, learned=fit, learn=True)
         fit.end_step()
     projected, s0 = project(last), s0[: len(last)]
     with torch.no_grad():
@@ -166,8 +193,8 @@ def errors_of_states(
     for kind in (Zero(), Diagonal(), SharedMatrix()):
         learned = fit if isinstance(kind, SharedMatrix) else None
         walked = Iterations(iterations, chunk_size=c, linearization=kind)
-        solution = forward_time_sweeps(cell, projected, s0, walked, learned=learned)
-        errors[kind.name] = round(((solution.inputs - exact).norm() / exact.norm()).item(), 4)
+        read = solve(ReadChain(cell, projected), s0, walked, learned=learned).linearized.read
+        errors[kind.name] = round(((read - exact).norm() / exact.norm()).item(), 4)
     return errors
 
 

@@ -40,9 +40,10 @@ from comparisons.plots import plot_time
 from comparisons.program import as_program
 from comparisons.report import report_time
 from comparisons.results import Comparison, Results
-from comparisons.runs import TimeShape, train_time
+from comparisons.runs import TimeShape, time_training, train_time
 from comparisons.tasks import Copying, LanguageTask, Stream
 from comparisons.time_methods import TimeMethod, defaults_of
+from comparisons.turns import seconds_by_turns, told_step_times, with_step_times
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
@@ -93,6 +94,8 @@ def options() -> Parser:
     add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with BPTT's "
         "(default: 250)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--time-rounds", type=int, default=0, help="take so many steps of all methods by turns once the runs are done, and "
+        "store what a step took in place of each run's own times (100 are good; default: 0)")  # fmt: skip
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     return parser
 
@@ -174,6 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     comparison = Comparison(results, None if args.report_only else train)
     runs = comparison.at_rates(methods, lambda method: comparison.rate(method, args.lrs, args.seeds[0]), args.seeds)
+    if args.time_rounds:
+        trainings = {m.description: time_training(m, args.lrs[0], args.seeds[0], task, shape)[0] for m in methods}
+        results.add_step_times(seconds_by_turns(trainings, args.time_rounds))
+    runs = with_step_times(runs, results.step_times)
+    if results.step_times:
+        print(told_step_times(results.step_times))
     print(report_time(runs, task.metric, {"bytes": "bits per byte", "text": "bits per token"}.get(args.task, "%")))
     plot_time(args.output.with_suffix(".png"), runs, task.metric)
 

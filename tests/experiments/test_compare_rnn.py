@@ -156,6 +156,15 @@ def test_the_fused_layer_trains_the_cell_as_bptt_does(tmp_path):
         compare_rnn.main([*argv[:-1], str(tmp_path / "other.json"), "--cell", "mingru"])
 
 
+def test_small_is_a_setting_of_copying_with_a_file_of_its_own():
+    args = compare_rnn.parse(["--task", "copy-256", "--small"])
+    assert args.output.name == "compare-rnn-copy-256-gru-small.json" and args.memory == 256
+    assert all(getattr(args, name) == value for name, value in compare_rnn.SMALL.items()) and args.n_embd == 16
+    assert compare_rnn.parse(["--task", "copy-256", "--small", "--seeds", "5"]).seeds == [5]
+    with pytest.raises(ValueError, match="small=True with task='bytes'.*--task copy-256"):
+        compare_rnn.parse(["--small"])
+
+
 def test_chunks_of_default_sweeps_grow_with_the_delay():
     defaults = {task: compare_rnn.default_sweeps(task, "gru") for task in ("copy-64", "copy-256", "bytes")}
     assert {task: (sweeps["linearization"], sweeps["chunk_size"]) for task, sweeps in defaults.items()} == {

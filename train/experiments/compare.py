@@ -42,8 +42,9 @@ from comparisons.plots import plot_depth
 from comparisons.program import as_program
 from comparisons.report import report_depth
 from comparisons.results import Comparison, Results
-from comparisons.runs import DepthShape, train_depth
+from comparisons.runs import DepthShape, depth_training, train_depth
 from comparisons.tasks import LanguageTask, SyntheticTask, Text
+from comparisons.turns import seconds_by_turns, told_step_times, with_step_times
 from hbll_seq.data.tasks import make_task
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokenizer, load_tokens
@@ -109,6 +110,8 @@ def options() -> Parser:
     add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one "
         "(default: 250)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--time-rounds", type=int, default=0, help="take so many steps of all methods by turns once the runs are done, and "
+        "store what a step took in place of each run's own times (100 are good; default: 0)")  # fmt: skip
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     return parser
 
@@ -186,7 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     comparison = Comparison(results, None if args.report_only else train)
     runs = comparison.at_rates(methods, lambda method: comparison.rate(method, args.lrs, args.seeds[0]), args.seeds)
+    if args.time_rounds:
+        trainings = {m.description: depth_training(m, args.lrs[0], args.seeds[0], task, shape)[0] for m in methods}
+        results.add_step_times(seconds_by_turns(trainings, args.time_rounds))
+    runs = with_step_times(runs, results.step_times)
     carried = "; states carried from window to window" if args.carry_state else "; every window from the zero state"
+    if results.step_times:
+        print(told_step_times(results.step_times))
     print(report_depth(runs, task.metric, "" if args.cell == TRANSFORMER else carried))
     others = [name for name in results.methods() if name not in {method.name for method in methods}]
     if args.report_only and others:

@@ -4,6 +4,7 @@
     python train/experiments/compare_rnn.py --output new.json      # all of them again
     python train/experiments/compare_rnn.py --cell mingru          # the cell whose gates read the input alone
     python train/experiments/compare_rnn.py --task copy-64         # remember three symbols over 64 steps
+    python train/experiments/compare_rnn.py --task copy-256 --small     # a small network, batch 4: sweeps save time
     python train/experiments/compare_rnn.py --quick                # a minute: too short to mean much
 
 A method is "bptt", "fused" (BPTT by torch's own layer), "truncated:window=16" (credit goes back to the last multiple of 16
@@ -40,9 +41,10 @@ from comparisons.plots import plot_time
 from comparisons.program import as_program
 from comparisons.report import report_time
 from comparisons.results import Comparison, Results
-from comparisons.runs import TimeShape, train_time
+from comparisons.runs import TimeShape, time_training, train_time
 from comparisons.tasks import Copying, LanguageTask, Stream
 from comparisons.time_methods import TimeMethod, defaults_of
+from comparisons.turns import seconds_by_turns, told_step_times, with_step_times
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokens
@@ -61,6 +63,10 @@ CHUNKS_ON_COPY = 8  # errors of the learned maps multiply from chunk to chunk: m
 QUICK = dict(steps=40, warmup_steps=10, lrs=[4e-3], seeds=[0], eval_batches=2, eval_every=10, alignment_every=20)
 ON_COPY = dict(batch_size=64, n_embd=16, eval_batches=8, eval_every=100)
 
+#: copying by a network so small, in batches so small, that a step of BPTT is the overhead of its calls one after the other
+SMALL = dict(hidden=64, batch_size=4, steps=3000, lrs=[8e-3, 1.6e-2], seeds=[0, 1, 2], eval_batches=16, alignment_every=500,
+             threads=1, methods=["bptt", "truncated:window=16", "sweeps:forward=3,backward=3,chunk_size=16"])  # fmt: skip
+
 
 def options() -> Parser:
     """What the command line takes."""
@@ -69,8 +75,10 @@ def options() -> Parser:
     add("--task", choices=TASKS, default="bytes", help="text as bytes or as tokens, or copying over a delay; the latter has "
         f"its own defaults: {ON_COPY}")
     add("--cell", choices=CELL_KINDS, default="gru", help="recurrent cell (default: gru)")
-    add("--output", type=Path, help="JSON file of results (default: train/results/compare-rnn-TASK-CELL[-quick].json)")
+    add("--output", type=Path, help="JSON file of results (default: train/results/compare-rnn-TASK-CELL[-small]"
+        "[-quick].json)")
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--small", action="store_true", help=f"defaults for copying over 256 steps where time is what sweeps save: {SMALL}")
     add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
         "stored)")
     add("--data", default="bundled", help="text, as for train/lm.py (default: bundled)")
@@ -93,24 +101,34 @@ def options() -> Parser:
     add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with BPTT's "
         "(default: 250)")  # fmt: skip
     add("--threads", type=int, help="CPU threads (default: all cores)")
+    add("--time-rounds", type=int, default=0, help="take so many steps of all methods by turns once the runs are done, and "
+        "store what a step took in place of each run's own times (100 are good; default: 0)")  # fmt: skip
     add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
     return parser
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, with the defaults that depend on others of its values."""
+    """The command line, with the defaults that depend on others of its values.
+
+    Raises:
+        ValueError: two values do not go together.
+    """
     parser, argv = options(), sys.argv[1:] if argv is None else argv
     if parser.parse_known_args(argv)[0].task.startswith("copy"):
         parser.set_defaults(**ON_COPY)
+    if "--small" in argv:
+        parser.set_defaults(**SMALL)
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
     delay = delay_of(args.task)
+    if args.small and delay is None:
+        raise ValueError(f"small=True with task={args.task!r}: it is for copying; leave it out, or choose --task copy-256")
     if args.memory is None and delay is not None and not args.cell.startswith("elman"):
         args.memory = float(delay)
     args.memory = args.memory or None
     if args.output is None:
-        args.output = RESULTS / f"compare-rnn-{args.task}-{args.cell}{'-quick' * args.quick}.json"
+        args.output = RESULTS / f"compare-rnn-{args.task}-{args.cell}{'-small' * args.small}{'-quick' * args.quick}.json"
     return args
 
 
@@ -174,6 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     comparison = Comparison(results, None if args.report_only else train)
     runs = comparison.at_rates(methods, lambda method: comparison.rate(method, args.lrs, args.seeds[0]), args.seeds)
+    if args.time_rounds:
+        trainings = {m.description: time_training(m, args.lrs[0], args.seeds[0], task, shape)[0] for m in methods}
+        results.add_step_times(seconds_by_turns(trainings, args.time_rounds))
+    runs = with_step_times(runs, results.step_times)
+    if results.step_times:
+        print(told_step_times(results.step_times))
     print(report_time(runs, task.metric, {"bytes": "bits per byte", "text": "bits per token"}.get(args.task, "%")))
     plot_time(args.output.with_suffix(".png"), runs, task.metric)
 

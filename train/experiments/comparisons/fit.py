@@ -94,8 +94,7 @@ def fit(
         evaluate: what is looked at every ``evaluate_every`` steps and after the last.
         title: of the progress bar.
     """
-    groups = (group["params"] for group in optimizer.param_groups)
-    clipped = list(itertools.chain(*groups) if clipped is None else clipped)
+    clipped = None if clipped is None else list(clipped)
     fitted, carried, spent = Fitted(), {}, []
     with tqdm(range(steps), desc=title, mininterval=5) as bar:
         for step in bar:
@@ -105,12 +104,7 @@ def fit(
             if alignment is not None and (step + 1) % alignment.every == 0:
                 fitted.alignment.append([step + 1, *alignment.measure(inputs, labels, step, **carried)])
             start, begun = now(inputs), work_clock(inputs)
-            output = objective(inputs, labels, step=step, **carried)
-            optimizer.zero_grad()
-            output.loss.backward()
-            if clip < math.inf:
-                torch.nn.utils.clip_grad_norm_(clipped, clip)
-            optimizer.step()
+            output = take_step(objective, optimizer, inputs, labels, step, clip, clipped, **carried)
             fitted.seconds += now(inputs) - start
             spent.append(work_clock(inputs) - begun)
             if carry is not None:
@@ -122,6 +116,27 @@ def fit(
                 fitted.evaluations.append([step + 1, evaluate()])
     fitted.step_seconds = usual_step(spent)
     return fitted
+
+
+def take_step(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    labels: Tensor | None,
+    step: int,
+    clip: float = math.inf,
+    clipped: Sequence[Tensor] | None = None,
+    **carried: Any,
+) -> Any:
+    """One training step, whose output is returned; arguments: see :func:`fit`."""
+    output = objective(inputs, labels, step=step, **carried)
+    optimizer.zero_grad()
+    output.loss.backward()
+    if clip < math.inf:
+        groups = (group["params"] for group in optimizer.param_groups)
+        torch.nn.utils.clip_grad_norm_(list(itertools.chain(*groups)) if clipped is None else clipped, clip)
+    optimizer.step()
+    return output
 
 
 def usual_step(seconds: Sequence[float]) -> float:

@@ -17,7 +17,8 @@ from hbll_seq.utils.atomic import atomic_write
 
 
 class Results:
-    """The JSON file: the setting of the comparison, and one entry per finished run. Processes may share it.
+    """The JSON file: the setting of the comparison, one entry per finished run, and where they were taken the times of a step
+    by turns (``turns.py``). Processes may share it.
 
     Args:
         path: of the file; it need not be there.
@@ -31,6 +32,7 @@ class Results:
     def __init__(self, path: Path, setting: dict, over: str):
         self.path, self.setting, self.over = path, current_setting(setting), over
         self.runs: list[dict] = []
+        self.step_times: dict[str, float] = {}
         self._read()
 
     def _read(self) -> None:
@@ -46,6 +48,7 @@ class Results:
                 "with these; give another --output"
             )
         self.runs = [current_run(run, self.over) for run in data["runs"]]
+        self.step_times = data.get("step_times", {})
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -80,9 +83,20 @@ class Results:
         with self._locked():
             if self.find(run["method"], run["lr"], run["seed"], run.get("description")) is None:
                 self.runs.append(run)
-            lines = ",\n".join(json.dumps(r) for r in self.runs)
-            text = f'{{"setting": {json.dumps(self.setting)},\n"runs": [\n{lines}\n]}}\n'
-            atomic_write(self.path, text)
+            self._write()
+
+    def add_step_times(self, times: dict[str, float]) -> None:
+        """Stores seconds of a step by description of a method. They were taken by turns, and so those of before, which were
+        not taken beside these, are left out."""
+        with self._locked():
+            self._read()
+            self.step_times = {name: round(seconds, 6) for name, seconds in times.items()}
+            self._write()
+
+    def _write(self) -> None:
+        lines = ",\n".join(json.dumps(r) for r in self.runs)
+        times = f'"step_times": {json.dumps(self.step_times)},\n' if self.step_times else ""
+        atomic_write(self.path, f'{{"setting": {json.dumps(self.setting)},\n{times}"runs": [\n{lines}\n]}}\n')
 
 
 def tune(loss_at: Callable[[float], float], grid: Sequence[float]) -> float:

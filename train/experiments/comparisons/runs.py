@@ -17,6 +17,7 @@ from comparisons.fit import Alignment, Fitted, fit
 from comparisons.methods import Method
 from comparisons.tasks import Classes, LanguageTask
 from comparisons.time_methods import TimeMethod
+from comparisons.turns import Training
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.recurrent import RecurrentLM
@@ -64,34 +65,45 @@ class DepthShape:
     cell: str = "transformer"
 
 
-def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape) -> dict[str, Any]:
-    """Trains a model of this shape by a method once, and evaluates the method's paths.
-
-    Where the task carries states, every method starts a window from those that it made itself of the window before, and so
-    do both gradients where they are compared.
-    """
+def depth_training(
+    method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape
+) -> tuple[Training, TrainingSettings]:
+    """What :func:`train_depth` trains, with its settings."""
     method, device = replace(method, n_level=shape.n_level, cell=shape.cell), a_device()
     torch.manual_seed(seed)
     width = dict(n_embd=shape.n_embd, n_head=shape.n_head, context_length=task.context_length)
-    config = method.model_config(task.vocab_size, **width)
-    model = HBLLForCausalLM(config).to(device)
-    objective, paths = method.objective(model, seed).to(device), method.paths(model)
+    model = HBLLForCausalLM(method.model_config(task.vocab_size, **width)).to(device)
+    objective = method.objective(model, seed).to(device)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)
 
     def batch(step: int):
         inputs, labels = task.batch(step, shape.batch_size, seed)
         return inputs.to(device), None if labels is None else labels.to(device)
 
+    carry = "states" if task.carry_state else None
+    return Training(model, objective, make_optimizer(objective, settings), batch, settings.clip, carry), settings
+
+
+def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape) -> dict[str, Any]:
+    """Trains a model of this shape by a method once, and evaluates the method's paths.
+
+    Where the task carries states, every method starts a window from those that it made itself of the window before, and so
+    do both gradients where they are compared.
+    """
+    training, settings = depth_training(method, lr, seed, task, shape)
+    model, objective, optimizer = training.model, training.objective, training.optimizer
+    method = replace(method, n_level=shape.n_level, cell=shape.cell)
+    paths = method.paths(model)
+
     def evaluate() -> dict[str, float]:
         rows = task.evaluate(model, "validation", max(1, shape.eval_batches // 4), paths=paths)
         return {row["name"]: round(row[task.metric], 4) for row in rows}
 
-    optimizer = make_optimizer(objective, settings)
     fitted = fit(
-        objective, optimizer, batch, shape.steps,
+        objective, optimizer, training.batch, shape.steps,
         rate=partial(learning_rate, peak=lr, total=shape.steps, warmup=shape.warmup_steps, floor=settings.min_lr_ratio),
-        clip=settings.clip, carry="states" if task.carry_state else None, evaluate=evaluate,
-        evaluate_every=shape.eval_every, title=_title(method, lr, seed),
+        clip=training.clip, carry=training.carry, evaluate=evaluate, evaluate_every=shape.eval_every,
+        title=_title(method, lr, seed),
         alignment=_alignment(method, objective, optimizer, seed, shape.alignment_every) if method.is_iterative else None,
     )  # fmt: skip
     rows = {split: task.evaluate(model, split, shape.eval_batches, paths=paths) for split in ("validation", "test")}
@@ -133,14 +145,25 @@ class TimeShape:
     memory: float | None = None
 
 
-def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, shape: TimeShape) -> dict[str, Any]:
-    """Trains a network of this shape by a method once, and evaluates the deployed network."""
+def time_training(
+    method: TimeMethod, lr: float, seed: int, task: LanguageTask, shape: TimeShape
+) -> tuple[Training, TrainingSettings]:
+    """What :func:`train_time` trains, with its settings."""
     method = replace(method, cell=shape.cell, n_steps=task.context_length, memory=shape.memory)
     torch.manual_seed(seed)
     model = RecurrentLM(task.vocab_size, make_cell(shape.cell, shape.n_embd, shape.hidden, shape.memory))
     objective = method.objective(model)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps, clip=shape.clip,
                                 weight_decay=shape.weight_decay)  # fmt: skip
+    carry = "state" if task.carry_state else None
+    batch = lambda step: task.batch(step, shape.batch_size, seed)
+    return Training(model, objective, make_optimizer(objective, settings), batch, settings.clip, carry), settings
+
+
+def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, shape: TimeShape) -> dict[str, Any]:
+    """Trains a network of this shape by a method once, and evaluates the deployed network."""
+    training, settings = time_training(method, lr, seed, task, shape)
+    model, objective = training.model, training.objective
 
     def evaluate() -> float:
         (row,) = task.evaluate(model, "validation", max(1, shape.eval_batches // 4))
@@ -148,9 +171,9 @@ def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, sha
 
     pair = objective, RecurrentBackpropObjective(model)
     fitted = fit(
-        objective, make_optimizer(objective, settings), lambda step: task.batch(step, shape.batch_size, seed), shape.steps,
+        objective, training.optimizer, training.batch, shape.steps,
         rate=partial(learning_rate, peak=lr, total=shape.steps, warmup=shape.warmup_steps, floor=settings.min_lr_ratio),
-        clip=settings.clip, carry="state" if task.carry_state else None, evaluate=evaluate, evaluate_every=shape.eval_every,
+        clip=training.clip, carry=training.carry, evaluate=evaluate, evaluate_every=shape.eval_every,
         title=_title(method, lr, seed),
         alignment=Alignment(shape.alignment_every, list(model.parameters()), pair) if method.is_iterative else None,
     )  # fmt: skip

@@ -101,32 +101,28 @@ def powers_of(matrix: Tensor, n_powers: int) -> Tensor:
     return powers
 
 
-def shared_scan(b: Tensor, powers: Tensor, initial: Tensor, *, reverse: bool = False) -> Tensor:
-    """All s_n of ``s_n = s_{n-1} A + b_n`` with s_0 = ``initial`` and one matrix for all n, whose powers are known.
+def shared_scan(b: Tensor, powers: Tensor) -> Tensor:
+    """All s_n of ``s_n = (s_{n-1} + b_n) A`` with s_0 = 0 and one matrix for all n, whose powers are known.
 
     With G powers, up to G states are sums of products that do not wait for each other, so their span is one product. Of more,
     groups of G are summed side by side, their ends by recursion, and every group then takes what came before it: two products
     for each level.
 
     Args:
-        b: [N, ..., H].
-        powers: A, A^2, .. A^G, [G, H, H]; states are rows.
-        initial: [..., H].
-        reverse: from the end, ``s_n = s_{n+1} A + b_n``.
+        b: [N, ..., H]; states are rows.
+        powers: A, A^2, .. A^G, [G, H, H].
     """
-    if reverse:
-        return shared_scan(b.flip(0), powers, initial).flip(0)
     n_steps, size = len(b), min(len(b), len(powers))
     n_groups = -(-n_steps // size)
     padding = b.new_zeros((n_groups * size - n_steps, *b.shape[1:]))
     grouped = torch.cat((b, padding)).unflatten(0, (n_groups, size))
-    states = grouped.clone()
+    states = grouped @ powers[0]
     for lag in range(1, size):
-        states[:, lag:] += grouped[:, :-lag] @ powers[lag - 1]
-    before = initial[None]
+        states[:, lag:] += grouped[:, :-lag] @ powers[lag]
     if n_groups > 1:
-        ends = shared_scan(states[:-1, -1], powers_of(powers[size - 1], size), initial)
-        before = torch.cat((before, ends))
-    for j in range(size):
-        states[:, j] += before @ powers[j]
+        ends = states[:-1, -1]  # before a group s is not 0: what it adds goes through as many powers as it is steps away
+        jumps = torch.cat((ends[:1] * 0, ends[:-1]))
+        before = ends + shared_scan(jumps, powers_of(powers[size - 1], size))
+        for j in range(size):
+            states[1:, j] += before @ powers[j]
     return states.flatten(0, 1)[:n_steps]

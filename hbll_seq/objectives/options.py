@@ -85,7 +85,7 @@ class Axis:
 #: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy. The
 #: defaults of the last are the least that lost nothing in one trial (docs/lab-log.md)
 AXES = {
-    "depth": Axis(3, 4, 1, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
+    "depth": Axis(1, 2, 4, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
     "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
     "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
 }
@@ -100,9 +100,9 @@ class Sweeps(Inference):
     With K and M at least the chain's length less one, every gradient is backpropagation's; see docs/method.md 2.2.
 
     Attributes:
-        forward: K; None is the axis's own: over depth 3, over time 1, over the time inside of recurrent blocks 1.
-        backward: M (4; 1; 1).
-        chunk_size: c, transitions that one iteration takes one after the other (1; 8; 8).
+        forward: K; None is the axis's own, which is 1 over depth, over time and over the time inside of recurrent blocks.
+        backward: M (2; 1; 1).
+        chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8).
         linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero; diagonal).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.

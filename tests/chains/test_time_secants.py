@@ -14,7 +14,7 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization import shared_matrix
 from hbll_seq.engine.linearization.base import Diagonal, Walk, Zero
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit, bounded
-from hbll_seq.engine.scan import shared_scan
+from hbll_seq.engine.scan import powers_of, shared_scan
 from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
@@ -50,19 +50,16 @@ def observe(fit, way, number, change, response):
     fit.observe([first, Walk(change, response, index=number + 1, is_adjoint=is_adjoint)])
 
 
-@pytest.mark.parametrize("n_steps", [1, 2, 3, 8, 13])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_the_scan_is_the_recurrence(n_steps, reverse):
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 8, 13, 40])
+@pytest.mark.parametrize("n_powers", [1, 2, 3, 8])
+def test_the_scan_is_the_recurrence(n_steps, n_powers):
     torch.manual_seed(0)
-    b, matrix, initial = torch.randn(n_steps, 2, 5), 0.7 * torch.randn(5, 5), torch.randn(2, 5)
-    b, matrix, initial = b.double(), matrix.double(), initial.double()
-    before = b.clone()
-    expected, state = [], initial
-    for n in reversed(range(n_steps)) if reverse else range(n_steps):
-        state = state @ matrix + b[n]
+    b, matrix = torch.randn(n_steps, 2, 5, dtype=torch.float64), 0.7 * torch.randn(5, 5, dtype=torch.float64)
+    before, expected, state = b.clone(), [], torch.zeros(2, 5, dtype=torch.float64)
+    for n in range(n_steps):
+        state = (state + b[n]) @ matrix
         expected.append(state)
-    expected = torch.stack(expected[::-1] if reverse else expected)
-    torch.testing.assert_close(shared_scan(b, matrix, initial, reverse=reverse), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(shared_scan(b, powers_of(matrix, n_powers)), torch.stack(expected), rtol=1e-10, atol=1e-10)
     assert torch.equal(b, before)
 
 
@@ -473,14 +470,14 @@ def test_matrices_and_linearization_belong_together():
         solve_adjoint(solution.linearized, torch.zeros_like(solution.states), diagonal, learned=SharedMatrixFit(6))
 
 
-def products(n_chunks: int) -> int:
-    """Products with maps that a scan over so many chunks takes one after the other, from shared_scan's recursion."""
-    return 1 if n_chunks < 2 else 2 + products(n_chunks // 2)
+def products(n_jumps: int) -> int:
+    """Products with powers that a scan over so many jumps takes one after the other, from shared_scan's recursion."""
+    return 1 if n_jumps <= shared_matrix.MOST_POWERS else 2 + products(-(-n_jumps // shared_matrix.MOST_POWERS) - 1)
 
 
 @pytest.mark.parametrize("n_steps, forward, backward, chunk, walked, scanned", [
-    (16, 2, 2, 4, 20, 9), (16, 4, 3, 2, 16, 30), (64, 4, 3, 8, 64, 30),
-    (70, 2, 2, 8, 40, 19), (70, 4, 4, 8, 72, 39), (262, 4, 4, 32, 288, 39),
+    (16, 2, 2, 4, 20, 3), (16, 4, 3, 2, 16, 6), (64, 4, 3, 8, 64, 6),
+    (70, 2, 2, 8, 40, 3), (70, 4, 4, 8, 72, 7), (262, 4, 4, 32, 288, 7),
 ])  # fmt: skip
 def test_the_longest_chain_is_what_the_results_count(monkeypatch, n_steps, forward, backward, chunk, walked, scanned):
     model = RecurrentLM(11, make_cell("gru", 3, 4))

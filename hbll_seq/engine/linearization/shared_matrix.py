@@ -65,7 +65,7 @@ class SharedMatrixFit(RunningFit, Composer):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
         super().__init__(decay, max(2, width // 64) if every is None else every)
-        self._known_powers: dict[tuple[str, int], tuple[int, Tensor]] = {}
+        self._known_powers: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         for way, n_maps in (("forward", forward), ("backward", max(1, backward - 1))):
             for name in ("change", "response", "map"):
                 self.register_buffer(f"{way}_{name}", torch.zeros(n_maps, width, width))
@@ -85,21 +85,25 @@ class SharedMatrixFit(RunningFit, Composer):
 
     def compose(self, walk: Walk) -> Tensor:
         """See :meth:`Composer.compose`; states are [B, H]."""
-        powers = self._powers("backward" if walk.is_adjoint else "forward", walk.index, len(walk.begun))
-        work = torch.promote_types(walk.ended.dtype, powers.dtype)
-        with full_precision(walk.ended):
-            powers, begun = powers.to(work), walk.begun.to(work)
-            b = walk.ended.to(work) - begun @ powers[0]
-            return shared_scan(b, powers, walk.head.to(work), reverse=walk.is_adjoint).to(walk.ended.dtype)
+        begun, ended = (t.flip(0) if walk.is_adjoint else t for t in walk[:2])
+        if len(ended) < 2:
+            return walk.ended
+        work = torch.promote_types(ended.dtype, self.forward_map.dtype)
+        powers = self._powers("backward" if walk.is_adjoint else "forward", walk.index, len(ended) - 1, work)
+        with full_precision(ended):
+            # how far each walk ended from where the next one began, and what came of the jumps before
+            jumps = ended[:-1].to(work) - begun[1:].to(work)
+            new = torch.cat((ended[:1], (ended[1:].to(work) + shared_scan(jumps, powers)).to(ended.dtype)))
+        return new.flip(0) if walk.is_adjoint else new
 
-    def _powers(self, way: str, number: int, n_segments: int) -> Tensor:
-        """As many powers of a map as a scan over so many segments uses. They are known before a step begins."""
-        matrix, n_powers = self._of("map", way, number), min(n_segments, MOST_POWERS)
-        key = way, matrix.data_ptr()
+    def _powers(self, way: str, number: int, n_jumps: int, dtype: torch.dtype) -> Tensor:
+        """As many powers of a map as a scan over so many jumps uses. They are known before a step begins."""
+        matrix, n_powers = self._of("map", way, number), min(n_jumps, MOST_POWERS)
+        key = matrix.data_ptr(), dtype
         version, powers = self._known_powers.get(key, (None, matrix[:0]))
         if version != matrix._version or len(powers) < n_powers:
             with full_precision(matrix):
-                self._known_powers[key] = matrix._version, (powers := powers_of(matrix, n_powers))
+                self._known_powers[key] = matrix._version, (powers := powers_of(matrix.to(dtype), n_powers))
         return powers[:n_powers]
 
     def observe(self, walks: Sequence[Walk]) -> None:

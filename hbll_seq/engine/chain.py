@@ -70,8 +70,10 @@ class Chain(ABC):
     has_diagonal = False
     #: whether differentiated calls at states that are exact already are kept, rather than made again with all others
     keeps_calls = False
-    #: whether evaluations without gradient improve later ones, those of the last segment too
-    remembers = False
+
+    def remembers(self, rows: slice) -> bool:
+        """Whether evaluations of these transitions without gradient improve later ones."""
+        return False
 
     @abstractmethod
     def apply(self, rows: slice, states: Tensor) -> Tensor:
@@ -101,7 +103,10 @@ class CallChain(Chain):
         self.differentiates = torch.is_grad_enabled() if differentiates is None else differentiates
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
         self.has_diagonal = calls.has_diagonal
-        self.remembers = any(calls.remembers(index) for index in self.indices)
+
+    def remembers(self, rows: slice) -> bool:
+        """See :meth:`Chain.remembers`."""
+        return any(self.calls.remembers(index) for index in self.indices[rows])
 
     def apply(self, rows: slice, states: Tensor) -> Tensor:
         """See :meth:`Chain.apply`."""

@@ -137,7 +137,8 @@ class _Forward:
         if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
             first, n_called = self._call_segment(self.low), 1
         # The last segment's end is not needed.
-        walks_last = self.chain.remembers or (self.learn and is_last and self.composer.wants_last)
+        last = slice((self.n_segments - 1) * self.size, self.chain.n_steps)
+        walks_last = self.chain.remembers(last) or (self.learn and is_last and self.composer.wants_last)
         begun = self.starts[n_called:] if len(self.starts) > 1 else self.starts
         begun, ended, product = self._walk(begun, self.low + n_called, self.n_segments - (not walks_last))
         if self.learn and len(ended):

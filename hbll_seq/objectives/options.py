@@ -89,6 +89,8 @@ AXES = {
     "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
     "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
 }
+#: over depth, what is not said beside a number that is: K and M count passes over single blocks unless a segment is named
+OF_SINGLE_BLOCKS = Iterations(3, 4, 1)
 #: the axes in messages
 WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
 
@@ -100,9 +102,10 @@ class Sweeps(Inference):
     With K and M at least the chain's length less one, every gradient is backpropagation's; see docs/method.md 2.2.
 
     Attributes:
-        forward: K; None is the axis's own, which is 1 over depth, over time and over the time inside of recurrent blocks.
+        forward: K; None is the axis's own: 1 over depth, over time and over the time inside of recurrent blocks.
         backward: M (2; 1; 1).
-        chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8).
+        chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8). Over depth these
+            defaults stand together: where one of the three is given, the others are 3, 4 and 1, passes over single blocks.
         linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero; diagonal).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
@@ -155,8 +158,11 @@ class Sweeps(Inference):
             ValueError: the axis has no such linearization or first estimate.
         """
         own = AXES[axis]
-        names = ("forward", "backward", "chunk_size", "linearization", "init")
-        found = replace(self, **{name: getattr(own, name) for name in names if getattr(self, name) is None})
+        names, defaults = ("forward", "backward", "chunk_size"), own
+        if axis == "depth" and any(getattr(self, name) is not None for name in names):
+            defaults = OF_SINGLE_BLOCKS
+        values = {name: getattr(defaults, name) for name in names} | {"linearization": own.linearization, "init": own.init}
+        found = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
         where = f"over {WORDS[axis]}"
         if not isinstance(found.linearization, own.linearizations):
             allowed = ", ".join(kind.name for kind in own.linearizations)

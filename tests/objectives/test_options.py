@@ -135,7 +135,10 @@ def test_what_an_axis_cannot_have_is_refused(call, message):
 
 
 def test_defaults_are_the_axis_own():
-    assert Sweeps().resolved("depth") == Sweeps(3, 4, 1, Identity(), "first")
+    assert Sweeps().resolved("depth") == Sweeps(1, 2, 4, Identity(), "first")
+    assert Sweeps(linearization="zero").resolved("depth") == Sweeps(1, 2, 4, Zero(), "first")
+    for given in (Sweeps(forward=3), Sweeps(backward=4), Sweeps(chunk_size=1)):  # passes over single blocks
+        assert given.resolved("depth") == Sweeps(3, 4, 1, Identity(), "first")
     assert Sweeps().resolved("time") == Sweeps(1, 1, 8, Zero(), "state", clip=1.0)
     assert Sweeps().resolved("layer") == Sweeps(1, 1, 8, Diagonal(), "state")
     assert Sweeps(2, linearization="zero").resolved("depth") == Sweeps(2, 4, 1, Zero(), "first")

@@ -74,13 +74,23 @@ def current_description(description: str, over: str) -> str:
 
 def current_run(run: Mapping[str, Any], over: str) -> dict[str, Any]:
     """A stored run."""
-    if "side" not in run:
-        return dict(run)
-    run = {RUN_KEYS.get(key, key): value for key, value in run.items()}
-    run["method"] = current_name(run["method"], over)
-    if "description" in run:
-        run["description"] = current_description(run["description"], over)
-    return run
+    if "side" in run:
+        run = {RUN_KEYS.get(key, key): value for key, value in run.items()}
+        run["method"] = current_name(run["method"], over)
+        if "description" in run:
+            run["description"] = current_description(run["description"], over)
+    return {**run, "method": _with_numbers(run["method"], run.get("description", ""), over)}
+
+
+def _with_numbers(name: str, description: str, over: str) -> str:
+    """A method's name with the numbers that a bare "sweeps" over depth stood for before segments were its default."""
+    kind, _, rest = name.partition(":")
+    told = {item.partition("=")[0] for item in rest.split(",")}
+    is_bare = kind == "sweeps" and over == "depth" and not told & {"forward", "backward", "chunk_size"}
+    stood_for = all(part in description for part in ("'forward': 3", "'backward': 4")) and "'chunk_size'" not in description
+    if not (is_bare and stood_for):
+        return name
+    return f"sweeps:forward=3,backward=4{',' if rest else ''}{rest}"
 
 
 def current_setting(setting: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hbll_seq.engine.calls import Calls
+from hbll_seq.engine.gradients import hooks_left_out
 
 
 class Linearized(ABC):
@@ -203,7 +204,8 @@ class CalledRows(Linearized):
         asked = [read, *parameters] if wanted else parameters
         if not asked:
             return None
-        found = list(torch.autograd.grad(output, asked, adjoint, allow_unused=True))
+        with hooks_left_out(parameters):
+            found = list(torch.autograd.grad(output, asked, adjoint, allow_unused=True))
         product = found.pop(0) if wanted else None
         self.gradients[row] = found
         if row == 0:

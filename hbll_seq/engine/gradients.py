@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def hooks_left_out(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """No hook on these tensors runs inside: those on parameters belong to the backward call that delivers the gradients."""
+    hooked = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
 
 
 def inject_gradients(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -24,7 +38,7 @@ class _Injected(torch.autograd.Function):
     def forward(ctx, n_tensors: int, *both: Tensor) -> Tensor:
         gradients = both[:n_tensors]
         ctx.save_for_backward(*gradients)
-        return gradients[0].new_zeros(())
+        return torch.zeros((), dtype=gradients[0].dtype, device=gradients[0].device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -22,7 +22,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.objectives.options import Tree
+from hbll_seq.objectives.options import Sweeps, Tree
 from hbll_seq.utils.modules import plain_module
 
 
@@ -160,7 +160,8 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
         with ledger:
             loss = objective(inputs, labels, step=step).loss
             forward = ledger.stamp(loss)
-            gradients = torch.autograd.grad(loss, objective.trained_parameters())
+            start = torch.ones((), dtype=loss.dtype, device=loss.device)  # made of nothing that was evaluated
+            gradients = torch.autograd.grad(loss, objective.trained_parameters(), start)
             until = max(ledger.stamp(gradient) for gradient in gradients)
     finally:
         for n, block in enumerate(blocks):
@@ -187,7 +188,8 @@ def small_hierarchy(n_level: int, width: int = 4, n_classes: int = 3, default_pa
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the span and work of one training step by the number of transitions N, the head counted as one of them.
 
-    "sweeps" has the default K and M: (K + 1) + M + 2, the first block's call being an iteration, and 2 for the head.
+    "sweeps" has the default segments, and "of single blocks" K = 3 and M = 4: (K + 1) + M + 2, the first block's call being
+    an iteration, and 2 for the head.
 
     "tree" counts what depends on what: blocks read clean forward messages, so all of them could run before the first
     correction. "tree, level by level" is the order that the code queues them in, and that the data force where blocks
@@ -204,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("tree", LocalObjective(model)),
             ("tree, level by level", LocalObjective(model, Tree(clean_inputs=False))),
             ("sweeps", LocalObjective(model, "sweeps")),
-            ("sweeps, recomputed", LocalObjective(model, "sweeps", recompute=True)),
+            ("of single blocks", LocalObjective(model, Sweeps(3, 4, 1))),
+            ("the same, recomputed", LocalObjective(model, Sweeps(3, 4, 1), recompute=True)),
             ("backprop", BackpropObjective(model)),
         ):
             span = measure_span(objective, x, y)

@@ -47,8 +47,8 @@ class LocalObjective(Objective):
 
     Args:
         model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
-        inference: a :class:`Tree`, :class:`Sweeps` or :class:`VCycles`, or a text such as ``"sweeps:forward=2"``. With both K
-            and M of sweeps at least the path's length minus one, the gradient of every parameter is backprop's.
+        inference: a :class:`Tree`, :class:`Sweeps` or :class:`VCycles`, or a text such as ``"sweeps:forward=2"``. With
+            (K + 1) c and M c of sweeps at least the path's length, the gradient of every parameter is backprop's.
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
         recompute, seed, rank, micro_batches: see :class:`Objective`.

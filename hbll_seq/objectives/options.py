@@ -99,7 +99,7 @@ WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
 class Sweeps(Inference):
     """K parallel forward iterations, one differentiated call of every transition, M backward (adjoint) iterations.
 
-    With K and M at least the chain's length less one, every gradient is backpropagation's; see docs/method.md 2.2.
+    With (K + 1) c and M c at least the chain's length, every gradient is backpropagation's; see docs/method.md 2.2.
 
     Attributes:
         forward: K; None is the axis's own: 1 over depth, over time and over the time inside of recurrent blocks.

@@ -76,8 +76,7 @@ class RecurrentObjective(nn.Module, ABC):
         has a target), and the state is that after the last real step. Where nothing has a target, both are 0.
 
         With a tree, whose shape depends on the length, sequences of each length are evaluated by themselves. Otherwise all
-        are evaluated together, exactly in the limit of K and M; below it backward iterations cut chunks from the end of the
-        longest.
+        are evaluated together, exactly in the limit of K and M.
 
         Raises:
             ValueError: under ``torch.inference_mode``, for float16, or what is given does not fit.
@@ -160,8 +159,8 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     :class:`Sweeps` (docs/method.md 2.2): K forward iterations, one differentiated call of the cell at all positions, M
     backward iterations, and the loss ``<sg lambda_n, a_n>`` of every position. What an adjoint carries is another matter: M
-    iterations are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c at
-    least N and M c at least N - 1 the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
+    iterations are truncated backpropagation through time, evaluated in parallel at approximate states, and with (K + 1) c and
+    M c at least N the gradient of every parameter is that of :class:`RecurrentBackpropObjective`.
 
     With a :class:`TreeGuess`, a tree's states are the first estimate (docs/method.md 2.4). It has cells of its own, trained
     to agree with the chain, ``weight ||h_n - sg s_n||^2`` and the task loss of the frozen head, at even n; that touches
@@ -240,7 +239,7 @@ class RecurrentLocalObjective(RecurrentObjective):
             if not keep_graph:
                 losses.append(loss)
                 return None
-            loss, (upstream,) = output_loss(loss, [read], self.model)
+            loss, upstream = output_loss(loss, read, self.model)
             losses.append(loss)
             return upstream
 

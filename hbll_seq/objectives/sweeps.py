@@ -12,7 +12,7 @@ from hbll_seq.chains.depth import Prefix, number_of, prefixes
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain, CalledRows, Chain
-from hbll_seq.engine.gradients import inject_gradients
+from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Identity
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
@@ -53,19 +53,19 @@ def sweep(
     return solution, solve_adjoint(solution.linearized, upstream, iterations, learned=learned, learn=learn)
 
 
-def output_loss(loss: Tensor, read: Sequence[Tensor], model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+def output_loss(loss: Tensor, read: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
     """Differentiates the loss at the outputs once: the same value, attached to the head alone, and the upstream gradients of
     the states that it read.
 
     Args:
         loss: a scalar.
-        read: states, leaves.
+        read: the states, a leaf.
         model: whose parameters the head's are among.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [*read, *parameters], allow_unused=True)
-    upstream = [torch.zeros_like(s) if g is None else g for s, g in zip(read, gradients)]
-    return loss.detach() + injected(parameters, gradients[len(read) :]), upstream
+    with hooks_left_out(parameters):
+        upstream, *gradients = torch.autograd.grad(loss, [read, *parameters], allow_unused=True)
+    return loss.detach() + injected(parameters, gradients), upstream
 
 
 def injected(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor | float:
@@ -175,9 +175,9 @@ class DepthStep:
             self._add(path[-1], weight * value)
         if not self.keep_graph:
             return None
-        head, by_exit = output_loss(loss, read, self.model)
-        self._add(network.path[-1], head - loss.detach())
-        found = iter(by_exit)
+        # The head's own gradients are left to the backward call, off the critical path.
+        found = iter(torch.autograd.grad(loss, read, retain_graph=True))
+        self._add(network.path[-1], loss - loss.detach())
         upstream = _upstream(network.path, network.exits, found, states)
         for branch, solution in walked:
             rows = solution.linearized

@@ -1,5 +1,6 @@
 """The engine against its definition, written out in loops over segments; what its gradients are made of."""
 
+import copy
 from pathlib import Path
 
 import kill_and_resume as kr
@@ -18,9 +19,11 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import make_cell
+from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Sweeps
+from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
 
 FIXED = {kind.name: kind for kind in (Zero(), Identity(), Diagonal())}
 #: (K, M, damping)
@@ -360,3 +363,24 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
         one = found(objective.model)
         for rank in (0, 1):
             equal(torch.load(tmp_path / f"{rank}-{number}.pt"), one, 1e-12)
+
+
+def test_hooks_on_parameters_run_once():
+    """As in a plain training step: the gradients are made early, the hooks belong to the call that delivers them."""
+    def doubled(objective, x):
+        for p in objective.model.parameters():
+            p.register_hook(lambda g: 2 * g)
+        objective(x).loss.backward()
+        return {name: p.grad for name, p in objective.model.named_parameters()}
+
+    for inference in (Sweeps(6, 6, 1), Sweeps(1, 2, 4)):
+        model, tokens = small_lm(dropout=0.0).double(), torch.randint(17, (2, 8))
+        ours, exact = (doubled(kind, tokens) for kind in (
+            LocalObjective(copy.deepcopy(model), inference), BackpropObjective(copy.deepcopy(model))))  # fmt: skip
+        for name, gradient in exact.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+    time, tokens = RecurrentLM(11, make_cell("gru", 5, 6)).double(), torch.randint(11, (2, 10))
+    objectives = RecurrentLocalObjective(copy.deepcopy(time), Sweeps(9, 9, 1)), RecurrentBackpropObjective(copy.deepcopy(time))
+    ours, exact = (doubled(kind, tokens) for kind in objectives)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)

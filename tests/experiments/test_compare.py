@@ -132,9 +132,10 @@ def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
     setting = stored["setting"]
     for run, old in zip(Results(path, setting, "depth").runs, stored["runs"], strict=True):
         shape = {name: setting[name] for name in ("n_level", "cell") if name in setting}
-        # a bare "sweeps" has another meaning by now
-            asked = run["method"] if run["method"].startswith("sweeps:forward=3,backward=4") else old.get("side", run["method"])
-            for name in (run["method"], asked):
+        asked = old.get("side", run["method"])
+        if run["method"].startswith("sweeps:forward=3,backward=4"):  # a bare "sweeps" has another meaning by now
+            asked = run["method"]
+        for name in (run["method"], asked):
             method = DepthMethod.named(name, current_setting(setting)["depth_mix"], **shape)
             assert (method.name, method.description) == (run["method"], run["description"])
         assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]

@@ -380,7 +380,8 @@ def test_hooks_on_parameters_run_once():
         for name, gradient in exact.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
     time, tokens = RecurrentLM(11, make_cell("gru", 5, 6)).double(), torch.randint(11, (2, 10))
-    objectives = RecurrentLocalObjective(copy.deepcopy(time), Sweeps(9, 9, 1)), RecurrentBackpropObjective(copy.deepcopy(time))
+    other = copy.deepcopy(time)
+    objectives = RecurrentLocalObjective(time, Sweeps(9, 9, 1)), RecurrentBackpropObjective(other)
     ours, exact = (doubled(kind, tokens) for kind in objectives)
     for name, gradient in exact.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)

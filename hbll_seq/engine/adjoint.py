@@ -59,7 +59,8 @@ class _Backward:
     Attributes:
         high: the segments from this one on are done: their adjoints are final.
         adjoints: [S c, ...], those of these segments, and the upstream gradients of the others.
-        ends: [high, ...], the present estimate of the adjoints at the segments' ends; the last of them is exact.
+        ends: [high, ...], the present estimate of the adjoints at the segments' ends; the last of them is exact, and stands
+            alone where the others need no estimate.
         seen: what iterations walked, for the learned maps.
     """
 
@@ -69,12 +70,15 @@ class _Backward:
         self.size, self.high = iterations.segments(self.n_steps)
         self.walks_make_gradients = self.is_fused and self.size > 1
         self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
-        self.guess = composer.guess(upstream, self.diagonal, self.size)
-        self.ends = self.guess[self.size - 1 :: self.size]
+        # With enough iterations every segment's adjoint is exact in its turn: nothing would be made of an estimate.
+        self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high and not learn
         self.adjoints, n_missing = upstream, self.high * self.size - self.n_steps
         if n_missing:  # nothing comes back from behind the end
-            nothing = upstream.new_zeros((n_missing, *upstream.shape[1:]))
-            self.adjoints, self.ends = torch.cat((upstream, nothing)), torch.cat((self.ends, nothing[:1]))
+            self.adjoints = torch.cat((upstream, upstream.new_zeros((n_missing, *upstream.shape[1:]))))
+        self.ends = self.adjoints[-1:].clone()
+        if not self.needs_no_estimate:
+            self.guess = composer.guess(upstream, self.diagonal, self.size)
+            self.ends = torch.cat((self.guess[self.size - 1 :: self.size][: self.high - 1], self.ends))
         self.pure = None
         if learn and self.size > 1:
             inside = self.adjoints.unflatten(0, (self.high, self.size))[1:, :-1]
@@ -83,9 +87,12 @@ class _Backward:
 
     def iterate(self, number: int) -> None:
         """Iteration ``number``, from 0: walks all segments but the first one back. That ends the last one's part in it."""
-        ended, products = self._walk(1, n_final=1, exchanges=True)
+        ended, products = self._walk(self.high - 1 if self.needs_no_estimate else 1, n_final=1, exchanges=True)
         self.adjoints[self.high * self.size - 1] = self.ends[-1]
-        self.ends = self._exchange(ended, products, number)
+        if self.needs_no_estimate:
+            self.ends = ended + self.adjoints[(self.high - 1) * self.size - 1]
+        else:
+            self.ends = self._exchange(ended, products, number)
         self.high -= 1
 
     def finish(self, number: int) -> Tensor:
@@ -118,7 +125,7 @@ class _Backward:
             With ``exchanges`` what the segments from the second on ended in, without the upstream gradients there; and the
             products of the diagonals behind each of their steps, where they are asked for.
         """
-        size, stop, state, products = self.size, self.high * self.size, self.ends[low:], []
+        size, stop, state, products = self.size, self.high * self.size, self.ends[low - self.high :], []
         for p in reversed(range(size)):
             first = low * size + p
             if p == 0 and not exchanges:

@@ -114,6 +114,19 @@ class _Forward:
         """Whether the differentiated calls that are still to come will read exact states alone."""
         return self.low >= self.n_segments - 1
 
+    @property
+    def needs_no_estimate(self) -> bool:
+        """Whether the iterations are enough for every segment to begin exactly in its turn, so that nothing is made of a walk
+        from an estimate, and nobody learns from it."""
+        iterations, later = self.iterations, slice(self.low * self.size, self.chain.n_steps)
+        return (
+            iterations.forward >= self.n_segments - 1
+            and self.size > 1
+            and iterations.tolerance == 0
+            and not self.learn
+            and not self.chain.remembers(later)
+        )
+
     def begin(self, init: str, start: Tensor | None) -> None:
         """The first estimate."""
         n_later = self.n_segments - 1
@@ -136,6 +149,9 @@ class _Forward:
         is_last = number == iterations.forward - 1 or (is_plain and n_later == 1)
         if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
             first, n_called = self._call_segment(self.low), 1
+            if self.needs_no_estimate:
+                self._estimate(first, is_exact=True)
+                return
         # The last segment's end is not needed.
         last = slice((self.n_segments - 1) * self.size, self.chain.n_steps)
         walks_last = self.chain.remembers(last) or (self.learn and is_last and self.composer.wants_last)

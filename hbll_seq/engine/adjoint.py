@@ -5,8 +5,8 @@ Jacobians, from the adjoint at a segment's end to the one at its beginning; a sc
 iterations the adjoints of the last m segments are exact.
 
 Where a product can make the gradients of the transition's parameters too (``makes_gradients``), a segment's last walk is also
-the one that makes them: an exact segment's the one that shows it exact, that of all others the last of the M. With c = 1 a
-walk ends where it begins; then the gradients are made behind M iterations, of all transitions at once.
+the one that makes them: an exact segment's the one that shows it exact, that of all others one behind the M iterations. With
+c = 1 a walk ends where it begins; then the gradients are made of all transitions at once.
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
@@ -45,7 +45,7 @@ def solve_adjoint(
         ValueError: see :func:`solve`.
     """
     run = _Backward(linearized, upstream, iterations, iterations.composer(learned), learn)
-    n_before = iterations.backward if run.is_fused and not run.walks_make_gradients else max(0, iterations.backward - 1)
+    n_before = iterations.backward if run.is_fused else max(0, iterations.backward - 1)
     for number in range(n_before):
         if run.high == 1:
             break
@@ -71,7 +71,7 @@ class _Backward:
         self.walks_make_gradients = self.is_fused and self.size > 1
         self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
         # With enough iterations every segment's adjoint is exact in its turn: nothing would be made of an estimate.
-        self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high and not learn
+        self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high - 1 and not learn
         self.adjoints, n_missing = upstream, self.high * self.size - self.n_steps
         if n_missing:  # nothing comes back from behind the end
             self.adjoints = torch.cat((upstream, upstream.new_zeros((n_missing, *upstream.shape[1:]))))

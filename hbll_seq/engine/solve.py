@@ -8,8 +8,8 @@ differentiated, each on its own; then the adjoints go back, segment by segment, 
 
 What is exact is not computed again. After k iterations the first k segments begin exactly, so that the next one leaves them
 out; where calls are few and large (``keeps_calls``) their calls are already the differentiated ones. The same holds for
-adjoints from the end. With (K + 1) c >= N and M c >= N the whole scheme is backpropagation, evaluated in parallel. Below, it
-is an approximation that truncates.
+adjoints from the end. With (K + 1) c and (M + 1) c at least N the whole scheme is backpropagation, evaluated in parallel.
+Below, it is an approximation that truncates.
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """

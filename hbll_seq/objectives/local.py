@@ -48,7 +48,7 @@ class LocalObjective(Objective):
     Args:
         model: a :class:`DepthHierarchy`; its blocks (of ``path``) are trained.
         inference: a :class:`Tree`, :class:`Sweeps` or :class:`VCycles`, or a text such as ``"sweeps:forward=2"``. With
-            (K + 1) c and M c of sweeps at least the path's length, the gradient of every parameter is backprop's.
+            (K + 1) c and (M + 1) c of sweeps at least the path's length, the gradient of every parameter is backprop's.
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
         recompute, seed, rank, micro_batches: see :class:`Objective`.
@@ -86,7 +86,7 @@ class LocalObjective(Objective):
             self._check_v_cycles(path)
             self.inference = inference
         else:
-            self.inference = inference.resolved("depth")
+            self.inference = inference.resolved("depth", len(self.path))
             self.secants = self._new_fit()
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:

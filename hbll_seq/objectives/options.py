@@ -73,8 +73,8 @@ class Inference:
 class Axis:
     """What sweeps along one axis take where nothing is said, and what they can do there."""
 
-    forward: int
-    backward: int
+    forward: int | None
+    backward: int | None
     chunk_size: int
     linearization: Linearization
     init: str
@@ -85,12 +85,12 @@ class Axis:
 #: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy. The
 #: defaults of the last are the least that lost nothing in one trial (docs/lab-log.md)
 AXES = {
-    "depth": Axis(1, 2, 4, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
+    "depth": Axis(None, None, 4, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
     "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
     "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
 }
-#: over depth, what is not said beside a number that is: K and M count passes over single blocks unless a segment is named
-OF_SINGLE_BLOCKS = Iterations(3, 4, 1)
+#: over depth, what is not said beside a K or M that is, or where iterations are wanted: passes over single blocks
+OF_SINGLE_BLOCKS = {"forward": 3, "backward": 4, "chunk_size": 1}
 #: the axes in messages
 WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
 
@@ -99,13 +99,14 @@ WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
 class Sweeps(Inference):
     """K parallel forward iterations, one differentiated call of every transition, M backward (adjoint) iterations.
 
-    With (K + 1) c and M c at least the chain's length, every gradient is backpropagation's; see docs/method.md 2.2.
+    With (K + 1) c and (M + 1) c at least the chain's length, every gradient is backpropagation's; see docs/method.md 2.2.
 
     Attributes:
-        forward: K; None is the axis's own: 1 over depth, over time and over the time inside of recurrent blocks.
-        backward: M (2; 1; 1).
-        chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8). Over depth these
-            defaults stand together: where one of the three is given, the others are 3, 4 and 1, passes over single blocks.
+        forward: K; None is the axis's own: over depth as many as make the gradient exact, over time 1, over the time inside
+            of recurrent blocks 1.
+        backward: M (the same; 1; 1), exchanges of adjoints between segments.
+        chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8). Over depth, where K
+            or M is given, or ``LowRank``, damping or a tolerance, the others are 3, 4 and 1: passes over single blocks.
         linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero; diagonal).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
@@ -151,17 +152,20 @@ class Sweeps(Inference):
         if not (self.init is None or is_known or isinstance(self.init, TreeGuess)):
             raise ValueError(f"init={quote(self.init)}: allowed are {', '.join(known)}, over time also a TreeGuess")
 
-    def resolved(self, axis: str) -> Sweeps:
+    def resolved(self, axis: str, n_steps: int | None = None) -> Sweeps:
         """The same with every None written out, for ``"depth"``, ``"time"`` or ``"layer"``.
+
+        Args:
+            axis: one of ``AXES``.
+            n_steps: blocks of the path, over depth: where K and M are to be exact, they depend on it, and stay None without.
 
         Raises:
             ValueError: the axis has no such linearization or first estimate.
         """
         own = AXES[axis]
-        names, defaults = ("forward", "backward", "chunk_size"), own
-        if axis == "depth" and any(getattr(self, name) is not None for name in names):
-            defaults = OF_SINGLE_BLOCKS
-        values = {name: getattr(defaults, name) for name in names} | {"linearization": own.linearization, "init": own.init}
+        values = {name: getattr(own, name) for name in ("forward", "backward", "chunk_size", "linearization", "init")}
+        if axis == "depth":
+            values |= OF_SINGLE_BLOCKS if self._iterates else self._exact(n_steps)
         found = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
         where = f"over {WORDS[axis]}"
         if not isinstance(found.linearization, own.linearizations):
@@ -176,10 +180,23 @@ class Sweeps(Inference):
         return replace(found, clip=1.0) if axis == "time" and found.clip is None else found
 
     @property
+    def _iterates(self) -> bool:
+        """Whether passes over a whole chain are asked for, rather than exact gradients."""
+        named = self.forward is not None or self.backward is not None or self.chunk_size == 1
+        return named or isinstance(self.linearization, LowRank) or self.damping != 1.0 or self.tolerance > 0
+
+    def _exact(self, n_steps: int | None) -> dict[str, int]:
+        """The K and M with which every segment of a path is exact."""
+        if n_steps is None:
+            return {}
+        n_more = Iterations(0, chunk_size=self.chunk_size or AXES["depth"].chunk_size).segments(n_steps)[1] - 1
+        return {"forward": n_more, "backward": n_more}
+
+    @property
     def iterations(self) -> Iterations:
         """What the engine is told, of sweeps that :meth:`resolved` gave."""
-        if self.forward is None:
-            raise ValueError("these sweeps leave open what an axis decides: take resolved(axis).iterations")
+        if self.forward is None or self.backward is None:
+            raise ValueError("these sweeps leave open what an axis decides: take resolved(axis, n_steps).iterations")
         of_engine = {field.name: getattr(self, field.name) for field in fields(Iterations)}
         return Iterations(**{**of_engine, "clip": 1.0 if self.clip is None else self.clip})
 

@@ -207,7 +207,7 @@ class DepthStep:
 
 def _one_segment(branch: Branch) -> Iterations:
     """A branch is walked from its start to its end, and back."""
-    return Iterations(0, 1, chunk_size=len(branch.path))
+    return Iterations(0, 0, chunk_size=len(branch.path))
 
 
 def _ends(

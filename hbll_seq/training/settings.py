@@ -36,6 +36,9 @@ LEFT_OPEN = {
     "exit_rank": None,
     "default_paths": "auto",
     "linearization": "auto",
+    "forward": None,
+    "backward": None,
+    "chunk_size": None,
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
 _MOST_ROUNDS, _MOST_WINDOWS, _WIDEST = 10_000, 2**20, 2**16
@@ -140,13 +143,17 @@ class TrainingSettings:
     depth_mix_weight: float | None = _of(DepthMix, "weight", remedy="; --depth-mix none trains one path alone",
                                          help="weight of the mix's losses beside the main path's 1 (default: "
                                          f"{', '.join(f'{mix} {w:g}' for mix, w in MIX_WEIGHTS.items())}, others 1)")
-    forward: int = _of(Sweeps, "forward", "depth", high=_MOST_ROUNDS)
-    backward: int = _of(Sweeps, "backward", "depth", high=_MOST_ROUNDS)
-    chunk_size: int = _of(Sweeps, "chunk_size", "depth")
+    forward: int | None = _of(Sweeps, "forward", "depth", high=_MOST_ROUNDS, help="sweeps: K, parallel forward iterations "
+                              "(default: as many as are exact; 3 where --backward is given)")
+    backward: int | None = _of(Sweeps, "backward", "depth", high=_MOST_ROUNDS, help="sweeps: M, parallel backward "
+                               "iterations of the adjoints (default: as many as are exact; 4 where --forward is given)")
+    chunk_size: int | None = _of(Sweeps, "chunk_size", "depth", default=None, help="sweeps: blocks of a segment, which an "
+                                 "iteration takes one after the other (default: 4; 1 where --forward or --backward is given)")
     linearization: str = _of(Sweeps, "linearization", "depth", default="auto",
                              choices=("auto", *_LINEARIZATIONS),
                              help="sweeps: approximates the blocks' Jacobians between iterations; low_rank is learned on the "
-                             "way; auto: low_rank for Transformer blocks without a depth mix, else identity")
+                             "way; auto: low_rank where --forward or --backward is given, for Transformer blocks without a "
+                             "depth mix, else identity")
     init: str = _of(Sweeps, "init", "depth", help="sweeps: first estimate of the states: input, the embedding; first, "
                     "the first block's output; tree, the tree's")
     time_forward: int = _of(Sweeps, "forward", "layer", high=_MOST_ROUNDS)
@@ -244,12 +251,20 @@ class TrainingSettings:
         if mix == "auto":
             mix = DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none"
         alone = self.objective == "sweeps" and mix == "none" and not self.has_recurrence
+        iterates = self.forward is not None or self.backward is not None
+        learns = alone and iterates and self.n_embd >= DEFAULT_RANK
+        linearization = self.linearization if self.linearization != "auto" else "low_rank" if learns else "identity"
+        n_steps = len(self.path_blocks or range(1, 2**self.n_level))
+        sweeps = Sweeps(self.forward, self.backward, self.chunk_size, linearization).resolved("depth", n_steps)
         decided = {
             "depth_mix": mix,
             "depth_mix_weight": DepthMix(mix, self.depth_mix_weight).total_weight,
             "exit_rank": _EXIT_RANK if mix in OF_PREFIXES else 0,
             "default_paths": "prefix" if mix in OF_PREFIXES else "spine",
-            "linearization": "low_rank" if alone and self.n_embd >= DEFAULT_RANK else "identity",
+            "linearization": linearization,
+            "forward": sweeps.forward,
+            "backward": sweeps.backward,
+            "chunk_size": sweeps.chunk_size,
         }
         return dataclasses.replace(self, **{name: decided[name] for name in self.left_open()})
 

@@ -78,8 +78,8 @@ def adjoint_by_definition(vjp, A, upstream, iterations, fused):
     if iterations.backward == 0 and not fused:
         return guess
     ends, adjoints = [guess[segment[-1]] for segment in segments], list(upstream)
-    # gradients are made in a walk of their own where a segment is one transition; else in the last of the M
-    n_walks = max(1, iterations.backward + (fused and size == 1))
+    # gradients are made in a walk behind the M iterations
+    n_walks = iterations.backward + 1 if fused else max(1, iterations.backward)
     for number in range(n_walks):
         is_last, new, off, new_ends = number == n_walks - 1, list(upstream), torch.zeros_like(upstream[0]), list(ends)
         for r in reversed(range(len(segments))):

@@ -80,17 +80,13 @@ class FidelityControl(nn.Module):
     Args:
         options: tolerance, limits and period.
         iterations: K and M to start with, and c.
-        n_steps: transitions of the chain.
         micro_batches: training forwards of an optimizer step.
     """
 
-    def __init__(self, options: Adaptive, iterations: Iterations, n_steps: int, micro_batches: int = 1):
+    def __init__(self, options: Adaptive, iterations: Iterations, micro_batches: int = 1):
         super().__init__()
-        self.options, self.micro_batches = options, micro_batches
+        self.options, self.micro_batches, self.size = options, micro_batches, iterations.chunk_size
         self.start = iterations.forward, iterations.backward
-        self.exact = exact_iterations(iterations, n_steps)
-        caps = self.exact if options.most is None else tuple(min(options.most, n) for n in self.exact)
-        self.highest = tuple(max(pair) for pair in zip(self.start, caps))
         self.register_buffer("iterations", torch.tensor(self.start))  # K, M of this optimizer step
         self.register_buffer("chosen", torch.tensor(self.start))  # of the next one
         # micro batches, optimizer steps since the last probe, calm probes in a row, whether a residual has jumped
@@ -112,15 +108,19 @@ class FidelityControl(nn.Module):
         every = self.options.every
         return n_forwards == 0 or since >= every or (jumped > 0 and since >= SOONEST * every)
 
-    def probe(self, present: Gradient, exact: Gradient, at: Callable[[int, int], Gradient]) -> None:
+    def probe(self, n_steps: int, present: Gradient, exact: Gradient, at: Callable[[int, int], Gradient]) -> None:
         """Compares gradients and chooses K and M of the next optimizer step.
 
         Args:
+            n_steps: transitions of the chain; of processes whose sequences differ in length, their mean counts.
             present: of this step.
             exact: of the same batch.
             at: of the same batch with other K and M.
         """
         numbers, tolerance = self.iterations.tolist(), self.options.tolerance
+        most = math.inf if self.options.most is None else self.options.most
+        n_steps = math.ceil(mean_over_processes(torch.tensor([float(n_steps)], device=self.counts.device))[0])
+        ends = exact_iterations(self.size, n_steps)
         calm = int(self.counts[2])
 
         def error(*numbers: int) -> float:
@@ -130,9 +130,9 @@ class FidelityControl(nn.Module):
         missing = 1.0 - cosine
         if missing > tolerance:
             calm = 0
-            open_sides = [side for side in (_FORWARD, _BACKWARD) if numbers[side] < self.highest[side]]
+            open_sides = [side for side in (_FORWARD, _BACKWARD) if numbers[side] < min(ends[side], most)]
             if len(open_sides) == 2:
-                of_states, of_adjoints = error(numbers[0], self.exact[1]), error(self.exact[0], numbers[1])
+                of_states, of_adjoints = error(numbers[0], ends[1]), error(ends[0], numbers[1])
                 open_sides = [_BACKWARD if of_adjoints > of_states else _FORWARD]
             for side in open_sides:
                 numbers[side] += 1
@@ -182,9 +182,9 @@ class FidelityControl(nn.Module):
         return float(mean_over_processes(cosine_of(found, exact).reshape(1))[0])
 
 
-def exact_iterations(iterations: Iterations, n_steps: int) -> tuple[int, int]:
+def exact_iterations(chunk_size: int, n_steps: int) -> tuple[int, int]:
     """K and M with which a chain of N transitions is solved exactly (docs/method.md 2.2)."""
-    size, n_segments = iterations.segments(n_steps)
+    size, n_segments = Iterations(0, chunk_size=chunk_size).segments(n_steps)
     return n_segments - 1, n_segments if size > 1 else n_segments - 1
 
 

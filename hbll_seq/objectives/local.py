@@ -20,7 +20,7 @@ from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
-from hbll_seq.objectives.control import FidelityControl
+from hbll_seq.objectives.control import FidelityControl, exact_iterations
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
 from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
 from hbll_seq.objectives.sweeps import DepthStep
@@ -92,8 +92,7 @@ class LocalObjective(Objective):
             self.inference = inference.resolved("depth")
             self.secants = self._new_fit()
             if self.inference.control is not None:
-                iterations = self.inference.iterations
-                self.control = FidelityControl(self.inference.control, iterations, len(self.path), micro_batches)
+                self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:
         """The tree's options with the model's noise scale, checked against the model."""
@@ -256,11 +255,12 @@ class LocalObjective(Objective):
 
         if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
             # these are solved along time as well, a little further by every iteration over depth
-            forward, backward = self.control.exact
+            forward, backward = exact_iterations(inference.chunk_size, len(self.path))
             exact = replace(inference, forward=forward, backward=backward)
         else:  # one segment, which is walked: the same gradient for less work
             exact = Sweeps(0, 1, len(self.path), "identity", "input").resolved("depth")
-        self.control.probe(present, gradients(exact), lambda k, m: gradients(replace(inference, forward=k, backward=m)))
+        at = lambda forward, backward: gradients(replace(inference, forward=forward, backward=backward))
+        self.control.probe(len(self.path), present, gradients(exact), at)
 
     def _run_tree(self, x: Tensor, targets: Tensor, step: int) -> tuple[Tensor, TreePass]:
         """Algorithm 1 on ``n_samples`` copies of the batch: their targets, and what it left behind."""

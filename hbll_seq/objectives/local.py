@@ -207,7 +207,7 @@ class LocalObjective(Objective):
         if isinstance(inference, Sweeps) and inference.forward > 0:
             metrics["residual"] = residual
         if has_probe:
-            self._probe(run.gradients, inputs, labels, step, states, inference)
+            self._probe(run.gradients if self.depths.name == "none" else None, inputs, labels, step, states, inference)
         if control is not None:
             if is_step:
                 control.end_step(residual)
@@ -223,12 +223,15 @@ class LocalObjective(Objective):
         inference: Sweeps | VCycles,
         keep_graph: bool,
         learn: bool = False,
+        alone: bool = False,
     ) -> tuple[DepthStep, Tensor]:
-        """The sub-networks of a step after their iterations, and the main path's residual; with ``learn`` the learned maps
-        learn from it."""
+        """The sub-networks of a step after their iterations, and the main path's residual.
+
+        ``learn``: the learned maps learn from it. ``alone``: the main path and no other.
+        """
         x, targets = self.model.prepare(inputs, labels)
         z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
-        main, *others = self.sub_networks(step)
+        main, *others = self.sub_networks(step)[: 1 if alone else None]
         branches, others = split_off(main.path, others, self.model.tree.n_level)
         run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
         residual = run.train(main, branches, learn)
@@ -240,18 +243,22 @@ class LocalObjective(Objective):
 
     def _probe(
         self,
-        present: list[Tensor | None],
+        present: list[Tensor | None] | None,
         inputs: Tensor,
         labels: Tensor | None,
         step: int,
         states: Mapping[Prefix, Tensor] | None,
         inference: Sweeps,
     ) -> None:
-        """Compares the gradient of the blocks with exact ones, from the same dropout and states; nothing learns from it."""
+        """Compares the gradient of the main path's blocks with exact ones, from the same dropout and states; nothing learns
+        from it. Further paths are for the most part exact whatever K and M, and weigh more: with them nothing would show.
+
+        ``present``: of this step, where it has the main path alone.
+        """
 
         def gradients(inference: Sweeps) -> list[Tensor | None]:
             with fork_rng_of(inputs), self._dropout_of_step(inputs, step):
-                return self._solve(inputs, labels, step, self.calls(step, states), inference, True)[0].gradients
+                return self._solve(inputs, labels, step, self.calls(step, states), inference, True, alone=True)[0].gradients
 
         if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
             # these are solved along time as well, a little further by every iteration over depth
@@ -260,6 +267,7 @@ class LocalObjective(Objective):
         else:  # one segment, which is walked: the same gradient for less work
             exact = Sweeps(0, 1, len(self.path), "identity", "input").resolved("depth")
         at = lambda forward, backward: gradients(replace(inference, forward=forward, backward=backward))
+        present = gradients(inference) if present is None else present
         self.control.probe(len(self.path), present, gradients(exact), at)
 
     def _run_tree(self, x: Tensor, targets: Tensor, step: int) -> tuple[Tensor, TreePass]:

@@ -72,7 +72,7 @@ WRONG = {
     (Sweeps, "tolerance"): (NO_NUMBER, "number of at least 0; 0 does all iterations"),
     (Sweeps, "clip"): ((0, -1.0, True, "1", float("nan"), []), r"number above 0; float\('inf'\) clips nothing"),
     (Sweeps, "control"): (NO_WORD, "allowed are adaptive, and None for a fixed K and M"),
-    (Adaptive, "tolerance"): ((0, 1, *NO_NUMBER), "number above 0 below 1"),
+    (Adaptive, "tolerance"): ((0, 1, *NO_NUMBER), "number above 0 and below 1"),
     (Adaptive, "most"): (NO_WHOLE, "whole number of at least 0"),
     (Adaptive, "every"): ((0, *NO_WHOLE), "whole number of at least 1"),
     (Tree, "sigma"): (NO_NUMBER, "number of at least 0; 0 switches the noise off"),

@@ -29,6 +29,7 @@ _PUBLIC = {
     "models.sequence_classification": ("HBLLClassifierConfig", "HBLLForSequenceClassification"),
     "objectives.backprop": ("BackpropObjective",),
     "objectives.base": ("ObjectiveOutput",),
+    "objectives.control": ("Adaptive",),
     "objectives.local": ("LocalObjective",),
     "objectives.options": ("DepthMix", "Sweeps", "TimeTree", "Tree", "TreeGuess", "VCycles"),
     "objectives.recurrent": ("RecurrentBackpropObjective", "RecurrentLocalObjective", "RecurrentOutput"),

@@ -22,6 +22,7 @@ from hbll_seq.models.sequence_classification import HBLLClassifierConfig as HBLL
 from hbll_seq.models.sequence_classification import HBLLForSequenceClassification as HBLLForSequenceClassification
 from hbll_seq.objectives.backprop import BackpropObjective as BackpropObjective
 from hbll_seq.objectives.base import ObjectiveOutput as ObjectiveOutput
+from hbll_seq.objectives.control import Adaptive as Adaptive
 from hbll_seq.objectives.local import LocalObjective as LocalObjective
 from hbll_seq.objectives.options import DepthMix as DepthMix
 from hbll_seq.objectives.options import Sweeps as Sweeps

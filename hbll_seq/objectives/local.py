@@ -20,6 +20,7 @@ from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
+from hbll_seq.objectives.control import FidelityControl, exact_iterations
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
 from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
 from hbll_seq.objectives.sweeps import DepthStep
@@ -29,6 +30,7 @@ from hbll_seq.tree.posterior import Gaussian
 from hbll_seq.utils.eager import eagerly
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.seeds import fork_rng_of
 
 
 class LocalObjective(Objective):
@@ -58,6 +60,7 @@ class LocalObjective(Objective):
         time: the same.
         secants: the fit of the maps of :class:`LowRank`; None with other linearizations. Its buffers are part of the
             objective's state.
+        control: what K and M of sweeps follow; None where they are fixed. Its buffers are part of the objective's state.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the model or the inference. ``forward`` raises it for float16
@@ -79,7 +82,7 @@ class LocalObjective(Objective):
     ):
         super().__init__(model, path, depths=depths, recompute=recompute, seed=seed, rank=rank, micro_batches=micro_batches)
         self.time = parse_inference("sweeps" if time is None else time, LAYER_INFERENCES, "time").resolved("layer")
-        inference, self.secants = parse_inference(inference), None
+        inference, self.secants, self.control = parse_inference(inference), None, None
         if isinstance(inference, Tree):
             self.inference = self._resolved_tree(inference, path)
         elif isinstance(inference, VCycles):
@@ -88,6 +91,8 @@ class LocalObjective(Objective):
         else:
             self.inference = inference.resolved("depth", len(self.path))
             self.secants = self._new_fit()
+            if self.inference.control is not None:
+                self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:
         """The tree's options with the model's noise scale, checked against the model."""
@@ -161,8 +166,8 @@ class LocalObjective(Objective):
         all losses are 0, and so are their gradients.
 
         Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the depth mix's exits, ``residual`` of
-        the main path's last iteration. Of the tree: see :func:`hbll_seq.objectives.tree.tree_losses` and, on request,
-        :func:`hbll_seq.objectives.tree.free_energy`.
+        the main path's last iteration; with a control also :meth:`FidelityControl.metrics`. Of the tree: see
+        :func:`hbll_seq.objectives.tree.tree_losses` and, on request, :func:`hbll_seq.objectives.tree.free_energy`.
         """
         step = self.check(inputs, step, states)
         check_local_losses_can_run(self.model, inputs.device.type)
@@ -173,35 +178,97 @@ class LocalObjective(Objective):
             )
         keep_graph = torch.is_grad_enabled()
         # The correction is a gradient of its own: without it there is no target, so evaluation needs autograd too.
-        with torch.enable_grad(), self._dropout_of_step(inputs, step):
-            x, targets = self.model.prepare(inputs, labels)
+        with torch.enable_grad():
             if isinstance(self.inference, Tree):
-                targets, result = self._run_tree(x, targets, step)
-                losses, metrics = tree_losses(self.model, result, targets, self.inference.state_weight)
+                with self._dropout_of_step(inputs, step):
+                    targets, result = self._run_tree(*self.model.prepare(inputs, labels), step)
+                    losses, metrics = tree_losses(self.model, result, targets, self.inference.state_weight)
                 output = ObjectiveOutput(losses.sum(), losses, metrics, {})
             else:
-                output = self._sweep_step(x, targets, self.calls(step, states), step, keep_graph)
+                output = self._sweep_step(inputs, labels, step, states, keep_graph)
         if isinstance(self.inference, Tree) and self.inference.free_energy:
             output.metrics.update(free_energy(self.model, result, targets, self.inference.sigma))
         return output if keep_graph else output._replace(loss=output.loss.detach(), node_losses=output.node_losses.detach())
 
-    def _sweep_step(self, x: Tensor, targets: Tensor, blocks: BlockCalls, step: int, keep_graph: bool) -> ObjectiveOutput:
+    def _sweep_step(
+        self, inputs: Tensor, labels: Tensor | None, step: int, states: Mapping[Prefix, Tensor] | None, keep_graph: bool
+    ) -> ObjectiveOutput:
         """Every sub-network by K forward and M backward iterations, or its V-cycles."""
+        control = self.control
+        is_step = keep_graph and self.training  # a measurement must not change what it measures
+        has_probe = control is not None and is_step and control.begin_step()
+        inference = self.inference if control is None else control.applied(self.inference)
+        blocks = self.calls(step, states)
+        with self._dropout_of_step(inputs, step):
+            learn = self.secants is not None and is_step
+            run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)
+            losses = run.losses()
+        metrics = self._metrics(run.exits)
+        if isinstance(inference, Sweeps) and inference.forward > 0:
+            metrics["residual"] = residual
+        if has_probe:
+            self._probe(run.gradients if self.depths.name == "none" else None, inputs, labels, step, states, inference)
+        if control is not None:
+            if is_step:
+                control.end_step(residual)
+            metrics.update(control.metrics())
+        return ObjectiveOutput(losses.sum(), losses, metrics, dict(blocks.last))
+
+    def _solve(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None,
+        step: int,
+        blocks: BlockCalls,
+        inference: Sweeps | VCycles,
+        keep_graph: bool,
+        learn: bool = False,
+        alone: bool = False,
+    ) -> tuple[DepthStep, Tensor]:
+        """The sub-networks of a step after their iterations, and the main path's residual.
+
+        ``learn``: the learned maps learn from it. ``alone``: the main path and no other.
+        """
+        x, targets = self.model.prepare(inputs, labels)
         z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
-        main, *others = self.sub_networks(step)
+        main, *others = self.sub_networks(step)[: 1 if alone else None]
         branches, others = split_off(main.path, others, self.model.tree.n_level)
-        learn = self.secants is not None and keep_graph and self.training  # a measurement must not change what it measures
-        run = DepthStep(self.model, calls, self.inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
+        run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
         residual = run.train(main, branches, learn)
         if learn:
             self.secants.end_step()
         for network in others:
             run.train(network)
-        metrics = self._metrics(run.exits)
-        if isinstance(self.inference, Sweeps) and self.inference.forward > 0:
-            metrics["residual"] = residual
-        losses = run.losses()
-        return ObjectiveOutput(losses.sum(), losses, metrics, dict(blocks.last))
+        return run, residual
+
+    def _probe(
+        self,
+        present: list[Tensor | None] | None,
+        inputs: Tensor,
+        labels: Tensor | None,
+        step: int,
+        states: Mapping[Prefix, Tensor] | None,
+        inference: Sweeps,
+    ) -> None:
+        """Compares the gradient of the main path's blocks with exact ones, from the same dropout and states; nothing learns
+        from it. Further paths are for the most part exact whatever K and M, and weigh more: with them nothing would show.
+
+        ``present``: of this step, where it has the main path alone.
+        """
+
+        def gradients(inference: Sweeps) -> list[Tensor | None]:
+            with fork_rng_of(inputs), self._dropout_of_step(inputs, step):
+                return self._solve(inputs, labels, step, self.calls(step, states), inference, True, alone=True)[0].gradients
+
+        if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
+            # these are solved along time as well, a little further by every iteration over depth
+            forward, backward = exact_iterations(inference.chunk_size, len(self.path))
+            exact = replace(inference, forward=forward, backward=backward)
+        else:  # one segment, which is walked: the same gradient for less work
+            exact = Sweeps(0, 1, len(self.path), "identity", "input").resolved("depth")
+        at = lambda forward, backward: gradients(replace(inference, forward=forward, backward=backward))
+        present = gradients(inference) if present is None else present
+        self.control.probe(len(self.path), present, gradients(exact), at)
 
     def _run_tree(self, x: Tensor, targets: Tensor, step: int) -> tuple[Tensor, TreePass]:
         """Algorithm 1 on ``n_samples`` copies of the batch: their targets, and what it left behind."""

@@ -15,6 +15,7 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Linearization, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
+from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES
 from hbll_seq.utils.options import check_options, option
 from hbll_seq.utils.reading import quote
@@ -34,6 +35,15 @@ def as_linearization(name: str, value: Linearization | str) -> Linearization:
     if isinstance(value, str) and value in LINEARIZATIONS:
         return LINEARIZATIONS[value]()
     raise ValueError(f"{name}={quote(value)}: allowed are {', '.join(LINEARIZATIONS)}")
+
+
+def as_control(value: Adaptive | str) -> Adaptive:
+    """A control, from its name or as it is. Raises ValueError for anything else."""
+    if type(value) in CONTROLS.values():
+        return value
+    if isinstance(value, str) and value in CONTROLS:
+        return CONTROLS[value]()
+    raise ValueError(f"control={quote(value)}: allowed are {', '.join(CONTROLS)}, and None for a fixed K and M")
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ class Sweeps(Inference):
             state exact.
         tolerance: stop early once the states change by at most this, relative to their size (waits for the device).
         clip: over time, diagonals are held within -clip .. clip; None is 1, infinity clips nothing.
+        control: what changes K and M in training, an :class:`Adaptive` or its name; None leaves them as they are.
 
     Raises:
         ValueError: a value is out of range.
@@ -142,11 +153,14 @@ class Sweeps(Inference):
     clip: float | None = option(
         None, "over time: diagonals are held within it", above=0, remedy="; float('inf') clips nothing"
     )
+    control: Adaptive | str | None = option(None, "lets K and M follow what is measured in training")
 
     def __post_init__(self):
         check_options(self)
         if self.linearization is not None:
             object.__setattr__(self, "linearization", as_linearization("linearization", self.linearization))
+        if self.control is not None:
+            object.__setattr__(self, "control", as_control(self.control))
         known = dict.fromkeys(init for axis in AXES.values() for init in axis.inits)
         is_known = isinstance(self.init, str) and self.init in known
         if not (self.init is None or is_known or isinstance(self.init, TreeGuess)):
@@ -177,7 +191,28 @@ class Sweeps(Inference):
         if isinstance(found.init, str) and found.init not in own.inits:
             also = ", or a TreeGuess object" if axis == "time" else ""
             raise ValueError(f"init={quote(found.init)} {where}: allowed are {', '.join(own.inits)}{also}")
+        found._check_control(axis, where)
         return replace(found, clip=1.0) if axis == "time" and found.clip is None else found
+
+    def _check_control(self, axis: str, where: str) -> None:
+        if self.control is None:
+            return
+        if axis == "layer":
+            raise ValueError(
+                f"control={quote(self.control.name)} {where}: nothing is measured there; leave it out, or control the sweeps "
+                "over depth"
+            )
+        start, most = max(self.forward, self.backward), self.control.most
+        if most is not None and most < start:
+            raise ValueError(
+                f"most={most} of the control with forward={self.forward} and backward={self.backward}: must be at least "
+                "what they start with; raise it, or leave it out"
+            )
+        if isinstance(self.init, TreeGuess):
+            raise ValueError(
+                f"control={quote(self.control.name)} with init=TreeGuess(..): a gradient with a tree is not one chain's; "
+                "leave one of them out"
+            )
 
     @property
     def _iterates(self) -> bool:

@@ -7,17 +7,21 @@ A recurrent model also returns the state to carry into the next window.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.chains.time import TimeChain
+from hbll_seq.chains.time import TimeChain, TimeRows
 from hbll_seq.engine.gradients import inject_gradients
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
+from hbll_seq.engine.solve import Solution
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.base import check_local_losses_can_run
+from hbll_seq.objectives.control import FidelityControl
 from hbll_seq.objectives.options import Inference, Sweeps, TimeTree, TreeGuess
 from hbll_seq.objectives.registry import TIME_INFERENCES, parse_inference
 from hbll_seq.objectives.sweeps import output_loss, sweep
@@ -25,6 +29,7 @@ from hbll_seq.utils.checks import check_inputs
 from hbll_seq.utils.eager import eagerly
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.padding import as_lengths, check_side, last_of
+from hbll_seq.utils.seeds import fork_rng_of
 from hbll_seq.utils.values import as_whole
 
 
@@ -180,6 +185,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         inference: with every default written out.
         tree: of the inference; its cells are part of this module.
         secants: the fit of the matrices of ``SharedMatrix``; its buffers are part of this module's state.
+        control: what K and M of sweeps follow, or None; likewise. Every forward in training is a step to it.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the model.
@@ -194,6 +200,9 @@ class RecurrentLocalObjective(RecurrentObjective):
         self.secants: SharedMatrixFit | None = None
         if isinstance(self.inference, Sweeps) and isinstance(self.inference.linearization, SharedMatrix):
             self.secants = self._new_fit()
+        self.control: FidelityControl | None = None
+        if isinstance(self.inference, Sweeps) and self.inference.control is not None:
+            self.control = FidelityControl(self.inference.control, self.inference.iterations)
         hidden_size = self.model.cell.hidden_size
         if self.tree is not None and self.tree.hidden_size != hidden_size:
             raise ValueError(f"a tree of hidden_size={self.tree.hidden_size} with a cell of {hidden_size}: must be the same")
@@ -222,15 +231,46 @@ class RecurrentLocalObjective(RecurrentObjective):
     # ------------------------------------------------------------------------------------------------------ sweeps
 
     def _sweep_step(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
-        cell, keep_graph = self.model.cell, torch.is_grad_enabled()
-        iterations, init = self.inference.iterations, self.inference.init
-        init = "input" if init == "state" else init  # s_0 everywhere
-        learn = self.secants is not None and keep_graph and self.training
-        estimate, start = None, None
-        if isinstance(init, TreeGuess):
+        cell, keep_graph, control = self.model.cell, torch.is_grad_enabled(), self.control
+        is_step = keep_graph and self.training
+        has_probe = control is not None and is_step and control.begin_step()
+        inference = self.inference if control is None else control.applied(self.inference)
+        projected, estimate = cell.project(symbols), None
+        if isinstance(inference.init, TreeGuess):
             estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True)
-            init, start = "input", estimate.detach()[:-1]
-        chain = TimeChain(cell, cell.project(symbols), iterations.clip, differentiates=keep_graph)
+        learn = self.secants is not None and is_step
+        solve = partial(self._solve, projected, targets, s0, lengths)
+        solution, adjoints, loss = solve(inference, estimate, learn)
+        metrics = {"ce": loss.detach()}
+        if inference.forward > 0:
+            metrics["residual"] = solution.residual
+        if control is not None:
+            if has_probe:
+                self._probe(solve, solution.linearized, adjoints, inference)
+            if is_step:
+                control.end_step(solution.residual)
+            metrics.update(control.metrics())
+        last = _last(solution.states.detach(), lengths)
+        if adjoints is None:
+            return RecurrentOutput(loss, loss.unsqueeze(0), metrics, last)
+        if learn:
+            self.secants.end_step()
+        rows = solution.linearized
+        losses = [loss + inject_gradients([rows.attached], [adjoints])]
+        if s0.requires_grad:
+            losses[0] = losses[0] + inject_gradients([s0], [rows.vjp(slice(0, 1, 1), adjoints[:1])[0]])
+        if estimate is not None:
+            losses.append(self._tree_agreement(estimate, solution.states, targets))
+            metrics["tree"] = losses[-1].detach()
+        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, last)
+
+    def _solve(
+        self, projected: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, inference: Sweeps,
+        estimate: Tensor | None = None, learn: bool = False,
+    ) -> tuple[Solution, Tensor | None, Tensor]:  # fmt: skip
+        """The chain after its iterations, its adjoints (None where gradients are disabled), and the loss, which trains the
+        head."""
+        keep_graph, iterations = torch.is_grad_enabled(), inference.iterations
         losses: list[Tensor] = []
 
         def read_out(states: Tensor) -> Tensor | None:
@@ -243,25 +283,31 @@ class RecurrentLocalObjective(RecurrentObjective):
             losses.append(loss)
             return upstream
 
-        solution, adjoints = sweep(
-            chain, s0, iterations, read_out, init=init, start=start, learned=self.secants, learn=learn
-        )
-        metrics = {"ce": losses[0].detach()}
-        if iterations.forward > 0:
-            metrics["residual"] = solution.residual
-        last = _last(solution.states.detach(), lengths)
-        if adjoints is None:
-            return RecurrentOutput(losses[0], torch.stack(losses), metrics, last)
-        if learn:
-            self.secants.end_step()
-        rows = solution.linearized
-        losses[0] = losses[0] + inject_gradients([rows.attached], [adjoints])
-        if s0.requires_grad:
-            losses[0] = losses[0] + inject_gradients([s0], [rows.vjp(slice(0, 1, 1), adjoints[:1])[0]])
-        if estimate is not None:
-            losses.append(self._tree_agreement(estimate, solution.states, targets))
-            metrics["tree"] = losses[-1].detach()
-        return RecurrentOutput(sum(losses), torch.stack(losses), metrics, last)
+        init = "input" if inference.init == "state" or estimate is not None else inference.init  # s_0 everywhere
+        start = None if estimate is None else estimate.detach()[:-1]
+        learned = self.secants if isinstance(inference.linearization, SharedMatrix) else None
+        chain = TimeChain(self.model.cell, projected, iterations.clip, differentiates=keep_graph)
+        solution, adjoints = sweep(chain, s0, iterations, read_out, init=init, start=start, learned=learned, learn=learn)
+        return solution, adjoints, losses[0]
+
+    def _probe(self, solve: Callable[..., tuple], rows: TimeRows, adjoints: Tensor, inference: Sweeps) -> None:
+        """Compares the gradient of the cell with exact ones; nothing learns from it."""
+        n_steps = len(adjoints)
+        parameters = [p for p in self.model.cell.parameters() if p.requires_grad]
+        if not parameters:
+            return
+
+        def of_cell(rows: TimeRows, adjoints: Tensor) -> list[Tensor | None]:
+            return list(torch.autograd.grad(rows.attached, parameters, adjoints, retain_graph=True, allow_unused=True))
+
+        def gradient(inference: Sweeps) -> list[Tensor | None]:
+            with fork_rng_of(adjoints):
+                solution, found, _ = solve(inference)
+            return of_cell(solution.linearized, found)
+
+        exact = Sweeps(0, 1, n_steps, "zero", "state").resolved("time")  # one segment, which is walked
+        at = lambda forward, backward: gradient(replace(inference, forward=forward, backward=backward))
+        self.control.probe(n_steps, of_cell(rows, adjoints), gradient(exact), at)
 
     def _tree_agreement(self, estimate: Tensor, states: Tensor, targets: Tensor) -> Tensor:
         """Loss of the tree's own cells: at even n, since odd n are the deployed cell's (docs/method.md 2.4)."""

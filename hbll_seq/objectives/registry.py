@@ -13,6 +13,7 @@ import typing
 from typing import Any
 
 from hbll_seq.engine.linearization.base import Linearization
+from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import MIXES
 from hbll_seq.objectives.options import (
     LINEARIZATIONS,
@@ -119,12 +120,14 @@ def _name(kind: type) -> str:
 
 
 def _value(key: str, text: str, hint: Any) -> Any:
-    """``text`` as the field's type; linearizations take options of their own in parentheses."""
+    """``text`` as the field's type; linearizations and controls take options of their own in parentheses."""
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     if text == "none" and type(None) in kinds:
         return None
     if key == "linearization":
         return parse_linearization(text)
+    if key == "control":
+        return parse_control(text)
     if bool in kinds:
         if text not in ("true", "false"):
             raise ValueError(f"{key}={quote(text)}: must be true or false")
@@ -145,11 +148,24 @@ def parse_linearization(text: str) -> Linearization:
     Raises:
         ValueError: it is no such text, or an option is out of range.
     """
+    return _object_of("linearization", text, LINEARIZATIONS, "low_rank(rank=4)")
+
+
+def parse_control(text: str) -> Adaptive:
+    """A control of K and M from its text, such as ``"adaptive(tolerance=0.05,every=20)"``.
+
+    Raises:
+        ValueError: it is no such text, or an option is out of range.
+    """
+    return _object_of("control", text, CONTROLS, "adaptive(tolerance=0.05)")
+
+
+def _object_of(key: str, text: str, kinds: dict[str, type], example: str) -> Any:
+    """``"name"`` or ``"name(key=value,key=value)"`` as an object of one of these kinds."""
     found = re.fullmatch(r"(\w+)(?:\((.*)\))?", text)
-    if found is None or found[1] not in LINEARIZATIONS:
-        allowed = ", ".join(LINEARIZATIONS)
-        raise ValueError(f"linearization={quote(text)}: allowed are {allowed}, with options as in low_rank(rank=4)")
-    return make(LINEARIZATIONS[found[1]], options_of(found[2] or "", found[1]))
+    if found is None or found[1] not in kinds:
+        raise ValueError(f"{key}={quote(text)}: allowed are {', '.join(kinds)}, with options as in {example}")
+    return make(kinds[found[1]], options_of(found[2] or "", found[1]))
 
 
 def text_of(options: Any) -> str:
@@ -170,7 +186,7 @@ def text_of(options: Any) -> str:
 
 
 def _text_of_value(value: Any) -> str:
-    if isinstance(value, Linearization):
+    if isinstance(value, (Linearization, Adaptive)):
         name, _, inner = text_of(value).partition(":")
         return f"{name}({inner})" if inner else name
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -151,6 +151,11 @@ class DepthStep:
         self._collect(chain.indices, solution.linearized, from_z0=True)
         return solution.residual
 
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """Those of the blocks' parameters so far, block by block."""
+        return [gradient for n in sorted(self._gradients) for gradient in self._gradients[n]]
+
     def losses(self) -> Tensor:
         """The losses of the trained blocks [n], in this order. Only that of an exit has a value other than zero. The
         gradients are the blocks' own, the head's with the last block of a path, the embedding's with the first one."""

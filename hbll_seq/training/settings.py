@@ -22,6 +22,7 @@ from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
+from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import AXES, DepthMix, Sweeps, Tree
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
@@ -70,7 +71,7 @@ def _of(kind: type, name: str, axis: str | None = None, **other: Any) -> Any:
     field = next(field for field in dataclasses.fields(kind) if field.name == name)
     own = {"group": "objective", "default": field.default, **field.metadata, "of": (kind, axis, name)}
     if axis is not None:
-        default = getattr(AXES[axis], name)
+        default = getattr(AXES[axis], name, field.default)
         own["default"] = default.name if isinstance(default, Linearization) else default
         if name == "linearization":
             own["choices"] = tuple(kind.name for kind in AXES[axis].linearizations)
@@ -156,6 +157,12 @@ class TrainingSettings:
                              "depth mix, else identity")
     init: str = _of(Sweeps, "init", "depth", help="sweeps: first estimate of the states: input, the embedding; first, "
                     "the first block's output; tree, the tree's")
+    control: str = _of(Sweeps, "control", "depth", default="none", choices=("none", *CONTROLS),
+                       help="sweeps: what --forward and --backward do in training; none: they stay as they are; adaptive: "
+                       "they start so, and follow what comparisons with the exact gradient say")
+    control_tolerance: float = _of(Adaptive, "tolerance")
+    control_most: int | None = _of(Adaptive, "most", high=_MOST_ROUNDS)
+    control_every: int = _of(Adaptive, "every")
     time_forward: int = _of(Sweeps, "forward", "layer", high=_MOST_ROUNDS)
     time_backward: int = _of(Sweeps, "backward", "layer", high=_MOST_ROUNDS)
     time_chunk_size: int = _of(Sweeps, "chunk_size", "layer")
@@ -235,6 +242,12 @@ class TrainingSettings:
         if self.free_energy and self.objective != "tree":
             raise ValueError(f"free_energy=True with objective={self.objective!r}: only the tree has a variational "
                              "posterior; leave it out, or use --objective tree")
+        if self.control != "none" and self.objective != "sweeps":
+            raise ValueError(f"control={self.control!r} with objective={self.objective!r}: only sweeps have iterations to "
+                             "control; leave it out, or use --objective sweeps")
+        if self.control != "none" and self.control_most is not None and self.control_most < max(self.forward, self.backward):
+            raise ValueError(f"control_most={self.control_most} with forward={self.forward} and backward={self.backward}: "
+                             "must be at least what they start with; raise it, or leave it out")
         _ = self.path_blocks
         if self.carry_state and not self.has_recurrence:
             raise ValueError(f"carry_state=True with cell={quote(self.cell)}: only recurrent blocks have a state to carry; "
@@ -288,7 +301,10 @@ class TrainingSettings:
 
     def _made(self, kind: type, axis: str | None = None) -> Any:
         fields = [f for f in dataclasses.fields(self) if f.metadata["of"] and f.metadata["of"][:2] == (kind, axis)]
-        return kind(**{field.metadata["of"][2]: getattr(self, field.name) for field in fields})
+        values = {field.metadata["of"][2]: getattr(self, field.name) for field in fields}
+        if "control" in values:
+            values["control"] = self._made(Adaptive) if self.control != "none" else None
+        return kind(**values)
 
     def model_config(self, vocab_size: int) -> HBLLConfig:
         """The model that is trained. Raises ValueError for a shape that cannot be."""

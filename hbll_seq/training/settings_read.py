@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from hbll_seq.objectives.control import Adaptive
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.settings import TrainingSettings
 
@@ -41,6 +42,8 @@ def is_read(settings: TrainingSettings, field: dataclasses.Field) -> bool:
     kind, axis, _ = field.metadata["of"] or (None, None, None)
     if kind is DepthMix:
         return settings.objective != "tree" and (field.name == "depth_mix" or settings.depth_mix != "none")
+    if kind is Adaptive:
+        return settings.objective == "sweeps" and settings.control != "none"
     if kind is Sweeps:
         over_time = settings.has_recurrence and settings.objective != "backprop"
         return settings.objective == "sweeps" if axis == "depth" else over_time

@@ -16,6 +16,7 @@ from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatr
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import MIX_WEIGHTS, MIXES
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import (
@@ -70,6 +71,10 @@ WRONG = {
     (Sweeps, "damping"): ((0, 2.1, *NO_NUMBER), "number above 0 and at most 2; 1 is the plain iteration"),
     (Sweeps, "tolerance"): (NO_NUMBER, "number of at least 0; 0 does all iterations"),
     (Sweeps, "clip"): ((0, -1.0, True, "1", float("nan"), []), r"number above 0; float\('inf'\) clips nothing"),
+    (Sweeps, "control"): (NO_WORD, "allowed are adaptive, and None for a fixed K and M"),
+    (Adaptive, "tolerance"): ((0, 1, *NO_NUMBER), "number above 0 and below 1"),
+    (Adaptive, "most"): (NO_WHOLE, "whole number of at least 0"),
+    (Adaptive, "every"): ((0, *NO_WHOLE), "whole number of at least 1"),
     (Tree, "sigma"): (NO_NUMBER, "number of at least 0; 0 switches the noise off"),
     (Tree, "n_samples"): ((0, *NO_WHOLE), "whole number of at least 1"),
     (Tree, "state_weight"): ((0, *NO_NUMBER), "number above 0; without it most blocks would not be trained"),
@@ -155,6 +160,8 @@ SAME = [
     ("sweeps", Sweeps()),
     ("sweeps:forward=2,backward=1,linearization=low_rank", Sweeps(2, 1, linearization=LowRank())),
     ("sweeps:chunk_size=2,linearization=low_rank(rank=4),init=tree", Sweeps(None, None, 2, LowRank(4), "tree")),
+    ("sweeps:forward=1,control=adaptive", Sweeps(1, control=Adaptive())),
+    ("sweeps:control=adaptive(tolerance=0.05,most=4,every=20)", Sweeps(control=Adaptive(0.05, 4, 20))),
     ("sweeps:damping=0.5,tolerance=0.001,clip=inf", Sweeps(damping=0.5, tolerance=1e-3, clip=float("inf"))),
     ("tree", Tree()),
     ("tree:sigma=0.3,n_samples=2,state_weight=1.0,clean_inputs=false,free_energy=true", Tree(0.3, 2, 1.0, False, True)),
@@ -186,7 +193,7 @@ def test_texts_of_depth_mixes():
 def test_every_option_survives_its_text(values):
     others = {
         Sweeps: dict(forward=7, backward=0, chunk_size=3, linearization=LowRank(2), init="input", damping=0.25,
-                     tolerance=1e-9, clip=1e300),
+                     tolerance=1e-9, clip=1e300, control=Adaptive(0.1 + 0.2, None, 3)),
         Tree: dict(sigma=0.1 + 0.2, n_samples=9, state_weight=1e-9, clean_inputs=False, free_energy=True),
         VCycles: dict(cycles=0, backward=11),
     }  # fmt: skip
@@ -313,6 +320,6 @@ def test_a_recurrences_sweeps_may_be_damped_and_stopped_early_inside_of_blocks()
 
 
 def test_the_options_are_public_names():
-    for kind in (Sweeps, Tree, TimeTree, TreeGuess, VCycles, DepthMix, *LINEARIZATIONS.values()):
+    for kind in (Sweeps, Tree, TimeTree, TreeGuess, VCycles, DepthMix, *LINEARIZATIONS.values(), *CONTROLS.values()):
         assert getattr(hbll_seq, kind.__name__) is kind and kind.__name__ in hbll_seq.__all__
     assert all(issubclass(kind, Linearization) for kind in LINEARIZATIONS.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.depth_mix import OF_PREFIXES
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
-from hbll_seq.objectives.registry import INFERENCES, parse_linearization
+from hbll_seq.objectives.registry import INFERENCES, parse_control, parse_linearization
 from hbll_seq.training.settings import block_cells
 
 #: how recurrent blocks are evaluated along time
@@ -112,14 +112,19 @@ class DepthMethod(Method):
             options["linearization"] = LowRank(rank)
         elif isinstance(options.get("linearization"), str):
             options["linearization"] = parse_linearization(options["linearization"])
+        if (control := options.pop("control", "none")) != "none":
+            options["control"] = parse_control(control)
         return LocalObjective(model, INFERENCES[self.kind](**options), time=Sweeps(**time), **common)
 
     def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
-        """The same objective without its depth mix, with the Jacobian approximations that ``trained`` has learned."""
-        options = tuple((key, value) for key, value in self.options if not key.startswith("depth_mix"))
-        alone = replace(self, options=options).objective(model, seed)
-        alone.secants = getattr(trained, "secants", None)
+        """The same objective without its depth mix, with the Jacobian approximations that ``trained`` has learned, and the
+        numbers of iterations that it has come to."""
+        alone = self._without("depth_mix", "depth_mix_weight").objective(model, seed)
+        alone.secants, alone.control = (getattr(trained, name, None) for name in ("secants", "control"))
         return alone
+
+    def _without(self, *names: str) -> DepthMethod:
+        return replace(self, options=tuple((key, value) for key, value in self.options if key not in names))
 
     @property
     def is_recurrent(self) -> bool:
@@ -150,6 +155,9 @@ class DepthMethod(Method):
                 found["chunk_size"] = inference.chunk_size
             if objective.secants is not None:
                 found["rank"] = objective.secants.rank
+            if inference.control is not None:
+                options = (f"{field.name}={getattr(inference.control, field.name)}" for field in fields(inference.control))
+                found["control"] = f"{inference.control.name}({', '.join(options)})"
         elif isinstance(inference, VCycles):
             found |= {**_named(inference, "cycles", "backward"), "linearization": "identity", "init": "first"}
         elif isinstance(inference, Tree):
@@ -184,9 +192,10 @@ class DepthMethod(Method):
 
     def work(self, n_steps: int = 16) -> float:
         """Block evaluations of a training step (forward or input-only product 1, full backward 2), mean over some steps.
-        How many iterations over time a recurrent block makes of one is not counted."""
+        How many iterations over time a recurrent block makes of one is not counted, nor what a control adds to those that
+        it starts with."""
         model = self._small_model()
-        objective = self.objective(model)
+        objective = self._without("control").objective(model)
         varies = self.depth_mix != "none" or getattr(objective, "secants", None) is not None
         batch = _batch_to_count_on(model)
         counts = [measure_span(objective, *batch, step=step).block_work for step in range(n_steps if varies else 1)]

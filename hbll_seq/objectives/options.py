@@ -15,6 +15,7 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Linearization, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix
+from hbll_seq.objectives.axes import AT_FIRST, AXES, OF_SINGLE_BLOCKS, WORDS
 from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES
 from hbll_seq.utils.options import check_options, option
@@ -80,32 +81,6 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What sweeps along one axis take where nothing is said, and what they can do there."""
-
-    forward: int | None
-    backward: int | None
-    chunk_size: int
-    linearization: Linearization
-    init: str
-    linearizations: tuple[type[Linearization], ...]
-    inits: tuple[str, ...]
-
-
-#: over the blocks of a path; over the steps of a recurrent model; over the steps inside a recurrent block of a hierarchy. The
-#: defaults of the last are the least that lost nothing in one trial (docs/lab-log.md)
-AXES = {
-    "depth": Axis(None, None, 4, Identity(), "first", (Identity, Zero, Diagonal, LowRank), ("input", "first", "tree")),
-    "time": Axis(1, 1, 8, Zero(), "state", (Zero, Diagonal, SharedMatrix), ("zeros", "state", "diagonal")),
-    "layer": Axis(1, 1, 8, Diagonal(), "state", (Zero, Diagonal), ("state",)),
-}
-#: over depth, what is not said beside a K or M that is, or where iterations are wanted: passes over single blocks
-OF_SINGLE_BLOCKS = {"forward": 3, "backward": 4, "chunk_size": 1}
-#: the axes in messages
-WORDS = {"depth": "depth", "time": "time", "layer": "the time inside of blocks"}
-
-
-@dataclass(frozen=True)
 class Sweeps(Inference):
     """K parallel forward iterations, one differentiated call of every transition, M backward (adjoint) iterations.
 
@@ -116,7 +91,8 @@ class Sweeps(Inference):
             of recurrent blocks 1.
         backward: M (the same; 1; 1), exchanges of adjoints between segments.
         chunk_size: c, transitions of a segment, which an iteration takes one after the other (4; 8; 8). Over depth, where K
-            or M is given, or ``LowRank``, damping or a tolerance, the others are 3, 4 and 1: passes over single blocks.
+            or M is given, or ``LowRank``, damping or a tolerance, the others are 3, 4 and 1: passes over single blocks. A
+            control begins with K = M = 1.
         linearization: what approximates the Jacobians between iterations, an object or its name (identity; zero; diagonal).
         init: first estimate of the states: over depth ``"input"``, ``"first"`` or ``"tree"``; over time ``"zeros"``,
             ``"state"``, ``"diagonal"`` or a :class:`TreeGuess`.
@@ -179,7 +155,7 @@ class Sweeps(Inference):
         own = AXES[axis]
         values = {name: getattr(own, name) for name in ("forward", "backward", "chunk_size", "linearization", "init")}
         if axis == "depth":
-            values |= OF_SINGLE_BLOCKS if self._iterates else self._exact(n_steps)
+            values |= OF_SINGLE_BLOCKS if self._iterates else AT_FIRST if self.control is not None else self._exact(n_steps)
         found = replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
         where = f"over {WORDS[axis]}"
         if not isinstance(found.linearization, own.linearizations):

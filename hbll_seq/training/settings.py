@@ -22,9 +22,10 @@ from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
+from hbll_seq.objectives.axes import AXES
 from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
-from hbll_seq.objectives.options import AXES, DepthMix, Sweeps, Tree
+from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
 from hbll_seq.tree.topology import PATH_FAMILIES
 from hbll_seq.utils.options import option
@@ -145,21 +146,18 @@ class TrainingSettings:
                                          help="weight of the mix's losses beside the main path's 1 (default: "
                                          f"{', '.join(f'{mix} {w:g}' for mix, w in MIX_WEIGHTS.items())}, others 1)")
     forward: int | None = _of(Sweeps, "forward", "depth", high=_MOST_ROUNDS, help="sweeps: K, parallel forward iterations "
-                              "(default: as many as are exact; 3 where --backward is given)")
-    backward: int | None = _of(Sweeps, "backward", "depth", high=_MOST_ROUNDS, help="sweeps: M, parallel backward "
-                               "iterations of the adjoints (default: as many as are exact; 4 where --forward is given)")
-    chunk_size: int | None = _of(Sweeps, "chunk_size", "depth", default=None, help="sweeps: blocks of a segment, which an "
-                                 "iteration takes one after the other (default: 4; 1 where --forward or --backward is given)")
-    linearization: str = _of(Sweeps, "linearization", "depth", default="auto",
-                             choices=("auto", *_LINEARIZATIONS),
-                             help="sweeps: approximates the blocks' Jacobians between iterations; low_rank is learned on the "
-                             "way; auto: low_rank where --forward or --backward is given, for Transformer blocks without a "
-                             "depth mix, else identity")
+                              "(default: as many as are exact; beside --backward 3)")
+    backward: int | None = _of(Sweeps, "backward", "depth", high=_MOST_ROUNDS, help="sweeps: M, parallel iterations of the "
+                               "adjoints (default: as many as are exact; beside --forward 4)")
+    chunk_size: int | None = _of(Sweeps, "chunk_size", "depth", default=None, help="sweeps: blocks that an iteration takes "
+                                 "one after the other (default: 4; beside --forward or --backward 1)")
+    linearization: str = _of(Sweeps, "linearization", "depth", default="auto", choices=("auto", *_LINEARIZATIONS),
+                             help="sweeps: approximates the blocks' Jacobians between iterations; auto: low_rank, learned on "
+                             "the way, for a Transformer's --forward or --backward without a depth mix, else identity")
     init: str = _of(Sweeps, "init", "depth", help="sweeps: first estimate of the states: input, the embedding; first, "
                     "the first block's output; tree, the tree's")
-    control: str = _of(Sweeps, "control", "depth", default="none", choices=("none", *CONTROLS),
-                       help="sweeps: what --forward and --backward do in training; none: they stay as they are; adaptive: "
-                       "they start so, and follow what comparisons with the exact gradient say")
+    control: str = _of(Sweeps, "control", "depth", default="none", choices=("none", *CONTROLS), help="sweeps: none: K and M "
+                       "stay as they are; adaptive: they follow what comparisons with the exact gradient say")
     control_tolerance: float = _of(Adaptive, "tolerance")
     control_most: int | None = _of(Adaptive, "most", high=_MOST_ROUNDS)
     control_every: int = _of(Adaptive, "every")
@@ -245,9 +243,6 @@ class TrainingSettings:
         if self.control != "none" and self.objective != "sweeps":
             raise ValueError(f"control={self.control!r} with objective={self.objective!r}: only sweeps have iterations to "
                              "control; leave it out, or use --objective sweeps")
-        if self.control != "none" and self.control_most is not None and self.control_most < max(self.forward, self.backward):
-            raise ValueError(f"control_most={self.control_most} with forward={self.forward} and backward={self.backward}: "
-                             "must be at least what they start with; raise it, or leave it out")
         _ = self.path_blocks
         if self.carry_state and not self.has_recurrence:
             raise ValueError(f"carry_state=True with cell={quote(self.cell)}: only recurrent blocks have a state to carry; "
@@ -267,8 +262,8 @@ class TrainingSettings:
         iterates = self.forward is not None or self.backward is not None
         learns = alone and iterates and self.n_embd >= DEFAULT_RANK
         linearization = self.linearization if self.linearization != "auto" else "low_rank" if learns else "identity"
-        n_steps = len(self.path_blocks or range(1, 2**self.n_level))
-        sweeps = Sweeps(self.forward, self.backward, self.chunk_size, linearization).resolved("depth", n_steps)
+        asked = Sweeps(self.forward, self.backward, self.chunk_size, linearization, control=self._control())
+        sweeps = asked.resolved("depth", len(self.path_blocks or range(1, 2**self.n_level)))
         decided = {
             "depth_mix": mix,
             "depth_mix_weight": DepthMix(mix, self.depth_mix_weight).total_weight,
@@ -302,9 +297,10 @@ class TrainingSettings:
     def _made(self, kind: type, axis: str | None = None) -> Any:
         fields = [f for f in dataclasses.fields(self) if f.metadata["of"] and f.metadata["of"][:2] == (kind, axis)]
         values = {field.metadata["of"][2]: getattr(self, field.name) for field in fields}
-        if "control" in values:
-            values["control"] = self._made(Adaptive) if self.control != "none" else None
-        return kind(**values)
+        return kind(**{**values, "control": self._control()} if "control" in values else values)
+
+    def _control(self) -> Adaptive | None:
+        return None if self.control == "none" else self._made(Adaptive)
 
     def model_config(self, vocab_size: int) -> HBLLConfig:
         """The model that is trained. Raises ValueError for a shape that cannot be."""

@@ -142,7 +142,7 @@ def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
 
     assert error(6, 6) < 1e-9
     if mix == "none":  # with c = 1 the call of f_1 has made a state exact before; with c = 2 there are four segments
-        forward, backward = (5, 6) if chunk == 1 else (3, 4)
+        forward, backward = (5, 6) if chunk == 1 else (3, 3)
         assert error(forward, backward) < 1e-9
         assert error(forward - 1, backward) > 1e-7 and error(forward, backward - 1) > 1e-7
 
@@ -150,7 +150,7 @@ def test_exact_in_the_limit_whatever_the_maps(mix, chunk):
 def test_segments_have_maps_of_their_own_and_are_composed_as_written_out():
     """Of 7 blocks in segments of 3: one map of each; what it says goes to the state that the next segment begins with."""
     model, tokens = double_lm()
-    objective = LocalObjective(model, Sweeps(1, 2, 3, "low_rank")).double()
+    objective = LocalObjective(model, Sweeps(1, 1, 3, "low_rank")).double()
     assert len(objective.secants.forward_change) == 3
     for _ in range(3):
         objective(tokens)
@@ -163,7 +163,7 @@ def test_segments_have_maps_of_their_own_and_are_composed_as_written_out():
             if name.endswith(("left", "right")):
                 buffer.normal_(std=0.3)
     maps, z0, f = fit.of([1, 2, 3]), model.embed(tokens).detach(), lambda n, s: model.calls.apply((n,), (s,))[0]
-    iterations = Iterations(1, 2, 3, LowRank(8))
+    iterations = Iterations(1, 1, 3, LowRank(8))
     solution, inputs = solved(CallChain(model.calls, range(1, 8)), z0, iterations, learned=maps)
     s3 = f(3, f(2, f(1, z0)))
     walked = f(6, f(5, f(4, z0)))
@@ -303,11 +303,12 @@ def test_a_run_takes_them_where_they_were_measured_to_help():
     """On the full path alone; what it came to is stored, so that a later default changes nothing."""
 
     def of(**options):
-        return TrainingSettings(max_steps=1, **options).resolved().linearization
+        return TrainingSettings(max_steps=1, **{"forward": 3, **options}).resolved().linearization
 
+    assert of(depth_mix="none", forward=None) == "identity"  # exact, with nothing to learn
     assert of(depth_mix="none") == of(path="4,6,7") == "low_rank"
     assert of() == of(depth_mix="sandwich") == of(objective="backprop") == of(depth_mix="none", cell="gru") == "identity"
-    run = TrainingSettings(max_steps=1, depth_mix="none")
+    run = TrainingSettings(max_steps=1, depth_mix="none", backward=4)
     assert dataclasses.replace(run.resolved(), cell="gru").linearization == "low_rank"
     assert dataclasses.replace(run, cell="gru").resolved().linearization == "identity"  # of what was asked
     assert of(depth_mix="none", linearization="identity") == "identity" and of(linearization="low_rank") == "low_rank"

@@ -140,10 +140,17 @@ def test_what_an_axis_cannot_have_is_refused(call, message):
 
 
 def test_defaults_are_the_axis_own():
-    assert Sweeps().resolved("depth") == Sweeps(1, 2, 4, Identity(), "first")
-    assert Sweeps(linearization="zero").resolved("depth") == Sweeps(1, 2, 4, Zero(), "first")
+    for n_blocks, exact in ((1, 0), (4, 0), (5, 1), (7, 1), (15, 3), (31, 7)):
+        assert Sweeps().resolved("depth", n_blocks) == Sweeps(exact, exact, 4, Identity(), "first")
+    assert Sweeps(chunk_size=2, linearization="zero").resolved("depth", 7) == Sweeps(3, 3, 2, Zero(), "first")
+    assert Sweeps().resolved("depth").forward is None
+    with pytest.raises(ValueError, match="n_steps"):
+        _ = Sweeps().resolved("depth").iterations
     for given in (Sweeps(forward=3), Sweeps(backward=4), Sweeps(chunk_size=1)):  # passes over single blocks
-        assert given.resolved("depth") == Sweeps(3, 4, 1, Identity(), "first")
+        assert given.resolved("depth", 7) == Sweeps(3, 4, 1, Identity(), "first")
+    for given in (Sweeps(linearization="low_rank"), Sweeps(damping=0.5), Sweeps(tolerance=0.1)):
+        assert given.resolved("depth", 7).iterations.forward == 3
+    assert Sweeps(control="adaptive").resolved("depth", 15).forward == 1
     assert Sweeps().resolved("time") == Sweeps(1, 1, 8, Zero(), "state", clip=1.0)
     assert Sweeps().resolved("layer") == Sweeps(1, 1, 8, Diagonal(), "state")
     assert Sweeps(2, linearization="zero").resolved("depth") == Sweeps(2, 4, 1, Zero(), "first")
@@ -282,7 +289,7 @@ def test_an_objective_has_its_defaults_written_out():
     assert LocalObjective(model).inference == Tree(sigma=0.25)
     assert LocalObjective(model, Tree(sigma=0.0)).inference == Tree(sigma=0.0)
     objective = LocalObjective(model, "sweeps", time="sweeps:backward=2", depths="all")
-    assert objective.inference == Sweeps().resolved("depth") and objective.time == Sweeps(backward=2).resolved("layer")
+    assert objective.inference == Sweeps().resolved("depth", 7) and objective.time == Sweeps(backward=2).resolved("layer")
     assert objective.depths == DepthMix("all") and BackpropObjective(model).depths == DepthMix("none")
     assert RecurrentLocalObjective(recurrent_lm()).inference == Sweeps().resolved("time")
 

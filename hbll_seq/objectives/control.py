@@ -81,10 +81,12 @@ class FidelityControl(nn.Module):
         options: tolerance, limits and period.
         iterations: K and M to start with, and c.
         micro_batches: training forwards of an optimizer step.
+        over_time: whether the chain is one of steps in time.
     """
 
-    def __init__(self, options: Adaptive, iterations: Iterations, micro_batches: int = 1):
+    def __init__(self, options: Adaptive, iterations: Iterations, micro_batches: int = 1, over_time: bool = False):
         super().__init__()
+        self.over_time = over_time
         self.options, self.micro_batches, self.size = options, micro_batches, iterations.chunk_size
         self.start = iterations.forward, iterations.backward
         self.register_buffer("iterations", torch.tensor(self.start))  # K, M of this optimizer step
@@ -120,7 +122,7 @@ class FidelityControl(nn.Module):
         numbers, tolerance = self.iterations.tolist(), self.options.tolerance
         most = math.inf if self.options.most is None else self.options.most
         n_steps = math.ceil(mean_over_processes(torch.tensor([float(n_steps)], device=self.counts.device))[0])
-        ends = exact_iterations(self.size, n_steps)
+        ends = exact_iterations(self.size, n_steps, self.over_time)
         calm = int(self.counts[2])
 
         def error(*numbers: int) -> float:
@@ -182,10 +184,10 @@ class FidelityControl(nn.Module):
         return float(mean_over_processes(cosine_of(found, exact).reshape(1))[0])
 
 
-def exact_iterations(chunk_size: int, n_steps: int) -> tuple[int, int]:
-    """K and M with which a chain of N transitions is solved exactly (docs/method.md 2.2)."""
+def exact_iterations(chunk_size: int, n_steps: int, over_time: bool = False) -> tuple[int, int]:
+    """K and M with which a chain of N transitions is solved exactly (docs/method.md 2.2). Over time no walk follows the M."""
     size, n_segments = Iterations(0, chunk_size=chunk_size).segments(n_steps)
-    return n_segments - 1, n_segments if size > 1 else n_segments - 1
+    return n_segments - 1, n_segments - (not over_time or size == 1)
 
 
 def cosine_of(found: Gradient, exact: Gradient) -> Tensor:

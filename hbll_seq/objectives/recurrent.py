@@ -202,7 +202,7 @@ class RecurrentLocalObjective(RecurrentObjective):
             self.secants = self._new_fit()
         self.control: FidelityControl | None = None
         if isinstance(self.inference, Sweeps) and self.inference.control is not None:
-            self.control = FidelityControl(self.inference.control, self.inference.iterations)
+            self.control = FidelityControl(self.inference.control, self.inference.iterations, over_time=True)
         hidden_size = self.model.cell.hidden_size
         if self.tree is not None and self.tree.hidden_size != hidden_size:
             raise ValueError(f"a tree of hidden_size={self.tree.hidden_size} with a cell of {hidden_size}: must be the same")

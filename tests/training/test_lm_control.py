@@ -48,7 +48,7 @@ def test_settings_are_objects():
 @pytest.mark.parametrize("options, message", [
     (["--control", "mgrit"], "control"),
     (["--control", "adaptive", "--objective", "backprop"], "only sweeps have iterations to control"),
-    (["--control", "adaptive", "--forward", "3", "--control-most", "2"], "control_most=2 with forward=3"),
+    (["--control", "adaptive", "--forward", "3", "--control-most", "2"], "most=2 of the control with forward=3"),
     (["--control", "adaptive", "--control-tolerance", "0"], "control_tolerance=0.0: must be above 0"),
     (["--control", "adaptive", "--control-every", "0"], "control_every=0: must be at least 1"),
 ])  # fmt: skip

@@ -58,7 +58,7 @@ class Decoding:
         eos_id: a row ends with this token, which is not handed out.
         n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
         logprobs: how many of the most probable ids each step tells; None: it tells no probabilities.
-        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
+        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGeneration.generate`.
 
     Attributes:
         prompts: token ids of each row.

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
-from hbll_seq.generation.speculative import Speculation
-from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
-from hbll_seq.generation.text_pieces import Generation
+from hbll_seq.generation.text import TextGeneration
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy, weighted_cross_entropy
 from hbll_seq.layers.prepared import ReadOut, can_prepare, is_plain, prepared
@@ -80,8 +76,10 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, **heads, **common)
 
 
-class HBLLForCausalLM(HubMixin, DepthHierarchy):
+class HBLLForCausalLM(HubMixin, TextGeneration, DepthHierarchy):
     """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
+
+    Text: :meth:`generate`, :meth:`generate_detailed`, :meth:`stream`, as in ``model.generate("The city", depth=3, seed=0)``.
 
     Args:
         config: shape of the model.
@@ -214,68 +212,6 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         total = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         loss = total / self.n_scored(logits[:, :-1], targets)
         return CausalLMOutput(loss, logits)
-
-    def generate(
-        self,
-        prompt: str | list[str],
-        depth: Depths = None,
-        path: Paths = None,
-        *,
-        sampling: SamplingParams | None = None,
-        stream: bool = False,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> str | list[str] | list[list[str]]:
-        """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
-
-    def generate_detailed(
-        self,
-        prompt: str | list[str],
-        depth: Depths = None,
-        path: Paths = None,
-        *,
-        sampling: SamplingParams | None = None,
-        alternatives: int = 0,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> list[Generation]:
-        """As :meth:`generate`, with the log-probability of every new token, and why each text ended; always a list.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate_detailed`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).generate_detailed(prompt, depth, path, **given)
-
-    def stream(
-        self,
-        prompt: str,
-        depth: Depth = None,
-        path: Sequence[int] | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Iterator[str]:
-        """The continuation of one prompt, piece by piece as it is generated; see :meth:`generate`.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.stream`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).stream(prompt, depth, path, **given)
 
     def paths(self, n_tokens: int = 32, measure: bool = True) -> PathReport:
         """Depth as a table: ``print(model.paths())``; every default path, and those that were trained or measured.

@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any
 
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.utils.arguments import Parser, did_you_mean
 from hbll_seq.utils.options import allowed_range
 from hbll_seq.utils.reading import quote
@@ -53,6 +54,14 @@ def add_text_options(parser: Any) -> None:
     parser.add_argument("--split", choices=SPLITS, help="of --data (default: test)")
     parser.add_argument("--max-batches", type=whole, metavar="N", help="stop after N batches (default: the whole text)")
     parser.add_argument("--batch-size", type=whole, default=16, metavar="N", help="windows of a batch (default: 16)")
+
+
+def add_paths_options(parser: Any) -> None:
+    """``--depth`` and ``--path``, of a command that takes several."""
+    parser.add_argument("--depth", type=depths, metavar="LIST", help="numbers of blocks, best or fast, such as 1,3,7; or all "
+                        "(default: all, of a large model some)")
+    parser.add_argument("--path", type=path, metavar="LIST", action="append", help="block numbers, such as 1,2,4; may be "
+                        "given several times")
 
 
 def add_time_options(parser: Any) -> None:
@@ -135,6 +144,16 @@ def add_fields(parser: Any, owner: type, leave_out: tuple[str, ...] = ()) -> lis
         parser.add_argument(flag, **rules)
         added.append(field.name)
     return added
+
+
+def add_sampling_options(parser: Any, leave_out: tuple[str, ...] = ()) -> None:
+    """The fields of ``SamplingParams``; :func:`sampling_given` takes them out again."""
+    parser.set_defaults(sampling_names=add_fields(parser, SamplingParams, leave_out))
+
+
+def sampling_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that a command line names."""
+    return {name: getattr(args, name) for name in args.sampling_names if hasattr(args, name)}
 
 
 _LISTS = {list, tuple, collections.abc.Sequence}

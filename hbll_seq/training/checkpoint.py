@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
 from hbll_seq.utils.console import is_first_process, say
-from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.utils.integrity import SUMS_NAME, digest, read_sums, sha256
 from hbll_seq.utils.reading import check_regular, parse_json, quote, read_bytes, shorten
 from hbll_seq.utils.tensors import first_not_finite
 
@@ -108,7 +108,7 @@ def save_checkpoint(
                 raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
             file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
             fsync(file)
-            files[file.name] = {**_digest(file), "tensors": len(cpu)}
+            files[file.name] = {**digest(file), "tensors": len(cpu)}
         document = {"format": FORMAT, "step": step, "files": files, **state}
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
         atomic_write(aside / STATE, text)
@@ -147,10 +147,6 @@ def sweep(folder: str | os.PathLike) -> None:
         for entry in list(Path(folder).iterdir()):
             if _HALF_DONE.fullmatch(entry.name):
                 shutil.rmtree(entry, ignore_errors=True)  # not through a link
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 # ---------------------------------------------------------------------------------------------------- load

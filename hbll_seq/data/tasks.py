@@ -231,29 +231,6 @@ def _shortest(depth: int) -> int:
     return 3 * depth + 1
 
 
-def evaluate_listops(tokens: Sequence[int]) -> int:
-    """The value of the tokens of one expression, without padding.
-
-    Raises:
-        ValueError: they are not one whole expression.
-    """
-    stack: list[list[int]] = [[]]  # open lists, operator first; below them what was read outside of lists
-    for place, token in enumerate(tokens):
-        if token in _OPERATORS:
-            stack.append([token])
-        elif 0 <= token < 10:
-            stack[-1].append(token)
-        elif token == _CLOSE and len(stack) > 1 and len(stack[-1]) > 1:
-            operator, *values = stack.pop()
-            stack[-1].append(_OPERATORS[operator](values))
-        else:
-            raise ValueError(f"token {token} at {place} cannot stand there: give one whole expression, no padding")
-    if len(stack) != 1 or len(stack[0]) != 1:
-        left = f"{len(stack) - 1} open lists and {len(stack[0])} complete expressions"
-        raise ValueError(f"the tokens end with {left}: give one whole expression")
-    return stack[0][0]
-
-
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     """(scored positions whose likeliest token is the label, scored positions); the ratio of sums is the accuracy.
 

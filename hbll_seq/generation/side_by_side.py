@@ -59,13 +59,12 @@ class SideBySideRunner:
         self.in_order = check_in_order(in_order, self.path)
         self._runner = Runner(model, self.path, start, rollback=rollback)  # whose decoders and head are used by hand
         decoders = [self._runner.decoder(self.path[: k + 1]) for k in range(len(self.path))]
-        self._first, rest = decoders[: self.in_order], decoders[self.in_order :]
-        self._rest = SideBySide(rest, rollback)
+        self._decoders = [*decoders[: self.in_order], SideBySide(decoders[self.in_order :], rollback)]
 
     @property
     def length(self) -> int:
         """Positions read, left padding included."""
-        return self._rest.length
+        return self._decoders[-1].length
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Read the prompts [B, T] -> logits [B, V] of the token that follows."""
@@ -74,9 +73,9 @@ class SideBySideRunner:
     def step(self, tokens: Tensor) -> Tensor:
         """One more token for each row, [B] -> logits [B, V] of the next."""
         x = self.model.embed(tokens.unsqueeze(1))[:, 0]
-        for decoder in self._first:
+        for decoder in self._decoders:
             x = decoder.step(x)
-        return self._runner.logits(self._rest.step(x))
+        return self._runner.logits(x)
 
     def read(self, tokens: Tensor) -> Tensor:
         """The next tokens at once, [B, K] -> logits [B, K, V] of what follows each."""
@@ -84,19 +83,19 @@ class SideBySideRunner:
 
     def _states(self, tokens: Tensor) -> Tensor:
         x = self.model.embed(tokens)
-        for decoder in self._first:
+        for decoder in self._decoders:
             x = decoder.read(x)
-        return self._rest.read(x)
+        return x
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on. Raises ValueError as :meth:`Runner.truncate` does."""
-        for decoder in [*self._first, self._rest]:
+        for decoder in self._decoders:
             decoder.truncate(length)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these rows alone."""
         index = torch.as_tensor(rows, device=self.model.embed.weight.device)
-        for decoder in [*self._first, self._rest]:
+        for decoder in self._decoders:
             decoder.keep(index)
 
 

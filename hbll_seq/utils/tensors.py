@@ -16,23 +16,10 @@ from hbll_seq.utils.reading import quote, shorten
 
 #: the dtypes of a model's weights; a file's are all of one of them.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: functions of torch that fill a tensor
 _FILLS = frozenset(
-    f"{name}_"
-    for name in (
-        "normal",
-        "uniform",
-        "trunc_normal",
-        "kaiming_normal",
-        "kaiming_uniform",
-        "xavier_normal",
-        "xavier_uniform",
-        "orthogonal",
-        "zero",
-        "zeros",
-        "ones",
-        "fill",
-        "constant",
-    )
+    "normal_ uniform_ trunc_normal_ kaiming_normal_ kaiming_uniform_ xavier_normal_ xavier_uniform_ orthogonal_ "
+    "zero_ zeros_ ones_ fill_ constant_".split()
 )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import dataclasses
-import types
 import typing
 from typing import Any
 
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.utils.arguments import Parser, did_you_mean
-from hbll_seq.utils.options import allowed_range
+from hbll_seq.utils.options import allowed_range, kinds_of
 from hbll_seq.utils.reading import quote
 
 #: depths that have a name: lowest stored perplexity, fewest blocks worth it
@@ -130,7 +129,7 @@ def add_fields(parser: Any, owner: type, leave_out: tuple[str, ...] = ()) -> lis
     for field in dataclasses.fields(owner):
         if "help" not in field.metadata or field.name in leave_out:
             continue
-        kinds, flag = _kinds(hints[field.name]), "--" + field.name.replace("_", "-")
+        kinds, flag = kinds_of(hints[field.name]), "--" + field.name.replace("_", "-")
         rules: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field).replace("%", "%%")}
         if bool in kinds:
             rules["action"] = argparse.BooleanOptionalAction
@@ -157,14 +156,6 @@ def sampling_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 _LISTS = {list, tuple, collections.abc.Sequence}
-
-
-def _kinds(hint: Any) -> set[type]:
-    """The classes that a type hint names: of ``list[str] | None`` list, str and NoneType."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return set().union(*map(_kinds, typing.get_args(hint)))
-    origin = typing.get_origin(hint)
-    return {hint} if origin is None else {origin}.union(*map(_kinds, typing.get_args(hint)))
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -160,11 +160,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     path: Sequence[int] | Sequence[Sequence[int]],
     sampling: SamplingParams | None = None,
-    *,
-    eos_id: int | None = None,
-    n_tokens: int | None = None,
-    speculative: bool | Speculation | None = None,
-    in_order: int | None = None,
+    **options: Any,
 ) -> Iterator[list[int | None]]:
     """Token ids in, token ids out, one step at a time: the tokens of a :class:`Decoding`, whose arguments and errors these
     are. Errors are raised by this call, not by the first step.
@@ -173,9 +169,7 @@ def generate_ids(
         For each step the ids of the rows, None in a row that has ended; ends when all rows have. There are
         ``sampling.n`` rows for each prompt, next to each other.
     """
-    faster = dict(speculative=speculative, in_order=in_order)
-    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens, **faster)
-    return (step.tokens for step in decoding)
+    return (step.tokens for step in Decoding(model, prompts, path, sampling, **options))
 
 
 def is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from typing_extensions import Unpack
 
@@ -81,13 +81,12 @@ class TextGeneration:
         if stream:
             _check_one_sample(sampling)
         run = _start(self, texts, depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
-        write = stdout_writer() if stream else None
-        if write:
-            write(texts[0])
-        rows = _read(self.tokenizer, run, write)
-        if write:
-            write("\n")
-        whole = [text + row.text for text, row in zip(run.texts, rows)]
+        write = stdout_writer() if stream else lambda text: None
+        write(texts[0])
+        for _, piece in run.pieces():
+            write(piece)
+        write("\n")
+        whole = [text + row.text for text, row in zip(run.texts, run.rows)]
         if sampling.n > 1:
             whole = [whole[at : at + sampling.n] for at in range(0, len(whole), sampling.n)]
         return whole[0] if isinstance(prompt, str) else whole
@@ -123,7 +122,9 @@ class TextGeneration:
         faster = dict(speculative=speculative, in_order=in_order)
         run = _start(self, texts, depth, path, sampling, truncate_prompt, logprobs=alternatives, **faster)
         details = []
-        for number, row in enumerate(_read(self.tokenizer, run)):
+        for _ in run.pieces():
+            pass
+        for number, row in enumerate(run.rows):
             told = [[Alternative(i, self.tokenizer.decode([i]), p) for i, p in each.best] for each in row.logprobs]
             details.append(Generation(
                 run.texts[number], row.text, tuple(row.ids), tuple(each.logprob for each in row.logprobs),
@@ -151,7 +152,7 @@ class TextGeneration:
             raise ValueError(f"prompt={quote(prompt)}: stream continues one text; pass a str, or use generate for a list")
         _check_one_sample(sampling := as_sampling(sampling, options))
         run = _start(self, [prompt], depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
-        return (piece for _, piece in _pieces(run, [_Row(self.tokenizer, sampling)]) if piece)
+        return (piece for _, piece in run.pieces() if piece)
 
     def warn_if_untrained(self, path: tuple[int, ...]) -> None:
         """Once for every path of this model that its config says was not trained."""
@@ -166,15 +167,6 @@ class TextGeneration:
             f"depth {len(path)} (path {quote(list(path))}) of this model was not trained; expect worse text; "
             f"trained: {config.trained_depths}; {remedy}"
         )
-
-
-def _read(tokenizer: Tokenizer, run: _Run, write: Callable[[str], None] | None = None) -> list[_Row]:
-    """Decode to the end; ``write`` is given the first row's text as it comes."""
-    rows = [_Row(tokenizer, run.decoding.sampling) for _ in run.texts]
-    for number, piece in _pieces(run, rows):
-        if write and number == 0:
-            write(piece)
-    return rows
 
 
 def _start(
@@ -202,7 +194,7 @@ def _start(
         model.warn_if_untrained(each)
     ends = dict(eos_id=model.tokenizer.eos_id, n_tokens=model.tokenizer.vocab_size)
     decoding = Decoding(model, prompts, paths, sampling, **ends, **how)
-    return _Run(decoding, [text for text in texts for _ in range(sampling.n)])
+    return _Run(model.tokenizer, decoding, [text for text in texts for _ in range(sampling.n)])
 
 
 def _paths(model: CausalLM, depth: Depths, path: Paths, n_prompts: int) -> list[tuple[int, ...]]:
@@ -232,13 +224,6 @@ def _encode(model: CausalLM, text: str, truncate: bool) -> list[int]:
     return ids[-limit:]
 
 
-class _Run(NamedTuple):
-    """A decoding, and the text before each of its rows."""
-
-    decoding: Decoding
-    texts: list[str]
-
-
 class _Row:
     """What one row has drawn."""
 
@@ -249,27 +234,33 @@ class _Row:
         self.text = ""
 
 
-def _pieces(run: _Run, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-    """Run the decoding; fills the rows and yields (row, piece of its text), of every token and at the end."""
-    for tokens, logprobs in run.decoding:
-        for number, token in enumerate(tokens):
-            if token is None:
-                continue
-            row = rows[number]
-            row.ids.append(token)
-            if logprobs is not None:
-                row.logprobs.append(logprobs[number])
-            piece = row.pieces.push(token)
-            if row.pieces.stopped:
-                run.decoding.end(number)
-            row.text += piece
-            yield number, piece
-    for number, row in enumerate(rows):
-        piece = row.pieces.flush()
+class _Run:
+    """A decoding, the text before each of its rows, and what each has drawn."""
+
+    def __init__(self, tokenizer: Tokenizer, decoding: Decoding, texts: list[str]):
+        self.decoding, self.texts = decoding, texts
+        self.rows = [_Row(tokenizer, decoding.sampling) for _ in texts]
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Run the decoding; fills the rows and yields (row, piece of its text), of every token and at the end."""
+        for tokens, logprobs in self.decoding:
+            for number, token in enumerate(tokens):
+                if token is None:
+                    continue
+                row = self.rows[number]
+                row.ids.append(token)
+                if logprobs is not None:
+                    row.logprobs.append(logprobs[number])
+                yield number, self._add(number, row.pieces.push(token))
+        for number, row in enumerate(self.rows):
+            yield number, self._add(number, row.pieces.flush())
+
+    def _add(self, number: int, piece: str) -> str:
+        row = self.rows[number]
         if row.pieces.stopped:
-            run.decoding.end(number)
+            self.decoding.end(number)
         row.text += piece
-        yield number, piece
+        return piece
 
 
 def _check_one_sample(sampling: SamplingParams) -> None:

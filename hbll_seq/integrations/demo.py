@@ -88,7 +88,7 @@ def progress(model: HBLLForCausalLM, prompt: str, depth: int | None, sampling: S
             return
         first, later = (took, 0.0) if n_tokens == 1 else (first, later + took)
         text += pieces.push(step[0])
-        yield Progress(text, n_tokens, first, later / max(1, n_tokens - 1))
+        yield Progress(text.rstrip("\ufffd"), n_tokens, first, later / max(1, n_tokens - 1))
 
 
 def text_html(prompt: str, done: Progress | None = None, path: tuple[int, ...] = ()) -> str:
@@ -219,19 +219,12 @@ def serve(
     if next(model.parameters()).device.type == "cpu" and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
         model = model.float()  # a CPU is slower in half precision
     page = make_page(model, name or type(model).__name__)
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    guards = [Middleware(_Policy)]
-    if host in _LOCAL:  # a page of another site could otherwise give its own name this machine's address, and read along
-        names = [*_LOCAL[:2], "["]  # what starlette takes for the name in "[::1]:7860"
-        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=names))
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the reader's machine: none is fetched
     theme = gr.themes.Soft(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
     _, address, _ = page.queue().launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme,
         css=CSS, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
-        app_kwargs={"middleware": guards},
+        app_kwargs={"middleware": _guards(host)},
     )  # fmt: skip
     say(f"hbll-seq: the page is at {address} (Ctrl-C ends it)")
     if host not in _LOCAL:
@@ -239,6 +232,18 @@ def serve(
     if wait:
         page.block_thread()
     return page
+
+
+def _guards(host: str) -> list[Any]:
+    """The page's middleware, where ``host`` is listened on."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if host not in _LOCAL:
+        return [Middleware(_Policy)]
+    # Else a page of another site could give its own name this machine's address, and read along. Of "[::1]:7860" starlette
+    # takes "[" for the name.
+    return [Middleware(_Policy), Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL[:2], "["])]
 
 
 class _Policy:

@@ -51,7 +51,7 @@ def check_options(options: Any, prefix: str = "") -> None:
     """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        kinds = _kinds(hints[field.name])
+        kinds = kinds_of(hints[field.name])
         value = getattr(options, field.name)
         if "help" not in field.metadata or (value is None and type(None) in kinds):
             continue
@@ -60,9 +60,11 @@ def check_options(options: Any, prefix: str = "") -> None:
         object.__setattr__(options, field.name, _checked(prefix + field.name, value, kinds, field.metadata))
 
 
-def _kinds(hint: Any) -> set[type]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return set(typing.get_args(hint)) if union else {hint}
+def kinds_of(hint: Any) -> set[type]:
+    """The classes that a type hint names: of ``list[str] | None`` list, str and NoneType."""
+    origin = typing.get_origin(hint)
+    inner = set().union(*map(kinds_of, typing.get_args(hint)))
+    return {hint} if origin is None else inner if origin in (types.UnionType, typing.Union) else inner | {origin}
 
 
 def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[str, Any]) -> Any:

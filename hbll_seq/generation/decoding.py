@@ -18,7 +18,6 @@ from hbll_seq.generation.readers import reader_of
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams, as_sampling
-from hbll_seq.generation.side_by_side import SideBySideRunner
 from hbll_seq.generation.speculative import Speculation, Speculator
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
@@ -95,7 +94,7 @@ class Decoding:
         self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
         self._modules = list(model.modules())
         self._open = reader_of(model, self.paths, self.sampler, speculative, in_order)
-        self.reader: Runner | SideBySideRunner | Speculator | None = None
+        self.reader: Runner | Speculator | None = None
         self._tokens: Tensor | None = None
         self._n_steps = 0
 

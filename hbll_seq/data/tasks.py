@@ -152,17 +152,13 @@ def _permutations(rng: np.random.Generator, shape: tuple[int, ...], n: int) -> n
     return rng.permuted(np.broadcast_to(np.arange(n, dtype=np.int64), (*shape, n)), axis=-1)
 
 
-def _sum_modulo_10(values: Sequence[int]) -> int:
-    return sum(values) % 10
-
-
 def _floor_of_median(values: Sequence[int]) -> int:
     ordered = sorted(values)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
 
 
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]", "<pad>")  # a digit's id is its value
-_OPERATORS = {10: min, 11: max, 12: _floor_of_median, 13: _sum_modulo_10}
+_OPERATORS = {10: min, 11: max, 12: _floor_of_median, 13: lambda values: sum(values) % 10}
 _CLOSE, _PAD = 14, 15
 
 

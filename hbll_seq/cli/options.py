@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -69,20 +70,14 @@ def add_time_options(parser: Any) -> None:
     parser.add_argument("--timed-tokens", type=whole, default=32, metavar="N", help="tokens of each timing (default: 32)")
 
 
-def whole(text: str) -> int:
-    """A whole number of at least 1."""
-    return _at_least(text, 1)
-
-
-def whole_or_zero(text: str) -> int:
-    """A whole number of at least 0."""
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, low: int) -> int:
+def whole(text: str, low: int = 1) -> int:
+    """A whole number of at least 1, or of at least ``low``."""
     if not text.isdecimal() or len(text) > 18 or int(text) < low:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number of at least {low}")
     return int(text)
+
+
+whole_or_zero = functools.partial(whole, low=0)
 
 
 def depth(text: str) -> int | str | None:

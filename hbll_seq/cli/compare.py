@@ -7,11 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from hbll_seq.cli import options
-from hbll_seq.cli.evaluate import figures, path_text
-from hbll_seq.cli.output import Output, table
+from hbll_seq.cli.evaluate import figures
+from hbll_seq.cli.output import Output
 from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.console import say
+from hbll_seq.utils.tables import table
 
 EXAMPLES = """\
   hbll-seq compare runs/a runs/b        every depth, on the bundled test split
@@ -33,23 +35,20 @@ def parser(prog: str) -> Parser:
     found.add_argument("models", metavar="MODEL", nargs="+", help=options.MODEL_HELP)
     options.add_json_option(found)
     options.add_device_option(found)
-    found.add_argument("--depth", type=options.depths, metavar="LIST", help="numbers of blocks, best or fast, such as 1,3,7; "
-                       "or all (default: all)")
-    found.add_argument("--path", type=options.path, metavar="LIST", action="append", help="block numbers, such as 1,2,4; may "
-                       "be given several times")
+    options.add_paths_options(found)
     text = found.add_argument_group("on a text")
     text.add_argument("--text", metavar="FILE", help="a text file, or - for stdin (default: the bundled test split)")
     options.add_text_options(text)
     options.add_time_options(text)
     prompt = found.add_argument_group("on a prompt")
     prompt.add_argument("--prompt", metavar="TEXT", help="write its continuation by each, below each other; or - for stdin")
-    found.set_defaults(sampling_names=options.add_fields(prompt, SamplingParams, leave_out=("n",)))
+    options.add_sampling_options(prompt, leave_out=("n",))
     return found
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
     """Print the table or the texts. Raises ValueError for what cannot be read, evaluated or continued."""
-    sampling = {name: getattr(args, name) for name in args.sampling_names if hasattr(args, name)}
+    sampling = options.sampling_given(args)
     if args.prompt is not None:
         for name in ("text", "data", "split"):
             if getattr(args, name) is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 
 from hbll_seq.cli import options
-from hbll_seq.cli.output import Output, table
+from hbll_seq.cli.output import Output
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.arguments import Parser
+from hbll_seq.utils.tables import table
 
 EXAMPLES = """\
   hbll-seq eval my.txt                              every depth, bundled model
@@ -31,11 +33,7 @@ def parser(prog: str) -> Parser:
     options.add_text_options(found)
     options.add_json_option(found)
     options.add_model_option(found)
-    group = found.add_argument_group("paths")
-    group.add_argument("--depth", type=options.depths, metavar="LIST", help="numbers of blocks, best or fast, such as 1,3,7; "
-                       "or all (default: all, of a large model some)")
-    group.add_argument("--path", type=options.path, metavar="LIST", action="append", help="block numbers, such as 1,2,4; may "
-                       "be given several times")
+    options.add_paths_options(found.add_argument_group("paths"))
     return found
 
 
@@ -64,8 +62,3 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def figures(row: dict) -> list[float]:
     """What a row of ``evaluate_paths`` says in numbers: nats per token, perplexity per token and word, bits per byte."""
     return [row[key] for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte")]
-
-
-def path_text(path: list[int]) -> str:
-    """A path as reports write it, from the embedding to the head."""
-    return "-".join(map(str, [0, *path])) + "-head"

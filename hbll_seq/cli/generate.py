@@ -46,15 +46,13 @@ def parser(prog: str) -> Parser:
                         "--temperature 0 alone (default: off)")
     faster.add_argument("--in-order", type=options.whole_or_zero, metavar="K", help="take K of the blocks in order and the "
                         "others side by side: fast, and another network (default: all in order)")
-    names = options.add_fields(found.add_argument_group("sampling"), SamplingParams)
-    found.set_defaults(sampling_names=names)
+    options.add_sampling_options(found.add_argument_group("sampling"))
     return found
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
     """Write the text, or the JSON document. Raises ValueError for a prompt or an option that is not possible."""
-    given = {name: getattr(args, name) for name in args.sampling_names if hasattr(args, name)}
-    sampling = SamplingParams(**given)  # before a model is loaded in vain
+    sampling = SamplingParams(**options.sampling_given(args))  # before a model is loaded in vain
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs belongs to --json: give that too, or leave it out")
 

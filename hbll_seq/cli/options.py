@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import dataclasses
-import types
+import functools
 import typing
 from typing import Any
 
+from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.utils.arguments import Parser, did_you_mean
-from hbll_seq.utils.options import allowed_range
+from hbll_seq.utils.options import allowed_range, kinds_of
 from hbll_seq.utils.reading import quote
 
 #: depths that have a name: lowest stored perplexity, fewest blocks worth it
@@ -55,26 +56,28 @@ def add_text_options(parser: Any) -> None:
     parser.add_argument("--batch-size", type=whole, default=16, metavar="N", help="windows of a batch (default: 16)")
 
 
+def add_paths_options(parser: Any) -> None:
+    """``--depth`` and ``--path``, of a command that takes several."""
+    parser.add_argument("--depth", type=depths, metavar="LIST", help="numbers of blocks, best or fast, such as 1,3,7; or all "
+                        "(default: all, of a large model some)")
+    parser.add_argument("--path", type=path, metavar="LIST", action="append", help="block numbers, such as 1,2,4; may be "
+                        "given several times")
+
+
 def add_time_options(parser: Any) -> None:
     """``--no-time``, and how many tokens are timed."""
     parser.add_argument("--no-time", dest="time", action="store_false", help="do not measure the time of a token")
     parser.add_argument("--timed-tokens", type=whole, default=32, metavar="N", help="tokens of each timing (default: 32)")
 
 
-def whole(text: str) -> int:
-    """A whole number of at least 1."""
-    return _at_least(text, 1)
-
-
-def whole_or_zero(text: str) -> int:
-    """A whole number of at least 0."""
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, low: int) -> int:
+def whole(text: str, low: int = 1) -> int:
+    """A whole number of at least 1, or of at least ``low``."""
     if not text.isdecimal() or len(text) > 18 or int(text) < low:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number of at least {low}")
     return int(text)
+
+
+whole_or_zero = functools.partial(whole, low=0)
 
 
 def depth(text: str) -> int | str | None:
@@ -121,7 +124,7 @@ def add_fields(parser: Any, owner: type, leave_out: tuple[str, ...] = ()) -> lis
     for field in dataclasses.fields(owner):
         if "help" not in field.metadata or field.name in leave_out:
             continue
-        kinds, flag = _kinds(hints[field.name]), "--" + field.name.replace("_", "-")
+        kinds, flag = kinds_of(hints[field.name]), "--" + field.name.replace("_", "-")
         rules: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field).replace("%", "%%")}
         if bool in kinds:
             rules["action"] = argparse.BooleanOptionalAction
@@ -137,15 +140,17 @@ def add_fields(parser: Any, owner: type, leave_out: tuple[str, ...] = ()) -> lis
     return added
 
 
+def add_sampling_options(parser: Any, leave_out: tuple[str, ...] = ()) -> None:
+    """The fields of ``SamplingParams``; :func:`sampling_given` takes them out again."""
+    parser.set_defaults(sampling_names=add_fields(parser, SamplingParams, leave_out))
+
+
+def sampling_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that a command line names."""
+    return {name: getattr(args, name) for name in args.sampling_names if hasattr(args, name)}
+
+
 _LISTS = {list, tuple, collections.abc.Sequence}
-
-
-def _kinds(hint: Any) -> set[type]:
-    """The classes that a type hint names: of ``list[str] | None`` list, str and NoneType."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return set().union(*map(_kinds, typing.get_args(hint)))
-    origin = typing.get_origin(hint)
-    return {hint} if origin is None else {origin}.union(*map(_kinds, typing.get_args(hint)))
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 from typing import Any, TextIO
 
-from hbll_seq.utils.console import printable
+from hbll_seq.utils.console import is_terminal, lead_nowhere, printable, write_escaped
 from hbll_seq.utils.reading import shorten, to_json
 
 
@@ -30,10 +27,7 @@ class Output:
     @property
     def is_terminal(self) -> bool:
         """Whether a person reads it."""
-        try:
-            return self._stream is not None and self._stream.isatty()
-        except (OSError, ValueError):
-            return False
+        return is_terminal(self._stream)
 
     def write(self, text: str) -> None:
         """Write text at once.
@@ -46,43 +40,16 @@ class Output:
             return
         text = printable(text) if self.is_terminal else text
         try:
-            try:
-                self._stream.write(text)
-            except UnicodeEncodeError:
-                encoding = self._stream.encoding or "ascii"
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            write_escaped(self._stream, text)
             self._stream.flush()
-        except BrokenPipeError:
-            self._give_up()
-            raise
         except (OSError, ValueError) as error:
-            self._give_up()
+            stream, self._stream = self._stream, None
+            lead_nowhere(stream)
+            if isinstance(error, BrokenPipeError):
+                raise
             reason = getattr(error, "strerror", None) or error
             raise Failure(f"cannot write to stdout: {shorten(reason)}") from None
 
     def json(self, value: Any) -> None:
         """Write one JSON document. Raises as :meth:`write`."""
         self.write(to_json(value, indent=2) + "\n")
-
-    def _give_up(self) -> None:
-        """What is still buffered goes nowhere: the interpreter's last flush would fail once more, and say so."""
-        stream, self._stream = self._stream, None
-        with contextlib.suppress(OSError, ValueError, AttributeError, io.UnsupportedOperation):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-
-
-def table(head: list[str], rows: list[list[Any]], formats: list[str]) -> str:
-    """Rows in columns below their names.
-
-    Args:
-        head: names of the columns.
-        rows: values; None is shown as "-".
-        formats: of each column, as Python's ``format`` has it; ``"<"`` and ``">"`` alone align texts.
-    """
-    cells = [["-" if value is None else format(value, f.lstrip("<>")) for value, f in zip(row, formats)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *cells)]
-    sides = ["<" if f.startswith("<") else ">" for f in formats]
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths)) for line in [head, *cells]]
-    return "".join(line.rstrip() + "\n" for line in lines)

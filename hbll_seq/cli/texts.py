@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any, NamedTuple
 
+from hbll_seq.utils.console import is_terminal
 from hbll_seq.utils.reading import possible_name, quote, read_bytes, shorten
 
 #: bytes of a text that is read whole; a longer one goes by --data, which reads it piece by piece
@@ -29,7 +30,7 @@ def prompt_text(given: str | None) -> str:
     """
     if given not in (None, "-"):
         return given
-    if given is None and _is_terminal(sys.stdin):
+    if given is None and is_terminal(sys.stdin):
         raise ValueError('no prompt: give one, as in `hbll-seq generate "The river"`, or - to read it from stdin')
     text = read_stdin()
     text = text.removesuffix("\n").removesuffix("\r")
@@ -60,7 +61,7 @@ def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
         return Measured(f"{args.data} {split}", None, args.data, split)
     if args.split is not None:
         raise ValueError("--split belongs to --data: give --data bundled, say")
-    if file is None and _is_terminal(sys.stdin):
+    if file is None and is_terminal(sys.stdin):
         raise ValueError(_NO_TEXT)
     if file in (None, "-"):
         name, text = "stdin", read_stdin()
@@ -87,10 +88,3 @@ def _decoded(data: Any, name: str) -> str:
         return data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); packed files and tables go by --data") from None
-
-
-def _is_terminal(stream: Any) -> bool:
-    try:
-        return stream is not None and stream.isatty()
-    except (OSError, ValueError):
-        return False

@@ -20,22 +20,8 @@ from hbll_seq.utils.reading import open_regular, quote, shorten
 BLOCK = 1 << 20  # tokens read at once where all are
 _SETTLED_NS = 2_000_000_000  # a change within one clock tick keeps the file's time, so a younger file is not remembered
 
+#: files that this process has found right: identity, size and time of each, and what it was compared with
 _verified: set[tuple[object, ...]] = set()
-
-
-def verified_before(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) -> bool:
-    """Whether this process has checked this file before: the same identity, size and time."""
-    return _key(path, info, digest, vocab_size) in _verified
-
-
-def remember_verified(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) -> None:
-    """Remembers that these bytes are right, so that this process need not check them again."""
-    if time.time_ns() - info.st_mtime_ns > _SETTLED_NS:
-        _verified.add(_key(path, info, digest, vocab_size))
-
-
-def _key(path: Path, info: os.stat_result, digest: str | None, vocab_size: int) -> tuple[object, ...]:
-    return str(path.absolute()), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, digest, vocab_size
 
 
 class FileTokens:
@@ -58,9 +44,11 @@ class FileTokens:
         weakref.finalize(self, os.close, self._handle)
         info = os.fstat(self._handle)
         self._stamp = info.st_size, info.st_mtime_ns
-        if not verified_before(path, info, digest, vocab_size):
+        key = str(path.absolute()), info.st_dev, info.st_ino, *self._stamp, digest, vocab_size
+        if key not in _verified:
             self._verify()
-            remember_verified(path, info, digest, vocab_size)
+            if time.time_ns() - info.st_mtime_ns > _SETTLED_NS:
+                _verified.add(key)
 
     def __reduce__(self) -> tuple[type[FileTokens], tuple[object, ...]]:
         return type(self), (self._path, self.dtype, self._length, self._digest, self._vocab_size)

@@ -229,8 +229,9 @@ def _open_files(found: _Found, share: Share, split: str, column: str) -> Corpus:
         if not ranges:
             raise _too_little(name, f"{n_bytes:,} bytes", share)
 
-        def texts() -> Iterator[Iterable[str]]:
-            return (read_lines(file.blocks(start, end), str(file.path), start) for file, start, end in ranges)
+        def segments() -> Segments:
+            texts = (read_lines(file.blocks(start, end), str(file.path), start) for file, start, end in ranges)
+            return split_articles(line for lines in texts for line in lines) if wikitext else _documents(texts)
 
         n_bytes = sum(end - start for _, start, end in ranges)
     else:
@@ -238,24 +239,31 @@ def _open_files(found: _Found, share: Share, split: str, column: str) -> Corpus:
         def rows() -> Iterator[str]:
             return (row for file in files for row in read_rows(file, column))
 
-        part = part_of_rows((row for file in files for row in rows_with_text(file, column)), rows, share)
-        if part.is_empty:
-            raise _too_little(name, f"{part.n_rows} rows with text", share)
-
-        def texts() -> Iterator[Iterable[str]]:
-            return map(split_lines, (row or " \n" for row in rows()) if wikitext else part.select(rows()))
-
-        rule = part.rule
+        flags = (row for file in files for row in rows_with_text(file, column))
+        segments, rule = _read_rows(name, flags, rows, share, wikitext)
         n_bytes = n_bytes * len(share.slots()) // N_SLOTS
-
-    def segments() -> Segments:
-        return split_articles(line for lines in texts() for line in lines) if wikitext else _documents(texts())
 
     cut = [wikitext, found.kind, column if found.kind != ".txt" else "", list(share.slots())]
     changed = [rule] * bool(rule) + ["without byte order mark"] * any(starts)
     digest = _combine(json.dumps(cut + changed), *(sha for sha, _ in measured))
     known = None if found.kind == ".parquet" else n_bytes  # the size of packed columns says little
     return Corpus(name, digest, known, segments, _WIKITEXT_WORDS if wikitext else None)
+
+
+def _read_rows(
+    name: str, flags: Iterable[bool], rows: Callable[[], Iterator[str]], share: Share, wikitext: bool
+) -> tuple[Callable[[], Segments], str]:
+    """The segments of a part of the rows, and the rule that gives the part; ``flags`` say which rows have text."""
+    part = part_of_rows(flags, rows, share)
+    if part.is_empty:
+        raise _too_little(name, f"{part.n_rows} rows with text", share)
+
+    def segments() -> Segments:
+        if wikitext:
+            return split_articles(line for text in rows() for line in split_lines(text or " \n"))
+        return _documents(map(split_lines, part.select(rows())))
+
+    return segments, part.rule
 
 
 def _too_little(name: str, amount: str, share: Share) -> ValueError:
@@ -315,16 +323,9 @@ def _open_hub(found: _Found, share: Share, split: str, column: str) -> Corpus:
         return (as_text(row, name, column) for batch in data.iter(batch_size=1024) for row in batch[column])
 
     tables = data.with_format("arrow").iter(batch_size=1024)
-    part = part_of_rows((flag for table in tables for flag in have_text(table[column])), rows, share)
-    if part.is_empty:
-        raise _too_little(f"{found.name} {split}", f"{part.n_rows} rows with text", share)
-
-    def segments() -> Segments:
-        if wikitext:
-            return split_articles(line for text in rows() for line in split_lines(text or " \n"))
-        return _documents(map(split_lines, part.select(rows())))
-
-    cut = [wikitext, "hub", column, list(share.slots()), *[part.rule] * bool(part.rule)]
+    flags = (flag for table in tables for flag in have_text(table[column]))
+    segments, rule = _read_rows(f"{found.name} {split}", flags, rows, share, wikitext)
+    cut = [wikitext, "hub", column, list(share.slots()), *[rule] * bool(rule)]
     stored = [sha256(file["filename"]) for file in cache_files]
     digest = _combine(json.dumps(cut), *(stored or (line or "\0" for line in segments())))  # or held in memory
     return Corpus(f"{found.name} {split}", digest, None, segments, _WIKITEXT_WORDS if wikitext else None)

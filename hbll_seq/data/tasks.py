@@ -152,17 +152,13 @@ def _permutations(rng: np.random.Generator, shape: tuple[int, ...], n: int) -> n
     return rng.permuted(np.broadcast_to(np.arange(n, dtype=np.int64), (*shape, n)), axis=-1)
 
 
-def _sum_modulo_10(values: Sequence[int]) -> int:
-    return sum(values) % 10
-
-
 def _floor_of_median(values: Sequence[int]) -> int:
     ordered = sorted(values)
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
 
 
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]", "<pad>")  # a digit's id is its value
-_OPERATORS = {10: min, 11: max, 12: _floor_of_median, 13: _sum_modulo_10}
+_OPERATORS = {10: min, 11: max, 12: _floor_of_median, 13: lambda values: sum(values) % 10}
 _CLOSE, _PAD = 14, 15
 
 
@@ -229,29 +225,6 @@ class ListOps(Task):
 def _shortest(depth: int) -> int:
     """Length of the shortest expression of a depth: two arguments, all but one of them digits."""
     return 3 * depth + 1
-
-
-def evaluate_listops(tokens: Sequence[int]) -> int:
-    """The value of the tokens of one expression, without padding.
-
-    Raises:
-        ValueError: they are not one whole expression.
-    """
-    stack: list[list[int]] = [[]]  # open lists, operator first; below them what was read outside of lists
-    for place, token in enumerate(tokens):
-        if token in _OPERATORS:
-            stack.append([token])
-        elif 0 <= token < 10:
-            stack[-1].append(token)
-        elif token == _CLOSE and len(stack) > 1 and len(stack[-1]) > 1:
-            operator, *values = stack.pop()
-            stack[-1].append(_OPERATORS[operator](values))
-        else:
-            raise ValueError(f"token {token} at {place} cannot stand there: give one whole expression, no padding")
-    if len(stack) != 1 or len(stack[0]) != 1:
-        left = f"{len(stack) - 1} open lists and {len(stack[0])} complete expressions"
-        raise ValueError(f"the tokens end with {left}: give one whole expression")
-    return stack[0][0]
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:

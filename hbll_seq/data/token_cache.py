@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from hbll_seq.data.file_tokens import FileTokens, remember_verified, verified_before
+from hbll_seq.data.file_tokens import FileTokens
 from hbll_seq.data.tokenizer import MAX_MODEL, Tokenizer
 from hbll_seq.utils.atomic import ASIDE, atomic_write
 from hbll_seq.utils.integrity import read_sums
-from hbll_seq.utils.reading import open_regular, read_bytes, read_json, shorten
+from hbll_seq.utils.reading import read_bytes, read_json, shorten
 
 META, TOKENS = "meta.json", "tokens.bin"
 IN_MEMORY = 1 << 28  # bytes; a larger token file is read slice by slice
@@ -96,27 +96,12 @@ def open_tokens(
 
 def _open_ids(path: Path, dtype: np.dtype, length: int, digest: str | None, vocab_size: int) -> np.ndarray | FileTokens:
     """The ids, with the right sum. Raises ValueError when they are others, OSError when they cannot be read."""
-    with open_regular(path) as file:
-        info = os.fstat(file.fileno())
-        if info.st_size != length * dtype.itemsize:
-            raise ValueError(f"{path.name} has {info.st_size:,} bytes, not {length * dtype.itemsize:,}")
-        if info.st_size > IN_MEMORY:
-            return FileTokens(path, dtype, length, digest, vocab_size)
-        tokens = np.fromfile(file, dtype=dtype)
+    tokens = FileTokens(path, dtype, length, digest, vocab_size)
+    if length * dtype.itemsize > IN_MEMORY:
+        return tokens
+    tokens = tokens[:]
     tokens.flags.writeable = False
-    if len(tokens) != length:
-        raise ValueError(f"{path.name} was cut while it was read")
-    if not verified_before(path, info, digest, vocab_size):
-        _check_ids(tokens, path, digest, vocab_size)
-        remember_verified(path, info, digest, vocab_size)
     return tokens
-
-
-def _check_ids(tokens: np.ndarray, path: Path, digest: str | None, vocab_size: int) -> None:
-    if digest is not None and hashlib.sha256(tokens).hexdigest() != digest:
-        raise ValueError(f"the bytes of {path.name} are not those that were written")
-    if len(tokens) and (largest := int(tokens.max())) >= vocab_size:
-        raise ValueError(f"{path.name} holds the id {largest}, but the vocabulary ends at {vocab_size - 1}")
 
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------

@@ -116,15 +116,10 @@ def load_tokens(
         found = open_tokens(folder, fingerprint, np.dtype(_dtype(tokenizer)), tokenizer.vocab_size, without_sums=without_sums)
         return TokenStream(*found, fingerprint)
 
-    def make() -> TokenStream:
-        try:
-            return opened()  # another process may have made it meanwhile
-        except Missing:
-            pass
-        except NotUsable as found:
+    def make(found: NotUsable) -> None:
+        if not isinstance(found, Missing):
             say(f"the token cache {quote(str(folder))} {found}; it is made again")
         _write_cache(folder, fingerprint, corpus, tokenizer, num_proc or _n_cores())
-        return opened()
 
     return _cached("token cache", folder, opened, make)
 
@@ -148,12 +143,14 @@ def load_tokenizer(
         "cached tokenizer",
         path,
         lambda without_sums=False: open_tokenizer(path, vocab_size, without_sums=without_sums),
-        lambda: _make_tokenizer(path, corpus, vocab_size),
+        lambda found: _make_tokenizer(path, corpus, vocab_size, found),
     )
 
 
-def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[], _T]) -> _T:
-    """What `opened()` finds, else what `make()` makes under the lock, else what `opened(without_sums=True)` finds.
+def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[NotUsable], None]) -> _T:
+    """What `opened()` finds, where need be after `make` under the lock, else what `opened(without_sums=True)` finds.
+
+    `make` is told why what is there cannot be used.
 
     Only making needs the lock and a folder that can be written.
     """
@@ -164,7 +161,12 @@ def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[],
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            return make()
+            sweep(path)
+            try:
+                return opened()  # another process may have made it meanwhile
+            except NotUsable as found:
+                make(found)
+            return opened()
     except NotUsable as found:
         raise ValueError(f"the {what} {quote(str(path))} was just written and {shorten(found, 120)}; {_REMEDY}") from found
     except (OSError, ValueError) as error:  # ValueError: a text that cannot be read again, of the Hub say
@@ -180,19 +182,13 @@ def _cached(what: str, path: Path, opened: Callable[..., _T], make: Callable[[],
         return value
 
 
-def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
+def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int, found: NotUsable) -> None:
     """The caller holds the lock."""
-    sweep(path)
-    try:
-        return open_tokenizer(path, vocab_size)  # another process may have made it meanwhile
-    except Missing:
-        pass
-    except WithoutSums as found:
+    if isinstance(found, WithoutSums):
         say(f"the cached tokenizer {quote(str(path))} {found}; it gets one")
-        tokenizer = open_tokenizer(path, vocab_size, without_sums=True)
-        save_sum(path, tokenizer)
-        return tokenizer
-    except NotUsable as found:
+        save_sum(path, open_tokenizer(path, vocab_size, without_sums=True))
+        return
+    if not isinstance(found, Missing):
         say(f"the cached tokenizer {quote(str(path))} {found}; it is trained again")
     say(f"training a tokenizer of {vocab_size} pieces on {corpus.name}")
     tokenizer = Tokenizer.train((s for s in _segments(corpus) if s is not None), vocab_size)
@@ -200,7 +196,6 @@ def _make_tokenizer(path: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
         remove(old)
     tokenizer.save(path)
     save_sum(path, tokenizer)
-    return tokenizer
 
 
 def _open_corpus(source: str | os.PathLike[str], split: str, column: str) -> Corpus:
@@ -304,7 +299,6 @@ def _encode_segments(segments: Segments, tokenizer: Tokenizer, num_threads: int,
 
 def _write_cache(folder: Path, fingerprint: str, corpus: Corpus, tokenizer: Tokenizer, num_threads: int) -> None:
     """Writes aside, then renames. The caller holds the lock of the folder."""
-    sweep(folder)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".tmp"))
     try:
         counts, digest = _Counts(), hashlib.sha256()

@@ -5,7 +5,7 @@ Shapes: B batch (of one process), T context_length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class TokenWindows:
         rng = np.random.default_rng([seed, _CONTIGUOUS])
         offset, first = int(rng.integers(self._n_offsets)), int(rng.integers(self.n_windows))
         windows = ((first + r * self.n_windows // n_rows + step) % self.n_windows for r in rows)
-        return torch.stack([self._slice(offset + window * self.context_length) for window in windows])
+        return self._stack(windows, offset)
 
     def _rows(self, batch_size: int) -> int:
         """A number of windows that fit into memory at once."""
@@ -98,6 +98,10 @@ class TokenWindows:
         tokens = self.stream.tokens[start : start + self.context_length + 1]
         return torch.from_numpy(tokens.astype(np.int64))
 
+    def _stack(self, windows: Iterable[int], offset: int = 0) -> torch.Tensor:
+        """Windows by number, counted from ``offset``; the text's last one, alone, may be shorter."""
+        return torch.stack([self._slice(offset + window * self.context_length) for window in windows])
+
     def evaluation_batches(self, batch_size: int) -> Iterator[torch.Tensor]:
         """The whole stream in order, LongTensors [b, t + 1] with b <= batch_size and t <= T.
 
@@ -107,10 +111,9 @@ class TokenWindows:
         batch_size = as_whole("batch_size", batch_size, 1)
         n_full = (self.stream.n_tokens - 1) // self.context_length
         for first in range(0, n_full, batch_size):
-            rows = range(first, min(first + batch_size, n_full))
-            yield torch.stack([self._slice(row * self.context_length) for row in rows])
+            yield self._stack(range(first, min(first + batch_size, n_full)))
         if n_full * self.context_length < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.context_length)[None]
+            yield self._stack([n_full])
 
     def contiguous_evaluation_batches(self, n_rows: int, max_windows: int | None = None) -> Iterator[torch.Tensor]:
         """As :meth:`evaluation_batches` for states that are carried: row b of a batch goes on where row b before it ended.
@@ -125,8 +128,8 @@ class TokenWindows:
         n_windows = max_windows if limited else n_full
         length = n_windows // n_rows
         for step in range(length):
-            yield torch.stack([self._slice((row * length + step) * self.context_length) for row in range(n_rows)])
+            yield self._stack(row * length + step for row in range(n_rows))
         for window in range(n_rows * length, n_windows):
-            yield self._slice(window * self.context_length)[None]
+            yield self._stack([window])
         if not limited and n_full * self.context_length < self.stream.n_tokens - 1:
-            yield self._slice(n_full * self.context_length)[None]
+            yield self._stack([n_full])

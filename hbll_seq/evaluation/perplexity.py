@@ -17,8 +17,10 @@ from hbll_seq.data.windows import TokenWindows
 from hbll_seq.models import depth_dial
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.tree.posterior import Categorical
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.console import ForgivingStream
 from hbll_seq.utils.modules import evaluation_mode
+from hbll_seq.utils.tables import table
 from hbll_seq.utils.values import as_flag, as_whole
 
 
@@ -145,19 +147,13 @@ MOST_PER_WORD = 10_000
 
 def format_table(rows: list[dict]) -> str:
     """The rows of :func:`evaluate_paths` as a table in plain text; a dash where a perplexity per word says nothing."""
-    lines = [f"{'depth':>5}  {'nats/token':>10}  {'perplexity':>10}  {'per word':>10}  {'bits/byte':>9}  path"]
+    cells = []
     for row in rows:
-        lines.append(
-            f"{row['depth']:>5}  {row['loss']:>10.4f}  {row['perplexity']:>10.2f}  {_per_word(row):>10}  "
-            + (f"{row['bits_per_byte']:>9.4f}  " if "bits_per_byte" in row else f"{'-':>9}  ")  # older runs lack it
-            + "-".join(map(str, [0, *row["path"]]))
-            + "-head"
-        )
-    return "\n".join(lines)
-
-
-def _per_word(row: dict) -> str:
-    return f"{row['word_perplexity']:.2f}" if row["word_perplexity"] <= MOST_PER_WORD else "-"
+        per_word = row["word_perplexity"] if row["word_perplexity"] <= MOST_PER_WORD else None
+        bits = row.get("bits_per_byte")  # older runs lack it
+        cells.append([row["depth"], row["loss"], row["perplexity"], per_word, bits, path_text(row["path"])])
+    head = ["depth", "nats/token", "perplexity", "per word", "bits/byte", "path"]
+    return table(head, cells, ["d", ".4f", ".2f", ".2f", ".4f", "<"]).removesuffix("\n")
 
 
 def _exp(nats: float) -> float:

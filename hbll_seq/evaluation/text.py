@@ -36,21 +36,22 @@ def text_windows(model: HBLLForCausalLM, text: str) -> TokenWindows:
     """A text in windows of the model's context, or of its own length where that is shorter. Raises as above."""
     if not text:
         raise ValueError("text='': there is nothing to evaluate; give some text")
-    return _windows(model, TokenStream.from_text(text, _tokenizer_of(model)))
+    return _windows(model, TokenStream.from_text(text, tokenizer_of(model)))
 
 
 def split_windows(
     model: HBLLForCausalLM, data: str, split: str, *, column: str = "text", cache_dir: str | os.PathLike[str] | None = None
 ) -> TokenWindows:
     """A split of a data set in windows of the model's context; the arguments and errors are those of ``load_tokens``."""
-    return _windows(model, load_tokens(data, split, _tokenizer_of(model), column=column, cache_dir=cache_dir))
+    return _windows(model, load_tokens(data, split, tokenizer_of(model), column=column, cache_dir=cache_dir))
 
 
 def _windows(model: HBLLForCausalLM, stream: TokenStream) -> TokenWindows:
     return TokenWindows(stream, min(model.config.context_length, stream.n_tokens - 1))
 
 
-def _tokenizer_of(model: HBLLForCausalLM) -> Tokenizer:
+def tokenizer_of(model: HBLLForCausalLM) -> Tokenizer:
+    """The tokenizer that the model was trained with. Raises ValueError where it has none."""
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, or set "
                          "model.tokenizer to the Tokenizer it was trained with")

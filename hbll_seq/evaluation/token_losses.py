@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls
 from hbll_seq.evaluation.perplexity import default_paths, logits_of_paths
+from hbll_seq.evaluation.text import tokenizer_of
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.modules import evaluation_mode
 
@@ -60,10 +61,7 @@ def token_losses(
     Raises:
         ValueError: the text is empty or no valid Unicode, the model has no tokenizer, or a path is not possible.
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError("this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, or set "
-                         "model.tokenizer to the Tokenizer it was trained with")
+    tokenizer = tokenizer_of(model)
     ids = list(itertools.islice(tokenizer.encode(text), max_tokens))
     if not ids:
         raise ValueError("text='': there is nothing to evaluate; give some text")

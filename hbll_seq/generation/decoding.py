@@ -18,7 +18,6 @@ from hbll_seq.generation.readers import reader_of
 from hbll_seq.generation.runner import Runner
 from hbll_seq.generation.sampler import Sampler
 from hbll_seq.generation.sampling import SamplingParams, as_sampling
-from hbll_seq.generation.side_by_side import SideBySideRunner
 from hbll_seq.generation.speculative import Speculation, Speculator
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
@@ -58,7 +57,7 @@ class Decoding:
         eos_id: a row ends with this token, which is not handed out.
         n_tokens: only ids below it are drawn (a vocabulary may be padded beyond its tokenizer); None for all.
         logprobs: how many of the most probable ids each step tells; None: it tells no probabilities.
-        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
+        speculative, in_order: see :meth:`hbll_seq.generation.text.TextGeneration.generate`.
 
     Attributes:
         prompts: token ids of each row.
@@ -95,7 +94,7 @@ class Decoding:
         self.sampler = Sampler(self.sampling, self.prompts, n_tokens)
         self._modules = list(model.modules())
         self._open = reader_of(model, self.paths, self.sampler, speculative, in_order)
-        self.reader: Runner | SideBySideRunner | Speculator | None = None
+        self.reader: Runner | Speculator | None = None
         self._tokens: Tensor | None = None
         self._n_steps = 0
 
@@ -160,11 +159,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     path: Sequence[int] | Sequence[Sequence[int]],
     sampling: SamplingParams | None = None,
-    *,
-    eos_id: int | None = None,
-    n_tokens: int | None = None,
-    speculative: bool | Speculation | None = None,
-    in_order: int | None = None,
+    **options: Any,
 ) -> Iterator[list[int | None]]:
     """Token ids in, token ids out, one step at a time: the tokens of a :class:`Decoding`, whose arguments and errors these
     are. Errors are raised by this call, not by the first step.
@@ -173,9 +168,7 @@ def generate_ids(
         For each step the ids of the rows, None in a row that has ended; ends when all rows have. There are
         ``sampling.n`` rows for each prompt, next to each other.
     """
-    faster = dict(speculative=speculative, in_order=in_order)
-    decoding = Decoding(model, prompts, path, sampling, eos_id=eos_id, n_tokens=n_tokens, **faster)
-    return (step.tokens for step in decoding)
+    return (step.tokens for step in Decoding(model, prompts, path, sampling, **options))
 
 
 def is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:

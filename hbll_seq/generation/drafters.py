@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hbll_seq.generation.protocol import CausalLM
 from hbll_seq.generation.runner import Runner
-from hbll_seq.generation.side_by_side import check_in_order
+from hbll_seq.generation.side_by_side import SideBySide, check_in_order
 from hbll_seq.layers.base import Decoder
 
 Path = tuple[int, ...]
@@ -115,10 +115,7 @@ class SweepDrafter:
         x = self.model.embed(tokens.unsqueeze(1))[:, 0]
         for decoder in self._decoders[: self.in_order]:
             x = decoder.step(x)
-        total = x * (1 + self.in_order - len(self._decoders))
-        for decoder in self._decoders[self.in_order :]:
-            total += decoder.step(x)
-        return self._runner.logits(total, self.path)
+        return self._runner.logits(SideBySide(self._decoders[self.in_order :]).step(x), self.path)
 
     def end(self) -> None:
         """See :class:`Drafter`."""

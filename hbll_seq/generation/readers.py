@@ -44,7 +44,7 @@ def as_speculation(speculative: object, paths: Sequence[tuple[int, ...]], temper
 
 def reader_of(
     model: CausalLM, paths: Sequence[tuple[int, ...]], sampler: Sampler, speculative: object, in_order: int | None
-) -> Callable[[Tensor | None, int], Runner | SideBySideRunner | Speculator]:
+) -> Callable[[Tensor | None, int], Runner | Speculator]:
     """What makes the reader of these prompts, of their left padding [P] or None and the number n of rows of each prompt; what
     is not possible is said at once. A :class:`Speculator` reads all rows from the start, the others the prompts.
 

@@ -55,7 +55,7 @@ class Runner:
         #: the path of all rows; None where they have different ones
         self.path: Path | None = rows[0] if len(set(rows)) == 1 else None
         if self.path is not None:
-            self._walk = _SharedPaths(model, self.path, [self.path, *also], start, rollback)
+            self._walk = SharedPaths(model, self.path, [self.path, *also], start, rollback)
         elif also:
             raise ValueError(f"also={quote(also)} with rows of different paths: give all rows one path, or leave it out")
         else:
@@ -178,7 +178,7 @@ class _Stage:
         self._outputs = select_rows(self._outputs, rows)
 
 
-class _SharedPaths:
+class SharedPaths:
     """All rows along one path, or along several that share the stages of the prefixes they have in common."""
 
     def __init__(self, model: CausalLM, path: Path, paths: list[Path], start: Tensor | None, rollback: int):
@@ -198,9 +198,11 @@ class _SharedPaths:
         self._chain = [stage.decoder for stage in self._along[path]] if not self.others else None
 
     def position(self, path: Path) -> int:
+        """Positions read along a path."""
         return self._along[path][-1].decoder.length
 
     def decoder(self, prefix: Path) -> Decoder:
+        """That of the last block of a prefix. Raises ValueError where no path begins so."""
         if prefix not in self._stages:
             raise ValueError(f"prefix={quote(list(prefix))}: no path of this runner begins so: {quote(self.paths)}")
         return self._stages[prefix].decoder
@@ -214,6 +216,7 @@ class _SharedPaths:
         return x
 
     def states(self, x: Tensor, path: Path) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
         stages = self._along[path]
         at = stages[-1].decoder.length
         last = at + x.shape[1]
@@ -228,10 +231,12 @@ class _SharedPaths:
         return x
 
     def truncate(self, length: int) -> None:
+        """See :meth:`Runner.truncate`."""
         for stage in self._stages.values():
             stage.truncate(length)
 
     def keep(self, rows: list[int], device: torch.device) -> None:
+        """See :meth:`Runner.keep`."""
         index = torch.tensor(rows, device=device)
         for stage in self._stages.values():
             stage.keep(index)

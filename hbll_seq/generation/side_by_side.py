@@ -8,13 +8,13 @@ Shapes: B rows of a batch, T and K tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hbll_seq.generation.protocol import CausalLM
-from hbll_seq.generation.runner import Runner
+from hbll_seq.generation.runner import Path, Runner, SharedPaths
 from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import whole_or_none
@@ -32,15 +32,49 @@ def check_in_order(in_order: object, path: Sequence[int]) -> int:
     return number
 
 
-class SideBySideRunner:
-    """Reads a batch along a path whose last blocks are side by side; used as :class:`hbll_seq.generation.runner.Runner` is.
+class SideBySide:
+    """Blocks that all read the same state, by their own decoders: x plus the sum of their branches at x."""
+
+    def __init__(self, decoders: Sequence[Decoder]):
+        self.decoders = decoders
+
+    def read(self, x: Tensor) -> Tensor:
+        """See :meth:`Decoder.read`."""
+        return self._sum(x, (decoder.read(x) for decoder in self.decoders))
+
+    def step(self, x: Tensor) -> Tensor:
+        """See :meth:`Decoder.step`."""
+        return self._sum(x, (decoder.step(x) for decoder in self.decoders))
+
+    def _sum(self, x: Tensor, outputs: Iterator[Tensor]) -> Tensor:
+        total = torch.sub(next(outputs), x, alpha=len(self.decoders) - 1)
+        for y in outputs:
+            total += y
+        return total
+
+
+class _SideBySidePath(SharedPaths):
+    """One path, all rows along it: the decoders are those of the walk in order, and differ in what they read."""
+
+    def __init__(self, model: CausalLM, path: Path, in_order: int, start: Tensor | None, rollback: int):
+        super().__init__(model, path, [path], start, rollback)
+        self._chain = [*self._chain[:in_order], SideBySide(self._chain[in_order:])]
+
+    def states(self, x: Tensor, path: Path) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        for decoder in self._chain:
+            x = decoder.read(x)
+        return x
+
+
+class SideBySideRunner(Runner):
+    """Reads a batch along a path whose last blocks are side by side.
 
     Args:
         model: see :class:`hbll_seq.generation.protocol.CausalLM`.
         path: block numbers.
         in_order: how many blocks are taken in order.
-        start: [B], the number of left-padding positions of each row, or None for none.
-        rollback: how many of the last tokens :meth:`truncate` can take back.
+        start, rollback: see :class:`hbll_seq.generation.runner.Runner`.
 
     Raises:
         ValueError: the path is not dyadic, or fewer than two blocks are left.
@@ -57,77 +91,4 @@ class SideBySideRunner:
     ):
         self.model, self.path = model, model.resolve_path(path=path)
         self.in_order = check_in_order(in_order, self.path)
-        self._runner = Runner(model, self.path, start, rollback=rollback)  # whose decoders and head are used by hand
-        decoders = [self._runner.decoder(self.path[: k + 1]) for k in range(len(self.path))]
-        self._first, rest = decoders[: self.in_order], decoders[self.in_order :]
-        self._rest = SideBySide(rest, rollback)
-
-    @property
-    def length(self) -> int:
-        """Positions read, left padding included."""
-        return self._rest.length
-
-    def prefill(self, input_ids: Tensor) -> Tensor:
-        """Read the prompts [B, T] -> logits [B, V] of the token that follows."""
-        return self._runner.logits(self._states(input_ids)[:, -1])
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """One more token for each row, [B] -> logits [B, V] of the next."""
-        x = self.model.embed(tokens.unsqueeze(1))[:, 0]
-        for decoder in self._first:
-            x = decoder.step(x)
-        return self._runner.logits(self._rest.step(x))
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """The next tokens at once, [B, K] -> logits [B, K, V] of what follows each."""
-        return self._runner.logits(self._states(tokens))
-
-    def _states(self, tokens: Tensor) -> Tensor:
-        x = self.model.embed(tokens)
-        for decoder in self._first:
-            x = decoder.read(x)
-        return self._rest.read(x)
-
-    def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on. Raises ValueError as :meth:`Runner.truncate` does."""
-        for decoder in [*self._first, self._rest]:
-            decoder.truncate(length)
-
-    def keep(self, rows: Sequence[int] | Tensor) -> None:
-        """Go on with these rows alone."""
-        index = torch.as_tensor(rows, device=self.model.embed.weight.device)
-        for decoder in [*self._first, self._rest]:
-            decoder.keep(index)
-
-
-class SideBySide(Decoder):
-    """Blocks that all read the same state, by their own decoders: x plus the sum of their branches at x."""
-
-    def __init__(self, decoders: Sequence[Decoder], rollback: int = ROLLBACK):
-        super().__init__(rollback)
-        self.decoders = decoders
-
-    def read(self, x: Tensor) -> Tensor:
-        """See :meth:`Decoder.read`."""
-        self.length += x.shape[1]
-        total = torch.sub(self.decoders[0].read(x), x, alpha=len(self.decoders) - 1)
-        for decoder in self.decoders[1:]:
-            total += decoder.read(x)
-        return total
-
-    def step(self, x: Tensor) -> Tensor:
-        """See :meth:`Decoder.step`."""
-        self.length += 1
-        total = torch.sub(self.decoders[0].step(x), x, alpha=len(self.decoders) - 1)
-        for decoder in self.decoders[1:]:
-            total += decoder.step(x)
-        return total
-
-    def _truncate(self, length: int) -> None:
-        for decoder in self.decoders:
-            decoder.truncate(length)
-
-    def keep(self, rows: Tensor) -> None:
-        """See :meth:`Decoder.keep`."""
-        for decoder in self.decoders:
-            decoder.keep(rows)
+        self._walk = _SideBySidePath(model, self.path, self.in_order, start, rollback)

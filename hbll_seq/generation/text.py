@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from typing_extensions import Unpack
 
@@ -27,16 +27,14 @@ Paths = Sequence[int] | Sequence[Sequence[int]] | None
 _warned: weakref.WeakKeyDictionary[CausalLM, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
-class TextGenerator:
-    """The text interface of a language model and its tokenizer.
+class TextGeneration:
+    """Text in, text out: the methods of a model that is a :class:`hbll_seq.generation.protocol.CausalLM`.
 
-    Args:
-        model: see :class:`hbll_seq.generation.protocol.CausalLM`.
+    Attributes:
         tokenizer: the one that the model was trained with; None is refused when a text is asked for.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer | None):
-        self.model, self.tokenizer = model, tokenizer
+    tokenizer: Tokenizer | None = None
 
     def generate(
         self,
@@ -82,14 +80,13 @@ class TextGenerator:
             raise ValueError(f"stream=True with {len(texts)} prompts: it writes one text; pass one prompt")
         if stream:
             _check_one_sample(sampling)
-        run = self._start(texts, depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
-        write = stdout_writer() if stream else None
-        if write:
-            write(texts[0])
-        rows = self._read(run, write)
-        if write:
-            write("\n")
-        whole = [text + row.text for text, row in zip(run.texts, rows)]
+        run = _start(self, texts, depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
+        write = stdout_writer() if stream else lambda text: None
+        write(texts[0])
+        for _, piece in run.pieces():
+            write(piece)
+        write("\n")
+        whole = [text + row.text for text, row in zip(run.texts, run.rows)]
         if sampling.n > 1:
             whole = [whole[at : at + sampling.n] for at in range(0, len(whole), sampling.n)]
         return whole[0] if isinstance(prompt, str) else whole
@@ -123,9 +120,11 @@ class TextGenerator:
         if self.tokenizer is not None:
             alternatives = as_whole("alternatives", alternatives, 0, self.tokenizer.vocab_size)
         faster = dict(speculative=speculative, in_order=in_order)
-        run = self._start(texts, depth, path, sampling, truncate_prompt, logprobs=alternatives, **faster)
+        run = _start(self, texts, depth, path, sampling, truncate_prompt, logprobs=alternatives, **faster)
         details = []
-        for number, row in enumerate(self._read(run)):
+        for _ in run.pieces():
+            pass
+        for number, row in enumerate(run.rows):
             told = [[Alternative(i, self.tokenizer.decode([i]), p) for i, p in each.best] for each in row.logprobs]
             details.append(Generation(
                 run.texts[number], row.text, tuple(row.ids), tuple(each.logprob for each in row.logprobs),
@@ -152,72 +151,12 @@ class TextGenerator:
         if not isinstance(prompt, str):
             raise ValueError(f"prompt={quote(prompt)}: stream continues one text; pass a str, or use generate for a list")
         _check_one_sample(sampling := as_sampling(sampling, options))
-        run = self._start([prompt], depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
-        return (piece for _, piece in _pieces(run, [_Row(self.tokenizer, sampling)]) if piece)
-
-    def _read(self, run: _Run, write: Callable[[str], None] | None = None) -> list[_Row]:
-        """Decode to the end; ``write`` is given the first row's text as it comes."""
-        rows = [_Row(self.tokenizer, run.decoding.sampling) for _ in run.texts]
-        for number, piece in _pieces(run, rows):
-            if write and number == 0:
-                write(piece)
-        return rows
-
-    def _start(
-        self,
-        texts: list[str],
-        depth: Depths,
-        path: Paths,
-        sampling: SamplingParams,
-        truncate_prompt: bool,
-        **how: Any,
-    ) -> _Run:
-        """Check everything that the user gave, then hand out the decoding, no step of it run yet; ``how`` is for it."""
-        n_prompts = len(texts) if isinstance(texts, (list, tuple)) else 1
-        paths = self._paths(depth, path, n_prompts)
-        truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, set "
-                "model.tokenizer to the Tokenizer it was trained with, or use generate_ids for token ids"
-            )
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
-        prompts = [self._encode(text, truncate_prompt) for text in texts]
-        for each in dict.fromkeys(paths):
-            self.warn_if_untrained(each)
-        ends = dict(eos_id=self.tokenizer.eos_id, n_tokens=self.tokenizer.vocab_size)
-        decoding = Decoding(self.model, prompts, paths, sampling, **ends, **how)
-        return _Run(decoding, [text for text in texts for _ in range(sampling.n)])
-
-    def _paths(self, depth: Depths, path: Paths, n_prompts: int) -> list[tuple[int, ...]]:
-        """The path of each prompt. Raises ValueError for what is not possible."""
-        if depth is None and path is not None:
-            return check_paths(self.model, path, n_prompts)
-        if not isinstance(depth, (list, tuple)) or path is not None:
-            return [self.model.resolve_path(depth, path)] * n_prompts
-        if len(depth) != n_prompts:
-            raise ValueError(f"depth={quote(depth)} has {len(depth)} for {n_prompts} prompts: give one, or one for each")
-        return [self.model.resolve_path(each) for each in depth]
-
-    def _encode(self, text: str, truncate: bool) -> list[int]:
-        """Token ids of a prompt. Raises ValueError for an empty one, and for one that is longer than the context."""
-        if not text:
-            raise ValueError("prompt='': nothing to continue; give at least one character, such as a line break")
-        ids = self.tokenizer.encode(text)
-        if not self.model.config.has_attention:  # the states of recurrent blocks hold a prompt of any length
-            return ids
-        limit = self.model.config.context_length
-        if len(ids) > limit and not truncate:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens ({quote(text[:40])}...), more than the model's context of {limit} "
-                f"(context_length): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
-            )
-        return ids[-limit:]
+        run = _start(self, [prompt], depth, path, sampling, truncate_prompt, speculative=speculative, in_order=in_order)
+        return (piece for _, piece in run.pieces() if piece)
 
     def warn_if_untrained(self, path: tuple[int, ...]) -> None:
         """Once for every path of this model that its config says was not trained."""
-        config, warned = self.model.config, _warned.setdefault(self.model, set())
+        config, warned = self.config, _warned.setdefault(self, set())
         if path in warned or config.is_trained(path):
             return
         warned.add(path)
@@ -230,11 +169,59 @@ class TextGenerator:
         )
 
 
-class _Run(NamedTuple):
-    """A decoding, and the text before each of its rows."""
+def _start(
+    model: CausalLM,
+    texts: list[str],
+    depth: Depths,
+    path: Paths,
+    sampling: SamplingParams,
+    truncate_prompt: bool,
+    **how: Any,
+) -> _Run:
+    """Check everything that the user gave, then hand out the decoding, no step of it run yet; ``how`` is for it."""
+    n_prompts = len(texts) if isinstance(texts, (list, tuple)) else 1
+    paths = _paths(model, depth, path, n_prompts)
+    truncate_prompt = as_flag("truncate_prompt", truncate_prompt)
+    if model.tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer, which text needs: load a folder that holds tokenizer.model, set "
+            "model.tokenizer to the Tokenizer it was trained with, or use generate_ids for token ids"
+        )
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompt={quote(texts)}: must be a text or a non-empty list of texts")
+    prompts = [_encode(model, text, truncate_prompt) for text in texts]
+    for each in dict.fromkeys(paths):
+        model.warn_if_untrained(each)
+    ends = dict(eos_id=model.tokenizer.eos_id, n_tokens=model.tokenizer.vocab_size)
+    decoding = Decoding(model, prompts, paths, sampling, **ends, **how)
+    return _Run(model.tokenizer, decoding, [text for text in texts for _ in range(sampling.n)])
 
-    decoding: Decoding
-    texts: list[str]
+
+def _paths(model: CausalLM, depth: Depths, path: Paths, n_prompts: int) -> list[tuple[int, ...]]:
+    """The path of each prompt. Raises ValueError for what is not possible."""
+    if depth is None and path is not None:
+        return check_paths(model, path, n_prompts)
+    if not isinstance(depth, (list, tuple)) or path is not None:
+        return [model.resolve_path(depth, path)] * n_prompts
+    if len(depth) != n_prompts:
+        raise ValueError(f"depth={quote(depth)} has {len(depth)} for {n_prompts} prompts: give one, or one for each")
+    return [model.resolve_path(each) for each in depth]
+
+
+def _encode(model: CausalLM, text: str, truncate: bool) -> list[int]:
+    """Token ids of a prompt. Raises ValueError for an empty one, and for one that is longer than the context."""
+    if not text:
+        raise ValueError("prompt='': nothing to continue; give at least one character, such as a line break")
+    ids = model.tokenizer.encode(text)
+    if not model.config.has_attention:  # the states of recurrent blocks hold a prompt of any length
+        return ids
+    limit = model.config.context_length
+    if len(ids) > limit and not truncate:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens ({quote(text[:40])}...), more than the model's context of {limit} "
+            f"(context_length): shorten it, or pass truncate_prompt=True to keep its last {limit} tokens"
+        )
+    return ids[-limit:]
 
 
 class _Row:
@@ -247,27 +234,33 @@ class _Row:
         self.text = ""
 
 
-def _pieces(run: _Run, rows: list[_Row]) -> Iterator[tuple[int, str]]:
-    """Run the decoding; fills the rows and yields (row, piece of its text), of every token and at the end."""
-    for tokens, logprobs in run.decoding:
-        for number, token in enumerate(tokens):
-            if token is None:
-                continue
-            row = rows[number]
-            row.ids.append(token)
-            if logprobs is not None:
-                row.logprobs.append(logprobs[number])
-            piece = row.pieces.push(token)
-            if row.pieces.stopped:
-                run.decoding.end(number)
-            row.text += piece
-            yield number, piece
-    for number, row in enumerate(rows):
-        piece = row.pieces.flush()
+class _Run:
+    """A decoding, the text before each of its rows, and what each has drawn."""
+
+    def __init__(self, tokenizer: Tokenizer, decoding: Decoding, texts: list[str]):
+        self.decoding, self.texts = decoding, texts
+        self.rows = [_Row(tokenizer, decoding.sampling) for _ in texts]
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Run the decoding; fills the rows and yields (row, piece of its text), of every token and at the end."""
+        for tokens, logprobs in self.decoding:
+            for number, token in enumerate(tokens):
+                if token is None:
+                    continue
+                row = self.rows[number]
+                row.ids.append(token)
+                if logprobs is not None:
+                    row.logprobs.append(logprobs[number])
+                yield number, self._add(number, row.pieces.push(token))
+        for number, row in enumerate(self.rows):
+            yield number, self._add(number, row.pieces.flush())
+
+    def _add(self, number: int, piece: str) -> str:
+        row = self.rows[number]
         if row.pieces.stopped:
-            run.decoding.end(number)
+            self.decoding.end(number)
         row.text += piece
-        yield number, piece
+        return piece
 
 
 def _check_one_sample(sampling: SamplingParams) -> None:

@@ -7,6 +7,7 @@ others, and the browser is told to refuse any.
 from __future__ import annotations
 
 import html
+import itertools
 import os
 import socket
 import time
@@ -18,15 +19,19 @@ import torch
 from hbll_seq.evaluation.token_losses import token_losses
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.generation.text_pieces import TextPieces
 from hbll_seq.integrations import heat_map
 from hbll_seq.integrations.extras import how_to_install
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.console import printable, say
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole
 
 #: seconds between two updates of the page; a small model is faster than a browser
 _PAUSE = 0.05
+#: addresses and names of this machine alone
+_LOCAL = ("127.0.0.1", "localhost", "::1")
 #: tokens of a pasted text that are read
 MAX_TOKENS = 400
 #: what the browser may load: what comes from this server
@@ -71,30 +76,28 @@ def progress(model: HBLLForCausalLM, prompt: str, depth: int | None, sampling: S
     if tokenizer is None or not prompt:
         raise ValueError("prompt='': nothing to continue; give at least one character" if tokenizer else
                          "this model has no tokenizer, which text needs: load a folder that holds tokenizer.model")
-    ids, path, new = tokenizer.encode(prompt), model.resolve_path(depth), []
+    ids, path, pieces = tokenizer.encode(prompt), model.resolve_path(depth), TextPieces(tokenizer)
     ids = ids[-model.config.context_length :] if model.config.has_attention else ids
     ends = dict(eos_id=tokenizer.eos_id, n_tokens=tokenizer.vocab_size)
-    steps, first, later = generate_ids(model, [ids], path, sampling, **ends), 0.0, 0.0
-    while True:
+    steps, text, first, later = generate_ids(model, [ids], path, sampling, **ends), "", 0.0, 0.0
+    for n_tokens in itertools.count(1):
         started = time.perf_counter()
         step = next(steps, None)
         took = time.perf_counter() - started
         if step is None:
             return
-        first, later = (took, 0.0) if not new else (first, later + took)
-        new.append(step[0])
-        # bytes that are no whole character yet wait for the next token
-        yield Progress(tokenizer.decode(new).rstrip("\ufffd"), len(new), first, later / max(1, len(new) - 1))
+        first, later = (took, 0.0) if n_tokens == 1 else (first, later + took)
+        text += pieces.push(step[0])
+        yield Progress(text.rstrip("\ufffd"), n_tokens, first, later / max(1, n_tokens - 1))
 
 
 def text_html(prompt: str, done: Progress | None = None, path: tuple[int, ...] = ()) -> str:
     """The prompt, what was added, and how long a token took, as HTML; control characters are shown as escapes."""
     shown = f'<span class="prompt">{html.escape(printable(prompt))}</span>'
     if done is not None:
-        blocks = "-".join(map(str, (0, *path))) + "-head"
         each, first = 1000 * done.each, 1000 * done.first
         note = f"{done.n_tokens} tokens, {each:.1f} milliseconds a token, the first after {first:.0f}"
-        shown += f'{html.escape(printable(done.text))}<span class="note">{note}; path {blocks}</span>'
+        shown += f'{html.escape(printable(done.text))}<span class="note">{note}; path {path_text(path)}</span>'
     return f'<div class="text">{shown}</div>'
 
 
@@ -216,21 +219,31 @@ def serve(
     if next(model.parameters()).device.type == "cpu" and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
         model = model.float()  # a CPU is slower in half precision
     page = make_page(model, name or type(model).__name__)
-    from starlette.middleware import Middleware
-
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # of the reader's machine: none is fetched
     theme = gr.themes.Soft(primary_hue="indigo", font=fonts[0], font_mono=fonts[1])
     _, address, _ = page.queue().launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[], theme=theme,
         css=CSS, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
-        app_kwargs={"middleware": [Middleware(_Policy)]},
+        app_kwargs={"middleware": _guards(host)},
     )  # fmt: skip
     say(f"hbll-seq: the page is at {address} (Ctrl-C ends it)")
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if host not in _LOCAL:
         say("hbll-seq: whoever can reach this machine can use the page")
     if wait:
         page.block_thread()
     return page
+
+
+def _guards(host: str) -> list[Any]:
+    """The page's middleware, where ``host`` is listened on."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if host not in _LOCAL:
+        return [Middleware(_Policy)]
+    # Else a page of another site could give its own name this machine's address, and read along. Of "[::1]:7860" starlette
+    # takes "[" for the name.
+    return [Middleware(_Policy), Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL[:2], "["])]
 
 
 class _Policy:

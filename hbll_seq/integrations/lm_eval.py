@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hbll_seq.generation.decoding import generate_ids
+from hbll_seq.generation.decoding import Decoding
 from hbll_seq.generation.sampling import SamplingParams
+from hbll_seq.generation.text_pieces import TextPieces
 from hbll_seq.integrations.extras import without_extra
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.modules import evaluation_mode
@@ -198,22 +199,21 @@ class HBLLHarnessLM(TemplateLM):
     def _generate(self, prompts: list[str], sampling: SamplingParams, until: list[str]) -> list[str]:
         encoded = [self.tok_encode(prompt) or [self.eot_token_id] for prompt in prompts]
         encoded = encoded if self.max_length is None else [ids[-self.max_length :] for ids in encoded]
-        tokenizer, new_ids = self.tokenizer_hbll, [[] for _ in prompts]
-        steps = generate_ids(
+        tokenizer, texts = self.tokenizer_hbll, ["" for _ in prompts]
+        decoding = Decoding(
             self.model, encoded, self.path, sampling, eos_id=tokenizer.eos_id, n_tokens=tokenizer.vocab_size
         )
-        running = set(range(len(prompts)))
-        for step in steps:
-            for row in sorted(running):
-                if step[row] is None:
-                    running.remove(row)
+        pieces, longest = [TextPieces(tokenizer) for _ in prompts], max(map(len, until), default=0)
+        for step in decoding:
+            for row, token in enumerate(step.tokens):
+                if token is None:
                     continue
-                new_ids[row].append(step[row])
-                if until and any(stop in tokenizer.decode(new_ids[row]) for stop in until):
-                    running.remove(row)
-            if not running:
-                break
-        return [_before(tokenizer.decode(ids), until) for ids in new_ids]
+                piece = pieces[row].push(token)
+                texts[row] += piece
+                late = texts[row][-len(piece) - longest :]  # all that the piece can have completed
+                if any(stop in late for stop in until):
+                    decoding.end(row)
+        return [_before(text + each.flush(), until) for text, each in zip(texts, pieces)]
 
 
 def _before(text: str, until: list[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hbll_seq.layers.attention import TransformerBlock
+from hbll_seq.layers.attention_arithmetic import sight
 from hbll_seq.layers.recurrent import RecurrentState
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.utils.modules import plain_module
@@ -109,16 +110,14 @@ class BlocksOverCache:
         positions = torch.arange(seen, seen + n_new, device=x.device)
         if self.mask is None and n_keys <= window and first + n_keys == seen + n_new and (n_new == 1 or n_keys == n_new):
             return positions, None, n_new > 1
-        distance = positions[:, None] - torch.arange(first, first + n_keys, device=x.device)
-        seen_by = (distance >= 0) & (distance < window)  # keys that a static cache has no values for yet lie ahead
+        keys = torch.arange(first, first + n_keys, device=x.device)  # those of a static cache without values yet lie ahead
         if self.mask is None:
-            return positions, seen_by, False
+            return positions, sight(positions, keys, window), False
         if self.mask.shape[1] != seen + n_new:
             raise ValueError(f"attention_mask of {self.mask.shape[1]} columns, {seen} tokens in the cache and {n_new} new: "
                              f"it must have {seen + n_new}")
         real = F.pad(self.mask, (0, max(0, first + n_keys - seen - n_new)))[:, first : first + n_keys]
-        # A padding query sees itself: an empty row of the mask would turn into NaN.
-        return positions, (seen_by & real[:, None] | (distance == 0))[:, None], False
+        return positions, sight(positions, keys, window, real), False
 
     def _recurrence(self, block: RecurrentBlock, i: int, x: Tensor) -> Tensor:
         padding = None if self.mask is None else (self.mask[:, -x.shape[1] :].cumsum(1) == 0).sum(1)

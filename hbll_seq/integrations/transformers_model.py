@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from hbll_seq.generation.text import TextGenerator
 from hbll_seq.integrations.transformers_cache import BlocksOverCache, check_mask, has_gap
 from hbll_seq.integrations.transformers_config import HBLLTransformersConfig
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -184,7 +183,7 @@ class HBLLTransformersForCausalLM(PreTrainedModel, GenerationMixin):
             suppress = SuppressTokensLogitsProcessor(beyond, device=str(self.device))
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), suppress])
         along = self._at(depth, path)
-        TextGenerator(self.model, tokenizer).warn_if_untrained(along.path)
+        self.model.warn_if_untrained(along.path)
         return super(HBLLTransformersForCausalLM, along).generate(*inputs, **options)
 
     @staticmethod

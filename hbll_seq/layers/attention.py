@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation
+from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation, sight
 from hbll_seq.layers.attention_decoder import AttentionDecoder
 from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.prepared import is_plain
@@ -27,6 +27,11 @@ def check_kv_heads(n_head: int, n_kv_head: int | None) -> None:
                          "None for as many as n_head")
 
 
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` in the dtype of its scale, as torch wants it: under autocast ``x`` has another one."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
 class TransformerBlock(ResidualBlock):
     """``x + attention(norm(x))``, then ``+ mlp(norm(.))``.
 
@@ -34,7 +39,7 @@ class TransformerBlock(ResidualBlock):
         width: C.
         n_head: H; must divide C into heads of even width.
         window: tokens that a query sees, itself included.
-        mlp_ratio: hidden width of the MLP in units of C, see :func:`residual.hidden_width`.
+        mlp_ratio: hidden width of the MLP in units of C, see :func:`residual.hidden_width`; 0 leaves the branch out.
         norm: one of ``residual.NORMS``.
         dropout: probability of dropping a unit of a branch in training.
         rope_base: base of the rotary positions' wavelengths.
@@ -72,7 +77,7 @@ class TransformerBlock(ResidualBlock):
             self.norm_q, self.norm_k = make_norm("rmsnorm", head_width), make_norm("rmsnorm", head_width)
         self.attention_out = nn.Linear(width, width, bias=False)
         self._add_mlp(width, mlp_ratio, norm, dropout, mlp)
-        self._start([self.qkv, self.mlp_in], [self.attention_out, self.mlp_out])
+        self._start([self.qkv], [self.attention_out])
 
     def initial_state(self, start: Tensor | None = None) -> KVState:
         """See :meth:`Cell.initial_state`."""
@@ -113,7 +118,7 @@ class TransformerBlock(ResidualBlock):
         n_heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         qkv = rearrange(self.qkv(x), "b t (h d) -> b h t d", h=sum(n_heads))
         q, k, v = qkv.split(n_heads, dim=1)
-        return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
+        return (_normalised(self.norm_q, q), _normalised(self.norm_k, k), v) if self.qk_norm else (q, k, v)
 
     def _turned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._heads(x)
@@ -145,10 +150,5 @@ class TransformerBlock(ResidualBlock):
         if plain and not windowed and state.start is None:
             return None
         key_positions = torch.arange(state.seen + n_new - n_keys, state.seen + n_new, device=positions.device)
-        distance = positions[:, None] - key_positions  # [T, S]
-        mask = (distance >= 0) & (distance < self.window)
-        if state.start is None:
-            return mask
-        visible = key_positions >= state.start[:, None]  # [B, S]
-        # A padding query sees itself: an empty row of the mask would turn into NaN.
-        return (mask & visible[:, None] | (distance == 0))[:, None]
+        real = None if state.start is None else key_positions >= state.start[:, None]  # [B, S]
+        return sight(positions, key_positions, self.window, real)

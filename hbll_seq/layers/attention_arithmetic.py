@@ -46,6 +46,23 @@ def band(n_new: int, n_keys: int, window: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(ages.shape, dtype=dtype).masked_fill_((ages < 0) | (ages >= window), -math.inf)
 
 
+def sight(positions: Tensor, keys: Tensor, window: int, real: Tensor | None = None) -> Tensor:
+    """Which keys each query sees: those at its own position and before it, ``window`` in all.
+
+    Args:
+        positions, keys: where the queries [T] and the keys [S] stand.
+        window: tokens that a query sees, itself included.
+        real: [B, S], False for padding; None where there is none.
+
+    Returns:
+        bool, [T, S], or [B, 1, T, S] with ``real``.
+    """
+    distance = positions[:, None] - keys
+    seen = (distance >= 0) & (distance < window)
+    # A padding query sees itself: an empty row of the mask would turn into NaN.
+    return seen if real is None else (seen & real[:, None] | (distance == 0))[:, None]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` [B, H, T, D] with each pair (d, d + D/2) turned, so that scores depend on the distance of positions only."""
     first, second = x.chunk(2, dim=-1)

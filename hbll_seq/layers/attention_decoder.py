@@ -76,9 +76,8 @@ class AttentionDecoder(Decoder):
     """
 
     def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK):
-        super().__init__(rollback)
-        self.block, self.start = block, start
-        self._last_start = 0 if start is None else int(start.max())  # padding ends here in every row
+        super().__init__(rollback, start)
+        self.block = block
         self._buffer: Tensor | None = None  # [2, B, K, P, D]
         self._first = 0  # position of the buffer's first key
         self._hidden: Tensor | None = None  # [B, P], -inf where a key is padding
@@ -189,9 +188,7 @@ class AttentionDecoder(Decoder):
 
     def keep(self, rows: Tensor) -> None:
         """See :meth:`Decoder.keep`."""
-        if self.start is not None:
-            self.start = self.start.index_select(0, rows)
-            self._last_start = int(self.start.max())
+        super().keep(rows)
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(1, rows)
             self._look()

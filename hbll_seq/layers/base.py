@@ -19,14 +19,20 @@ class Decoder(ABC):
 
     Args:
         rollback: how many of the last positions :meth:`truncate` can take back.
+        start: [B], the number of left-padding positions of each row, or None for none.
 
     Attributes:
         length: positions read so far, left padding included.
+        start: as it was given, of the rows that are left.
     """
 
-    def __init__(self, rollback: int = ROLLBACK):
+    def __init__(self, rollback: int = ROLLBACK, start: Tensor | None = None):
         self.length, self.rollback = 0, rollback
         self._lowest = 0  # what was before may be gone
+        self._set_start(start)
+
+    def _set_start(self, start: Tensor | None) -> None:
+        self.start, self._last_start = start, 0 if start is None else int(start.max())  # padding ends here in every row
 
     @abstractmethod
     def read(self, x: Tensor) -> Tensor:
@@ -61,6 +67,8 @@ class Decoder(ABC):
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone, [B'] of int64: some rows, in any order, a row several times."""
+        if self.start is not None:
+            self._set_start(self.start.index_select(0, rows))
 
 
 def select_rows(value: Any, rows: Tensor) -> Any:

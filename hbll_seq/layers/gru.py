@@ -1,8 +1,7 @@
 """The gated recurrent unit, with a backward pass of its own.
 
-``gru_reference`` is the cell in plain form; autograd differentiates it. The cell itself makes the same numbers faster: its
-Jacobian is wanted anyway, and from the Jacobian the gradients follow in two products. With p_g what W_g and b_g add to gate
-g (p_r and p_z stand beside the input's part, p_n is scaled by r first), and i_n the input's part of n,
+The Jacobian is wanted anyway, and from it the gradients follow in two products, faster than by autograd. With p_g what W_g
+and b_g add to gate g (p_r and p_z stand beside the input's part, p_n is scaled by r first), and i_n the input's part of n,
 
     s' = (1 - z) n + z s        d s' / d i_n = (1 - z) (1 - n^2)                 by_n
                                 d s' / d p_n = (1 - z) (1 - n^2) r               gain_n
@@ -29,30 +28,10 @@ from hbll_seq.layers.gate_arithmetic import add_, by_tiles, is_large, rows_of, t
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 
 
-def gru_reference(state: Tensor, projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A GRU's transition in plain form; :class:`GRUCell` is tested against it.
-
-    Args:
-        state: s [..., H].
-        projected: the input's part of the gates r, z, n, [..., 3 * H].
-        weight, bias: W_r, W_z, W_n [3 * H, H] and their biases [3 * H].
-
-    Returns:
-        The next state [..., H].
-    """
-    input_r, input_z, input_n = projected.chunk(3, dim=-1)
-    hidden_r, hidden_z, hidden_n = F.linear(state, weight, bias).chunk(3, dim=-1)
-    r = torch.sigmoid(input_r + hidden_r)
-    z = torch.sigmoid(input_z + hidden_z)
-    n = torch.tanh(input_n + r * hidden_n)
-    return (1 - z) * n + z * state
-
-
 class GRUCell(RecurrentCell):
     """The gated recurrent unit (Cho et al. 2014, arXiv 1406.1078) with the equations of torch.nn.GRU:
 
     ``r, z = sigmoid(W_i x + b_i + W_h s + b_h)``, ``n = tanh(W_in x + b_in + r (W_hn s + b_hn))``, ``s' = (1 - z) n + z s``.
-    :func:`gru_reference` is the same in plain form.
     """
 
     n_gates = 3

@@ -39,7 +39,7 @@ class RecurrentBlock(ResidualBlock):
         self.cell = make_cell(kind, width, width)
         self.cell_out = nn.Linear(width, width, bias=False)
         self._add_mlp(width, mlp_ratio, norm, dropout, mlp)
-        self._start([self.mlp_in] if self.has_mlp else [], [self.cell_out, *([self.mlp_out] if self.has_mlp else [])])
+        self._start([], [self.cell_out])
 
     def initial_state(self, start: Tensor | None = None) -> RecurrentState:
         """See :meth:`Cell.initial_state`."""

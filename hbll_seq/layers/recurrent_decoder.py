@@ -36,9 +36,8 @@ class RecurrentDecoder(Decoder):
     """
 
     def __init__(self, block: nn.Module, start: Tensor | None, rollback: int = ROLLBACK):
-        super().__init__(rollback)
-        self.block, self.start = block, start
-        self._last_start = 0 if start is None else int(start.max())  # padding ends here in every row
+        super().__init__(rollback, start)
+        self.block = block
         self._states: list[Tensor] = []  # [B, C] after each of the last positions
         fits = can_prepare(block, [type(block), type(block.cell)])
         self._prepared = prepared(block, PreparedRecurrence) if fits else None
@@ -88,6 +87,4 @@ class RecurrentDecoder(Decoder):
     def keep(self, rows: Tensor) -> None:
         """See :meth:`Decoder.keep`."""
         self._states = [state.index_select(0, rows) for state in self._states]
-        if self.start is not None:
-            self.start = self.start.index_select(0, rows)
-            self._last_start = int(self.start.max())
+        super().keep(rows)

@@ -49,11 +49,11 @@ class ResidualBlock(Cell):
             self.mlp_out = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    @staticmethod
-    def _start(inner: list[nn.Linear], last: list[nn.Linear]) -> None:
-        for layer in inner:
+    def _start(self, inner: list[nn.Linear], last: list[nn.Linear]) -> None:
+        """Fill the matrices of the branch that mixes tokens, and those of the MLP branch where there is one."""
+        for layer in [*inner, self.mlp_in] if self.has_mlp else inner:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        for layer in last:
+        for layer in [*last, self.mlp_out] if self.has_mlp else last:
             nn.init.zeros_(layer.weight)
 
     def _add_branches(self, x: Tensor, mixed: Tensor) -> Tensor:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from os import PathLike
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.generation.sampling import SamplingOptions, SamplingParams
-from hbll_seq.generation.speculative import Speculation
-from hbll_seq.generation.text import Depth, Depths, Paths, TextGenerator
-from hbll_seq.generation.text_pieces import Generation
+from hbll_seq.generation.text import TextGeneration
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy, weighted_cross_entropy
 from hbll_seq.layers.prepared import ReadOut, can_prepare, is_plain, prepared
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.layers.residual import ResidualBlock, make_norm
 from hbll_seq.models.config import HBLLConfig
-from hbll_seq.models.depth_dial import AbsentBlock, check_held, export_path, path_of_depth, path_of_word, report_paths
+from hbll_seq.models.depth_dial import AbsentBlock, DepthDial, check_held, path_of_depth, path_of_word
 from hbll_seq.models.exits import ExitAdapters
 from hbll_seq.models.hierarchy import DepthHierarchy, check_exits
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import AUTO_USAGE, CardText
-from hbll_seq.models.path_table import PathReport
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
 
 
@@ -80,8 +74,10 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, **heads, **common)
 
 
-class HBLLForCausalLM(HubMixin, DepthHierarchy):
+class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
     """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
+
+    Text: :meth:`generate`, :meth:`generate_detailed`, :meth:`stream`, as in ``model.generate("The city", depth=3, seed=0)``.
 
     Args:
         config: shape of the model.
@@ -214,104 +210,6 @@ class HBLLForCausalLM(HubMixin, DepthHierarchy):
         total = F.cross_entropy(scored, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         loss = total / self.n_scored(logits[:, :-1], targets)
         return CausalLMOutput(loss, logits)
-
-    def generate(
-        self,
-        prompt: str | list[str],
-        depth: Depths = None,
-        path: Paths = None,
-        *,
-        sampling: SamplingParams | None = None,
-        stream: bool = False,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> str | list[str] | list[list[str]]:
-        """The prompt and its continuation: ``model.generate("The city", depth=3, max_new_tokens=40, seed=0)``.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, stream=stream, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).generate(prompt, depth, path, **given)
-
-    def generate_detailed(
-        self,
-        prompt: str | list[str],
-        depth: Depths = None,
-        path: Paths = None,
-        *,
-        sampling: SamplingParams | None = None,
-        alternatives: int = 0,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> list[Generation]:
-        """As :meth:`generate`, with the log-probability of every new token, and why each text ended; always a list.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.generate_detailed`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, alternatives=alternatives, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).generate_detailed(prompt, depth, path, **given)
-
-    def stream(
-        self,
-        prompt: str,
-        depth: Depth = None,
-        path: Sequence[int] | None = None,
-        *,
-        sampling: SamplingParams | None = None,
-        truncate_prompt: bool = False,
-        speculative: bool | Speculation | None = None,
-        in_order: int | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Iterator[str]:
-        """The continuation of one prompt, piece by piece as it is generated; see :meth:`generate`.
-
-        Args and errors: see :meth:`hbll_seq.generation.text.TextGenerator.stream`.
-        """
-        faster = dict(speculative=speculative, in_order=in_order)
-        given = dict(sampling=sampling, truncate_prompt=truncate_prompt, **faster, **options)
-        return TextGenerator(self, self.tokenizer).stream(prompt, depth, path, **given)
-
-    def paths(self, n_tokens: int = 32, measure: bool = True) -> PathReport:
-        """Depth as a table: ``print(model.paths())``; every default path, and those that were trained or measured.
-
-        Args:
-            n_tokens: how many tokens are timed along each path, after a short run that is not.
-            measure: False leaves the times out.
-
-        Returns:
-            A list of :class:`hbll_seq.models.path_table.PathRow`: depth, path, stored validation and test perplexity,
-            parameters used, and milliseconds a token, measured now on the model's device. Its text is a table.
-
-        Raises:
-            ValueError: an argument is out of range.
-        """
-        return report_paths(self, n_tokens, measure)
-
-    def export_path(
-        self, path: int | str | Sequence[int], save_directory: str | PathLike[str], *, overwrite: bool = False,
-        **metadata: Any,
-    ) -> None:
-        """Write a stand-alone model of one path's blocks, which loads like any other and gives the same logits.
-
-        The tree, the block numbers and the exit adapters stay; the other blocks are left out (``config.blocks``). The path
-        is then the full one, and shorter paths within it can be run too.
-
-        Args:
-            path: a depth or its word, as in :meth:`resolve_path`, or block numbers.
-            save_directory: the folder.
-            overwrite: replace a model that is there. A training run's folder is always refused.
-            metadata: for the card, as in :meth:`save_pretrained`; stored perplexities of these blocks' paths go along.
-
-        Raises:
-            ValueError: as :meth:`resolve_path` and :meth:`save_pretrained`; or the folder holds a model or a run already.
-        """
-        export_path(self, path, save_directory, overwrite, metadata)
 
     def n_parameters(self, path: Sequence[int] | None = None) -> int:
         """Number of parameters that ``path`` (default: full) uses, embedding and head included."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from hbll_seq.layers.attention import check_kv_heads
+from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.tree.topology import PATH_FAMILIES, DyadicTree
@@ -20,8 +21,8 @@ FOREIGN_KEYS = frozenset(
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
-#: kinds of blocks: attention, and the recurrent cells (``layers.cells.CELL_KINDS``).
-CELLS = ("transformer", "gru", "mingru", "elman", "elman-sigmoid")
+#: kinds of blocks: attention, and the recurrent cells.
+CELLS = ("transformer", *CELL_KINDS)
 #: the largest value of each size: far beyond any sensible model, and small enough for every product of them.
 BOUNDS = {
     "vocab_size": 1 << 24,

@@ -1,10 +1,11 @@
 """Depth as a dial: which path a word names, the table of a model's paths, and one path as a model of its own.
 
-``model`` is an :class:`hbll_seq.HBLLForCausalLM` in all functions here; its methods call them.
+``model`` is an :class:`hbll_seq.HBLLForCausalLM` in all functions here.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -128,24 +129,9 @@ def default_paths(model: DepthHierarchy) -> list[Path]:
     return list(dict.fromkeys([*(path for path in paths if _holds(model, path)), full]))
 
 
-def report_paths(model: DepthHierarchy, n_tokens: int, measure: bool) -> PathReport:
-    """See :meth:`hbll_seq.HBLLForCausalLM.paths`."""
-    n_tokens, measure = as_whole("n_tokens", n_tokens, 1), as_flag("measure", measure)
-    stored = {split: {} if model.path_table is None else model.path_table.perplexities(split) for split in SPLITS}
-    named = model.config.trained_paths if isinstance(model.config.trained_paths, tuple) else ()
-    listed = dict.fromkeys([*default_paths(model), *(path for paths in stored.values() for path in paths), *named])
-    rows = []
-    for path in sorted((path for path in listed if _holds(model, path)), key=lambda path: (len(path), path)):
-        known = {split: stored[split].get(path) for split in SPLITS}
-        rows.append(PathRow(
-            len(path), path, model.config.is_trained(path), **known, n_parameters=model.n_parameters(path),
-            ms_per_token=ms_per_token(model, path, n_tokens) if measure else None,
-        ))  # fmt: skip
-    return PathReport(rows)
-
-
 def ms_per_token(model: DepthHierarchy, path: Path, n_tokens: int = 32) -> float:
-    """Milliseconds that this machine needs now for a token of one text along ``path``, the reading of the prompt left out.
+    """Milliseconds that this machine needs now for a token of one text along ``path``, the reading of the prompt left out:
+    the median, which an interruption moves little.
 
     Args:
         model: on the device that is to be measured.
@@ -155,31 +141,70 @@ def ms_per_token(model: DepthHierarchy, path: Path, n_tokens: int = 32) -> float
     prompt = [token % model.config.vocab_size for token in range(_PROMPT)]
     for length in (_WARM, n_tokens + 1):
         decoding = Decoding(model, [prompt], path, SamplingParams(length, temperature=0))
-        next(decoding)
-        start = time.perf_counter()
-        for _ in decoding:  # each step waits for its token, on every device
-            pass
-        seconds = time.perf_counter() - start
-    return 1000 * seconds / n_tokens
+        times = [time.perf_counter() for _ in decoding]  # each step waits for its token, on every device
+    return 1000 * statistics.median(after - before for before, after in zip(times, times[1:]))
 
 
-def export_path(
-    model: DepthHierarchy, path: int | str | Sequence[int], save_directory: str | PathLike[str], overwrite: bool,
-    metadata: dict[str, Any],
-) -> None:
-    """See :meth:`hbll_seq.HBLLForCausalLM.export_path`."""
-    is_depth = isinstance(path, str) or not hasattr(path, "__iter__")
-    blocks = model.resolve_path(depth=path) if is_depth else model.resolve_path(path=path)
-    refuse_taken(as_folder(save_directory), as_flag("overwrite", overwrite))
-    trained = model.config.trained_paths
-    if isinstance(trained, tuple):
-        trained = tuple(each for each in trained if set(each) <= set(blocks)) or trained
-    with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
-        alone = type(model)(replace(model.config, blocks=blocks, trained_paths=trained), tokenizer=model.tokenizer)
-    names = set(alone.state_dict())
-    alone.load_state_dict({name: value for name, value in model.state_dict().items() if name in names}, assign=True)
-    if model.config.tie_embeddings:
-        alone.head.projection.weight = alone.embed.weight
-    if model.path_table is not None and "perplexity" not in metadata:
-        metadata = {"perplexity": model.path_table.of_blocks(blocks) or None, **metadata}
-    alone.save_pretrained(save_directory, **metadata)
+class DepthDial:
+    """The methods of a :class:`hbll_seq.HBLLForCausalLM` that are about its paths."""
+
+    def paths(self, n_tokens: int = 32, measure: bool = True) -> PathReport:
+        """Depth as a table: ``print(model.paths())``; every default path, and those that were trained or measured.
+
+        Args:
+            n_tokens: how many tokens are timed along each path, after a short run that is not.
+            measure: False leaves the times out.
+
+        Returns:
+            A list of :class:`hbll_seq.models.path_table.PathRow`: depth, path, stored validation and test perplexity,
+            parameters used, and milliseconds a token, measured now on the model's device. Its text is a table.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        n_tokens, measure = as_whole("n_tokens", n_tokens, 1), as_flag("measure", measure)
+        stored = {split: {} if self.path_table is None else self.path_table.perplexities(split) for split in SPLITS}
+        named = self.config.trained_paths if isinstance(self.config.trained_paths, tuple) else ()
+        listed = dict.fromkeys([*default_paths(self), *(path for paths in stored.values() for path in paths), *named])
+        rows = []
+        for path in sorted((path for path in listed if _holds(self, path)), key=lambda path: (len(path), path)):
+            known = {split: stored[split].get(path) for split in SPLITS}
+            rows.append(PathRow(
+                len(path), path, self.config.is_trained(path), **known, n_parameters=self.n_parameters(path),
+                ms_per_token=ms_per_token(self, path, n_tokens) if measure else None,
+            ))  # fmt: skip
+        return PathReport(rows)
+
+    def export_path(
+        self, path: int | str | Sequence[int], save_directory: str | PathLike[str], *, overwrite: bool = False,
+        **metadata: Any,
+    ) -> None:
+        """Write a stand-alone model of one path's blocks, which loads like any other and gives the same logits.
+
+        The tree, the block numbers and the exit adapters stay; the other blocks are left out (``config.blocks``). The path
+        is then the full one, and shorter paths within it can be run too.
+
+        Args:
+            path: a depth or its word, as in :meth:`resolve_path`, or block numbers.
+            save_directory: the folder.
+            overwrite: replace a model that is there. A training run's folder is always refused.
+            metadata: for the card, as in :meth:`save_pretrained`; stored perplexities of these blocks' paths go along.
+
+        Raises:
+            ValueError: as :meth:`resolve_path` and :meth:`save_pretrained`; or the folder holds a model or a run already.
+        """
+        is_depth = isinstance(path, str) or not hasattr(path, "__iter__")
+        blocks = self.resolve_path(depth=path) if is_depth else self.resolve_path(path=path)
+        refuse_taken(as_folder(save_directory), as_flag("overwrite", overwrite))
+        trained = self.config.trained_paths
+        if isinstance(trained, tuple):
+            trained = tuple(each for each in trained if set(each) <= set(blocks)) or trained
+        with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+            alone = type(self)(replace(self.config, blocks=blocks, trained_paths=trained), tokenizer=self.tokenizer)
+        names = set(alone.state_dict())
+        alone.load_state_dict({name: value for name, value in self.state_dict().items() if name in names}, assign=True)
+        if self.config.tie_embeddings:
+            alone.head.projection.weight = alone.embed.weight
+        if self.path_table is not None and "perplexity" not in metadata:
+            metadata = {"perplexity": self.path_table.of_blocks(blocks) or None, **metadata}
+        alone.save_pretrained(save_directory, **metadata)

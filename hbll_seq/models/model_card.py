@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.reading import quote
 
 LIBRARY = "hbll_seq"
@@ -196,7 +197,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any, column: str = "") -> str:
     if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
-        value = "-".join(map(str, [0, *value])) + "-head"
+        value = path_text(value)
     if isinstance(value, float) and column in ("loss", "bits_per_byte", "perplexity", "word_perplexity"):
         return f"{value:.4f}" if column in ("loss", "bits_per_byte") else f"{value:.2f}"
     if isinstance(value, str) and os.path.isabs(value):  # paths of this machine do not belong on a card

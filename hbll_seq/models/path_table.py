@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.tree.topology import DyadicTree, path_text
 from hbll_seq.utils.reading import parse_json, quote
+from hbll_seq.utils.tables import table
 from hbll_seq.utils.values import number_or_none, whole_or_none
 
 #: the splits that perplexities are stored of; depths are chosen by the first.
@@ -131,12 +132,11 @@ class PathReport(Sequence):
         columns = ["depth", "validation", "test", "parameters", "ms/token", "path"]
         lines = [[
             str(row.depth), _number(row.validation, 2), _number(row.test, 2), f"{row.n_parameters:,}",
-            _number(row.ms_per_token, 2), "-".join(map(str, [0, *row.path])) + "-head" + " (not trained)" * (not row.trained),
+            _number(row.ms_per_token, 2), path_text(row.path) + " (not trained)" * (not row.trained),
         ] for row in self.rows]  # fmt: skip
         shown = [k for k, name in enumerate(columns) if name in ("depth", "parameters", "path") or any(r[k] for r in lines)]
-        widths = [max(len(line[k]) for line in [columns, *lines]) for k in shown]
-        table = [[line[k].rjust(width) for k, width in zip(shown[:-1], widths)] + [line[-1]] for line in [columns, *lines]]
-        return "\n".join("  ".join(line) for line in table)
+        head, *rows = ([line[k] for k in shown] for line in (columns, *lines))
+        return table(head, rows, [">"] * (len(shown) - 1) + ["<"]).removesuffix("\n")
 
     def __repr__(self) -> str:
         return f"PathReport of {len(self)} paths\n{self}"

@@ -56,8 +56,8 @@ class RecurrentModel(nn.Module):
     ):
         super().__init__()
         check_cell(cell)
-        for name, value, allowed in (("readout", readout, READOUTS), ("target_family", target_family, TARGET_FAMILIES)):
-            check_choice(name, value, allowed)
+        check_choice("readout", readout, READOUTS)
+        check_choice("target_family", target_family, TARGET_FAMILIES)
         self.cell, self.head = cell, head
         self.embed = embed if embed is not None else nn.Identity()
         self.readout, self.target_family = readout, TARGET_FAMILIES[target_family]()

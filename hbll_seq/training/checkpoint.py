@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
 from hbll_seq.utils.console import is_first_process, say
-from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.utils.integrity import SUMS_NAME, digest, read_sums, sha256
 from hbll_seq.utils.reading import check_regular, parse_json, quote, read_bytes, shorten
 from hbll_seq.utils.tensors import first_not_finite
 
@@ -42,6 +42,10 @@ TensorGroups = dict[str, dict[str, Tensor]]
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or does not fit; the message names it and the remedy."""
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} is damaged: {what}")
 
 
 # ---------------------------------------------------------------------------------------------------- save
@@ -108,7 +112,7 @@ def save_checkpoint(
                 raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
             file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
             fsync(file)
-            files[file.name] = {**_digest(file), "tensors": len(cpu)}
+            files[file.name] = {**digest(file), "tensors": len(cpu)}
         document = {"format": FORMAT, "step": step, "files": files, **state}
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
         atomic_write(aside / STATE, text)
@@ -149,10 +153,6 @@ def sweep(folder: str | os.PathLike) -> None:
                 shutil.rmtree(entry, ignore_errors=True)  # not through a link
 
 
-def _digest(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
 # ---------------------------------------------------------------------------------------------------- load
 
 
@@ -180,14 +180,13 @@ def _load(path: Path, step: int) -> tuple[TensorGroups, dict[str, Any]]:
             tensors = load_file(path / name)
             bad = first_not_finite(tensors)
         except CheckpointError as error:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} {error}") from None
+            raise _damaged(path, f"{name} {error}") from None
         except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:  # the last two: odd tensor types
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({shorten(error)})") from None
+            raise _damaged(path, f"{name} cannot be read ({shorten(error)})") from None
         if bad:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds NaN or infinity in {quote(bad)}")
+            raise _damaged(path, f"{name} holds NaN or infinity in {quote(bad)}")
         if len(tensors) != expected.get("tensors", len(tensors)):
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} holds {len(tensors)} tensors instead of "
-                                  f"{expected['tensors']}")
+            raise _damaged(path, f"{name} holds {len(tensors)} tensors instead of {expected['tensors']}")
         groups[name.removesuffix(".safetensors")] = tensors
     return groups, state
 
@@ -206,28 +205,27 @@ def _check_file(file: Path, expected: dict[str, Any]) -> None:
 
 def _read_state(path: Path, step: int) -> dict[str, Any]:
     """The state.json of a checkpoint, whose sum, format, step and list of files are right."""
-    damaged = f"checkpoint {path} is damaged: {STATE}"
     text = _read(path, STATE, lambda file: read_bytes(file, _MAX_STATE))
     sums = _read(path, SUMS_NAME, read_sums) if os.path.lexists(path / SUMS_NAME) else None
     if sums is not None and sums.get(STATE) != hashlib.sha256(text).hexdigest():
-        raise CheckpointError(f"{damaged} was changed after it was saved")
+        raise _damaged(path, f"{STATE} was changed after it was saved")
     try:
         state = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{damaged} cannot be read ({error})") from None
+        raise _damaged(path, f"{STATE} cannot be read ({error})") from None
     version = state.get("format") if isinstance(state, dict) else None
     if type(version) is not int or not isinstance(state.get("files"), dict):
-        raise CheckpointError(f"{damaged} names no format, or no files")
+        raise _damaged(path, f"{STATE} names no format, or no files")
     if version not in (FORMAT, _WITHOUT_SUMS):
         raise CheckpointError(f"checkpoint {path} has format {quote(version)}; this version of hbll_seq reads "
                               f"{_WITHOUT_SUMS} and {FORMAT}")
     if sums is None and version != _WITHOUT_SUMS:
-        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} is missing")
+        raise _damaged(path, f"{SUMS_NAME} is missing")
     if type(state.get("step")) is not int or state["step"] != step:
-        raise CheckpointError(f"{damaged} is that of step {quote(state.get('step'))}")
+        raise _damaged(path, f"{STATE} is that of step {quote(state.get('step'))}")
     _check_list(path, state["files"])
     if sums is not None and sums != {STATE: sums[STATE], **{n: entry["sha256"] for n, entry in state["files"].items()}}:
-        raise CheckpointError(f"checkpoint {path} is damaged: {SUMS_NAME} and {STATE} list different files or sums")
+        raise _damaged(path, f"{SUMS_NAME} and {STATE} list different files or sums")
     return state
 
 
@@ -237,25 +235,24 @@ def _read(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
             raise ValueError("it is a link; a checkpoint holds its files itself")
         return read(path / name)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {name} cannot be read ({shorten(error)})") from None
+        raise _damaged(path, f"{name} cannot be read ({shorten(error)})") from None
 
 
 def _check_list(path: Path, files: dict[str, Any]) -> None:
     """Raises CheckpointError unless ``files`` names the folder's own safetensors files, all of them, with size and sum."""
-    damaged = f"checkpoint {path} is damaged: {STATE}"
     for name, entry in files.items():
         if not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{damaged} lists the file {quote(name)}; file names in state.json may not leave the "
-                                  "folder and end in .safetensors")
+            raise _damaged(path, f"{STATE} lists the file {quote(name)}; file names in state.json may not leave the folder "
+                           "and end in .safetensors")
         if not isinstance(entry, dict) or not {"bytes", "sha256"} <= set(entry) <= {"bytes", "sha256", "tensors"}:
-            raise CheckpointError(f"{damaged} does not give bytes and sha256 of {name}, or more than that")
+            raise _damaged(path, f"{STATE} does not give bytes and sha256 of {name}, or more than that")
         counts = [entry["bytes"], entry.get("tensors", 0)]
         if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry["sha256"], str):
-            raise CheckpointError(f"{damaged} gives {quote(entry)} for {name}; bytes and tensors must be whole numbers, "
-                                  "sha256 text")
+            raise _damaged(path, f"{STATE} gives {quote(entry)} for {name}; bytes and tensors must be whole numbers, sha256 "
+                           "text")
     present = {name for name in _read(path, ".", os.listdir) if name.endswith(".safetensors")}
     if extra := present - set(files):
-        raise CheckpointError(f"checkpoint {path} is damaged: {quote(min(extra))} lies in it and {STATE} does not list it")
+        raise _damaged(path, f"{quote(min(extra))} lies in it and {STATE} does not list it")
 
 
 def sound_checkpoints(folder: str | os.PathLike) -> list[int]:

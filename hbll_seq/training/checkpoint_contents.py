@@ -59,11 +59,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
     check_optimizer(optimizer, module, tensors)
     parameters = dict(module.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    # PyTorch keeps step counts on the CPU unless the optimizer is fused or capturable
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("|", 1)
         parameter = parameters[name]
-        # PyTorch keeps step counts on the CPU unless the optimizer is fused or capturable
-        device = parameter.device if tensor.ndim or _on_device(optimizer) else "cpu"
+        device = parameter.device if tensor.ndim or on_device else "cpu"
         state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -90,7 +91,3 @@ def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors
     for name, keys in found.items():
         if missing := ADAM_STATES - keys:
             raise CheckpointError(f"optimizer state {min(missing)!r} of parameter {quote(name)} is missing: {remedy}")
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))

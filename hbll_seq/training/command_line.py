@@ -10,35 +10,28 @@ from typing import Any
 
 from hbll_seq.training.presets import DEFAULT_PRESET, nearest_setting, read_preset
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.reading import shorten
 
 #: names that other programs give to settings of ours
 OTHER_NAMES = {"learning_rate": "lr"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {shorten(' '.join(unknown), 300)}{_meant(unknown)}")
-        return found
+class _Parser(Parser):
+    """Its options may be meant by a setting's older name, or by that of another program."""
 
     def error(self, message: str):
         raise ValueError(f"{shorten(message, 400)} (see --help)")
 
-
-def _meant(unknown: list[str]) -> str:
-    """What is said of the first option that there is not."""
-    option = next((word for word in unknown if word.startswith("--")), "")
-    name = option[2:].partition("=")[0].replace("-", "_")
-    near = OTHER_NAMES.get(name) or nearest_setting(name)
-    return f"; did you mean --{near.replace('_', '-')}?" if near else ""
+    def _meant(self, option: str) -> str:
+        name = option[2:].replace("-", "_")
+        near = OTHER_NAMES.get(name) or nearest_setting(name)
+        return f"; did you mean --{near.replace('_', '-')}?" if near else ""
 
 
 def build_parser(description: str, presets: Path, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose options are the settings; one that is not given does not appear in the parsed namespace."""
-    parser = _Parser(usage="%(prog)s [--preset NAME] [options]", description=description, epilog=epilog, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(usage="%(prog)s [--preset NAME] [options]", description=description, epilog=epilog)
     names = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
     start = parser.add_argument_group("what to run")
     start.add_argument("--preset", metavar="NAME", help=f"{names}, or the path of a .yaml file (default: {DEFAULT_PRESET}, "

@@ -10,7 +10,8 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.failures import RunFailed, remedy_for
 from hbll_seq.training.plots import plot_perplexity_by_depth, plot_training_curve
-from hbll_seq.training.run_folder import BY_DEPTH, CURVE, PICTURES, SUMMARY, TRADEOFF, TREE, exporting
+from hbll_seq.training.run_folder import exporting
+from hbll_seq.training.run_record import BY_DEPTH, CURVE, PICTURES, SUMMARY, TRADEOFF, TREE
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.settings_read import notable
 from hbll_seq.training.trainer import Trainer

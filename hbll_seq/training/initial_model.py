@@ -18,7 +18,7 @@ from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training.checkpoint import CheckpointError
-from hbll_seq.training.checkpoint_contents import check_module
+from hbll_seq.training.checkpoint_contents import load_module
 from hbll_seq.training.option_values import coerce, expand_path
 from hbll_seq.training.settings import LEFT_OPEN, TrainingSettings
 from hbll_seq.utils.reading import quote, shorten
@@ -115,10 +115,7 @@ def take_weights(model: HBLLForCausalLM, initial: InitialModel) -> None:
     targets = module_tensors(model)
     tensors = {name: tensor.to(targets[name].dtype) if name in targets else tensor
                for name, tensor in module_tensors(initial.model).items()}
-    check_module(targets, tensors, f"init_from={quote(initial.name)}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+    load_module(model, tensors, f"init_from={quote(initial.name)}")
 
 
 def check_record(state: dict[str, Any]) -> None:

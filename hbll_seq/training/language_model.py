@@ -32,8 +32,9 @@ from hbll_seq.training.resuming import (
     locations,
     resume_run,
 )
-from hbll_seq.training.run_folder import check_folder, check_place, finished_step
+from hbll_seq.training.run_folder import check_folder, check_place
 from hbll_seq.training.run_lock import FolderLock
+from hbll_seq.training.run_record import finished_step
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.settings_read import unused
 from hbll_seq.training.signals import StopNow, StopSignal

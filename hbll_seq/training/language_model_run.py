@@ -29,7 +29,8 @@ from hbll_seq.training.export import count_parameters, export
 from hbll_seq.training.initial_model import InitialModel, take_weights
 from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.resuming import Resumed, check_identity
-from hbll_seq.training.run_folder import EVALUATIONS, lines_of, prepare_folder
+from hbll_seq.training.run_folder import prepare_folder
+from hbll_seq.training.run_record import EVALUATIONS, lines_of
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import Stopped, Trainer, append_line

@@ -10,7 +10,9 @@ import types
 import typing
 from typing import Any
 
+from hbll_seq.utils.options import missed_limit
 from hbll_seq.utils.reading import possible_name, quote
+from hbll_seq.utils.values import check_choice
 
 #: settings that may name a file or folder
 PATHS = ("data", "tokenizer", "init_from", "cache_dir", "output_dir")
@@ -91,18 +93,15 @@ def _precision(value: str) -> str:
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
     """Raises ValueError where the value of a setting is not one that its field allows."""
-    low, high, above, below, choices = (field.metadata[key] for key in ("low", "high", "above", "below", "choices"))
+    allowed = field.metadata
     if value is None:
         return
-    if choices and value not in choices:
-        raise ValueError(f"{field.name}={quote(value)}: allowed are {', '.join(choices)}")
-    if low is not None and value < low:
-        raise ValueError(f"{field.name}={quote(value)}: must be at least {low}")
-    if above is not None and value <= above:
-        raise ValueError(f"{field.name}={quote(value)}: must be above {above:g}{field.metadata.get('remedy') or ''}")
-    if not isinstance(value, str) and high is None and below in (None, math.inf):
-        high = _MOST if isinstance(value, int) else _LARGEST
-    if high is not None and value > high:
-        raise ValueError(f"{field.name}={quote(value)}: must be at most {high}")
-    if below is not None and value >= below:
-        raise ValueError(f"{field.name}={quote(value)}: must be below {below:g}")
+    if allowed["choices"]:
+        check_choice(field.name, value, allowed["choices"])
+    if isinstance(value, str):
+        return
+    if allowed["high"] is None and allowed["below"] in (None, math.inf):
+        allowed = {**allowed, "high": _MOST if isinstance(value, int) else _LARGEST}
+    if limit := missed_limit(value, allowed):
+        remedy = allowed["remedy"] if limit.startswith("above") else ""
+        raise ValueError(f"{field.name}={quote(value)}: must be {limit}{remedy}")

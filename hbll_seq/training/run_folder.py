@@ -13,21 +13,14 @@ from hbll_seq.training.checkpoint import list_checkpoints, remove_checkpoints
 from hbll_seq.training.failures import cannot_write
 from hbll_seq.training.option_values import names_file
 from hbll_seq.training.run_record import (
-    BY_DEPTH,
     CHECKPOINTS,
-    CURVE,
     EVALUATIONS,
     METRICS,
-    PICTURES,
     RECORD,
     RESULTS,
     SETTINGS,
     SUMMARY,
-    TRADEOFF,
-    TREE,
     RunRecord,
-    digest,
-    finished_step,
     foreign_files,
     is_finished,
     is_untouched,
@@ -39,11 +32,8 @@ from hbll_seq.training.run_record import (
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.atomic import atomic_write, roll_back, sweep
 from hbll_seq.utils.console import say
+from hbll_seq.utils.integrity import digest
 from hbll_seq.utils.reading import quote
-
-__all__ = ["BY_DEPTH", "CHECKPOINTS", "CURVE", "EVALUATIONS", "METRICS", "PICTURES", "RESULTS", "SETTINGS", "SUMMARY",
-           "TRADEOFF", "TREE", "check_folder",
-           "check_place", "exporting", "finished_step", "is_finished", "lines_of", "prepare_folder"]
 
 
 def check_place(folder: Path) -> None:

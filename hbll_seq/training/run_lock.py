@@ -49,11 +49,10 @@ class FolderLock:
         try:
             while not self._take():
                 pass
-        except OSError as error:
+        except BaseException as error:
             self.release()
-            raise cannot_write(folder, error) from None
-        except BaseException:
-            self.release()
+            if isinstance(error, OSError):
+                raise cannot_write(folder, error) from None
             raise
 
     def release(self) -> None:

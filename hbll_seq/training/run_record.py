@@ -25,7 +25,7 @@ from hbll_seq.models.path_table import SPLITS
 from hbll_seq.training.checkpoint import STATE, checkpoint_path, in_the_way, list_checkpoints
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.utils.atomic import atomic_write
-from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
+from hbll_seq.utils.integrity import SUMS_NAME, digest, read_sums, sha256
 from hbll_seq.utils.reading import read_bytes, read_json, read_yaml, to_json
 from hbll_seq.utils.values import number_or_none
 
@@ -69,11 +69,6 @@ class RunRecord:
             return (self.exporting or self.older) and _looks_written(folder, name)
         except (OSError, ValueError, SafetensorError):
             return False
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as the record holds them."""
-    return {"bytes": os.stat(path).st_size, "sha256": sha256(path)}
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -186,7 +186,7 @@ class TrainingSettings:
     clip: float = _optimisation(1.0, "largest norm of the gradient; 0 does not clip", low=0)
     seed: int = _optimisation(0, "seed of weights, data order and noise", low=0, below=2**31)
     precision: str = _optimisation("auto", "auto (bfloat16 on a CUDA GPU, else float32), float32 or bfloat16; float16 is "
-                                   "refused", resume="resolved")
+                                   "refused", resume="resolved", choices=PRECISIONS)
 
     output_dir: str = _run("runs/lm", "folder of the run")
     log_every: int = _run(10, "steps between two lines of metrics.jsonl", low=1)
@@ -212,8 +212,6 @@ class TrainingSettings:
                 value = expand_path(field.name, value)
             object.__setattr__(self, field.name, value)
             check_range(field, value)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={quote(self.precision)}: allowed are {', '.join(PRECISIONS)}")
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of the two")
         if self.max_steps is None and not self.epochs:

@@ -9,14 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hbll_seq.generation.decoding import generate_ids
-from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.depth_dial import ms_per_token
 from hbll_seq.objectives.depth_mix import sub_networks_of_step
 from hbll_seq.objectives.options import DepthMix
 from hbll_seq.training.plots import draw_figure, finite_or_gap
 from hbll_seq.tree.topology import DyadicTree
-from hbll_seq.utils.modules import evaluation_mode
 
 #: tokens that a path is timed over, and seconds after which no further path is begun
 _TOKENS, _MOST_SECONDS = 12, 5.0
@@ -27,20 +25,16 @@ _LABELLED = 31
 
 
 def time_paths(model: HBLLForCausalLM, paths: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Milliseconds a token of each path, batch 1: the median over a few tokens, greedy, after a prompt of eight.
+    """Milliseconds a token of each path, batch 1; see :func:`hbll_seq.models.depth_dial.ms_per_token`.
 
     Returns:
         name -> ms; a path that was not reached within seconds is missing.
     """
     found, began = {}, time.perf_counter()
-    sampling = SamplingParams(max_new_tokens=_TOKENS + 2, temperature=0)
-    with evaluation_mode(model):
-        for name, path in paths.items():
-            if time.perf_counter() - began > _MOST_SECONDS:
-                break
-            times = [time.perf_counter()]
-            times += [time.perf_counter() for _ in generate_ids(model, [[1] * 8], path, sampling)]
-            found[name] = 1e3 * statistics.median(b - a for a, b in zip(times[2:], times[3:]))  # after the prompt
+    for name, path in paths.items():
+        if time.perf_counter() - began > _MOST_SECONDS:
+            break
+        found[name] = ms_per_token(model, tuple(path), _TOKENS)
     return found
 
 

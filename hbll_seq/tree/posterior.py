@@ -1,4 +1,4 @@
-"""Exponential-family messages: energies, products, KL divergences and the Taylor inversion (paper 3.2, 6.3, 6.4).
+"""Exponential families of states and targets: energies, KL divergences and the Taylor inversion (paper 3.2, 6.3, 6.4).
 
 A *family* says what a state (or the target y) is a random variable of, and so how far a prediction is from it. Every
 family's ``energy`` is twice a divergence per position, summed over features, so that half of its mean is a loss.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,34 +129,6 @@ def _check_alike(prediction: Tensor, target: Tensor) -> None:
 
 STATE_FAMILIES: dict[str, type[StateFamily]] = {"gaussian": Gaussian, "bernoulli": Bernoulli}
 TARGET_FAMILIES: dict[str, type[Family]] = {"categorical": Categorical, "gaussian": Gaussian, "bernoulli": Bits}
-
-
-class GaussianMessage(NamedTuple):
-    """A Gaussian factor in natural parameters: precision ``P`` [d, d] and shift ``h = P mean`` [..., d]."""
-
-    shift: Tensor
-    precision: Tensor
-
-    @classmethod
-    def from_moments(cls, mean: Tensor, covariance: Tensor) -> GaussianMessage:
-        """N(mean, covariance) as a message."""
-        precision = torch.linalg.inv(covariance)
-        return cls(mean @ precision, precision)
-
-    @classmethod
-    def backward(cls, transition: Tensor, covariance: Tensor, target: Tensor) -> GaussianMessage:
-        """What observing ``target = transition z + noise`` says of z: ``p(target | z)`` as a factor over z."""
-        gain = transition.T @ torch.linalg.inv(covariance)
-        return cls(target @ gain.T, gain @ transition)
-
-    def product(self, other: GaussianMessage) -> GaussianMessage:
-        """Product of two messages: natural parameters add (paper 6.3)."""
-        return GaussianMessage(self.shift + other.shift, self.precision + other.precision)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean [..., d] and covariance [d, d]."""
-        covariance = torch.linalg.inv(self.precision)
-        return self.shift @ covariance, covariance
 
 
 def posterior_mean(forward_message: Tensor, energy_gradient: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ MAX_LISTED_PATHS = 100_000
 PATH_FAMILIES = ("spine", "prefix")
 
 
+def path_text(path: Sequence[int]) -> str:
+    """A path as reports write it, from the embedding to the head: ``0-4-6-head``."""
+    return "-".join(map(str, (0, *path))) + "-head"
+
+
 class DyadicTree:
     """The tree over ``N = 2**n_level`` transitions.
 

@@ -23,7 +23,8 @@ class Parser(argparse.ArgumentParser):
         """As argparse, but that an unknown option is named with the nearest known one. Raises ValueError."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {shorten(' '.join(unknown), 300)}{self._meant(unknown)}")
+            option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+            self.error(f"unrecognized arguments: {shorten(' '.join(unknown), 300)}{self._meant(option)}")
         return found
 
     def error(self, message: str):
@@ -37,8 +38,8 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{quote(value)} is none of {allowed}{hint}")
         super()._check_value(action, value)
 
-    def _meant(self, unknown: list[str]) -> str:
-        option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    def _meant(self, option: str) -> str:
+        """What is said of an option that there is not."""
         known = (name for name in self._option_string_actions if name.startswith("--"))
         return did_you_mean(option.replace("_", "-"), known)
 

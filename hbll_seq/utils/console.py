@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import sys
@@ -11,7 +10,9 @@ import warnings
 from typing import Any, TextIO
 
 _PACKAGE = __name__.partition(".")[0]
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: control characters, and those that turn the direction of writing
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_STREAM_ENDED = (OSError, ValueError)  # ValueError: it was closed
 
 
 class ForgivingStream:
@@ -31,12 +32,8 @@ class ForgivingStream:
         """Write what can be written; always counts all of it."""
         if self._stream is not None:
             try:
-                try:
-                    self._stream.write(text)
-                except UnicodeEncodeError:
-                    encoding = self._stream.encoding or "ascii"
-                    self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            except (OSError, ValueError) as error:  # ValueError: the stream was closed
+                write_escaped(self._stream, text)
+            except _STREAM_ENDED as error:
                 self._give_up(error)
         return len(text)
 
@@ -45,25 +42,18 @@ class ForgivingStream:
         if self._stream is not None:
             try:
                 self._stream.flush()
-            except (OSError, ValueError) as error:
+            except _STREAM_ENDED as error:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """Nothing more is written; what is still buffered goes nowhere."""
         stream, self._stream = self._stream, None
-        if not self._own and not isinstance(error, BrokenPipeError):
-            return
-        with contextlib.suppress(OSError, ValueError, AttributeError, io.UnsupportedOperation):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+        if self._own or isinstance(error, BrokenPipeError):
+            lead_nowhere(stream)
 
     def isatty(self) -> bool:
         """Whether a person reads it."""
-        try:
-            return self._stream is not None and self._stream.isatty()
-        except (OSError, ValueError):
-            return False
+        return is_terminal(self._stream)
 
     @property
     def encoding(self) -> str:
@@ -74,6 +64,31 @@ class ForgivingStream:
         if name.startswith("__") or (stream := self.__dict__.get("_stream")) is None:
             raise AttributeError(name)
         return getattr(stream, name)
+
+
+def write_escaped(stream: TextIO, text: str) -> None:
+    """Write text, characters that the encoding lacks as escapes. Raises OSError, and ValueError of a closed stream."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """What is still buffered goes nowhere: the interpreter's last flush would fail once more, and say so."""
+    with contextlib.suppress(*_STREAM_ENDED, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person reads, or writes, the stream."""
+    try:
+        return stream is not None and stream.isatty()
+    except _STREAM_ENDED:
+        return False
 
 
 def _occupy_standard_descriptors() -> None:
@@ -124,5 +139,6 @@ def is_first_process() -> bool:
 
 
 def printable(text: str) -> str:
-    """The text for a terminal: control characters, which could steer it, are shown as escapes; line ends and tabs stay."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+    """The text for a terminal or a page: control characters, which could steer it or show a text in another order than it
+    has, are shown as escapes; line ends and tabs stay."""
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)

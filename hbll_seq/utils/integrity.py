@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hbll_seq.utils.reading import open_regular, quote, read_text
 
@@ -17,14 +18,19 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})")
 def sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a regular file, in hexadecimal. Raises as :func:`hbll_seq.utils.reading.open_regular`."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 
 
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
+def _sha256(file) -> str:  # Python 3.10
+    found = hashlib.sha256()
     while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        found.update(block)
+    return found.hexdigest()
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a run's record and its checkpoints hold them. Raises as :func:`sha256`."""
+    return {"bytes": os.stat(path).st_size, "sha256": sha256(path)}
 
 
 def format_sums(folder: Path, names: Iterable[str]) -> str:

@@ -51,7 +51,7 @@ def check_options(options: Any, prefix: str = "") -> None:
     """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        kinds = _kinds(hints[field.name])
+        kinds = kinds_of(hints[field.name])
         value = getattr(options, field.name)
         if "help" not in field.metadata or (value is None and type(None) in kinds):
             continue
@@ -60,9 +60,11 @@ def check_options(options: Any, prefix: str = "") -> None:
         object.__setattr__(options, field.name, _checked(prefix + field.name, value, kinds, field.metadata))
 
 
-def _kinds(hint: Any) -> set[type]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return set(typing.get_args(hint)) if union else {hint}
+def kinds_of(hint: Any) -> set[type]:
+    """The classes that a type hint names: of ``list[str] | None`` list, str and NoneType."""
+    origin = typing.get_origin(hint)
+    inner = set().union(*map(kinds_of, typing.get_args(hint)))
+    return {hint} if origin is None else inner if origin in (types.UnionType, typing.Union) else inner | {origin}
 
 
 def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[str, Any]) -> Any:
@@ -70,7 +72,7 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
         return as_flag(name, value)
     if float in kinds or int in kinds:
         plain = number_or_none(value) if float in kinds else whole_or_none(value)
-        if plain is None or not _is_within(plain, allowed):
+        if plain is None or missed_limit(plain, allowed):
             within = allowed_range(allowed)
             what = "a number" if float in kinds else "a whole number"
             raise ValueError(f"{name}={quote(value)}: must be {what}{' ' * bool(within)}{within}{allowed.get('remedy', '')}")
@@ -80,10 +82,16 @@ def _checked(name: str, value: Any, kinds: set[type], allowed: typing.Mapping[st
     return value
 
 
-def _is_within(value: float, allowed: typing.Mapping[str, Any]) -> bool:
+def missed_limit(value: float, allowed: typing.Mapping[str, Any]) -> str:
+    """The limit of an option's metadata that a number misses, such as ``"at least 1"``; empty where it keeps all of them."""
     low, high, above, below = (allowed[key] for key in ("low", "high", "above", "below"))
-    reaches = (low is None or value >= low) and (above is None or value > above)
-    return reaches and (high is None or value <= high) and (below is None or value < below)
+    if low is not None and not value >= low:
+        return f"at least {low}"
+    if above is not None and not value > above:
+        return f"above {above:g}"
+    if high is not None and not value <= high:
+        return f"at most {high}"
+    return f"below {below:g}" if below is not None and not value < below else ""
 
 
 def allowed_range(allowed: typing.Mapping[str, Any]) -> str:

@@ -16,23 +16,10 @@ from hbll_seq.utils.reading import quote, shorten
 
 #: the dtypes of a model's weights; a file's are all of one of them.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: functions of torch that fill a tensor
 _FILLS = frozenset(
-    f"{name}_"
-    for name in (
-        "normal",
-        "uniform",
-        "trunc_normal",
-        "kaiming_normal",
-        "kaiming_uniform",
-        "xavier_normal",
-        "xavier_uniform",
-        "orthogonal",
-        "zero",
-        "zeros",
-        "ones",
-        "fill",
-        "constant",
-    )
+    "normal_ uniform_ trunc_normal_ kaiming_normal_ kaiming_uniform_ xavier_normal_ xavier_uniform_ orthogonal_ "
+    "zero_ zeros_ ones_ fill_ constant_".split()
 )
 
 
@@ -142,16 +129,13 @@ def _check_ties(module: nn.Module, fresh: nn.Module) -> None:
             )
     memory: dict[int, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        first = memory.setdefault(tensor.data_ptr(), found[name]) if _has_memory(tensor) else found[name]
+        has_memory = tensor.layout == torch.strided and tensor.numel() > 0
+        first = memory.setdefault(tensor.data_ptr(), found[name]) if has_memory else found[name]
         if first != expected[name]:
             raise ValueError(
                 f"weight {_name(name)} shares its memory with {_name(first)}, but in a model of this config they are two; "
                 "give it a copy of its own, as copy.deepcopy makes of a module, or use a config that ties them"
             )
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:

@@ -11,7 +11,8 @@ from forked import Forked
 
 import hbll_seq
 from hbll_seq.cli import models, program
-from hbll_seq.cli.output import Output, table
+from hbll_seq.cli.output import Output
+from hbll_seq.utils.tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
 #: whose help is that of the training run

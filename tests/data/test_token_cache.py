@@ -184,7 +184,7 @@ def test_old_cache_is_used_where_the_text_cannot_be_read_again(tmp_path: Path, c
             raise token_cache.WithoutSums("has no sums")
         return "tokens"
 
-    def make() -> str:
+    def make(found: token_cache.NotUsable) -> None:
         raise ValueError("the Hub cannot be reached")
 
     assert data._cached("token cache", tmp_path / "key", opened, make) == "tokens"

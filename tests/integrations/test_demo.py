@@ -1,5 +1,6 @@
 """The page's parts without Gradio: the text as it comes, the heat map. A slow test opens the page in a browser."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -169,6 +170,27 @@ def test_what_cannot_be_served_is_told(monkeypatch):
         demo.serve(model_of(TOKENIZER), host="no such host", port=8000)
     with pytest.raises(ValueError, match="port=70000: must be a whole number from 1 to 65535"):
         demo.serve(model_of(TOKENIZER), port=70_000)
+
+
+@pytest.mark.parametrize(("address", "named", "status"), [
+    ("127.0.0.1", "localhost:7860", 404), ("localhost", "127.0.0.1:7860", 404), ("::1", "[::1]:7860", 404),
+    ("127.0.0.1", "evil.example:7860", 400), ("127.0.0.1", "", 400), ("0.0.0.0", "any.example", 404),
+])  # fmt: skip
+def test_a_page_of_this_machine_alone_answers_to_its_names_alone(address, named, status):
+    """A page of another site that gives its own name this machine's address gets nothing."""
+    applications = pytest.importorskip("starlette.applications", reason="needs the extra [demo]")
+    app, sent = applications.Starlette(middleware=demo._guards(address)), []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": [(b"host", named.encode())]}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == status
+    assert any(name == b"content-security-policy" for name, _ in sent[0]["headers"])
 
 
 #: a server that tells every address of another machine which it asks for

@@ -320,3 +320,25 @@ def test_bad_values_are_named(values, message):
     if "cell" not in values and "qk_norm" not in values:
         with pytest.raises(ValueError, match=message):
             TransformerBlock(16, 4, window=8, **values)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_a_transformer_block_can_do_without_an_mlp(mlp):
+    block = TransformerBlock(16, 2, window=8, mlp_ratio=0, mlp=mlp).eval()
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(block(x)[0], x)  # as every new block
+    torch.nn.init.normal_(block.attention_out.weight)
+    with torch.no_grad():
+        decoder = block.decoder()
+        y = torch.cat([decoder.read(x[:, :2]), *(decoder.step(x[:, t])[:, None] for t in range(2, 5))], dim=1)
+        torch.testing.assert_close(y, block(x)[0])
+    assert not torch.equal(y, x) and not any("mlp" in name for name, _ in block.named_parameters())
+
+
+def test_normalised_queries_and_keys_are_right_under_autocast():
+    """torch warns where input and scale are of two dtypes, and a warning is an error here."""
+    block, x = TransformerBlock(16, 2, window=8, qk_norm=True), torch.randn(2, 5, 16)
+    torch.nn.init.normal_(block.attention_out.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = block(x)
+    torch.testing.assert_close(y, block(x)[0], atol=0.1, rtol=0.05)

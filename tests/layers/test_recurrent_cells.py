@@ -2,13 +2,24 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hbll_seq.layers import gate_arithmetic
 from hbll_seq.layers.cells import CELL_KINDS, make_cell
 from hbll_seq.layers.elman import ElmanCell
-from hbll_seq.layers.gru import GRUCell, gru_reference
+from hbll_seq.layers.gru import GRUCell
 from hbll_seq.layers.recurrent import RecurrentState
+
+
+def gru_reference(state, projected, weight, bias):
+    """The transition in plain form, which autograd differentiates: gates r, z, n, each [..., H], side by side."""
+    input_r, input_z, input_n = projected.chunk(3, dim=-1)
+    hidden_r, hidden_z, hidden_n = F.linear(state, weight, bias).chunk(3, dim=-1)
+    r = torch.sigmoid(input_r + hidden_r)
+    z = torch.sigmoid(input_z + hidden_z)
+    n = torch.tanh(input_n + r * hidden_n)
+    return (1 - z) * n + z * state
 
 
 def double_cell(kind, input_size=5, hidden_size=6):

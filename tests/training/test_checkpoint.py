@@ -111,7 +111,7 @@ def test_nan_in_a_file_is_found(tmp_path):
     path = ck.save_checkpoint(tmp_path, 4, groups(), {})
     ck.save_file({"a": torch.full((3, 2), float("nan")), "n": torch.tensor(7)}, path / "model.safetensors")
     state = json.loads((path / "state.json").read_text())
-    state["files"]["model.safetensors"] = ck._digest(path / "model.safetensors")
+    state["files"]["model.safetensors"] = ck.digest(path / "model.safetensors")
     kr.write_state(path, state)
     with pytest.raises(ck.CheckpointError, match="NaN or infinity in 'a'"):
         ck.load_checkpoint(tmp_path, 4)

@@ -257,7 +257,7 @@ def edit_tensors(path, state, group, change):
     tensors = load_file(path / f"{group}.safetensors")
     change(tensors)
     save_file(tensors, path / f"{group}.safetensors")
-    state["files"][f"{group}.safetensors"] = {**ck._digest(path / f"{group}.safetensors"), "tensors": len(tensors)}
+    state["files"][f"{group}.safetensors"] = {**ck.digest(path / f"{group}.safetensors"), "tensors": len(tensors)}
     kr.write_state(path, state)
 
 
@@ -303,7 +303,7 @@ def test_a_tensor_that_was_left_out_is_missed(own):
     tensors = load_file(path / "optimizer.safetensors")
     name = first(tensors, "|step").removesuffix("step")
     save_file({n: t for n, t in tensors.items() if not n.startswith(name)}, path / "optimizer.safetensors")
-    state["files"]["optimizer.safetensors"].update(ck._digest(path / "optimizer.safetensors"))
+    state["files"]["optimizer.safetensors"].update(ck.digest(path / "optimizer.safetensors"))
     kr.write_state(path, state)
     refused(path, f"holds {len(tensors) - 3} tensors instead of {len(tensors)}")
 

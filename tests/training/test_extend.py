@@ -11,7 +11,7 @@ import torch
 
 from hbll_seq import HBLLForCausalLM
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.run_folder import RESULTS, finished_step, is_finished
+from hbll_seq.training.run_record import RESULTS, finished_step, is_finished
 from hbll_seq.training.schedule import learning_rate, rate_of_step
 
 pytestmark = pytest.mark.usefixtures("blank_figures")

@@ -77,7 +77,7 @@ def test_a_state_of_another_batch_is_refused(saved_at_10, capsys):
     file, document = path / "carried.safetensors", path / "state.json"
     save_file({name: t[:1].contiguous() for name, t in load_file(file).items()}, file)
     state = json.loads(document.read_text())
-    state["files"][file.name] = ck._digest(file)
+    state["files"][file.name] = ck.digest(file)
     kr.write_state(path, state)
     kr.fails(["--resume", "10", "--output-dir", str(saved_at_10)], capsys, "carried state", "(1, 16)", "(2, 16)")
 

@@ -13,7 +13,7 @@ import pytest
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.resuming import resume_run
-from hbll_seq.training.run_folder import is_finished
+from hbll_seq.training.run_record import is_finished
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

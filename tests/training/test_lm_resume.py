@@ -19,7 +19,7 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.json_lines import JsonLines
-from hbll_seq.training.run_folder import EVALUATIONS, RESULTS
+from hbll_seq.training.run_record import EVALUATIONS, RESULTS
 from hbll_seq.training.signals import StopSignal
 from hbll_seq.training.trainer import Trainer
 
@@ -350,7 +350,7 @@ def test_resume_of_a_damaged_checkpoint_names_the_older_one(stopped_run, whole_r
         name = next(name for name in tensors if tensors[name].ndim == 2)
         tensors[name] = torch.full_like(tensors[name], math.nan) if harm == "nan" else tensors[name][:, :8].contiguous()
         save_file(tensors, file)
-        state["files"]["model.safetensors"] = ck._digest(file)
+        state["files"]["model.safetensors"] = ck.digest(file)
         kr.write_state(path, state)
         fragments = ["NaN or infinity", "--resume 10"] if harm == "nan" else [name, "of another configuration"]
     kr.fails(["--resume", "--output-dir", str(stopped_run)], capsys, *fragments)

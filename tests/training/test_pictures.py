@@ -8,7 +8,7 @@ import pytest
 from hbll_seq import HBLLConfig, HBLLForCausalLM
 from hbll_seq.objectives.options import DepthMix
 from hbll_seq.training import plots, tree_plots
-from hbll_seq.training.run_folder import PICTURES
+from hbll_seq.training.run_record import PICTURES
 from hbll_seq.training.tree_plots import exit_weights, losses_of_nodes, pareto_front, time_paths
 from hbll_seq.tree.topology import DyadicTree
 

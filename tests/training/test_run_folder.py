@@ -13,9 +13,9 @@ import pytest
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.model_files import REPLACED
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.run_folder import RESULTS, is_finished, prepare_folder
+from hbll_seq.training.run_folder import prepare_folder
 from hbll_seq.training.run_lock import LOCK
-from hbll_seq.training.run_record import RECORD, RunRecord, foreign_files, read_record
+from hbll_seq.training.run_record import RECORD, RESULTS, RunRecord, foreign_files, is_finished, read_record
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.atomic import PINNED
 

@@ -14,8 +14,8 @@ import pytest
 from forked import pair
 
 from hbll_seq.training import run_lock
-from hbll_seq.training.run_folder import is_finished
 from hbll_seq.training.run_lock import LOCK, FolderLock
+from hbll_seq.training.run_record import is_finished
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

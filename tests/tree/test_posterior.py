@@ -1,11 +1,15 @@
 """The claims of the method's mathematics, each against a closed form or a dense computation."""
 
+from __future__ import annotations
+
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from hbll_seq.tree.posterior import Bernoulli, Bits, Categorical, Gaussian, GaussianMessage, posterior_mean
+from hbll_seq.tree.posterior import Bernoulli, Bits, Categorical, Gaussian, posterior_mean
 from hbll_seq.tree.topology import DyadicTree
 
 
@@ -15,6 +19,34 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+class GaussianMessage(NamedTuple):
+    """A Gaussian factor in natural parameters: precision ``P`` [d, d] and shift ``h = P mean`` [..., d]."""
+
+    shift: Tensor
+    precision: Tensor
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor) -> GaussianMessage:
+        """N(mean, covariance) as a message."""
+        precision = torch.linalg.inv(covariance)
+        return cls(mean @ precision, precision)
+
+    @classmethod
+    def backward(cls, transition: Tensor, covariance: Tensor, target: Tensor) -> GaussianMessage:
+        """What observing ``target = transition z + noise`` says of z: ``p(target | z)`` as a factor over z."""
+        gain = transition.T @ torch.linalg.inv(covariance)
+        return cls(target @ gain.T, gain @ transition)
+
+    def product(self, other: GaussianMessage) -> GaussianMessage:
+        """Product of two messages: natural parameters add (paper 6.3)."""
+        return GaussianMessage(self.shift + other.shift, self.precision + other.precision)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [..., d] and covariance [d, d]."""
+        covariance = torch.linalg.inv(self.precision)
+        return self.shift @ covariance, covariance
 
 
 def random_chain(n, width):

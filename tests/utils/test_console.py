@@ -79,3 +79,8 @@ def test_streams_are_put_back():
 
 def test_escape_sequences_are_shown_not_obeyed():
     assert printable("a\tb\n\x1b[2J\x07\x9b") == "a\tb\n\\x1b[2J\\x07\\x9b"
+
+
+def test_a_text_is_shown_in_the_order_that_it_has():
+    assert printable("a\u202eb\u2066c\u200f") == "a\\u202eb\\u2066c\\u200f"
+    assert printable("\u05d0\u4e2d\u00e9") == "\u05d0\u4e2d\u00e9"

@@ -152,7 +152,7 @@ def test_the_side_that_alone_misses_more_is_raised(states, adjoints, chosen):
         return vector(states if forward == 1 else adjoints)
 
     assert probed(control(), 0.3, at) == chosen
-    assert asked == [(1, 5), (4, 1)]  # of five segments four iterations make the states exact, five the adjoints
+    assert asked == [(1, 4), (4, 1)]  # of five segments four iterations make the states exact, and the adjoints
 
 
 def test_an_exact_side_is_not_asked():

@@ -6,7 +6,7 @@ takes seconds. Type checkers and editors read ``__init__.pyi``, which a test com
 
 import importlib
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 #: module -> what it holds of the public names
 _PUBLIC = {

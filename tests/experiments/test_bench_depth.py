@@ -84,17 +84,17 @@ def test_writes_table_json_and_figure(tmp_path, capsys):
     bench_depth.main(["--blocks", "3", "1", *TINY, "--output", str(output)])
     written = json.loads(output.read_text())
     rows = {(row["blocks"], row["kind"], row["recompute"]): row for row in written["rows"]}
-    assert len(rows) == len(written["rows"]) == 12 and written["setting"]["forward"] == 3
+    assert len(rows) == len(written["rows"]) == 16 and written["setting"]["forward"] == 3
     for row in rows.values():
         assert 0 < row["kept_bytes"] <= min(row["activation_bytes"], row["step_bytes"]) and row["seconds"] > 0
-    for kind in ("backprop", "sweeps", "tree"):
+    for kind in ("backprop", "segments", "sweeps", "tree"):
         kept, recomputed = (rows[3, kind, recompute] for recompute in (False, True))
         assert recomputed["activation_bytes"] < kept["activation_bytes"] and recomputed["work"] > kept["work"]
     assert set(rows[3, "backprop", False]["to_backprop"].values()) == {1.0}
     lines = capsys.readouterr().out.splitlines()
     ratio = rows[3, "sweeps", True]["to_backprop"]["activation_bytes"]
     assert lines[-1] == f"peak activation memory of sweeps, recomputed / backprop: {ratio:.3f} at 3 blocks"
-    assert len(lines) == 2 + 12 + 1
+    assert len(lines) == 2 + 16 + 1
     assert output.with_suffix(".png").stat().st_size > 5000
 
 

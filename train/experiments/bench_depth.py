@@ -49,7 +49,8 @@ from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-KINDS = ("backprop", "sweeps", "tree")
+#: "segments" are the default sweeps, whose segments are exact; "sweeps" are passes over single blocks
+KINDS = ("backprop", "segments", "sweeps", "tree")
 #: kind of method, and whether the inside of a block is computed again in the backward pass
 FORMS = [(kind, recompute) for kind in KINDS for recompute in (False, True)]
 BAR_BLOCKS = 31  # the depth that the last line reports beside the deepest one
@@ -125,7 +126,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def method_of(kind: str, recompute: bool, args: argparse.Namespace) -> DepthMethod:
     """One form."""
     options = dict(forward=args.forward, backward=args.backward) if kind == "sweeps" else {}
-    return DepthMethod(label(kind, recompute), kind, tuple({**options, "recompute": recompute}.items()))
+    options["recompute"] = recompute
+    return DepthMethod(label(kind, recompute), {"segments": "sweeps"}.get(kind, kind), tuple(options.items()))
 
 
 def label(kind: str, recompute: bool) -> str:
@@ -160,17 +162,17 @@ def memory_of_step(objective: Objective, batch: Tensor, *, gradients: bool) -> t
 
 
 def seconds_of_step(objective: Objective, batch: Tensor, repeats: int) -> float:
-    """Median time of a step, after one that is not timed."""
-    times = []
+    """Median time of a step, after one that is not timed: by the clock on a GPU, else of the processor."""
+    times, now = [], time.perf_counter if batch.is_cuda else time.process_time
     for _ in range(1 + repeats):
         objective.zero_grad()
         if batch.is_cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         objective(batch).loss.backward()
         if batch.is_cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return median(times[1:])
 
 

@@ -51,7 +51,7 @@ class TimeChain(Chain):
         outputs, jacobian = self.cell.differentiate(states, self._fixed[rows])
         return outputs, clipped(jacobian, self.clip)
 
-    def linearize(self, chunk_size: int) -> TimeRows:
+    def linearize(self, s0: Tensor, chunk_size: int) -> TimeRows:
         """See :meth:`Chain.linearize`."""
         return TimeRows(self, chunk_size)
 

@@ -6,7 +6,7 @@ iterations the adjoints of the last m segments are exact.
 
 Where a product can make the gradients of the transition's parameters too (``makes_gradients``), a segment's last walk is also
 the one that makes them: an exact segment's the one that shows it exact, that of all others one behind the M iterations. With
-c = 1 a walk ends where it begins; then the gradients are made of all transitions at once.
+c = 1 a walk ends where it begins: nothing would be saved, and the gradients are left to the backward call of the step.
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
@@ -32,7 +32,8 @@ def solve_adjoint(
 ) -> Tensor:
     """Adjoints lambda_1 .. lambda_N [N, ...] of a loss on the states: a first estimate, then M iterations.
 
-    Where ``linearized`` makes gradients, those of all parameters are made too, from the adjoints that are returned.
+    Where ``linearized`` makes gradients and segments are longer than one transition, those of all parameters are made too,
+    from the adjoints that are returned.
 
     Args:
         linearized: of a :class:`Solution`.
@@ -68,7 +69,7 @@ class _Backward:
         self.linearized, self.iterations, self.composer, self.learn = linearized, iterations, composer, learn
         self.n_steps, self.is_fused = len(upstream), linearized.makes_gradients
         self.size, self.high = iterations.segments(self.n_steps)
-        self.walks_make_gradients = self.is_fused and self.size > 1
+        self.walks_make_gradients = self.is_fused and (self.size > 1 or self.n_steps == 1)
         self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
         # With enough iterations every segment's adjoint is exact in its turn: nothing would be made of an estimate.
         self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high - 1 and not learn
@@ -112,8 +113,6 @@ class _Backward:
                     inside += self.composer.carry(change, product if product is None else product[: high - 1])
             self.ends = torch.cat((new, self.ends[-1:]))
         self.adjoints[size - 1 : high * size : size] = self.ends
-        if self.is_fused and not self.walks_make_gradients:
-            self.linearized.vjp(slice(0, self.n_steps, 1), self.adjoints, self.n_steps, wanted=False)
         if self.learn and self.seen:
             self.composer.observe(self.seen)
         return self.adjoints[: self.n_steps]

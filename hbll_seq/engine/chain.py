@@ -27,8 +27,6 @@ class Linearized(ABC):
 
     #: whether a product with the transposed Jacobian can make the gradients of the transition's parameters as well
     makes_gradients = False
-    #: whether the gradient by s_0 is wanted
-    wants_input = False
     #: whether the Jacobians are diagonal
     is_diagonal = False
     outputs: Tensor
@@ -85,8 +83,8 @@ class Chain(ABC):
         raise NotImplementedError(f"{type(self).__name__} says has_diagonal={self.has_diagonal}")
 
     @abstractmethod
-    def linearize(self, chunk_size: int) -> Linearized:
-        """What the differentiated calls of a solution go into, rows ``chunk_size`` apart or one at a time."""
+    def linearize(self, s0: Tensor, chunk_size: int) -> Linearized:
+        """What the differentiated calls of a solution from s_0 go into, rows ``chunk_size`` apart or one at a time."""
 
 
 class CallChain(Chain):
@@ -128,9 +126,9 @@ class CallChain(Chain):
         outputs = [*self.calls.apply(indices, reads), *states[len(indices) :]]
         return torch.stack(outputs), indices, reads
 
-    def linearize(self, chunk_size: int) -> CalledRows:
+    def linearize(self, s0: Tensor, chunk_size: int) -> CalledRows:
         """See :meth:`Chain.linearize`."""
-        return CalledRows(self, chunk_size)
+        return CalledRows(self, s0, chunk_size)
 
 
 class CalledRows(Linearized):
@@ -138,47 +136,51 @@ class CalledRows(Linearized):
 
     Attributes:
         gradients: by row, of the parameters of its transition, in the order of :meth:`Calls.parameters`; None for one that
-            the output does not depend on. There once the row's adjoint is final.
+            the output does not depend on. There once the row's adjoint is final, where a walk makes them.
         input_gradient: of s_0, likewise.
+        attached: by row, the outputs of the others, attached to their parameters, and that of the first row to s_0.
     """
 
     makes_gradients = True
 
-    def __init__(self, chain: CallChain, chunk_size: int):
+    def __init__(self, chain: CallChain, s0: Tensor, chunk_size: int):
         self.calls, self.indices, self.differentiates = chain.calls, chain.indices, chain.differentiates
+        self.s0 = s0
         self.n_missing = -chain.n_steps % chunk_size
         self.gradients: dict[int, list[Tensor | None]] = {}
         self.input_gradient: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
+        self.attached: dict[int, Tensor] = {}
         self._diagonal: Tensor | None = None
 
     def call(self, rows: slice, states: Tensor) -> Tensor:
         """See :meth:`Linearized.call`. The rows are read where they stand, so that nobody may write to them later on."""
         numbers, indices = self._numbers(rows)
         reads = [state.detach().requires_grad_(self.differentiates) for state in states[: len(numbers)]]
+        if numbers[:1] == [0] and self.s0.requires_grad:
+            reads[0] = self.s0
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.set_grad_enabled(self.differentiates):
             outputs = self.calls.apply(indices, reads)
         self._inputs.update(zip(numbers, reads))
-        self._outputs.update(zip(numbers, outputs))
+        self.attached.update(zip(numbers, outputs))
         made = [*(output.detach() for output in outputs), *states[len(numbers) :]]
         return made[0][None] if len(made) == 1 else torch.stack(made)
 
     @cached_property
     def outputs(self) -> Tensor:
         """See :class:`Linearized`."""
-        return torch.stack([self._outputs[i].detach() for i in range(len(self.indices))])
+        return torch.stack([self.attached[i].detach() for i in range(len(self.indices))])
 
     def output(self, row: int) -> Tensor:
         """See :meth:`Linearized.output`."""
-        return self._outputs[row].detach()
+        return self.attached[row].detach()
 
     def diagonal(self) -> Tensor:
         """See :meth:`Linearized.diagonal`; asked for before an adjoint is final. Ones stand behind a short last segment."""
         if self._diagonal is None:
-            made = (self._inputs, self._outputs)
+            made = (self._inputs, self.attached)
             found = self.calls.diagonal(self.indices, *([t[i].detach() for i in range(len(self.indices))] for t in made))
             self._diagonal = torch.stack([*found, *[torch.ones_like(found[0])] * self.n_missing])
         return self._diagonal
@@ -189,18 +191,18 @@ class CalledRows(Linearized):
         n_inner = len(cotangents) - n_final
         products = list(cotangents)
         if inner := numbers[:n_inner]:
-            outputs, inputs = [self._outputs[i] for i in inner], [self._inputs[i] for i in inner]
+            outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
             found = torch.autograd.grad(outputs, inputs, products[: len(inner)], retain_graph=True)
             products[: len(inner)] = found
         for j, i in enumerate(numbers[n_inner:], start=n_inner):
-            product = self._finish(i, cotangents[j], wanted if i else self.wants_input)
+            product = self._finish(i, cotangents[j], wanted if i else self.s0.requires_grad)
             products[j] = products[j] if product is None else product
         return products[0][None] if len(products) == 1 else torch.stack(products) if wanted else cotangents
 
     def _finish(self, row: int, adjoint: Tensor, wanted: bool) -> Tensor | None:
         """A row's last product, if it is wanted, and its parameters' gradients; its graph is freed."""
         parameters = self.calls.parameters(self.indices[row])
-        output, read = self._outputs.pop(row), self._inputs.pop(row)
+        output, read = self.attached.pop(row), self._inputs.pop(row)
         asked = [read, *parameters] if wanted else parameters
         if not asked:
             return None

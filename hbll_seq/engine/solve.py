@@ -102,8 +102,7 @@ class _Forward:
             )
         self.chain, self.iterations, self.composer, self.learn = chain, iterations, composer, learn
         self.size, self.n_segments = iterations.segments(chain.n_steps)
-        self.linearized = chain.linearize(self.size)
-        self.linearized.wants_input = s0.requires_grad
+        self.linearized = chain.linearize(s0, self.size)
         self.starts, self.low, self.n_called = s0.detach()[None], 0, 0
         self.exact: list[Tensor] = []
         self.residual = s0.new_zeros(())

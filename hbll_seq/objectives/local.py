@@ -202,7 +202,7 @@ class LocalObjective(Objective):
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)
-            losses = run.losses()
+            losses = run.losses
         metrics = self._metrics(run.exits)
         if isinstance(inference, Sweeps) and inference.forward > 0:
             metrics["residual"] = residual

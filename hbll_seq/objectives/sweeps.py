@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ class DepthStep:
                 iterations = replace(iterations, linearization=Identity())
             else:
                 learned = self.learned.of(range(1, 1 + iterations.segments(len(path))[1]))
-        solution, _ = sweep(
+        solution, adjoints = sweep(
             chain,
             self.z0,
             iterations,
@@ -149,13 +150,20 @@ class DepthStep:
             learn=bool(learn),
         )
         self._collect(chain.indices, solution.linearized, from_z0=True)
+        if adjoints is not None:
+            for row, output in solution.linearized.attached.items():  # whose gradients no walk has made
+                self._add(path[row], inject_gradients([output], [adjoints[row]]))
         return solution.residual
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """Those of the blocks' parameters so far, block by block."""
-        return [gradient for n in sorted(self._gradients) for gradient in self._gradients[n]]
+        """Those of the blocks' parameters, block by block."""
+        total = self.losses.sum()
+        parameters = [p for n in sorted(self._losses) for p in self.calls.parameters(n)]
+        with hooks_left_out(parameters):
+            return list(torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True))
 
+    @cached_property
     def losses(self) -> Tensor:
         """The losses of the trained blocks [n], in this order. Only that of an exit has a value other than zero. The
         gradients are the blocks' own, the head's with the last block of a path, the embedding's with the first one."""

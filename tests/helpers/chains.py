@@ -11,8 +11,8 @@ def solved(chain, s0, iterations, **options):
     """The solution, and s_0 .. s_{N-1} that the differentiated calls read."""
     reads, linearize = {}, chain.linearize
 
-    def watched(chunk_size):
-        linearized = linearize(chunk_size)
+    def watched(s0, chunk_size):
+        linearized = linearize(s0, chunk_size)
         call = linearized.call
 
         def noted(rows, states):
@@ -61,17 +61,23 @@ class ApartRows(CalledRows):
 
     def backward(self, adjoints, tensors):
         """``sum_n lambda_n^T d a_n / d theta`` by every tensor theta."""
-        outputs = [self._outputs[n] for n in range(len(adjoints))]
+        outputs = [self.attached[n] for n in range(len(adjoints))]
         return torch.autograd.grad(outputs, tensors, list(adjoints), allow_unused=True, retain_graph=True)
 
 
 class ApartChain(CallChain):
     """See :class:`ApartRows`."""
 
-    def linearize(self, chunk_size):
-        return ApartRows(self, chunk_size)
+    def linearize(self, s0, chunk_size):
+        return ApartRows(self, s0, chunk_size)
 
 
-def summed(gradients):
-    """Of ``CalledRows.gradients``, whose transitions all have the same parameters: their sums; None where there are none."""
-    return [None if found[0] is None else sum(found) for found in zip(*gradients.values())]
+def gradients_of(rows, adjoints, tensors):
+    """Of a solved adjoint of :class:`CalledRows`, whose transitions all have the same parameters ``tensors``: the gradients
+    by them, None where there are none, and by s_0; from its walks, or at what is left to a backward call."""
+    if not rows.attached:
+        return [None if found[0] is None else sum(found) for found in zip(*rows.gradients.values())], rows.input_gradient
+    assert not rows.gradients and rows.input_gradient is None
+    outputs, upstream = zip(*((output, adjoints[n]) for n, output in rows.attached.items()))
+    *found, by_s0 = torch.autograd.grad(outputs, [*tensors, rows.s0], upstream, allow_unused=True, retain_graph=True)
+    return found, by_s0

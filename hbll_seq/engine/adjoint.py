@@ -78,8 +78,9 @@ class _Backward:
             self.adjoints = torch.cat((upstream, upstream.new_zeros((n_missing, *upstream.shape[1:]))))
         self.ends = self.adjoints[-1:].clone()
         if not self.needs_no_estimate:
-            self.guess = composer.guess(upstream, self.diagonal, self.size)
-            self.ends = torch.cat((self.guess[self.size - 1 :: self.size][: self.high - 1], self.ends))
+            guess = composer.guess(upstream, self.diagonal, self.size)
+            self.ends = torch.cat((guess[self.size - 1 :: self.size][: self.high - 1], self.ends))
+            self.guess = None if self.is_fused else guess
         self.pure = None
         if learn and self.size > 1:
             inside = self.adjoints.unflatten(0, (self.high, self.size))[1:, :-1]

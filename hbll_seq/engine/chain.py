@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -168,9 +167,9 @@ class CalledRows(Linearized):
         made = [*(output.detach() for output in outputs), *states[len(numbers) :]]
         return made[0][None] if len(made) == 1 else torch.stack(made)
 
-    @cached_property
+    @property
     def outputs(self) -> Tensor:
-        """See :class:`Linearized`."""
+        """See :class:`Linearized`; a new tensor, which nobody keeps for long."""
         return torch.stack([self.attached[i].detach() for i in range(len(self.indices))])
 
     def output(self, row: int) -> Tensor:

@@ -16,7 +16,7 @@ Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked ten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Diagonal, Walk
 
 
-@dataclass
-class Solution:
+class Solution(NamedTuple):
     """A chain after its forward iterations.
 
     Attributes:

@@ -271,24 +271,25 @@ class RecurrentLocalObjective(RecurrentObjective):
         """The chain after its iterations, its adjoints (None where gradients are disabled), and the loss, which trains the
         head."""
         keep_graph, iterations = torch.is_grad_enabled(), inference.iterations
-        losses: list[Tensor] = []
+        found: list[Tensor] = []  # the states, and the loss at them
 
         def read_out(states: Tensor) -> Tensor | None:
-            read = states.detach().requires_grad_(keep_graph)
+            read, upstream = states.detach().requires_grad_(keep_graph), None
             loss = _nats(self.model, read, targets, lengths)
-            if not keep_graph:
-                losses.append(loss)
-                return None
-            loss, upstream = output_loss(loss, read, self.model)
-            losses.append(loss)
+            if keep_graph:
+                loss, upstream = output_loss(loss, read, self.model)
+            found.extend((states, loss))
             return upstream
 
         init = "input" if inference.init == "state" or estimate is not None else inference.init  # s_0 everywhere
         start = None if estimate is None else estimate.detach()[:-1]
         learned = self.secants if isinstance(inference.linearization, SharedMatrix) else None
         chain = TimeChain(self.model.cell, projected, iterations.clip, differentiates=keep_graph)
-        solution, adjoints = sweep(chain, s0, iterations, read_out, init=init, start=start, learned=learned, learn=learn)
-        return solution, adjoints, losses[0]
+        rows, residual, adjoints = sweep(
+            chain, s0, iterations, read_out, init=init, start=start, learned=learned, learn=learn
+        )
+        states, loss = found
+        return Solution(rows, states, residual), adjoints, loss
 
     def _probe(self, solve: Callable[..., tuple], rows: TimeRows, adjoints: Tensor, inference: Sweeps) -> None:
         """Compares the gradient of the cell with exact ones; nothing learns from it."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hbll_seq.chains.depth import Prefix, number_of, prefixes
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
-from hbll_seq.engine.chain import CallChain, CalledRows, Chain
+from hbll_seq.engine.chain import CallChain, CalledRows, Chain, Linearized
 from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Identity
@@ -37,7 +37,7 @@ def sweep(
     start: Tensor | None = None,
     learned: Composer | None = None,
     learn: bool = False,
-) -> tuple[Solution, Tensor | None]:
+) -> tuple[Linearized, Tensor, Tensor | None]:
     """Solves a chain forward, takes the losses at its states, and solves it back.
 
     Args:
@@ -45,13 +45,14 @@ def sweep(
         chain, s0, iterations, init, start, learned, learn: see :func:`hbll_seq.engine.solve.solve`.
 
     Returns:
-        The solution, and the adjoints [N, ...], or None without upstream gradients.
+        The differentiated calls, the residual, and the adjoints [N, ...], or None without upstream gradients.
     """
-    solution = solve(chain, s0, iterations, init=init, start=start, learned=learned, learn=learn)
-    upstream = read_out(solution.states)
+    linearized, states, residual = solve(chain, s0, iterations, init=init, start=start, learned=learned, learn=learn)
+    upstream = read_out(states)
+    del states  # among the largest tensors of a step
     if upstream is None:
-        return solution, None
-    return solution, solve_adjoint(solution.linearized, upstream, iterations, learned=learned, learn=learn)
+        return linearized, residual, None
+    return linearized, residual, solve_adjoint(linearized, upstream, iterations, learned=learned, learn=learn)
 
 
 def output_loss(loss: Tensor, read: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ class DepthStep:
                 iterations = replace(iterations, linearization=Identity())
             else:
                 learned = self.learned.of(range(1, 1 + iterations.segments(len(path))[1]))
-        solution, adjoints = sweep(
+        rows, residual, adjoints = sweep(
             chain,
             self.z0,
             iterations,
@@ -149,11 +150,11 @@ class DepthStep:
             learned=learned,
             learn=bool(learn),
         )
-        self._collect(chain.indices, solution.linearized, from_z0=True)
+        self._collect(chain.indices, rows, from_z0=True)
         if adjoints is not None:
-            for row, output in solution.linearized.attached.items():  # whose gradients no walk has made
+            for row, output in rows.attached.items():  # whose gradients no walk has made
                 self._add(path[row], inject_gradients([output], [adjoints[row]]))
-        return solution.residual
+        return residual
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -181,7 +182,7 @@ class DepthStep:
         for branch, solution in walked:
             ends += _ends(branch.path, branch.prefixes, branch.exits, solution.states)
         paths, weights, read = zip(*ends)
-        read = [state.detach().requires_grad_(self.keep_graph) for state in read]
+        read = [state.clone().requires_grad_(self.keep_graph) for state in read]  # a view would keep all states alive
         loss, nats = self.model.score_exits(read, self.targets, paths, weights)
         for path, weight, value in zip(paths, weights, nats):
             self.exits.append(Exit(path, weight, value))
@@ -201,7 +202,7 @@ class DepthStep:
         return upstream
 
     def _walk(self, branch: Branch, states: Tensor) -> Solution:
-        start = states[branch.start - 1].detach().requires_grad_(self.keep_graph) if branch.start else self.z0
+        start = states[branch.start - 1].clone().requires_grad_(self.keep_graph) if branch.start else self.z0
         return solve(CallChain(self.calls, branch.prefixes, self.keep_graph), start, _one_segment(branch))
 
     def _collect(self, indices: Sequence[Prefix], rows: CalledRows, from_z0: bool) -> None:

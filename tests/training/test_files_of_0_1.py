@@ -99,7 +99,7 @@ def test_the_settings_of_a_run_are_meant_as_they_were(project):
         settings, _, resumed = resume_run({"output_dir": name}, None)
         assert settings.left_open() == {} and resumed.state["asked"] == {}
         old = yaml.safe_load((project / name / "settings.yaml").read_text())
-        assert resolve(read_preset(f"{name}/settings.yaml", project)) == settings
+        assert resolve(read_preset(f"{name}/settings.yaml", project)).resolved() == settings
         assert (settings.context_length, settings.forward, settings.backward) == (8, old["sweeps"], old["corrections"])
         assert settings.recompute == (old["graphs"] == "recomputed") == (name == "secant")
     assert (settings.linearization, settings.depths().name, settings.chunk_size) == ("low_rank", "none", 1)

@@ -278,7 +278,7 @@ def test_every_option_of_the_objects_is_a_setting_or_left_out_on_purpose():
     for kind in (Sweeps, Tree, DepthMix):
         assert {(kind, f.name) for f in dataclasses.fields(kind)} <= taken | elsewhere
     settings = st.TrainingSettings(max_steps=1)
-    assert settings.inference() == Sweeps().resolved("depth")
+    assert settings.inference() == Sweeps().resolved("depth", 7)
     assert settings.time().resolved("layer") == Sweeps().resolved("layer")
     assert st.TrainingSettings(max_steps=1, objective="tree").inference() == Tree(sigma=0.005)
     assert settings.depths() == DepthMix("octaves", 9.0)
@@ -300,11 +300,12 @@ def test_what_a_model_card_says_of_the_training():
     always = {"objective": "sweeps", "depth_mix": "octaves", "max_steps": 5, "batch_size": 8, "lr": 0.002, "seed": 0}
     assert notable() == always
     assert notable(sigma=0.1, time_forward=4, output_dir="x", n_embd=64) == always  # nothing that this run reads
-    assert notable(forward=2, dropout=0.1) == {**always, "forward": 2}  # the configuration says the rest
+    asked = {"forward": 2, "backward": 4, "chunk_size": 1}  # what goes with a K
+    assert notable(forward=2, dropout=0.1) == {**always, **asked}  # the configuration says the rest
     tree = {**always, "objective": "tree", "sigma": 0.1}
     del tree["depth_mix"]
     assert notable(objective="tree", sigma=0.1, forward=2) == tree
-    assert notable(depth_mix="none") == {**always, "depth_mix": "none", "linearization": "low_rank"}
+    assert notable(depth_mix="none") == {**always, "depth_mix": "none"}
     assert notable(cell="gru", carry_state=True, time_forward=2)["time_forward"] == 2
 
 

@@ -241,9 +241,9 @@ def _guards(host: str) -> list[Any]:
 
     if host not in _LOCAL:
         return [Middleware(_Policy)]
-    # Else a page of another site could give its own name this machine's address, and read along. Of "[::1]:7860" starlette
-    # takes "[" for the name.
-    return [Middleware(_Policy), Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL[:2], "["])]
+    # Else a page of another site could give its own name this machine's address, and read along. Of "[::1]:7860" older
+    # versions take "[" for the name.
+    return [Middleware(_Policy), Middleware(TrustedHostMiddleware, allowed_hosts=[*_LOCAL, "[::1]", "["])]
 
 
 class _Policy:

@@ -151,7 +151,7 @@ def explained_by_chunk(model: HBLLForSequenceClassification, pixels: Tensor, lab
 class ReadChain(TimeChain):
     """A chain that keeps what its differentiated calls read."""
 
-    def linearize(self, chunk_size: int) -> TimeRows:
+    def linearize(self, s0: Tensor, chunk_size: int) -> TimeRows:
         """See :meth:`TimeChain.linearize`."""
         return ReadRows(self, chunk_size)
 

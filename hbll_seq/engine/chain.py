@@ -98,7 +98,9 @@ class CallChain(Chain):
     keeps_calls = True
 
     def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool | None = None):
-        self.differentiates = torch.is_grad_enabled() if differentiates is None else differentiates
+        wanted = torch.is_grad_enabled() if differentiates is None else differentiates
+        # Calls that remember take those without gradients for refinements of an estimate, and no final ones.
+        self.differentiates = wanted or any(calls.remembers(index) for index in indices)
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
         self.has_diagonal = calls.has_diagonal
 
@@ -191,7 +193,9 @@ class CalledRows(Linearized):
         products = list(cotangents)
         if inner := numbers[:n_inner]:
             outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
-            found = torch.autograd.grad(outputs, inputs, products[: len(inner)], retain_graph=True)
+            found = torch.autograd.grad(
+                outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             products[: len(inner)] = found
         for j, i in enumerate(numbers[n_inner:], start=n_inner):
             product = self._finish(i, cotangents[j], wanted if i else self.s0.requires_grad)
@@ -208,6 +212,8 @@ class CalledRows(Linearized):
         with hooks_left_out(parameters):
             found = list(torch.autograd.grad(output, asked, adjoint, allow_unused=True))
         product = found.pop(0) if wanted else None
+        if wanted and product is None:  # the output does not depend on the state
+            product = torch.zeros_like(read)
         self.gradients[row] = found
         if row == 0:
             self.input_gradient = product

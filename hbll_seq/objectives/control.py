@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbll_seq.engine.iterations import Iterations
+from hbll_seq.utils.modules import KeepsPrecision
 from hbll_seq.utils.options import check_options, option
 
 #: a probe is calm where the gradient misses by no more than this part of the tolerance; after so many of them in a row the
@@ -62,7 +63,7 @@ class Adaptive:
 CONTROLS: dict[str, type[Adaptive]] = {Adaptive.name: Adaptive}
 
 
-class FidelityControl(nn.Module):
+class FidelityControl(KeepsPrecision):
     """The numbers of iterations of an objective's sweeps, as they are now, and what changes them.
 
     A training step is bracketed by :meth:`begin_step` and :meth:`end_step`. Where the first one says so, a probe comes in

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.chains.time import TimeChain, TimeRows
-from hbll_seq.engine.gradients import inject_gradients
+from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
 from hbll_seq.engine.solve import Solution
 from hbll_seq.models.recurrent import RecurrentModel
@@ -299,7 +299,8 @@ class RecurrentLocalObjective(RecurrentObjective):
             return
 
         def of_cell(rows: TimeRows, adjoints: Tensor) -> list[Tensor | None]:
-            return list(torch.autograd.grad(rows.attached, parameters, adjoints, retain_graph=True, allow_unused=True))
+            with hooks_left_out(parameters):
+                return list(torch.autograd.grad(rows.attached, parameters, adjoints, retain_graph=True, allow_unused=True))
 
         def gradient(inference: Sweeps) -> list[Tensor | None]:
             with fork_rng_of(adjoints):

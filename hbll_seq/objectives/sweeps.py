@@ -67,7 +67,7 @@ def output_loss(loss: Tensor, read: Tensor, model: nn.Module) -> tuple[Tensor, T
     parameters = [p for p in model.parameters() if p.requires_grad]
     with hooks_left_out(parameters):
         upstream, *gradients = torch.autograd.grad(loss, [read, *parameters], allow_unused=True)
-    return loss.detach() + injected(parameters, gradients), upstream
+    return loss.detach() + injected(parameters, gradients), upstream.contiguous()  # it is written to, and may be expanded
 
 
 def injected(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor | float:
@@ -209,8 +209,8 @@ class DepthStep:
         """Adds the gradients of evaluations to those of their blocks."""
         for row, gradients in rows.gradients.items():
             n = number_of(indices[row])
-            before = self._gradients.get(n, [None] * len(gradients))
-            self._gradients[n] = [h if g is None else g if h is None else g.add_(h) for g, h in zip(before, gradients)]
+            before = self._gradients.get(n, [None] * len(gradients))  # not added in place: autograd may give one tensor twice
+            self._gradients[n] = [h if g is None else g if h is None else g + h for g, h in zip(before, gradients)]
         if from_z0 and rows.input_gradient is not None:
             self._by_z0.append(rows.input_gradient)
         rows.gradients.clear()

@@ -1,4 +1,4 @@
-"""Plain modules and evaluation mode."""
+"""Plain modules, evaluation mode, and buffers that keep their precision."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def evaluation_mode(model: nn.Module, modules: Iterable[nn.Module] | None = None
     finally:
         for module in training:
             module.training = True
+
+
+class KeepsPrecision(nn.Module):
+    """A module that moves as modules do, but whose own buffers never turn to half precision, which sums cannot stand."""
+
+    def _apply(self, fn, *args, **kwargs):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self

@@ -407,3 +407,16 @@ def test_span_over_both_axes_does_not_grow_with_the_text_nor_with_the_blocks(mix
         walked = 0 if mix == "none" else (n_level - 1) * (call + product)
         assert spans[n_level, 32][1] <= alone + walked
     assert mix == "octaves" or spans[4, 32] == spans[3, 32] == (4 * call, alone)
+
+
+@pytest.mark.parametrize("inference", ["sweeps", "sweeps:forward=2,backward=1,chunk_size=2"])
+def test_without_gradients_losses_and_states_are_those_of_training(inference):
+    model, tokens = double_lm("gru")
+    objective = LocalObjective(model, inference, time="sweeps:forward=2,backward=1,chunk_size=3")
+    trained = objective(tokens)
+    with torch.no_grad():
+        measured = objective(tokens)
+    torch.testing.assert_close(measured.loss, trained.loss.detach(), rtol=1e-12, atol=1e-12)
+    assert trained.states.keys() == measured.states.keys() and len(trained.states)
+    for prefix, state in trained.states.items():
+        torch.testing.assert_close(measured.states[prefix], state, rtol=1e-12, atol=1e-12)

@@ -19,8 +19,10 @@ from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.solve import solve
 from hbll_seq.layers.cells import make_cell
-from hbll_seq.models.recurrent import RecurrentLM
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
 from hbll_seq.objectives.backprop import BackpropObjective
+from hbll_seq.objectives.depth_mix import MIXES, OF_PREFIXES
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Sweeps
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective, RecurrentLocalObjective
@@ -387,3 +389,61 @@ def test_hooks_on_parameters_run_once():
     ours, exact = (doubled(kind, tokens) for kind in objectives)
     for name, gradient in exact.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+
+
+class Summed(torch.nn.Module):
+    """A block whose two matrices have one gradient, and whose gain's gradient autograd gives as an expanded tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (torch.nn.Parameter(0.3 * torch.randn(4, 4)) for _ in range(2))
+        self.gain = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x + torch.tanh(x @ (self.one + self.other)) * self.gain.sum()
+
+
+class Constant(torch.nn.Module):
+    """A block that does not read its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return self.value.expand_as(x) * 2
+
+
+@pytest.mark.parametrize("inference", ["sweeps", "sweeps:forward=6,backward=6"])
+@pytest.mark.parametrize("mix", list(MIXES))
+def test_odd_blocks_have_backprops_gradients_under_every_mix(mix, inference):
+    torch.manual_seed(0)
+    for n_constant in (0, 4):
+        blocks = [Constant() if n == n_constant else Summed() for n in range(1, 8)]
+        paths = "prefix" if mix in OF_PREFIXES else "spine"
+        model = DepthHierarchy(blocks, torch.nn.Linear(4, 3), torch.nn.Linear(2, 4), default_paths=paths).double()
+        x, y = torch.randn(5, 2, dtype=torch.float64), torch.randint(3, (5,))
+        found = []
+        for kind in (BackpropObjective(model, depths=mix), LocalObjective(model, inference, depths=mix)):
+            model.zero_grad()
+            kind(x, y).loss.backward()
+            found.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+        for name, exact in found[0].items():
+            torch.testing.assert_close(found[1][name], exact, rtol=1e-9, atol=1e-10, msg=f"{n_constant} {name}")
+
+
+def test_upstream_gradients_may_be_expanded_tensors():
+    class Sum(torch.nn.Module):
+        def forward(self, state):
+            return state.sum(-1, keepdim=True)
+
+    model = RecurrentModel(make_cell("gru", 3, 6), Sum(), torch.nn.Linear(2, 3), target_family="gaussian").double()
+    x, y = torch.randn(2, 9, 2, dtype=torch.float64), torch.randn(2, 9, 1, dtype=torch.float64)
+    for chunk in (1, 3):
+        grads = []
+        for kind in (RecurrentBackpropObjective(model), RecurrentLocalObjective(model, Sweeps(9, 9, chunk))):
+            model.zero_grad()
+            kind(x, y).loss.backward()
+            grads.append([p.grad.clone() for p in model.cell.parameters()])
+        for ours, exact in zip(*reversed(grads)):
+            torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-10)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hbll_seq.utils.modules import KeepsPrecision
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -13,7 +15,7 @@ def full_precision(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-class RunningFit(nn.Module, ABC):
+class RunningFit(KeepsPrecision, ABC):
     """What learned approximations share: second moments averaged over steps, in buffers, and maps fitted to them.
 
     The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
@@ -34,15 +36,6 @@ class RunningFit(nn.Module, ABC):
             raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
         self.decay, self.every = decay, every
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn, *args, **kwargs):
-        """Moves as modules do, but never to half precision, in which moments cannot be solved."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, before[name].to(buffer.device))
-        return self
 
     @torch.no_grad()
     def _average(self, change: Tensor, response: Tensor, *moments: Tensor, is_sound: Tensor | None = None) -> None:

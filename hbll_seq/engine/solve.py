@@ -59,7 +59,7 @@ def solve(
         s0: [...], what the first one reads.
         iterations: K, c and how it is iterated.
         init: first estimate of the states: ``"input"`` (s_0 everywhere), ``"zeros"``, ``"first"`` (f_1(s_0) everywhere, in a
-            call that is kept: for chains whose first transition changes the state most, docs/method.md 2.6), or
+            call that is kept: for chains that keep calls, whose first transition changes the state most, method.md 2.6), or
             ``"diagonal"``: one quasi-Newton iteration of single transitions from s_0 (one call; makes a state exact).
         start: [N - 1, ...], first estimate of s_1 .. s_{N-1}; goes before ``init``.
         learned: the learned maps of the linearization, where it has some.
@@ -133,6 +133,8 @@ class _Forward:
         if start is not None:
             self._estimate(start[self.size - 1 :: self.size][:n_later])
         elif init == "first":
+            if not self.chain.keeps_calls:
+                raise ValueError("init='first': this chain calls all its segments together; choose 'input' or 'diagonal'")
             made = self._call(slice(0, 1), self.starts)
             self._estimate(made.expand(n_later, *made.shape[1:]), is_exact=self.size == 1)
         elif init == "diagonal" and self.chain.n_steps > 1:

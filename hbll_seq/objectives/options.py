@@ -84,7 +84,8 @@ class Inference:
 class Sweeps(Inference):
     """K parallel forward iterations, one differentiated call of every transition, M backward (adjoint) iterations.
 
-    With (K + 1) c and (M + 1) c at least the chain's length, every gradient is backpropagation's; see docs/method.md 2.2.
+    With (K + 1) c and (M + 1) c at least the chain's length (over time M c), every gradient is backpropagation's; see
+    docs/method.md 2.2.
 
     Attributes:
         forward: K; None is the axis's own: over depth as many as make the gradient exact, over time 1, over the time inside

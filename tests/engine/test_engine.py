@@ -447,3 +447,9 @@ def test_upstream_gradients_may_be_expanded_tensors():
             grads.append([p.grad.clone() for p in model.cell.parameters()])
         for ours, exact in zip(*reversed(grads)):
             torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-10)
+
+
+def test_a_chain_that_calls_its_segments_together_has_no_first_call():
+    cell, projected, s0, _, _ = recurrence()
+    with pytest.raises(ValueError, match="init='first'.*choose 'input'"):
+        solve(TimeChain(cell, projected), s0, Iterations(1, linearization=Zero()), init="first")

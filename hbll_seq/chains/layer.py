@@ -47,9 +47,9 @@ class _Composed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         diagonal, *jacobian = ctx.saved_tensors
-        linearized = KnownJacobians(Jacobian(*jacobian), ctx.iterations.clip, diagonal)
-        adjoints = solve_adjoint(linearized, upstream.clone(), ctx.iterations)
-        by_s0 = linearized.vjp(slice(0, 1, 1), adjoints[:1])[0] if ctx.needs_input_grad[1] else None
+        jacobians = KnownJacobians(Jacobian(*jacobian), ctx.iterations.clip, diagonal)
+        adjoints = solve_adjoint(jacobians, upstream.clone(), ctx.iterations)
+        by_s0 = jacobians.vjp(slice(0, 1, 1), adjoints[:1])[0] if ctx.needs_input_grad[1] else None
         return adjoints, by_s0, None, None, None, None, None, None
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hbll_seq.engine.chain import Chain, Linearized
+from hbll_seq.engine.chain import Chain, Jacobians, Linearized
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 
 
@@ -56,7 +56,7 @@ class TimeChain(Chain):
         return TimeRows(self, chunk_size)
 
 
-class KnownJacobians(Linearized):
+class KnownJacobians(Jacobians):
     """Transitions of a cell whose Jacobians are known.
 
     Args:
@@ -68,27 +68,23 @@ class KnownJacobians(Linearized):
     def __init__(self, jacobian: Jacobian, clip: float = 1.0, diagonal: Tensor | None = None):
         self.jacobian, self.clip, self._diagonal = jacobian, clip, diagonal
 
-    def call(self, rows: slice, states: Tensor) -> Tensor:
-        """See :meth:`Linearized.call`; they have been called."""
-        raise NotImplementedError("these transitions have been called")
-
     @property
     def is_diagonal(self) -> bool:
-        """See :class:`Linearized`."""
+        """See :class:`Jacobians`."""
         return self.jacobian.gains is None
 
     def diagonal(self) -> Tensor:
-        """See :meth:`Linearized.diagonal`."""
+        """See :meth:`Jacobians.diagonal`."""
         if self._diagonal is None:
             self._diagonal = clipped(self.jacobian, self.clip)
         return self._diagonal
 
     def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
-        """See :meth:`Linearized.vjp`; a new tensor."""
+        """See :meth:`Jacobians.vjp`; a new tensor."""
         return self.jacobian.between(rows.start, rows.stop, rows.step).vjp(cotangents)
 
 
-class TimeRows(KnownJacobians):
+class TimeRows(KnownJacobians, Linearized):
     """The differentiated calls of a :class:`TimeChain`.
 
     Attributes:

@@ -16,14 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hbll_seq.engine.chain import Linearized
+from hbll_seq.engine.chain import Jacobians
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Walk
 
 
 @torch.no_grad()
 def solve_adjoint(
-    linearized: Linearized,
+    jacobians: Jacobians,
     upstream: Tensor,
     iterations: Iterations,
     *,
@@ -32,11 +32,11 @@ def solve_adjoint(
 ) -> Tensor:
     """Adjoints lambda_1 .. lambda_N [N, ...] of a loss on the states: a first estimate, then M iterations.
 
-    Where ``linearized`` makes gradients and segments are longer than one transition, those of all parameters are made too,
+    Where ``jacobians`` make gradients and segments are longer than one transition, those of all parameters are made too,
     from the adjoints that are returned.
 
     Args:
-        linearized: of a :class:`Solution`.
+        jacobians: such as the ``linearized`` of a :class:`hbll_seq.engine.solve.Solution`.
         upstream: [N, ...], upstream gradients e_n = d loss / d s_n for n = 1 .. N; zero where no loss is taken at s_n. It may
             be overwritten.
         iterations: M, c and the linearization.
@@ -45,7 +45,7 @@ def solve_adjoint(
     Raises:
         ValueError: see :func:`solve`.
     """
-    run = _Backward(linearized, upstream, iterations, iterations.composer(learned), learn)
+    run = _Backward(jacobians, upstream, iterations, iterations.composer(learned), learn)
     n_before = iterations.backward if run.is_fused else max(0, iterations.backward - 1)
     for number in range(n_before):
         if run.high == 1:
@@ -65,12 +65,12 @@ class _Backward:
         seen: what iterations walked, for the learned maps.
     """
 
-    def __init__(self, linearized: Linearized, upstream: Tensor, iterations: Iterations, composer: Composer, learn: bool):
-        self.linearized, self.iterations, self.composer, self.learn = linearized, iterations, composer, learn
-        self.n_steps, self.is_fused = len(upstream), linearized.makes_gradients
+    def __init__(self, jacobians: Jacobians, upstream: Tensor, iterations: Iterations, composer: Composer, learn: bool):
+        self.jacobians, self.iterations, self.composer, self.learn = jacobians, iterations, composer, learn
+        self.n_steps, self.is_fused = len(upstream), jacobians.makes_gradients
         self.size, self.high = iterations.segments(self.n_steps)
         self.walks_make_gradients = self.is_fused and (self.size > 1 or self.n_steps == 1)
-        self.diagonal = linearized.diagonal() if composer.needs_diagonal else None
+        self.diagonal = jacobians.diagonal() if composer.needs_diagonal else None
         # With enough iterations every segment's adjoint is exact in its turn: nothing would be made of an estimate.
         self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high - 1 and not learn
         self.adjoints, n_missing = upstream, self.high * self.size - self.n_steps
@@ -100,7 +100,7 @@ class _Backward:
     def finish(self, number: int) -> Tensor:
         """The last walk: the adjoints of all segments that are not done yet."""
         high, size = self.high, self.size
-        is_diagonal = self.composer.needs_diagonal and self.linearized.is_diagonal  # then nothing is left to correct
+        is_diagonal = self.composer.needs_diagonal and self.jacobians.is_diagonal  # then nothing is left to correct
         if not self.is_fused and (is_diagonal or self.iterations.backward == 0):
             return self.guess
         exchanges = not self.is_fused and high > 1
@@ -130,12 +130,12 @@ class _Backward:
             first = low * size + p
             if p == 0 and not exchanges:
                 if self.walks_make_gradients:
-                    self.linearized.vjp(slice(first, stop, size), state, n_final, wanted=False)
+                    self.jacobians.vjp(slice(first, stop, size), state, n_final, wanted=False)
                 break
             if p == 0 and low == 0:  # no segment waits for what the first one would send
                 first, state, n_final = size, state[1:], n_final - 1
             rows = slice(first, stop, size)
-            state = self.linearized.vjp(rows, state, n_final if self.walks_make_gradients else 0)
+            state = self.jacobians.vjp(rows, state, n_final if self.walks_make_gradients else 0)
             if self.diagonal is not None:
                 here = self.diagonal[rows]
                 products.append(here if not products else products[-1][-len(here) :] * here)

@@ -17,17 +17,40 @@ from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.gradients import hooks_left_out
 
 
-class Linearized(ABC):
-    """Transitions after their differentiated call, which were evaluated at given states, each on its own.
+class Jacobians(ABC):
+    """Products with the transposed Jacobians of a chain's transitions, at the states that the differentiated calls read: all
+    that the adjoints need of a chain."""
+
+    #: whether a product can make the gradients of the transition's parameters as well
+    makes_gradients = False
+    #: whether the Jacobians are diagonal
+    is_diagonal = False
+
+    @abstractmethod
+    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor | None:
+        """``J_n^T cotangent`` of these transitions, [R, ...] -> [R, ...].
+
+        Args:
+            rows: which.
+            cotangents: of their outputs.
+            n_final: of the last so many rows no other product will be asked for, so that their cotangents are their adjoints:
+                where ``makes_gradients`` says so, their parameters' gradients are made too.
+            wanted: whether the products of these rows are, or their gradients alone; then all are final, and it returns None.
+        """
+
+    def diagonal(self) -> Tensor:
+        """Diagonals of all Jacobians, [S c, ...] of S segments, those behind the N-th being of no use; where
+        :attr:`Chain.has_diagonal`."""
+        raise NotImplementedError(f"{type(self).__name__} knows no diagonals")
+
+
+class Linearized(Jacobians):
+    """Transitions that get their differentiated call, each on its own, at the states that a solution comes to.
 
     Attributes:
         outputs: a_1 .. a_N, [N, ...], once all have been called; detached.
     """
 
-    #: whether a product with the transposed Jacobian can make the gradients of the transition's parameters as well
-    makes_gradients = False
-    #: whether the Jacobians are diagonal
-    is_diagonal = False
     outputs: Tensor
 
     @abstractmethod
@@ -37,23 +60,6 @@ class Linearized(ABC):
     def output(self, row: int) -> Tensor:
         """a_{row + 1} [...], detached, of a transition that has been called; of a chain that keeps calls."""
         raise NotImplementedError(f"{type(self).__name__} keeps no calls")
-
-    @abstractmethod
-    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
-        """``J_n^T cotangent`` of these transitions, [R, ...] -> [R, ...].
-
-        Args:
-            rows: which.
-            cotangents: of their outputs.
-            n_final: of the last so many rows no other product will be asked for, so that their cotangents are their adjoints:
-                where ``makes_gradients`` says so, their parameters' gradients are made too.
-            wanted: whether the products of these rows are, or their gradients alone.
-        """
-
-    def diagonal(self) -> Tensor:
-        """Diagonals of all Jacobians, [S c, ...] of S segments, those behind the N-th being of no use; where
-        :attr:`Chain.has_diagonal`."""
-        raise NotImplementedError(f"{type(self).__name__} knows no diagonals")
 
 
 class Chain(ABC):
@@ -179,45 +185,45 @@ class CalledRows(Linearized):
         return self.attached[row].detach()
 
     def diagonal(self) -> Tensor:
-        """See :meth:`Linearized.diagonal`; asked for before an adjoint is final. Ones stand behind a short last segment."""
+        """See :meth:`Jacobians.diagonal`; asked for before an adjoint is final. Ones stand behind a short last segment."""
         if self._diagonal is None:
             made = (self._inputs, self.attached)
             found = self.calls.diagonal(self.indices, *([t[i].detach() for i in range(len(self.indices))] for t in made))
             self._diagonal = torch.stack([*found, *[torch.ones_like(found[0])] * self.n_missing])
         return self._diagonal
 
-    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
-        """See :meth:`Linearized.vjp`."""
+    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor | None:
+        """See :meth:`Jacobians.vjp`. The first row's product is wanted wherever s_0 has a gradient."""
         numbers, _ = self._numbers(rows)
         n_inner = len(cotangents) - n_final
-        products = list(cotangents)
+        products = list(cotangents)  # what is not there passes its cotangent on
         if inner := numbers[:n_inner]:
             outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
-            found = torch.autograd.grad(
+            products[: len(inner)] = torch.autograd.grad(
                 outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            products[: len(inner)] = found
         for j, i in enumerate(numbers[n_inner:], start=n_inner):
-            product = self._finish(i, cotangents[j], wanted if i else self.s0.requires_grad)
-            products[j] = products[j] if product is None else product
-        return products[0][None] if len(products) == 1 else torch.stack(products) if wanted else cotangents
+            self._finish(i, products, j, wanted if i else self.s0.requires_grad)
+        if not wanted:
+            return None
+        return products[0][None] if len(products) == 1 else torch.stack(products)
 
-    def _finish(self, row: int, adjoint: Tensor, wanted: bool) -> Tensor | None:
-        """A row's last product, if it is wanted, and its parameters' gradients; its graph is freed."""
+    def _finish(self, row: int, products: list[Tensor], j: int, wanted: bool) -> None:
+        """Turns the adjoint ``products[j]`` of a row into its last product, if it is wanted, and its parameters' gradients;
+        its graph is freed."""
         parameters = self.calls.parameters(self.indices[row])
         output, read = self.attached.pop(row), self._inputs.pop(row)
         asked = [read, *parameters] if wanted else parameters
         if not asked:
-            return None
+            return
         with hooks_left_out(parameters):
-            found = list(torch.autograd.grad(output, asked, adjoint, allow_unused=True))
-        product = found.pop(0) if wanted else None
-        if wanted and product is None:  # the output does not depend on the state
-            product = torch.zeros_like(read)
+            found = list(torch.autograd.grad(output, asked, products[j], allow_unused=True))
+        if wanted:
+            product = found.pop(0)
+            products[j] = torch.zeros_like(read) if product is None else product  # None: it does not read the state
         self.gradients[row] = found
-        if row == 0:
-            self.input_gradient = product
-        return product
+        if row == 0 and wanted:
+            self.input_gradient = products[j]
 
     def _numbers(self, rows: slice) -> tuple[list[int], list[Hashable]]:
         return list(range(rows.start, rows.stop, rows.step or 1)[: len(self.indices[rows])]), self.indices[rows]

@@ -145,21 +145,21 @@ class _Forward:
     def iterate(self, number: int) -> None:
         """Iteration ``number``, from 0: walks all segments that can still change and composes what they end in."""
         iterations, n_later = self.iterations, self.n_segments - 1 - self.low
-        is_plain, n_called = iterations.damping == 1.0, 0
+        is_plain, n_done = iterations.damping == 1.0, 0
         is_last = number == iterations.forward - 1 or (is_plain and n_later == 1)
         if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
-            first, n_called = self._call_segment(self.low), 1
+            first, n_done = self._call_segment(self.low), 1
             if self.needs_no_estimate:
                 self._estimate(first, is_exact=True)
                 return
         # The last segment's end is not needed.
         last = slice((self.n_segments - 1) * self.size, self.chain.n_steps)
         walks_last = self.chain.remembers(last) or (self.learn and is_last and self.composer.wants_last)
-        begun = self.starts[n_called:] if len(self.starts) > 1 else self.starts
-        begun, ended, product = self._walk(begun, self.low + n_called, self.n_segments - (not walks_last))
+        begun = self.starts[n_done:] if len(self.starts) > 1 else self.starts
+        begun, ended, product = self._walk(begun, self.low + n_done, self.n_segments - (not walks_last))
         if self.learn and len(ended):
-            self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_called, number)))
-        if n_called:
+            self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_done, number)))
+        if n_done:
             ended = torch.cat((first, ended))
             product = product if product is None else torch.cat((torch.ones_like(first), product))
         old = self.starts.expand(n_later + 1, *self.starts.shape[1:])

@@ -366,7 +366,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             objective(tokens[4 * step : 4 * step + 4], step=step).loss.backward()
         one = found(objective.model)
         for rank in (0, 1):
-            equal(torch.load(tmp_path / f"{rank}-{number}.pt"), one, 1e-12)
+            equal(torch.load(tmp_path / f"{rank}-{number}.pt", weights_only=True), one, 1e-12)
 
 
 def test_hooks_on_parameters_run_once():

@@ -9,5 +9,9 @@
     report     tables
     plots      figures
     program    what every script does around its main: mistakes and exit codes
-    fused      torch's fused recurrent layers as a baseline of speed
+    fused      torch's fused recurrent layers as a baseline of speed; ``fused_bptt`` trains with one
+    turns      steps of several methods timed by turns
+    equal_time figures at equal time, and ``statistics`` of few seeds
+    code_text  the source of SymPy as a text
+    gpu_*      the cells, steps and report of ``gpu.py``
 """

@@ -420,3 +420,20 @@ def test_without_gradients_losses_and_states_are_those_of_training(inference):
     assert trained.states.keys() == measured.states.keys() and len(trained.states)
     for prefix, state in trained.states.items():
         torch.testing.assert_close(measured.states[prefix], state, rtol=1e-12, atol=1e-12)
+
+
+def test_iterations_that_are_exact_over_depth_still_refine_recurrent_blocks_over_time(monkeypatch):
+    """Every evaluation of a later segment goes on from its last estimate in time; other blocks have no use for one."""
+    refined, original = [], BlockCalls._run
+
+    def watched(self, index, state, *hints):
+        if not torch.is_grad_enabled():
+            refined.append(index[-1])
+        return original(self, index, state, *hints)
+
+    monkeypatch.setattr(BlockCalls, "_run", watched)
+    for cell, expected in (("gru", [5, 6, 7]), ("transformer", [])):
+        model, tokens = double_lm(cell)
+        LocalObjective(model, Sweeps(1, 1, 4))(tokens)
+        assert refined == expected
+        refined.clear()

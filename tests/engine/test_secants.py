@@ -312,3 +312,11 @@ def test_a_run_takes_them_where_they_were_measured_to_help():
     assert dataclasses.replace(run.resolved(), cell="gru").linearization == "low_rank"
     assert dataclasses.replace(run, cell="gru").resolved().linearization == "identity"  # of what was asked
     assert of(depth_mix="none", linearization="identity") == "identity" and of(linearization="low_rank") == "low_rank"
+
+
+def test_maps_learn_from_iterations_that_are_enough_to_be_exact():
+    """Nothing would be made of an estimate then, but for what is learned from it."""
+    model, tokens = double_lm()
+    objective = LocalObjective(model, Sweeps(3, 3, 2, "low_rank")).double()
+    objective(tokens).loss.backward()
+    assert objective.secants.forward_change.any() and objective.secants.backward_change.any()

@@ -343,6 +343,21 @@ def test_two_processes_decide_alike_by_the_mean_of_what_they_measure(tmp_path):
     assert first == second and first.startswith("[[2, 1], [3, 3, 0, 1], ")
 
 
+def test_probes_over_time_run_no_hook_of_a_parameter():
+    model, calls = recurrent_lm(), []
+    model.cell.weight_hh.register_hook(lambda g: calls.append(1))
+    objective = RecurrentLocalObjective(model, Sweeps(0, 0, 3, control=Adaptive(1e-6, every=1)))
+    objective(torch.randint(17, (2, 13))).loss.backward()
+    assert len(calls) == 1
+
+
+def test_what_a_control_has_measured_keeps_its_precision():
+    objective = LocalObjective(scaled_lm(1.0), Sweeps(1, 1, 2, control="adaptive"))
+    objective.control.figures[0] = 0.987654
+    assert objective.bfloat16().control.figures.dtype == torch.float32
+    assert objective.control.figures[0].item() == pytest.approx(0.987654, abs=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------------- options
 
 

@@ -87,6 +87,34 @@ def test_seconds_and_work():
     assert told in row("seconds of a training step over depth")
 
 
+def test_segments_beside_backprop():
+    text = section("results.md", "18.")
+    exact, few = "sweeps", "sweeps:forward=1,backward=1,chunk_size=4"
+    for name, methods in (("compare-engine-7", ["backprop-7", exact]), ("compare-engine-15", ["backprop-15", few])):
+        cells = [", ".join(f"{value:.2f}" for value in of(name, method, 1.5e-3, "perplexity")) for method in methods]
+        assert f"| {' | '.join(cells)} |" in text
+    for test in [run["test"] for run in runs("compare-engine-octaves")]:
+        assert "| " + " | ".join(f"{row['perplexity']:.2f}" for row in test) + " |" in text
+
+
+def test_copying_by_a_small_network():
+    text, name = section("results.md", "19."), "compare-rnn-copy-256-gru-small"
+    found = {"bptt": 1.6e-2, "sweeps:forward=3,backward=3,chunk_size=16": 8e-3, "truncated:window=16": 1.6e-2}
+    times = {key.split()[0]: 1000 * value for key, value in stored(name)["step_times"].items()}
+    for method, lr in found.items():
+        cells = ", ".join(f"{value:.1f}" for value in of(name, method, lr, "accuracy"))
+        assert f"| {cells} | {times[method.partition(':')[0]]:.1f} |" in text
+    assert f"in {times['sweeps'] / times['bptt']:.2f} of its time a step" in " ".join(text.split())
+
+
+def test_heads():
+    rows, text = stored("bench_heads")["rows"], section("results.md", "20.")
+    for n in (1, 4, 7):
+        ms = {(row["products"], row["form"]): row["ms"] for row in rows if row["exits"] == n}
+        cells = [f"{ms[products, form]:.1f}" for products in ("torch's", "fast") for form in ("one by one", "together")]
+        assert f"| {n} | {' | '.join(cells)} |" in text
+
+
 # ------------------------------------------------------------------------------------------------------- generation
 
 

@@ -453,3 +453,28 @@ def test_a_chain_that_calls_its_segments_together_has_no_first_call():
     cell, projected, s0, _, _ = recurrence()
     with pytest.raises(ValueError, match="init='first'.*choose 'input'"):
         solve(TimeChain(cell, projected), s0, Iterations(1, linearization=Zero()), init="first")
+
+
+def test_a_block_trains_what_it_registers_and_shared_modules_get_the_sum():
+    class Borrowing(torch.nn.Module):
+        def __init__(self, owner, registers):
+            super().__init__()
+            self.linear, self.owner = torch.nn.Linear(4, 4), owner if registers else [owner]
+
+        def forward(self, x):
+            owner = self.owner[0] if isinstance(self.owner, list) else self.owner
+            return x + torch.tanh(self.linear(x) + owner(x))
+
+    x, y = torch.randn(5, 2), torch.randint(3, (5,))
+    for registers in (True, False):
+        torch.manual_seed(0)
+        owner = torch.nn.Linear(4, 4)
+        blocks = [Borrowing(owner, registers) for _ in range(3)]
+        model = DepthHierarchy(blocks, torch.nn.Linear(4, 3), torch.nn.Linear(2, 4))
+        LocalObjective(model, "sweeps")(x, y).loss.backward()
+        assert (owner.weight.grad is not None) == registers
+        if registers:
+            ours = owner.weight.grad.clone()
+            model.zero_grad()
+            BackpropObjective(model)(x, y).loss.backward()
+            torch.testing.assert_close(ours, owner.weight.grad)

@@ -39,7 +39,7 @@ def test_the_table_has_seven_rows():
 @pytest.mark.parametrize("method", ["backprop-7", "sweeps"])
 def test_full_path_alone(method):
     values = of("compare-engine-7", method, 1.5e-3, "perplexity")
-    assert len(values) == 2 and ", ".join(f"{value:.2f}" for value in values) in row("full path alone")
+    assert len(values) == 3 and ", ".join(f"{value:.2f}" for value in values) in row("full path alone")
 
 
 def test_few_passes_over_many_segments():
@@ -93,6 +93,10 @@ def test_segments_beside_backprop():
     for name, methods in (("compare-engine-7", ["backprop-7", exact]), ("compare-engine-15", ["backprop-15", few])):
         cells = [", ".join(f"{value:.2f}" for value in of(name, method, 1.5e-3, "perplexity")) for method in methods]
         assert f"| {' | '.join(cells)} |" in text
+    cells = [f"{of('compare-engine-code', method, 1.5e-3, 'perplexity')[0]:.2f}" for method in ("backprop-7", exact)]
+    assert f"`sweeps` | {' | '.join(cells)} |" in text
+    rates = {lr: of("compare-engine-code", "backprop-1", lr, "perplexity")[0] for lr in (6e-3, 1.5e-3, 3e-3)}
+    assert f"6e-3 (1.5e-3: {rates[1.5e-3]:.2f}, 3e-3: {rates[3e-3]:.2f}) | {rates[6e-3]:.2f} |" in text
     for test in [run["test"] for run in runs("compare-engine-octaves")]:
         assert "| " + " | ".join(f"{row['perplexity']:.2f}" for row in test) + " |" in text
 

@@ -27,6 +27,7 @@ from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
+from hbll_seq.training.parallel_settings import check_block_parallel
 from hbll_seq.training.setting_fields import option_of as _of
 from hbll_seq.training.setting_fields import setting
 from hbll_seq.tree.topology import PATH_FAMILIES
@@ -44,7 +45,7 @@ LEFT_OPEN = {
     "chunk_size": None,
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
-_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST = 10_000, 2**20, 2**16
+_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST, _MOST_BLOCKS = 10_000, 2**20, 2**16, 2**10 - 1
 #: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes
 _EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREFIXES[-1]))
 #: over depth; the blocks of these models do not tell the diagonal of their Jacobian
@@ -169,6 +170,8 @@ class TrainingSettings:
     keep_checkpoints: int = _run(2, "newest checkpoints that are kept", low=1)
     threads: int | None = _run(None, "CPU threads of each process; none: the cores divided by the processes", low=1,
                                high=1024)
+    block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
+                               "data-parallel replicas", low=1, high=_MOST_BLOCKS)
     log_with: str | None = _run(None, "further trackers, comma-separated, any that Accelerate knows: tensorboard, wandb, ... "
                                 "(metrics.jsonl is always written)")
 
@@ -216,11 +219,17 @@ class TrainingSettings:
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
+        if self.block_parallel > 1:
+            check_block_parallel(self, self._decided())
 
     # ------------------------------------------------------------------------------------ what was left open
 
     def resolved(self) -> TrainingSettings:
         """The same with nothing left open; of such settings, themselves."""
+        return dataclasses.replace(self, **self._decided())
+
+    def _decided(self) -> dict[str, Any]:
+        """What becomes of the settings that were left open."""
         mix = self.depth_mix
         if mix == "auto":
             mix = DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none"
@@ -240,7 +249,7 @@ class TrainingSettings:
             "backward": sweeps.backward,
             "chunk_size": sweeps.chunk_size,
         }
-        return dataclasses.replace(self, **{name: decided[name] for name in self.left_open()})
+        return {name: decided[name] for name in self.left_open()}
 
     def left_open(self) -> dict[str, Any]:
         """What :meth:`resolved` decides: names and how they say that they are open."""

@@ -17,20 +17,20 @@ from hbll_seq.distributed.ranks import Ranks
 
 def reduce_gradients(own: Sequence[nn.Parameter], shared: Sequence[nn.Parameter], ranks: Ranks) -> None:
     """Average the gradients of ``own`` over the replicas; sum those of ``shared`` over the ranks and average them over the
-    replicas.
+    replicas. Of one rank, nothing: DistributedDataParallel reduces its gradients.
 
     Each kind takes one all-reduce (of each dtype, where there are several), whatever the number of parameters. One without a
     gradient here counts as zero. One that has none anywhere stays without, so that an optimizer leaves it alone as it does
     in one process: the message carries a flag for each parameter.
     """
-    if ranks.n_replicas > 1:
+    if ranks.n_ranks > 1 and ranks.n_replicas > 1:
         _reduce(own, ranks.replica_group, ranks.n_replicas)
-    if ranks.n_ranks * ranks.n_replicas > 1:
-        _reduce(shared, None, ranks.n_replicas)
+    if ranks.n_ranks > 1:
+        _reduce(shared, ranks.step_group, ranks.n_replicas)
 
 
 def _reduce(parameters: Sequence[nn.Parameter], group: ProcessGroup | None, n_replicas: int) -> None:
-    """Sum over ``group`` (None: over all processes), divided by ``n_replicas``."""
+    """Sum over ``group``, divided by ``n_replicas``."""
     for dtype in dict.fromkeys(p.dtype for p in parameters):
         chosen = [p for p in parameters if p.dtype == dtype]
         missing = [p.grad is None for p in chosen]

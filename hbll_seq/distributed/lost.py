@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import distributed
 
 #: what the collectives' transport says, which raises plain RuntimeErrors over gloo
@@ -18,10 +17,10 @@ def is_lost(error: BaseException) -> bool:
 
 
 def is_first_to_speak() -> bool:
-    """Whether no other process of the launch has asked this before; also where nobody can be asked any more, because the
-    process that keeps the launch's store is gone."""
+    """Whether no other process of the launch has asked this before. Launchers keep the store that is asked; without one it
+    ends with the first process, and then the second one speaks."""
     try:
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = distributed.distributed_c10d._get_default_store()
         return store.add(_SAID, 1) == 1
     except (RuntimeError, ValueError):  # the store's errors are RuntimeErrors
-        return True
+        return distributed.get_rank() == 1

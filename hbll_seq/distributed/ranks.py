@@ -28,6 +28,7 @@ class Ranks:
         replica, n_replicas: number of the model that it belongs to, and how many there are, each with its own batches.
         block_group: the ranks of this replica; None where it is alone.
         replica_group: the same rank of all replicas; None where there is one.
+        step_group: all processes, for the collectives of a step; None where it is alone.
         host_group: as ``block_group``, for tensors on the CPU.
     """
 
@@ -37,6 +38,7 @@ class Ranks:
     n_replicas: int = 1
     block_group: ProcessGroup | None = None
     replica_group: ProcessGroup | None = None
+    step_group: ProcessGroup | None = None
     host_group: ProcessGroup | None = None
 
 
@@ -76,5 +78,6 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
     host = block
     if device_type != "cpu":
         host, _ = distributed.new_subgroups_by_enumeration(layout.tolist(), timeout=patience, backend="gloo")
-    data = mesh.get_group("data") if n_replicas > 1 else None
-    return Ranks(rank, block_parallel, replica, n_replicas, mesh.get_group("block"), data, host)
+    block, data = mesh.get_group("block"), mesh.get_group("data") if n_replicas > 1 else None
+    step = block if n_replicas == 1 else distributed.new_group(timeout=patience)
+    return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host)

@@ -83,7 +83,7 @@ class Share:
         """
         reduce_gradients(self.own, self.shared, self.ranks)
         total = torch.cat([squared_norm(self.own).to(report.device).reshape(1), report.double()])
-        distributed.all_reduce(total)
+        distributed.all_reduce(total, group=self.ranks.step_group)
         squares, *figures = (total / self.ranks.n_replicas).tolist()
         norm = math.sqrt(squares + float(squared_norm(self.shared)))
         if clip:

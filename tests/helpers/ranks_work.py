@@ -4,6 +4,7 @@ As a script: joins the group of the environment, calls one of the functions belo
 """
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import forked
@@ -12,6 +13,7 @@ import torch
 from torch import distributed, nn
 
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
+from hbll_seq.distributed.lost import is_lost
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.distributed.whole import gather_to_first
 
@@ -27,7 +29,7 @@ def standing(block_parallel):
     """Where each process stands, and whom its groups reach: the sums of the process numbers."""
     ranks = make_ranks(int(block_parallel))
     reached = []
-    for group in (ranks.block_group, ranks.replica_group, ranks.host_group):
+    for group in (ranks.block_group, ranks.replica_group, ranks.step_group, ranks.host_group):
         number = torch.tensor(float(distributed.get_rank()))
         if group is not None:
             distributed.all_reduce(number, group=group)
@@ -41,6 +43,21 @@ def refused(block_parallel):
         make_ranks(int(block_parallel))
     except ValueError as error:
         return str(error)
+
+
+def waiting():
+    """What the first rank of two meets in a collective that the second does not enter before the first has given up."""
+    ranks, store, lost = make_ranks(2, patience=timedelta(seconds=1)), distributed.distributed_c10d._get_default_store(), None
+    distributed.all_reduce(torch.ones(1), group=ranks.step_group)
+    if ranks.rank == 0:
+        try:
+            distributed.all_reduce(torch.ones(1), group=ranks.step_group)
+        except RuntimeError as error:
+            lost = is_lost(error)
+        store.set("given up", "")
+    else:
+        store.wait(["given up"])
+    return lost
 
 
 def parts(rank, replica, n_ranks):

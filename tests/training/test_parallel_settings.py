@@ -1,4 +1,4 @@
-"""Settings of a run whose blocks are spread over ranks: what cannot be spread is refused by name, with a remedy that works."""
+"""Settings of a run whose blocks are spread over ranks: what cannot be is refused by name, with a remedy that works."""
 
 import pytest
 

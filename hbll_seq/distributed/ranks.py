@@ -65,7 +65,8 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
         raise ValueError(
             f"block_parallel={block_parallel} with {n_processes} process{'es' * (n_processes > 1)}: the processes of a "
             "launch must be a multiple of the ranks that hold one model's blocks; launch as many (accelerate launch "
-            f"--num_processes {max(1, block_parallel)}), or give a --block-parallel that divides {n_processes}"
+            f"--multi_gpu --num_processes {max(1, block_parallel)}; on CPUs ACCELERATE_USE_CPU=true torchrun "
+            f"--nproc_per_node {max(1, block_parallel)}), or give a --block-parallel that divides {n_processes}"
         )
     n_replicas = n_processes // block_parallel
     replica, rank = divmod(process, block_parallel)

@@ -28,6 +28,7 @@ class FakeObjective(Objective):
 
     def forward(self, inputs, labels=None, step=0, states=None):
         fail(step, self.model)
+        assert {prefix[-1] for prefix in states or {}} <= {self.path[position] for position in self.own}
         x, targets = self.model.prepare(inputs, labels)
         z0 = self.model.embed(x)
         draw = torch.Generator().manual_seed(mix_seeds(self.noise_seed, step))

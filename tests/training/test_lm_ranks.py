@@ -108,6 +108,8 @@ def test_two_replicas_of_two_ranks_equal_two_processes(shape, tmp_path):
     assert_close(tmp_path / "four", tmp_path / "two")
     carried = [name for name in tensors(tmp_path / "four") if name.startswith("carried")]
     assert len(carried) == 2 * 4 and tensors(tmp_path / "four")[carried[0]].shape == (4, 16)
+    run(4, ["--resume", "2", "--output-dir", str(tmp_path / "four")])
+    assert_close(tmp_path / "four", tmp_path / "two")
     # half the ranks: each replica's rows are read by one process
     run(2, ["--resume", "4", *parallel(1), "--output-dir", str(tmp_path / "four")])
     assert_close(tmp_path / "four", tmp_path / "two")

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.engine.linearization.base import Diagonal, Linearization
+from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
@@ -27,8 +27,9 @@ from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
+from hbll_seq.training.setting_fields import option_of as _of
+from hbll_seq.training.setting_fields import setting
 from hbll_seq.tree.topology import PATH_FAMILIES
-from hbll_seq.utils.options import option
 from hbll_seq.utils.reading import quote
 
 #: settings that may be left open, and what says so
@@ -49,44 +50,11 @@ _EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREF
 #: over depth; the blocks of these models do not tell the diagonal of their Jacobian
 _LINEARIZATIONS = tuple(kind.name for kind in AXES["depth"].linearizations if kind is not Diagonal)
 
-
-#: what an axis is in words
-_WHERE = {"depth": "sweeps", "layer": "recurrent blocks, over time"}
-
-
-def _setting(group: str, default: Any, help: str, *, resume: str = "fixed", of: tuple | None = None, **allowed: Any) -> Any:
-    """A field. ``resume``: whether a resumed run may change it: "fixed" no, "free" yes, because no weight depends on it,
-    "resolved": what came of it is compared (``resuming.check_identity``). ``of``: the option that it is, see :func:`_of`."""
-    return option(default, help, group=group, resume=resume, of=of, **allowed)
-
-
-def _of(kind: type, name: str, axis: str | None = None, **other: Any) -> Any:
-    """A field that is the option ``name`` of an options class; for sweeps with the default of an axis.
-
-    Args:
-        kind: the class that says what the option means and may be.
-        name: of the option there.
-        axis: of ``AXES``, for :class:`Sweeps`.
-        other: what is otherwise here.
-    """
-    field = next(field for field in dataclasses.fields(kind) if field.name == name)
-    own = {"group": "objective", "default": field.default, **field.metadata, "of": (kind, axis, name)}
-    if axis is not None:
-        default = getattr(AXES[axis], name, field.default)
-        own["default"] = default.name if isinstance(default, Linearization) else default
-        if name == "linearization":
-            own["choices"] = tuple(kind.name for kind in AXES[axis].linearizations)
-        if name == "init":
-            own["choices"] = AXES[axis].inits
-        own["help"] = f"{_WHERE[axis]}: {field.metadata['help']}"
-    return _setting(**{**own, **other})
-
-
 _data, _model, _objective, _optimisation = (
-    functools.partial(_setting, group) for group in ("data", "model", "objective", "optimisation")
+    functools.partial(setting, group) for group in ("data", "model", "objective", "optimisation")
 )
-_run = functools.partial(_setting, "run", resume="free")
-_start = functools.partial(_setting, "start")
+_run = functools.partial(setting, "run", resume="free")
+_start = functools.partial(setting, "start")
 
 
 @dataclass(frozen=True)

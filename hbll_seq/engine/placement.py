@@ -25,9 +25,13 @@ class Placement:
         return own
 
     def pass_on(self, state: Tensor, source: int, target: int, n_segments: int) -> Tensor:
-        """A tensor that segment ``source`` has made and segment ``target`` reads. Where neither is here, and where the source
-        alone is, it is returned as it was given, and nobody reads it."""
+        """A tensor [1, ...] that segment ``source`` has made and segment ``target`` reads. Where the target is not here, another
+        of its shape is returned, which nobody reads; where the source is not, what is given may be [0, ...]."""
         return state
+
+    def together(self, first: int, second: int, n_segments: int) -> bool:
+        """Whether two segments are in the same place."""
+        return True
 
 
 #: one for all

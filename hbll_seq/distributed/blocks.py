@@ -7,13 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from hbll_seq.utils.modules import plain_module
+
 
 class RemoteBlock(nn.Module):
-    """Stands for a block that another rank holds, so that a rank's own keep their numbers; it has no parameters."""
+    """Stands for a block that another rank holds, so that a rank's own keep their numbers; it has no parameters.
 
-    def __init__(self, n: int):
+    Args:
+        n: its number.
+        kind: the class of the block.
+    """
+
+    def __init__(self, n: int, kind: type[nn.Module]):
         super().__init__()
-        self.n = n
+        self.n, self.kind = n, kind
 
     def initial_state(self, start: Any = None) -> Any:
         """Raises ValueError: the block is elsewhere."""
@@ -83,4 +90,4 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
     kept = numbers_kept(len(model.blocks), path, owned)
     for n in range(1, len(model.blocks) + 1):
         if n not in kept:
-            model.blocks[n - 1] = RemoteBlock(n)
+            model.blocks[n - 1] = RemoteBlock(n, type(plain_module(model.blocks[n - 1])))

@@ -15,12 +15,20 @@ from torch import Tensor
 
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.gradients import hooks_left_out
+from hbll_seq.engine.placement import HERE, Placement
 
 
 class Jacobians(ABC):
     """Products with the transposed Jacobians of a chain's transitions, at the states that the differentiated calls read: all
-    that the adjoints need of a chain."""
+    that the adjoints need of a chain.
 
+    Attributes:
+        placement: where its segments are.
+        n_steps: N, where segments are spread; elsewhere the upstream gradients say it.
+    """
+
+    placement: Placement = HERE
+    n_steps: int | None = None
     #: whether a product can make the gradients of the transition's parameters as well
     makes_gradients = False
     #: whether the Jacobians are diagonal
@@ -48,7 +56,7 @@ class Linearized(Jacobians):
     """Transitions that get their differentiated call, each on its own, at the states that a solution comes to.
 
     Attributes:
-        outputs: a_1 .. a_N, [N, ...], once all have been called; detached.
+        outputs: a_1 .. a_N, [N, ...], once all have been called; detached. Where segments are spread, those that are here.
     """
 
     outputs: Tensor
@@ -67,9 +75,11 @@ class Chain(ABC):
 
     Attributes:
         n_steps: N.
+        placement: where its segments are.
     """
 
     n_steps: int
+    placement: Placement = HERE
     #: whether :meth:`apply_with_diagonal` is there
     has_diagonal = False
     #: whether differentiated calls at states that are exact already are kept, rather than made again with all others
@@ -99,16 +109,23 @@ class CallChain(Chain):
         calls: f_n by name.
         indices: the names of f_1 .. f_N.
         differentiates: whether anybody will ask for gradients; None: where they are enabled now.
+        placement: where its segments are: the calls of others are not made here.
     """
 
     keeps_calls = True
 
-    def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool | None = None):
+    def __init__(
+        self,
+        calls: Calls,
+        indices: Sequence[Hashable],
+        differentiates: bool | None = None,
+        placement: Placement = HERE,
+    ):
         wanted = torch.is_grad_enabled() if differentiates is None else differentiates
         # Calls that remember take those without gradients for refinements of an estimate, and no final ones.
         self.differentiates = wanted or any(calls.remembers(index) for index in indices)
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
-        self.has_diagonal = calls.has_diagonal
+        self.has_diagonal, self.placement = calls.has_diagonal, placement
 
     def remembers(self, rows: slice) -> bool:
         """See :meth:`Chain.remembers`."""
@@ -152,7 +169,7 @@ class CalledRows(Linearized):
 
     def __init__(self, chain: CallChain, s0: Tensor, chunk_size: int):
         self.calls, self.indices, self.differentiates = chain.calls, chain.indices, chain.differentiates
-        self.s0 = s0
+        self.s0, self.n_steps, self.placement = s0, chain.n_steps, chain.placement
         self.n_missing = -chain.n_steps % chunk_size
         self.gradients: dict[int, list[Tensor | None]] = {}
         self.input_gradient: Tensor | None = None
@@ -178,7 +195,7 @@ class CalledRows(Linearized):
     @property
     def outputs(self) -> Tensor:
         """See :class:`Linearized`; a new tensor, which nobody keeps for long."""
-        return torch.stack([self.attached[i].detach() for i in range(len(self.indices))])
+        return torch.stack([self.attached[i].detach() for i in sorted(self.attached)])
 
     def output(self, row: int) -> Tensor:
         """See :meth:`Linearized.output`."""

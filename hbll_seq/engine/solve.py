@@ -24,6 +24,7 @@ from torch import Tensor
 from hbll_seq.engine.chain import Chain, Linearized
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Diagonal, Walk
+from hbll_seq.engine.placement import overlap
 
 
 class Solution(NamedTuple):
@@ -32,6 +33,7 @@ class Solution(NamedTuple):
     Attributes:
         linearized: its differentiated calls.
         states: s_1 .. s_N, [N, ...], as one more composition makes them of these calls, detached: what losses are taken at.
+            Where segments are spread, those of the ones that are here.
         residual: root mean square of the last iteration's change of the states at which segments begin, relative to theirs; 0
             where all states are exact.
     """
@@ -101,6 +103,7 @@ class _Forward:
             )
         self.chain, self.iterations, self.composer, self.learn = chain, iterations, composer, learn
         self.size, self.n_segments = iterations.segments(chain.n_steps)
+        self.placement, self.own = chain.placement, chain.placement.own(self.n_segments)
         self.linearized = chain.linearize(s0, self.size)
         self.starts, self.low, self.n_called = s0.detach()[None], 0, 0
         self.exact: list[Tensor] = []
@@ -135,7 +138,9 @@ class _Forward:
         elif init == "first":
             if not self.chain.keeps_calls:
                 raise ValueError("init='first': this chain calls all its segments together; choose 'input' or 'diagonal'")
-            made = self._call(slice(0, 1), self.starts)
+            made = self._call(slice(0, 1), self.starts) if 0 in self.own else self.starts[:0]
+            if self.placement.is_spread:
+                self.n_called, made = 1, self.placement.exchange(made, range(1), self.n_segments)
             self._estimate(made.expand(n_later, *made.shape[1:]), is_exact=self.size == 1)
         elif init == "diagonal" and self.chain.n_steps > 1:
             made, diagonal = self.chain.apply_with_diagonal(slice(0, self.chain.n_steps - 1), self.starts)
@@ -150,17 +155,21 @@ class _Forward:
         if self.chain.keeps_calls and is_plain:  # the first of them begins exactly: its differentiated calls can be made
             first, n_done = self._call_segment(self.low), 1
             if self.needs_no_estimate:
-                self._estimate(first, is_exact=True)
+                self._estimate(self.placement.pass_on(first, self.low, self.low + 1, self.n_segments), is_exact=True)
                 return
         # The last segment's end is not needed.
         last = slice((self.n_segments - 1) * self.size, self.chain.n_steps)
         walks_last = self.chain.remembers(last) or (self.learn and is_last and self.composer.wants_last)
         begun = self.starts[n_done:] if len(self.starts) > 1 else self.starts
-        begun, ended, product = self._walk(begun, self.low + n_done, self.n_segments - (not walks_last))
+        walked = range(self.low + n_done, self.n_segments - (not walks_last))
+        begun, ended, product = self._walk(begun, walked)
         if self.learn and len(ended):
             self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_done, number)))
         if n_done:
             ended = torch.cat((first, ended))
+        if self.placement.is_spread:
+            ended = self.placement.exchange(ended, range(self.low, walked.stop), self.n_segments)
+        if n_done:
             product = product if product is None else torch.cat((torch.ones_like(first), product))
         old = self.starts.expand(n_later + 1, *self.starts.shape[1:])
         walk = Walk(old[:n_later], ended[:n_later], self.low, number, product=None if product is None else product[:n_later])
@@ -181,39 +190,49 @@ class _Forward:
         elif self.n_called > low * size:  # the first transition alone
             self._call_segment(low)
             low, starts = low + 1, starts[1:]
-        state = starts
-        for p in range(size if len(starts) else 0):
-            state = self._call(slice(low * size + p, n_segments * size, size), state)
+        own = overlap(self.own, range(low, n_segments))
+        state = starts[own.start - low : own.stop - low]
+        for p in range(size if own else 0):
+            state = self._call(slice(own.start * size + p, own.stop * size, size), state)
         outputs = self.linearized.outputs
         ended = outputs[size - 1 :: size]
-        if len(ended) < n_segments:  # the last segment is a short one
+        if len(ended) < len(self.own):  # the last segment is a short one
             ended = torch.cat((ended, outputs[-1:]))
         if self.learn and self.seen:
             last = Walk(every, ended, index=self.iterations.forward)
             self.composer.observe([*self.seen, self.composer.sample(last)])
         states = outputs
         if self.composer.carries_inside and not self.is_exact:
-            states = self._compose_all(every[-(n_segments - self.low) :], outputs, ended[self.low :])
+            later = range(self.low, n_segments)
+            ended = ended[overlap(self.own, later).start - self.own.start :]
+            if self.placement.is_spread:
+                ended = self.placement.exchange(ended, later, n_segments)
+            states = self._compose_all(every[-len(later) :], outputs, ended)
         return Solution(self.linearized, states, self.residual)
 
     def _compose_all(self, begun: Tensor, outputs: Tensor, ended: Tensor) -> Tensor:
-        """s_1 .. s_N of one more composition, of the segments from ``low`` on [S - low, ...]."""
-        first, size, states = self.low * self.size, self.size, outputs.clone()
+        """s_1 .. s_N of one more composition, of the segments from ``low`` on [S - low, ...]; those that are here."""
+        size, states = self.size, outputs.clone()
+        moved = overlap(self.own, range(self.low + 1, self.n_segments))  # whose beginning changes
+        first = (moved.start - self.own.start) * size
         products = None
         if self.composer.needs_diagonal:
-            products = _products(self.linearized.diagonal()[first : self.chain.n_steps], size)
+            products = _products(self.linearized.diagonal()[self.low * size : self.chain.n_steps], size)
             whole = products[-1]
             if len(whole) < len(ended):
                 whole = torch.cat((whole, products[(len(outputs) - 1) % size][-1:]))
         walk = Walk(begun, ended, self.low, self.iterations.forward, product=products and whole)
         new = self.composer.compose(walk)
-        change = new[:-1] - begun[1:]
+        change = (new[:-1] - begun[1:])[moved.start - self.low - 1 :]
         for p in range(size - 1):
-            inside = states[first + size + p :: size]
+            inside = states[first + p :: size]
             n_inside = len(inside)
             inside += self.composer.carry(change[:n_inside], products and products[p][1 : 1 + n_inside])
-        states[first + size - 1 :: size] = new[: len(states[first + size - 1 :: size])]
-        states[-1] = new[-1]
+        composed = overlap(self.own, range(self.low, self.n_segments))
+        ends = states[(composed.start - self.own.start) * size + size - 1 :: size]
+        ends[:] = new[composed.start - self.low :][: len(ends)]
+        if self.own.stop == self.n_segments:
+            states[-1] = new[-1]
         return states
 
     def _estimate(self, later: Tensor, is_exact: bool = False) -> None:
@@ -225,15 +244,16 @@ class _Forward:
         else:
             self.starts = torch.cat((self.starts[:1], later))
 
-    def _walk(self, begun: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Walks the segments low .. high - 1 from their states ``begun`` (or one state for all): where they begin, what they
-        end in, and the product of the diagonals along each, where it is asked for."""
-        begun = begun[: high - low]
+    def _walk(self, begun: Tensor, segments: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Walks those of some segments that are here, from the states ``begun`` of all of them (or one state for all): where
+        they begin, what they end in, and the product of the diagonals along each, where it is asked for."""
+        own = overlap(self.own, segments)
+        begun = begun[own.start - segments.start : own.stop - segments.start] if len(begun) > 1 else begun[: len(own)]
         state, product = begun, None
-        if high <= low:
+        if not own:
             return begun, begun[:0], begun[:0] if self.composer.needs_diagonal else None
         for p in range(self.size):
-            rows = slice(low * self.size + p, high * self.size, self.size)
+            rows = slice(own.start * self.size + p, own.stop * self.size, self.size)
             if self.composer.needs_diagonal:
                 state, diagonal = self.chain.apply_with_diagonal(rows, state)
                 product = diagonal if product is None else product * diagonal
@@ -247,8 +267,12 @@ class _Forward:
         return made
 
     def _call_segment(self, number: int) -> Tensor:
-        """The differentiated calls of a segment that begins exactly, one after the other: what it ends in, [1, ...]."""
+        """The differentiated calls of a segment that begins exactly, one after the other: what it ends in, [1, ...], or
+        nothing, [0, ...], where it is not here."""
         first = number * self.size
+        if number not in self.own:
+            self.n_called = min(first + self.size, self.chain.n_steps)
+            return self.starts[:0]
         # A copy: what is read lives long, and would keep alive the whole estimate that it is a row of.
         state = self.starts[:1].clone() if self.n_called == first else self.linearized.output(self.n_called - 1)[None]
         for row in range(max(first, self.n_called), min(first + self.size, self.chain.n_steps)):

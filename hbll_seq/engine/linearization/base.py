@@ -71,6 +71,11 @@ class Composer(ABC):
         """First estimate of the adjoints [N, ...] from the upstream gradients [N, ...]."""
         return upstream.clone()
 
+    def guess_ends(self, ends: Tensor, totals: Tensor) -> Tensor:
+        """:meth:`guess` at the ends of segments alone [S, ...], from the upstream gradients there and the sums of all those of
+        each segment."""
+        return ends.clone()
+
     @property
     def wants_last(self) -> bool:
         """Whether this step's last iteration walks the last segment too, whose end no iteration needs, to learn from it."""
@@ -122,6 +127,11 @@ class Identity(Linearization, Composer):
     def guess(self, upstream: Tensor, diagonal: Tensor | None, chunk_size: int) -> Tensor:
         """See :meth:`Composer.guess`."""
         return affine_scan(upstream, 1.0, reverse=True)
+
+    def guess_ends(self, ends: Tensor, totals: Tensor) -> Tensor:
+        """See :meth:`Composer.guess_ends`."""
+        later = affine_scan(totals, 1.0, reverse=True)
+        return torch.cat((ends[:-1] + later[1:], ends[-1:]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Blocks on ranks: what they find between them is what one process finds."""
+
+import pytest
+import torch
+from helpers import spread_work
+from helpers.spread_work import CASES, run_on, steps
+
+CLOSE = dict(rtol=1e-10, atol=1e-12)
+_FOUND = {}
+
+
+def found_by(n_ranks, tmp_path_factory):
+    """One launch for all cases."""
+    if n_ranks not in _FOUND:
+        names = [name for name in CASES if n_ranks == 2 or "exact" != name and name not in ("mix, exact", "recurrent, exact")]
+        _FOUND[n_ranks] = run_on(n_ranks, names, tmp_path_factory.mktemp("spread"))
+    return _FOUND[n_ranks]
+
+
+def summed(tensors):
+    """By name, over the ranks."""
+    names = {name for each in tensors for name in each}
+    return {name: sum(each[name] for each in tensors if name in each) for name in names}
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_find_what_one_process_finds(name, n_ranks, tmp_path_factory):
+    by_rank = [found.get(name) for found in found_by(n_ranks, tmp_path_factory)]
+    if by_rank[0] is None:
+        pytest.skip("its segments are fewer than the ranks")
+    alone, _ = steps(name)
+    for step, (loss, node_losses, metrics, gradients, states) in enumerate(alone[:-1]):
+        theirs = [found[step] for found, _ in by_rank]
+        torch.testing.assert_close(sum(each[0] for each in theirs), loss, **CLOSE)
+        torch.testing.assert_close(sum(each[1] for each in theirs), node_losses, **CLOSE)
+        torch.testing.assert_close(summed([each[2] for each in theirs]), metrics, **CLOSE)
+        torch.testing.assert_close(summed([each[3] for each in theirs]), gradients, **CLOSE)
+        torch.testing.assert_close(summed([each[4] for each in theirs]), states, **CLOSE)
+        assert all(len({*each[4]} & {*other[4]}) == 0 for each in theirs for other in theirs if each is not other)
+    torch.testing.assert_close(sum(found[-1][0] for found, _ in by_rank), alone[-1][0], **CLOSE)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_blocks_lie_on_one_rank_each(n_ranks, tmp_path_factory):
+    by_rank = [found["K = M = 1"][0][0][3] for found in found_by(n_ranks, tmp_path_factory)]
+    blocks = [{name.split(".")[1] for name in each if name.startswith("blocks.")} for each in by_rank]
+    assert sorted(number for each in blocks for number in each) == [str(n) for n in range(7)]

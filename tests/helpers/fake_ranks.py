@@ -4,6 +4,7 @@ Every block reads the embedded text alone, with noise of its own replica. The la
 others follow a target. So each rank has its blocks' losses and a part of the embedding's gradient, and nothing is sent.
 
 Environment: ``FAKE_FLOAT64``: everything in double precision. ``FAULT``: ``process:step:kind`` of what goes wrong, once.
+``REAL``: with the objective of the library.
 """
 
 import os
@@ -69,5 +70,6 @@ def fail(step, model):
 if __name__ == "__main__":
     if os.environ.get("FAKE_FLOAT64"):
         torch.set_default_dtype(torch.float64)
-    objective.LocalObjective = FakeObjective
+    if not os.environ.get("REAL"):
+        objective.LocalObjective = FakeObjective
     sys.exit(language_model.main(sys.argv[1:]))

@@ -154,6 +154,31 @@ def test_another_number_of_replicas_is_refused(two):
     assert (two / "metrics.jsonl").read_bytes() == before and ck.list_checkpoints(two / "checkpoints") == [0, 2, 4, 6]
 
 
+# ------------------------------------------------------------------------------------------------- with real losses
+
+
+@pytest.mark.parametrize("options", [
+    "", "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero", "--grad-accum 2",
+    "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
+    "--recompute --dropout 0.1 --exit-by depth",
+])  # fmt: skip
+def test_local_losses_on_ranks_equal_those_of_one_process(shape, tmp_path, options):
+    options = [*shape, *options.split()]
+    for n in (1, 2, 4):
+        run(n, [*options, *parallel(n), "--output-dir", str(tmp_path / str(n))], REAL="1")
+    assert_close(tmp_path / "2", tmp_path / "1")
+    assert_close(tmp_path / "4", tmp_path / "1")
+
+
+def test_local_losses_of_two_replicas_on_two_ranks(shape, tmp_path):
+    """And then as two plain processes: DistributedDataParallel's reduction and ours are one."""
+    run(2, [*shape, "--output-dir", str(tmp_path / "two")], REAL="1")
+    run(4, [*shape, *parallel(2), "--output-dir", str(tmp_path / "four")], REAL="1")
+    assert_close(tmp_path / "four", tmp_path / "two")
+    run(2, ["--resume", "2", *parallel(1), "--output-dir", str(tmp_path / "four")], REAL="1")
+    assert_close(tmp_path / "four", tmp_path / "two")
+
+
 # ------------------------------------------------------------------------------------------------------ a rank fails
 
 

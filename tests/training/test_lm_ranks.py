@@ -170,6 +170,22 @@ def test_local_losses_on_ranks_equal_those_of_one_process(shape, tmp_path, optio
     assert_close(tmp_path / "4", tmp_path / "1")
 
 
+def test_the_script_itself_in_single_precision(shape, tmp_path):
+    for n in (1, 2):
+        options = [*shape, "--max-steps", "20", *parallel(n), "--output-dir", str(tmp_path / str(n))]
+        codes, said = forked.group(n, [str(kr.SCRIPT), *options], kr.environment_of_scripts())
+        assert codes == [0] * n, said
+    rows = [kr.lines(tmp_path / n) for n in "12"]
+    assert len(rows[0]) == 20
+    for one, two in zip(*rows, strict=True):
+        for name in ("loss", "ce", "ce_mix", "node_losses"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (one["step"], name)
+        # torch adds up the squares of the embedding's gradient in single precision, ranks in double
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    models = [load_file(tmp_path / n / "model.safetensors") for n in "12"]
+    assert all(torch.allclose(models[0][name], models[1][name], rtol=1e-3, atol=1e-3) for name in models[0])
+
+
 def test_local_losses_of_two_replicas_on_two_ranks(shape, tmp_path):
     """And then as two plain processes: DistributedDataParallel's reduction and ours are one."""
     run(2, [*shape, "--output-dir", str(tmp_path / "two")], REAL="1")
@@ -182,14 +198,14 @@ def test_local_losses_of_two_replicas_on_two_ranks(shape, tmp_path):
 # ------------------------------------------------------------------------------------------------------ a rank fails
 
 
-@pytest.mark.parametrize("process", [0, 1, 2])
+@pytest.mark.parametrize("process, real", [(0, ""), (1, ""), (2, ""), (0, "1"), (1, "1"), (2, "1")])
 @pytest.mark.parametrize("kind, words", [
     ("kill", "another process of this launch ended"), ("raise", "something is wrong on this rank"), ("nan", "loss=nan"),
 ])  # fmt: skip
-def test_what_fails_on_one_rank_ends_all(shape, tmp_path, process, kind, words):
+def test_what_fails_on_one_rank_ends_all(shape, tmp_path, process, real, kind, words):
     """At once, with one message; the last checkpoint is whole."""
     folder = tmp_path / "run"
-    codes, said = launch(3, [*shape, *parallel(3), "--output-dir", str(folder)], FAULT=f"{process}:5:{kind}")
+    codes, said = launch(3, [*shape, *parallel(3), "--output-dir", str(folder)], FAULT=f"{process}:5:{kind}", REAL=real)
     assert codes[process] == {"kill": -9, "raise": 2, "nan": 1}[kind]
     assert all(code not in (0, None) for code in codes), said
     assert "".join(said).count("error: ") == 1 and "".join(said).count(words) == 1 and "Traceback" not in "".join(said), said

@@ -81,10 +81,15 @@ class _Backward:
             self.adjoints = torch.cat((upstream, upstream.new_zeros((n_missing, *upstream.shape[1:]))))
         self.ends, self.upstream_ends = self.adjoints[-1:].clone(), None  # the first is of use where the last segment is
         if not self.needs_no_estimate and self.placement.is_spread:
-            own_ends, totals = self.adjoints[self.size - 1 :: self.size], self.adjoints.unflatten(0, (-1, self.size)).sum(1)
-            told = self.placement.exchange(torch.stack((own_ends, totals), 1), range(self.high), self.high)
-            self.upstream_ends = told[:, 0]
-            self.ends = composer.guess_ends(*told.unbind(1))
+            own_ends = self.adjoints[self.size - 1 :: self.size]
+            if composer.is_rowwise:  # nobody here will read those of others
+                self.ends = own_ends.new_zeros((self.high, *own_ends.shape[1:]))
+                self.ends[self.own.start : self.own.stop] = own_ends
+                self.upstream_ends = self.ends.clone()
+            else:
+                totals = self.adjoints.unflatten(0, (-1, self.size)).sum(1)
+                told = self.placement.exchange(torch.stack((own_ends, totals), 1), range(self.high), self.high)
+                self.upstream_ends, self.ends = told[:, 0], composer.guess_ends(*told.unbind(1))
         elif not self.needs_no_estimate:
             guess = composer.guess(upstream, self.diagonal, self.size)
             self.ends = torch.cat((guess[self.size - 1 :: self.size][: self.high - 1], self.ends))

@@ -33,6 +33,10 @@ CASES = {
     "K = 0, M exact": ({}, "sweeps:forward=0,backward=3,chunk_size=2", {}),
     "single blocks": ({}, "sweeps:forward=2,backward=2,chunk_size=1", {}),
     "zero": ({}, "sweeps:forward=1,backward=1,chunk_size=2,linearization=zero", {}),
+    "zero, K exact, M = 0": ({}, "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero", {}),
+    "zero with a mix": (
+        {"default_paths": "prefix"}, "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero", {"depths": "octaves"}
+    ),
     "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
     "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
     "tolerance": ({}, "sweeps:forward=3,backward=1,chunk_size=2,tolerance=0.5", {}),

@@ -56,6 +56,8 @@ class Composer(ABC):
     needs_diagonal = False
     #: whether it says what a change at the beginning of a segment does to the states inside
     carries_inside = False
+    #: whether a segment learns of its neighbour alone: :meth:`compose` and :meth:`guess` take each row as it is
+    is_rowwise = False
 
     @abstractmethod
     def compose(self, walk: Walk) -> Tensor:
@@ -107,6 +109,7 @@ class Zero(Linearization, Composer):
     """A = 0 (Jacobi): a pass wins one exact state for each transition or segment."""
 
     name: ClassVar[str] = "zero"
+    is_rowwise = True
 
     def compose(self, walk: Walk) -> Tensor:
         """See :meth:`Composer.compose`."""

@@ -131,6 +131,8 @@ class _Forward:
     def begin(self, init: str, start: Tensor | None) -> None:
         """The first estimate."""
         n_later = self.n_segments - 1
+        if self.placement.is_spread and self.needs_no_estimate:
+            return  # nobody waits for a first estimate
         if start is None and init == "zeros":
             start = torch.zeros_like(self.starts).expand(max(1, self.chain.n_steps - 1), *self.starts.shape[1:])
         if start is not None:

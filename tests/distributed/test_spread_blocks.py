@@ -46,3 +46,19 @@ def test_blocks_lie_on_one_rank_each(n_ranks, tmp_path_factory):
     by_rank = [found["K = M = 1"][0][0][3] for found in found_by(n_ranks, tmp_path_factory)]
     blocks = [{name.split(".")[1] for name in each if name.startswith("blocks.")} for each in by_rank]
     assert sorted(number for each in blocks for number in each) == [str(n) for n in range(7)]
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_what_is_sent_does_not_grow_with_the_blocks(n_ranks, tmp_path_factory):
+    """Four segments of 2, 4 and 8 blocks. Below exact one collective for the first estimate, one for each of the K + 1
+    passes, one for the first adjoints, and one for each of the M iterations; exact, one message from rank to rank each
+    way. Two steps, and an
+    evaluation, which has no adjoints."""
+    found = found_by(n_ranks, tmp_path_factory)
+    for kind, per_step, without in (("deep", 1 + 2 + 1 + 1, 1 + 2), ("deep, exact", 0, 0)):
+        by_rank = [[each[f"{kind}: {n}"][1] for n in (7, 15, 31)] for each in found]
+        for rank, traffic in enumerate(by_rank):
+            assert traffic[0] == traffic[1] == traffic[2]
+            assert traffic[0]["collectives"] == 2 * per_step + without
+            forward, back = 0 < n_ranks - 1 - rank, rank > 0
+            assert traffic[0]["messages"] == (3 * forward + 2 * back if kind == "deep, exact" else 0)

@@ -133,10 +133,10 @@ def test_resumed_on_as_many_ranks_bit_for_bit(two, shape, tmp_path):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_resumed_on_another_number_of_ranks(one, two, shape, tmp_path, n):
+def test_killed_and_resumed_on_another_number_of_ranks(one, two, shape, tmp_path, n):
     folder = tmp_path / "run"
-    launch(2, [*shape, *parallel(2), "--output-dir", str(folder)], FAULT="0:3:stop")
-    before = {name: tensor for name, tensor in tensors(folder, 4).items()}
+    launch(2, [*shape, *parallel(2), "--output-dir", str(folder)], FAULT="1:5:kill")
+    before = tensors(folder, 4)
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(two, 4).items())
     said = run(n, ["--resume", *parallel(n), "--output-dir", str(folder)])
     assert f"num_processes is {n} and was '2'" in said or f"num_processes is {n} and was 2" in said
@@ -198,7 +198,7 @@ def test_local_losses_of_two_replicas_on_two_ranks(shape, tmp_path):
 # ------------------------------------------------------------------------------------------------------ a rank fails
 
 
-@pytest.mark.parametrize("process, real", [(0, ""), (1, ""), (2, ""), (0, "1"), (1, "1"), (2, "1")])
+@pytest.mark.parametrize("process, real", [(0, ""), (2, ""), (1, "1")])
 @pytest.mark.parametrize("kind, words", [
     ("kill", "another process of this launch ended"), ("raise", "something is wrong on this rank"), ("nan", "loss=nan"),
 ])  # fmt: skip

@@ -79,10 +79,10 @@ class RankPlacement(Placement):
             return state
         if me == receiver:
             state = state.new_empty((1, *state.shape[1:]))
-            distributed.recv(state, group=group, group_src=sender)
+            distributed.recv(state, group=group, src=distributed.get_global_rank(group, sender))
         elif me == sender:
             state = state.contiguous()
-            distributed.send(state, group=group, group_dst=receiver)
+            distributed.send(state, group=group, dst=distributed.get_global_rank(group, receiver))
             self.traffic.messages += 1
             self.traffic.bytes += state.numel() * state.element_size()
         else:

@@ -25,8 +25,8 @@ class Placement:
         return own
 
     def pass_on(self, state: Tensor, source: int, target: int, n_segments: int) -> Tensor:
-        """A tensor [1, ...] that segment ``source`` has made and segment ``target`` reads. Where the target is not here, another
-        of its shape is returned, which nobody reads; where the source is not, what is given may be [0, ...]."""
+        """A tensor [1, ...] that segment ``source`` has made and segment ``target`` reads. Where the target is not here,
+        another of its shape is returned, which nobody reads; where the source is not, what is given may be [0, ...]."""
         return state
 
     def together(self, first: int, second: int, n_segments: int) -> bool:

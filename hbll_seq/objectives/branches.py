@@ -1,8 +1,8 @@
 """Short sub-networks that share their beginning with the main path: each is a branch off it.
 
 A branch is at most log2 N blocks long, so it is a chain of one segment, walked block by block, exactly; that adds at most
-log2 N to the span each way. Branches do not depend on each other. No graph reaches from one block into another here either. Where the main
-path's segments are spread over ranks, a branch goes from rank to rank in legs.
+log2 N to the span each way. Branches do not depend on each other. No graph reaches from one block into another here either.
+Where the main path's segments are spread over ranks, a branch goes from rank to rank in legs.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
+from hbll_seq.distributed.blocks import blocks_of_rank
 from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
@@ -58,10 +59,10 @@ class LocalObjective(Objective):
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
         recompute, seed, rank, micro_batches: see :class:`Objective`.
-        ranks: where the blocks are. With several ranks the model holds those of this one alone (``distributed.blocks.keep_own``),
-            all ranks call ``forward`` with the same batch, and each gets the part of the loss that is its blocks'; metrics and
-            node losses are zero where it does not know them, so that their sum over the ranks is the whole. Embedding and head
-            are on every rank: their gradients, summed over the ranks, are the whole ones.
+        ranks: where the blocks are. With several ranks the model holds those of this one alone
+            (:func:`hbll_seq.distributed.blocks.keep_own`), all ranks call ``forward`` with the same batch, and each gets the
+            part of the loss that is its blocks'. Metrics and node losses are zero where a rank does not know them: their sum
+            over the ranks is the whole. Embedding and head are on every rank; their gradients, summed, are the whole ones.
 
     Attributes:
         inference: with every default written out.
@@ -108,24 +109,26 @@ class LocalObjective(Objective):
 
     def _placed(self, ranks: Ranks) -> Placement:
         """The segments of the main path on ranks. Raises ValueError for what cannot be spread."""
-        inference, given = self.inference, f"{ranks.n_ranks} ranks with "
+        inference, tree, trained = self.inference, self.model.tree, self.trained_paths()
+
+        def refuse(what: str, why: str, remedy: str) -> None:
+            raise ValueError(f"{ranks.n_ranks} ranks with {what}: {why}; {remedy}")
+
         if not isinstance(inference, Sweeps):
-            raise ValueError(f"{given}inference={inference.name!r}: the blocks of sweeps alone are spread; use 'sweeps'")
-        if not isinstance(inference.linearization, (Identity, Zero)) or inference.init == "tree" or self.control is not None:
-            what = ("init='tree'" if inference.init == "tree" else "a control" if self.control is not None
-                    else f"linearization={inference.linearization.name!r}")  # fmt: skip
-            raise ValueError(f"{given}{what}: it needs all blocks on one rank; use linearization='identity' or 'zero', "
-                             "init='first' or 'input', and fixed iterations")  # fmt: skip
-        tree, trained = self.model.tree, self.trained_paths()
+            refuse(f"inference={inference.name!r}", "the segments of sweeps alone are spread", "use 'sweeps'")
+        whole_model = "it needs all blocks on one rank"
+        if not isinstance(inference.linearization, (Identity, Zero)):
+            refuse(f"linearization={inference.linearization.name!r}", whole_model, "use 'identity' or 'zero'")
+        if inference.init == "tree":
+            refuse("init='tree'", whole_model, "use 'first' or 'input'")
+        if self.control is not None:
+            refuse("a control", whole_model, "give fixed iterations")
         mixed = [tree.path_for_depth(k) for k in range(1, tree.N)] if trained == "default" else trained
         leaving = [] if trained == "all" else [whole(path) for path in mixed if path != self.path[: len(path)]]
         if trained == "all" or split_off(self.path, leaving, tree.n_level)[1]:
-            raise ValueError(f"{given}depths={text_of(self.depths)}: it trains paths that leave the main one for long, and "
-                             "whose blocks lie on several ranks; use default_paths='prefix' with 'octaves', 'all' or 'few'")  # fmt: skip
-        n_segments = inference.iterations.segments(len(self.path))[1]
-        if n_segments < ranks.n_ranks:
-            raise ValueError(f"{given}chunk_size={inference.chunk_size}: {len(self.path)} blocks are {n_segments} segments, and "
-                             "every rank needs one; give a smaller chunk_size")  # fmt: skip
+            refuse(f"depths={text_of(self.depths)}", "it trains paths that leave the main one for long",
+                   "use default_paths='prefix' with 'octaves', 'all' or 'few'")  # fmt: skip
+        blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks)  # refuses fewer segments than ranks
         return RankPlacement(ranks)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:

@@ -213,8 +213,8 @@ class DepthStep:
         return upstream
 
     def _score(self, ends: Sequence[tuple[Prefix, float, Tensor | None]]) -> tuple[Tensor | None, list[Tensor]]:
-        """Takes the losses at those of all exits whose states are here: their weighted sum, None where none is, and the states
-        read, as leaves."""
+        """Takes the losses at those exits whose states are here: their weighted sum, None where there are none, and the
+        states read, as leaves."""
         paths, weights, states = zip(*ends)
         read = [s.clone().requires_grad_(self.keep_graph) for s in states if s is not None]  # a view would keep all alive
         loss, values = None, iter(())

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import spread_work
 from helpers.spread_work import CASES, run_on, steps
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)

@@ -55,7 +55,9 @@ CASES = {
     "deep, exact: 31": ({"n_level": 5}, "sweeps:chunk_size=8", {}),
     "recurrent": ({"cell": "gru"}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
     "recurrent, exact": ({"cell": "gru"}, "sweeps", {}),
-    "recurrent and attention": ({"cell": ("gru", "transformer") * 3 + ("gru",)}, "sweeps:forward=2,backward=1,chunk_size=2", {}),
+    "recurrent and attention": (
+        {"cell": ("gru", "transformer") * 3 + ("gru",)}, "sweeps:forward=2,backward=1,chunk_size=2", {}
+    ),
 }  # fmt: skip
 
 

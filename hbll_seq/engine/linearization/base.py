@@ -74,7 +74,7 @@ class Composer(ABC):
         return upstream.clone()
 
     def guess_ends(self, ends: Tensor, totals: Tensor) -> Tensor:
-        """:meth:`guess` at the ends of segments alone [S, ...], from the upstream gradients there and the sums of all those of
+        """:meth:`guess` at the ends of segments alone [S, ...], from the upstream gradients there and the sum of all those of
         each segment."""
         return ends.clone()
 

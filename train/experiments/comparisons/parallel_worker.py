@@ -1,0 +1,170 @@
+"""What one process of ``bench_parallel.py`` does for one method: losses beside backprop's, counts, bytes, and times by turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+
+from bench_depth import LiveStorages
+from comparisons.parallel_methods import Backprop, Method, Replica, Shape, Training, local
+from comparisons.wire import Link, Sent, Wire
+from hbll_seq.utils.atomic import atomic_write
+
+BOARD = "arrivals"  # the file of a link's times
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a method is measured: ``steps`` of a turn, ``repeats`` turns, ``check_steps`` first ones whose losses are kept;
+    ``link``: turns over this link too."""
+
+    steps: int = 10
+    repeats: int = 3
+    check_steps: int = 5
+    link: Link | None = None
+
+
+def work(rank: int, n_ranks: int, folder: Path, method: str, shape: Shape, plan: Plan) -> None:
+    """Measure, and write what was found to ``rank-N.json`` in the folder, or what went wrong to ``rank-N.error``."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
+    try:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks,
+                                       timeout=timedelta(minutes=10))  # fmt: skip
+        measure(rank, n_ranks, folder, Method.named(method), shape, plan)
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        atomic_write(folder / f"rank-{rank}.error", message + "\n\n" + traceback.format_exc())
+
+
+def measure(rank: int, n_ranks: int, folder: Path, method: Method, shape: Shape, plan: Plan) -> None:
+    """All that is measured of a method, written twice: without and with what activation checkpointing makes of its memory,
+    which some cannot do."""
+    wire = Wire(rank, n_ranks, plan.link, folder / BOARD)
+    training = method.training(shape, n_ranks, hooked=plan.link is not None)
+    baseline = Backprop(shape) if rank == 0 else None
+    found = {"total": training.total, "losses": [], "baseline_losses": []}
+    for step in range(plan.check_steps):
+        found["losses"].append(training.step(step).item())
+        if baseline is not None:
+            found["baseline_losses"].append(baseline.step(step).item())
+    found |= counted(training, Wire(rank, n_ranks), plan.check_steps)
+    found["activation_bytes"], found["step_bytes"] = memory_of_step(training, plan.check_steps)
+    found["parameter_bytes"], found["state_bytes"] = training.held_bytes()
+    found |= seconds_by_turns(training, baseline, wire, plan)
+    file = folder / f"rank-{rank}.json"
+    atomic_write(file, json.dumps(found))
+    del training, baseline
+    gc.collect()
+    training = method.training(shape, n_ranks, recompute=True)
+    training.step(0)
+    found["recomputed_bytes"], _ = memory_of_step(training, 1)
+    atomic_write(file, json.dumps(found))
+
+
+def counted(training: Training, wire: Wire, step: int) -> dict:
+    """What a step sends; of DistributedDataParallel, whose reducer is not seen, what it says of its buckets."""
+    with wire.watched() as sent:
+        training.step(step)
+    if isinstance(training, Replica) and hasattr(training.module, "_get_ddp_logging_data"):
+        buckets = training.reduced_bytes()
+        sent = Sent(len(buckets), 0, sum(2 * (wire.n_ranks - 1) / wire.n_ranks * n for n in buckets))
+    return asdict(sent)
+
+
+def memory_of_step(training: Training, step: int) -> tuple[int, int]:
+    """Peak bytes of forward and backward, and with the reduction of gradients; beyond parameters, their gradients and the
+    optimizer's state, as ``bench_depth.py`` counts activations. A pipeline's buffers to receive into are part of them."""
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        else:
+            p.grad.zero_()
+    buffers = training.buffers()
+    there = [*map(local, parameters), *(local(p.grad) for p in parameters), *buffers]
+    with _resizes_seen(), _Live(there) as live:
+        loss = training.differentiate(step)
+        activation = live.peak
+        training.end(loss)
+    fixed = sum(b.numel() * b.element_size() for b in buffers)
+    training.optimizer.zero_grad()
+    return activation + fixed, live.peak + fixed
+
+
+class _Live(LiveStorages):
+    """Of sharded tensors it counts the part that is here."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(local(leaf).untyped_storage())
+        return out
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size, without an operation that would tell."""
+        if storage._cdata in self.sizes:
+            self._count(storage)
+
+
+@contextlib.contextmanager
+def _resizes_seen() -> Iterator[None]:
+    """FSDP frees and allocates what it gathers by resizing storages, which no operation tells of."""
+    resize = torch.UntypedStorage.resize_
+
+    def told(storage, size):
+        done = resize(storage, size)
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, _Live):
+                mode.resized(storage)
+        return done
+
+    torch.UntypedStorage.resize_ = told
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize
+
+
+def seconds_by_turns(training: Training, baseline: Backprop | None, wire: Wire, plan: Plan) -> dict[str, list[float]]:
+    """Wall seconds of a step in every turn: of backprop on the first rank while the others wait, of the method, and of the
+    method over the link; and processor seconds of this rank in the method's steps. Only the first rank's wall seconds count.
+    """
+    names = ("baseline_seconds", "seconds", "linked_seconds", "processor_seconds")
+    found: dict[str, list[float]] = {name: [] for name in names}
+
+    def turn(trained: Training | None) -> tuple[float, float]:
+        distributed.barrier()
+        begun, processor = time.perf_counter(), time.process_time()
+        for step in range(plan.steps if trained is not None else 0):
+            trained.step(step)
+        processor = time.process_time() - processor
+        if trained is training:
+            distributed.barrier()
+        return (time.perf_counter() - begun) / plan.steps, processor / plan.steps
+
+    for _ in range(plan.repeats):
+        found["baseline_seconds"].append(turn(baseline)[0])
+        seconds, processor = turn(training)
+        found["seconds"].append(seconds)
+        found["processor_seconds"].append(processor)
+        if plan.link is not None:
+            with wire.watched():
+                found["linked_seconds"].append(turn(training)[0])
+    return found

@@ -29,9 +29,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -40,6 +37,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from comparisons import parallel_methods, parallel_worker
+from comparisons.group import run_group
 from comparisons.parallel_methods import Method, Shape
 from comparisons.parallel_report import lines_of_agreement, plot, table_of
 from comparisons.parallel_worker import BOARD, Plan
@@ -51,7 +49,8 @@ from hbll_seq.utils.atomic import atomic_write
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 __doc__ = __doc__.format(methods=parallel_methods.__doc__.split("\n\n")[1])
 METHODS = ("backprop", "ddp", "fsdp", "1f1b:m=1", "1f1b:m=2", "1f1b:m=4", "1f1b:m=8", "gpipe:m=4", "interleaved:m=4",
-           "zero-bubble:m=4", "zbv:m=4", "exact", "ours:K=1,M=1", "ours:K=1,M=0", "local", "local:depths=prefixes")  # fmt: skip
+           "zero-bubble:m=4", "zbv:m=4", "exact", "ours:K=1,M=1", "ours:K=1,M=0", "local",
+           "local:depths=prefixes")  # fmt: skip
 QUICK = dict(blocks=7, width=[32], context_length=32, vocab=64, steps=3, repeats=2,
              methods=["backprop", "ddp", "1f1b:m=1", "1f1b:m=2", "exact", "local"])  # fmt: skip
 #: with torch, what a result holds for
@@ -102,38 +101,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run_method(name: str, shape: Shape, ranks: int, plan: Plan, patience: float) -> dict:
     """A row of results: what the ranks found, or ``refused``: why one of them could not."""
     n_ranks = 1 if name == "backprop" else ranks
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["comparisons.parallel_worker", "torch._dynamo", "torch.distributed.pipelining",
-                                    "torch.distributed.fsdp"])  # fmt: skip
     with TemporaryDirectory() as folder:
-        folder = Path(folder)
         if plan.link is not None:
-            Wire.make_board(folder / BOARD, n_ranks)
-        processes = [context.Process(target=parallel_worker.work, args=(rank, n_ranks, folder, name, shape, plan))
-                     for rank in range(n_ranks)]  # fmt: skip
-        for process in processes:
-            process.start()
-        until, why = time.monotonic() + patience, ""
-        try:
-            while any(process.is_alive() for process in processes):
-                time.sleep(0.05)
-                failed = any(process.exitcode for process in processes) or list(folder.glob("*.error"))
-                if failed and until > time.monotonic() + 5:  # the others wait for it, or will say the same
-                    until = time.monotonic() + 5
-                if time.monotonic() > until:
-                    why = "a process has ended" if failed else f"not done in {patience:g} seconds"
-                    break
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-        errors = [path.read_text(encoding="utf-8").split("\n")[0] for path in sorted(folder.glob("*.error"))]
-        why = errors[0] if errors else why
-        files = [folder / f"rank-{rank}.json" for rank in range(n_ranks)]
-        if not all(file.exists() for file in files):
-            return {"refused": why or "a process has ended without a word"}
-        row = joined([json.loads(file.read_text(encoding="utf-8")) for file in files])
-        return row | ({"recompute_refused": why} if why else {})
+            Wire.make_board(Path(folder) / BOARD, n_ranks)
+        found, why = run_group(parallel_worker.work, n_ranks, Path(folder), (name, shape, plan), patience)
+    if found is None:
+        return {"refused": why}
+    return joined(found) | ({"recompute_refused": why} if why else {})
 
 
 def joined(found: Sequence[dict]) -> dict:
@@ -145,6 +119,7 @@ def joined(found: Sequence[dict]) -> dict:
                  "recomputed_bytes"):  # fmt: skip
         if all(name in f for f in found):
             row[name] = [f[name] for f in found]
+    row["idle_segments"] = first["idle_segments"]
     row["processor_seconds"] = [median(f["processor_seconds"]) for f in found]
     row["loss_difference"] = max(abs(a - b) for a, b in zip(row["losses"], row["baseline_losses"]))
     return row
@@ -180,9 +155,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     setting = {name: getattr(args, name) for name in DECISIVE} | {"device": "cpu", "torch": torch.__version__}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     points = load(args.output, setting)
-    # The server of forks imports what its children run, of one thread; it is asked for before anything here is.
-    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(
-        filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")])))  # fmt: skip
     link = Link(args.link[0] / 1e3, args.link[1] * 1e9 / 8) if args.link else None
     plan = Plan(args.steps, args.repeats, args.check_steps, link)
     shown = []

@@ -132,7 +132,7 @@ class Method:
         if self.kind in OURS:
             return Ours(shape, self.inference(shape.blocks, n_ranks), self.options.get("depths"), n_ranks, recompute)
         if shape.batch_size % n_ranks:
-            raise ValueError(f"batch_size={shape.batch_size} with {n_ranks} ranks: {self.kind} gives each the same number of rows")
+            raise ValueError(f"batch_size={shape.batch_size} with {n_ranks} ranks: {self.kind} gives each the same rows")
         return Replica(shape, self.kind, n_ranks, recompute, hooked)
 
 
@@ -180,6 +180,10 @@ class Training:
 
     def buffers(self) -> list[Tensor]:
         """What is kept from step to step to receive activations into."""
+        return []
+
+    def idle_segments(self) -> list[int]:
+        """Segments that no loss reaches, from 0."""
         return []
 
 
@@ -242,8 +246,8 @@ class Pipeline(Training):
 
         rank, n_stages, model = distributed.get_rank(), per_rank * n_ranks, shape.model()
         if shape.batch_size % m:
-            raise ValueError(f"{m} micro-batches of {shape.batch_size} rows: they must be of equal size; choose a divisor, or a "
-                             "larger --batch-size")  # fmt: skip
+            raise ValueError(f"{m} micro-batches of {shape.batch_size} rows: they must be of equal size; choose a "
+                             "divisor, or a larger --batch-size")  # fmt: skip
         folded = schedule == "ScheduleZBVZeroBubble"
         numbers = [rank] if per_rank == 1 else [rank, 2 * n_ranks - 1 - rank if folded else rank + n_ranks]
         last_rank = 0 if folded else n_ranks - 1
@@ -326,6 +330,15 @@ class Ours(Training):
 
     def end(self, loss: Tensor) -> None:
         self.share.end_step(loss[None], self.shape.clip)
+
+    def idle_segments(self) -> list[int]:
+        objective, inference = self.objective, self.objective.inference
+        if inference.backward > 0 or inference.linearization.name != "zero":
+            return []
+        main, *others = objective.sub_networks(0)
+        reached = {*main.exits, *(n for network in others for n in network.path)}
+        segments = {objective.path.index(n) // inference.chunk_size for n in reached if n in objective.path}
+        return sorted(set(range(-(-len(objective.path) // inference.chunk_size))) - segments)
 
 
 class _Local:

@@ -26,13 +26,15 @@ def table_of(point: Mapping[str, Any]) -> str:
     """A line for every method; the ratios of bytes are to backprop on one process without recomputing, where it was run."""
     methods = point["methods"]
     whole = methods.get("backprop", {}).get("activation_bytes")
-    lines, refused = [], []
+    lines, notes = [], []
     for name, row in methods.items():
         if "refused" in row:
-            refused.append(f"{name} is refused: {row['refused']}")
+            notes.append(f"{name} is refused: {row['refused']}")
             continue
         if "recompute_refused" in row:
-            refused.append(f"{name} with activation checkpointing is refused: {row['recompute_refused']}")
+            notes.append(f"{name} with activation checkpointing is refused: {row['recompute_refused']}")
+        if row.get("idle_segments"):
+            notes.append(f"{name}: no exit trains segments {row['idle_segments']}, from 0")
         found, linked = ratios(row), ratios(row, "linked_seconds")
         memory = []
         for bytes_of in ("activation_bytes", "recomputed_bytes"):
@@ -43,8 +45,9 @@ def table_of(point: Mapping[str, Any]) -> str:
                       max(row["state_bytes"]) / MIB, max(row["collectives"]), max(row["messages"]),
                       max(row["bytes"]) / 1024))  # fmt: skip
     link = f", linked: {point['link'][0]:g} ms and {point['link'][1]:g} Gb/s" if point["link"] else ""
-    title = f"{point['blocks']} blocks, width {point['width']}, {point['ranks']} ranks; ratio: to backprop on one process{link}"
-    return "\n".join([title, table(_HEAD, lines, _FORMATS), *refused])
+    what = f"{point['blocks']} blocks, width {point['width']}, {point['ranks']} ranks"
+    title = f"{what}; ratio: to backprop on one process{link}"
+    return "\n".join([title, table(_HEAD, lines, _FORMATS), *notes])
 
 
 def lines_of_agreement(point: Mapping[str, Any]) -> list[str]:

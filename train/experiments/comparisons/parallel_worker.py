@@ -1,16 +1,12 @@
-"""What one process of ``bench_parallel.py`` does for one method: losses beside backprop's, counts, bytes, and times by turns."""
+"""What a process of ``bench_parallel.py`` does for a method: losses beside backprop's, counts, bytes, and times by turns."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import time
-import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,9 +15,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from bench_depth import LiveStorages
+from comparisons.group import leave
 from comparisons.parallel_methods import Backprop, Method, Replica, Shape, Training, local
 from comparisons.wire import Link, Sent, Wire
-from hbll_seq.utils.atomic import atomic_write
 
 BOARD = "arrivals"  # the file of a link's times
 
@@ -37,24 +33,10 @@ class Plan:
     link: Link | None = None
 
 
-def work(rank: int, n_ranks: int, folder: Path, method: str, shape: Shape, plan: Plan) -> None:
-    """Measure, and write what was found to ``rank-N.json`` in the folder, or what went wrong to ``rank-N.error``."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
-    try:
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks,
-                                       timeout=timedelta(minutes=10))  # fmt: skip
-        measure(rank, n_ranks, folder, Method.named(method), shape, plan)
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        atomic_write(folder / f"rank-{rank}.error", message + "\n\n" + traceback.format_exc())
-
-
-def measure(rank: int, n_ranks: int, folder: Path, method: Method, shape: Shape, plan: Plan) -> None:
+def work(rank: int, n_ranks: int, folder: Path, name: str, shape: Shape, plan: Plan) -> None:
     """All that is measured of a method, written twice: without and with what activation checkpointing makes of its memory,
     which some cannot do."""
+    method = Method.named(name)
     wire = Wire(rank, n_ranks, plan.link, folder / BOARD)
     training = method.training(shape, n_ranks, hooked=plan.link is not None)
     baseline = Backprop(shape) if rank == 0 else None
@@ -63,18 +45,18 @@ def measure(rank: int, n_ranks: int, folder: Path, method: Method, shape: Shape,
         found["losses"].append(training.step(step).item())
         if baseline is not None:
             found["baseline_losses"].append(baseline.step(step).item())
+    found["idle_segments"] = training.idle_segments()
     found |= counted(training, Wire(rank, n_ranks), plan.check_steps)
     found["activation_bytes"], found["step_bytes"] = memory_of_step(training, plan.check_steps)
     found["parameter_bytes"], found["state_bytes"] = training.held_bytes()
     found |= seconds_by_turns(training, baseline, wire, plan)
-    file = folder / f"rank-{rank}.json"
-    atomic_write(file, json.dumps(found))
+    leave(folder, rank, found)
     del training, baseline
     gc.collect()
     training = method.training(shape, n_ranks, recompute=True)
     training.step(0)
     found["recomputed_bytes"], _ = memory_of_step(training, 1)
-    atomic_write(file, json.dumps(found))
+    leave(folder, rank, found)
 
 
 def counted(training: Training, wire: Wire, step: int) -> dict:

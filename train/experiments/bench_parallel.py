@@ -1,6 +1,6 @@
 """A training step on several processes: ours beside backprop on one, DDP, FSDP and pipelines.
 
-    python train/experiments/bench_parallel.py                                # half an hour on two cores; goes on
+    python train/experiments/bench_parallel.py                                # an hour on two cores that are free; goes on
     python train/experiments/bench_parallel.py --quick                        # a minute: too short to mean much
     python train/experiments/bench_parallel.py --link 0.2 1                   # and over a link of 0.2 ms and 1 Gb/s
     python train/experiments/bench_parallel.py --ranks 4 --steps 2 --repeats 1      # counts; two cores give no times of 4

@@ -127,20 +127,20 @@ def where_ours_loses(rows: Sequence[dict]) -> list[str]:
     for name, blocks, devices in speeds:
         if (blocks, devices) == (n, r) and name.startswith("ours"):
             speed = speeds[name, n, r]
-            holds = "at least" if speed >= goal else "below"
-            lines.append(f"{name}: {speed:.2f} x backprop at {n} blocks on {r} devices ({holds} the {goal:g} x that is asked)")
+            holds = f"{'at least' if speed >= goal else 'below'} the {goal:g} x that is asked"
+            lines.append(f"{name}: {speed:.2f} x backprop at {n} blocks on {r} devices, {holds}")
     return lines
 
 
 def _told(some: Sequence[tuple[int, int]], of: Sequence[tuple[int, int]]) -> str:
-    """Places in words: how many, and from which number of devices on for each number of blocks."""
+    """Places (blocks, devices) in words."""
     if not some:
         return f"none of {len(of)} places"
-    by_blocks: dict[int, list[int]] = {}
-    for n, r in some:
-        by_blocks.setdefault(n, []).append(r)
-    each = "; ".join(f"{n} blocks on {', '.join(map(str, rs))}" for n, rs in by_blocks.items())
-    return f"{len(some)} of {len(of)} places ({each})"
+    each = []
+    for r in sorted({r for _, r in some}):
+        slow, all_of = [n for n, at in some if at == r], [n for n, at in of if at == r]
+        each.append(f"{r} devices with {'any' if slow == all_of else ', '.join(map(str, slow))} blocks")
+    return f"{len(some)} of {len(of)} places ({'; '.join(each)})"
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:

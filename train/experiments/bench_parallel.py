@@ -6,7 +6,8 @@
     python train/experiments/bench_parallel.py --ranks 4 --steps 2 --repeats 1      # counts; two cores give no times of 4
 
 A step is forward, backward, reduction of gradients, clipping and AdamW of a language model, on processes of one thread each,
-which talk by gloo on CPUs. All methods have the same weights, batches and loss:
+which talk by gloo on CPUs (by nccl where each has a GPU: this has never been run). All methods have the same weights, batches
+and loss:
 
 {methods}
 
@@ -92,6 +93,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"width={width} with heads={args.heads}: heads of an even width divide it")
     if args.link and not (args.link[0] >= 0 and args.link[1] > 0):
         raise ValueError(f"link={args.link}: DELAY_MS must be at least 0 and GBIT above 0")
+    args.device = "cuda" if torch.cuda.device_count() >= args.ranks else "cpu"
+    if args.link and args.device != "cpu":
+        raise ValueError(f"link={args.link} on GPUs: messages of processes on CPUs alone are held back; leave --link out")
     for method in (Method.named(name) for name in args.methods):
         if method.kind in parallel_methods.OURS:
             method.inference(args.blocks, args.ranks)
@@ -104,7 +108,7 @@ def run_method(name: str, shape: Shape, ranks: int, plan: Plan, patience: float)
     with TemporaryDirectory() as folder:
         if plan.link is not None:
             Wire.make_board(Path(folder) / BOARD, n_ranks)
-        found, why = run_group(parallel_worker.work, n_ranks, Path(folder), (name, shape, plan), patience)
+        found, why = run_group(parallel_worker.work, n_ranks, Path(folder), (name, shape, plan), patience, shape.device)
     if found is None:
         return {"refused": why}
     return joined(found) | ({"recompute_refused": why} if why else {})
@@ -152,14 +156,15 @@ def point_of(points: list[dict], key: dict) -> dict:
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measures every method that the output does not hold yet; prints tables, writes JSON and a figure."""
     args = parse(argv)
-    setting = {name: getattr(args, name) for name in DECISIVE} | {"device": "cpu", "torch": torch.__version__}
+    setting = {name: getattr(args, name) for name in DECISIVE} | {"device": args.device, "torch": torch.__version__}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     points = load(args.output, setting)
     link = Link(args.link[0] / 1e3, args.link[1] * 1e9 / 8) if args.link else None
     plan = Plan(args.steps, args.repeats, args.check_steps, link)
     shown = []
     for width in args.width:
-        shape = Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab)
+        shape = Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab,
+                      device=args.device)  # fmt: skip
         point = point_of(points, {"blocks": args.blocks, "width": width, "ranks": args.ranks, "link": args.link})
         for name in args.methods:
             if args.again or name not in point["methods"]:

@@ -24,7 +24,7 @@ _GRACE = 5.0  # seconds that the others have to say what is wrong, once one has
 
 
 def run_group(
-    target: Callable[..., None], n_ranks: int, folder: Path, arguments: tuple, patience: float
+    target: Callable[..., None], n_ranks: int, folder: Path, arguments: tuple, patience: float, device: str = "cpu"
 ) -> tuple[list[dict] | None, str]:
     """What each rank of a group has left in its file (see :func:`join_group`), None unless all have; and what went wrong.
 
@@ -32,6 +32,7 @@ def run_group(
         target: a function of a module; called with rank, number of ranks, folder and ``arguments``.
         folder: an empty one, for the files of the group.
         patience: seconds after which it is given up.
+        device: ``"cpu"``, or ``"cuda"``: rank r has GPU r.
     """
     # The server's imports need the path of the scripts, and its forks one thread.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,7 +41,7 @@ def run_group(
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, *paths]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
-    given = lambda rank: (rank, n_ranks, folder, target, arguments)
+    given = lambda rank: (rank, n_ranks, folder, target, arguments, device)
     processes = [context.Process(target=join_group, args=given(rank)) for rank in range(n_ranks)]
     for process in processes:
         process.start()
@@ -66,12 +67,15 @@ def run_group(
     return [json.loads(file.read_text(encoding="utf-8")) for file in files], why
 
 
-def join_group(rank: int, n_ranks: int, folder: Path, target: Callable[..., None], arguments: tuple) -> None:
+def join_group(rank: int, n_ranks: int, folder: Path, target: Callable[..., None], arguments: tuple, device: str) -> None:
     """Join the group and call ``target``, which leaves what it finds with :func:`leave`; an error goes to a file too."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
     try:
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks,
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks,
                                        timeout=timedelta(minutes=10))  # fmt: skip
         target(rank, n_ranks, folder, *arguments)
         distributed.barrier()

@@ -61,6 +61,7 @@ class Shape:
     vocab: int = 4096
     lr: float = 1e-3
     clip: float = 1.0
+    device: str = "cpu"  # or "cuda": each process the one that it has set
 
     def model(self) -> HBLLForCausalLM:
         """The same weights on every process. No block begins as the identity: it would hide what is sent."""
@@ -70,12 +71,12 @@ class Shape:
         for p in model.blocks.parameters():
             if not p.any():
                 nn.init.normal_(p, std=0.02)
-        return model
+        return model.to(self.device)
 
     def batch(self, step: int) -> Tensor:
         """Token windows [B, T + 1], random ones that come again."""
         made = torch.Generator().manual_seed(1 + step % N_BATCHES)
-        return torch.randint(self.vocab, (self.batch_size, self.context_length + 1), generator=made)
+        return torch.randint(self.vocab, (self.batch_size, self.context_length + 1), generator=made).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ class Training:
 
     def held_bytes(self) -> tuple[int, int]:
         """Bytes of the parameters and of the optimizer's state that are here; after a step."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return tuple(sum(local(t).numel() * t.element_size() for t in ts) for ts in ((*self.parts, *self.common), states))
+        return tuple(sum(local(t).numel() * t.element_size() for t in ts) for ts in (trained, states))
 
     def buffers(self) -> list[Tensor]:
         """What is kept from step to step to receive activations into."""
@@ -212,7 +214,7 @@ class Replica(Training):
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            mesh = init_device_mesh("cpu", (n_ranks,))
+            mesh = init_device_mesh(shape.device, (n_ranks,))
             for block in objective.model.blocks:
                 fully_shard(block, mesh=mesh)
             self.module = fully_shard(objective, mesh=mesh)
@@ -258,14 +260,13 @@ class Pipeline(Training):
         for s in numbers:
             own = blocks[s * len(blocks) // n_stages : (s + 1) * len(blocks) // n_stages]
             stage = Stage(model.embed if s == 0 else None, own, model.head if s == n_stages - 1 else None, recompute)
-            self.stages.append(pipelining.PipelineStage(stage, s, n_stages, torch.device("cpu")))
+            self.stages.append(pipelining.PipelineStage(stage, s, n_stages, torch.device(shape.device)))
         # Torch would divide by m stage by stage, the matrix of two stages of one process twice.
         score = lambda state, targets: model.score_exits([state], targets, [path], [1.0])[0] / m
         self.schedule = getattr(pipelining, schedule)(self.stages[0] if per_rank == 1 else self.stages, m, loss_fn=score,
                                                       scale_grads=False)  # fmt: skip
-        self.options = {}
-        if "return_outputs" in inspect.signature(self.schedule.step).parameters:
-            self.options["return_outputs"] = False
+        takes = inspect.signature(self.schedule.step).parameters
+        self.options = {"return_outputs": False} if "return_outputs" in takes else {}
         self.tied = model.embed.weight if last_rank != 0 and (self.is_first or self.is_last) else None
         self.ends = distributed.new_group([0, last_rank]) if last_rank != 0 else None
         held = {id(p): p for stage in self.stages for p in stage.submod.parameters()}.values()
@@ -280,7 +281,7 @@ class Pipeline(Training):
         losses: list[Tensor] = []
         given = {"target": targets, "losses": losses} if self.is_last else {}
         self.schedule.step(*([inputs] if self.is_first else []), **given, **self.options)
-        return torch.stack(losses).sum().detach() if losses else torch.zeros(())
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=inputs.device)
 
     def end(self, loss: Tensor) -> None:
         if self.tied is not None:
@@ -288,10 +289,6 @@ class Pipeline(Training):
         squares = squared_norm(self.parts)
         distributed.all_reduce(squares)
         clip_gradients([*self.parts, *self.copy], float(squares) ** 0.5, self.shape.clip)
-
-    def held_bytes(self) -> tuple[int, int]:
-        parameters, states = super().held_bytes()
-        return parameters + sum(p.numel() * p.element_size() for p in self.copy), states
 
     def buffers(self) -> list[Tensor]:
         infos = [info for stage in self.stages for received in (stage.args_recv_info, stage.grad_recv_info)
@@ -318,7 +315,7 @@ class Ours(Training):
     """Segments on ranks, as ``train/lm.py --block-parallel`` trains them."""
 
     def __init__(self, shape: Shape, inference: str, depths: str | None, n_ranks: int, recompute: bool = False):
-        ranks = make_ranks(n_ranks) if n_ranks > 1 else ALONE
+        ranks = make_ranks(n_ranks, shape.device) if n_ranks > 1 else ALONE
         self.objective = LocalObjective(shape.model(), inference, ranks=ranks, depths=depths, recompute=recompute)
         self.share = Share(self.objective, ranks, parse_inference(inference).chunk_size)
         super().__init__(shape, self.share.own, self.share.shared)

@@ -79,13 +79,20 @@ def memory_of_step(training: Training, step: int) -> tuple[int, int]:
         else:
             p.grad.zero_()
     buffers = training.buffers()
+    fixed = sum(b.numel() * b.element_size() for b in buffers)
+    if training.shape.device != "cpu":  # the allocator's count
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() - fixed
+        loss = training.differentiate(step)
+        activation = torch.cuda.max_memory_allocated() - before
+        training.end(loss)
+        return activation, torch.cuda.max_memory_allocated() - before
     there = [*map(local, parameters), *(local(p.grad) for p in parameters), *buffers]
     with _resizes_seen(), _Live(there) as live:
         loss = training.differentiate(step)
         activation = live.peak
         training.end(loss)
-    fixed = sum(b.numel() * b.element_size() for b in buffers)
-    training.optimizer.zero_grad()
     return activation + fixed, live.peak + fixed
 
 
@@ -131,11 +138,15 @@ def seconds_by_turns(training: Training, baseline: Backprop | None, wire: Wire, 
     names = ("baseline_seconds", "seconds", "linked_seconds", "processor_seconds")
     found: dict[str, list[float]] = {name: [] for name in names}
 
+    wait = torch.cuda.synchronize if training.shape.device != "cpu" else lambda: None
+
     def turn(trained: Training | None) -> tuple[float, float]:
+        wait()
         distributed.barrier()
         begun, processor = time.perf_counter(), time.process_time()
         for step in range(plan.steps if trained is not None else 0):
             trained.step(step)
+        wait()
         processor = time.process_time() - processor
         if trained is training:
             distributed.barrier()

@@ -90,6 +90,7 @@ def test_measures_groups_and_goes_on_where_it_was_stopped(tmp_path, capsys, monk
         assert row["loss_difference"] < 1e-5 and len(row["losses"]) == 4 and row["exact"]
         assert abs(row["losses"][-1] - row["losses"][0]) > 1e-3  # there is something to differ
         assert len(row["seconds"]) == len(row["linked_seconds"]) == len(row["baseline_seconds"]) == 2
+        assert max(row["recomputed_bytes"]) <= max(row["recomputed_step_bytes"])
         assert max(row["recomputed_bytes"]) < max(row["activation_bytes"]) < methods["backprop"]["activation_bytes"][0]
     n_block = sum(p.numel() for p in Shape(3, 16, 2, 4, 16, 32).model().blocks[0].parameters())
     assert methods["backprop"]["parameter_bytes"] == methods["ddp"]["parameter_bytes"][:1] == [12 * n_block + SHARED]
@@ -136,13 +137,15 @@ def test_presets_are_sweeps():
 def test_table_has_the_median_of_rounds_and_tells_refusals():
     row = {"seconds": [1.0, 4.0, 1.0], "baseline_seconds": [2.0, 4.0, 3.0], "linked_seconds": [2.0, 4.0, 2.0],
            "activation_bytes": [2**20, 2**21], "recomputed_bytes": [2**19, 2**18], "parameter_bytes": [2**20],
-           "state_bytes": [2**21], "collectives": [3], "messages": [1], "bytes": [2048.0], "idle_segments": [0]}  # fmt: skip
+           "state_bytes": [2**21], "collectives": [3],
+           "recomputed_step_bytes": [2**20], "baseline_processor_seconds": [1.5, 2, 1], "messages": [1],
+           "bytes": [2048.0], "idle_segments": [0]}  # fmt: skip
     base = {**row, "activation_bytes": [2**22], "idle_segments": []}
     point = {"blocks": 7, "width": 32, "ranks": 2, "link": [1.0, 10.0],
              "methods": {"backprop": base, "ours": row, "1f1b:m=1": {"refused": "too few"}}}  # fmt: skip
     assert ratios(row) == [2.0, 1.0, 3.0]
     lines = table_of(point).splitlines()
-    assert lines[3].split() == "ours 1.00 2.00 1.00 3.00 1.00 2.0 0.50 0.5 0.12 1.0 2.0 3 1 2".split()
+    assert lines[3].split() == "ours 1.00 2.00 1.00 3.00 1.00 0.50 2.0 0.50 0.5 1.00 1.0 1.00 1.0 2.0 3 1 2".split()
     assert lines[-2:] == ["ours: no exit trains segments [0], from 0", "1f1b:m=1 is refused: too few"]
     assert math.isclose(sum(ratios(row, "linked_seconds")), 3.5)
 

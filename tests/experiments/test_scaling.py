@@ -89,7 +89,7 @@ def test_measures_a_tiny_model():
 def test_predicts_from_stored_costs_and_checks_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "measure_costs", lambda *a: UNITS)
     bench = tmp_path / "bench.json"
-    row = {"seconds": [2.5], "baseline_seconds": [3.0]}
+    row = {"seconds": [2.5], "baseline_seconds": [3.0], "processor_seconds": [2.5]}
     bench.write_text(json.dumps({
         "setting": {"heads": 4, "batch_size": 4, "context_length": 128, "vocab": 4096},
         "points": [{"blocks": 7, "width": 128, "ranks": 2, "methods": {"backprop": row, "exact": row,

@@ -15,6 +15,9 @@ Each method has processes of its own. In every round backprop on one process tak
 the method takes its own: what else the machine does falls on both, and what is compared is their ratio. "backprop" itself is
 measured in this way too, so that its ratio shows the noise. Bytes are what operations return on a rank, beyond parameters,
 their gradients and the state of AdamW (as in bench_depth.py), of forward and backward; for a pipeline with its buffers.
+"recomp." is the same with activation checkpointing, "w. grads" that with the parameters' gradients (.grad = None before).
+"core" is the share of a core that backprop had in its turns: well below 1 the machine was busy, and processes that wait for
+one another lose more by it than one process does. Such ratios say little.
 "parameters" adds up what a rank holds of parameters and of the state of AdamW. Messages (to one other rank), collectives and
 bytes are those that a rank sends in a step; the largest number of all ranks is shown. They are counted where they pass
 torch.distributed. DistributedDataParallel sends from C++: its buckets are what it says of them, each reduced round a ring.
@@ -117,10 +120,11 @@ def run_method(name: str, shape: Shape, ranks: int, plan: Plan, patience: float)
 def joined(found: Sequence[dict]) -> dict:
     """One row of what the ranks found: lists over the ranks, losses put together, times of the first rank."""
     first = found[0]
-    row = {name: first[name] for name in ("seconds", "baseline_seconds", "linked_seconds", "baseline_losses")}
+    row = {name: first[name] for name in ("seconds", "baseline_seconds", "linked_seconds", "baseline_losses",
+                                             "baseline_processor_seconds")}  # fmt: skip
     row["losses"] = [sum(of_step) / (1 if first["total"] else len(found)) for of_step in zip(*(f["losses"] for f in found))]
     for name in ("collectives", "messages", "bytes", "activation_bytes", "step_bytes", "parameter_bytes", "state_bytes",
-                 "recomputed_bytes"):  # fmt: skip
+                 "recomputed_bytes", "recomputed_step_bytes"):  # fmt: skip
         if all(name in f for f in found):
             row[name] = [f[name] for f in found]
     row["idle_segments"] = first["idle_segments"]

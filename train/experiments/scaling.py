@@ -185,7 +185,9 @@ def check(path: Path, stored: dict, args: argparse.Namespace) -> list[dict]:
         where = {"blocks": point["blocks"], "width": point["width"], "ranks": point["ranks"]}
         if base := point["methods"].get("backprop"):
             seconds = model.backprop(point["blocks"]).seconds
-            print(f"{where}: backprop predicted {seconds:.3f} s, measured {median(base['seconds']):.3f} s a step")
+            clock, processor = median(base["seconds"]), median(base["processor_seconds"])
+            print(f"{where}: a step of backprop takes {seconds:.3f} s as predicted; measured: {clock:.3f} s by the clock, "
+                  f"{processor:.3f} s of a processor")  # fmt: skip
         for name, predicted, measured, error in errors(model, point, lambda row: median(ratios(row))):
             found.append({**where, "method": name, "predicted": predicted, "measured": measured, "error": error})
     lines = [(f["blocks"], f["width"], f["ranks"], f["method"], f["predicted"], f["measured"], 100 * f["error"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 import warnings
@@ -70,6 +71,7 @@ def run_group(
 def join_group(rank: int, n_ranks: int, folder: Path, target: Callable[..., None], arguments: tuple, device: str) -> None:
     """Join the group and call ``target``, which leaves what it finds with :func:`leave`; an error goes to a file too."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_script, daemon=True).start()
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing here changes one in place
     try:
         if device == "cuda":
@@ -83,6 +85,12 @@ def join_group(rank: int, n_ranks: int, folder: Path, target: Callable[..., None
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         atomic_write(folder / f"rank-{rank}.error", message + "\n\n" + traceback.format_exc())
+
+
+def _end_with_the_script() -> None:
+    """A script that is killed leaves nobody behind who waits in a collective."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def leave(folder: Path, rank: int, found: Any) -> None:

@@ -208,7 +208,7 @@ class Replica(Training):
     total = False
 
     def __init__(self, shape: Shape, kind: str, n_ranks: int, recompute: bool = False, hooked: bool = False):
-        self.n_ranks, self.rank = n_ranks, distributed.get_rank()
+        self.n_ranks, self.rank, self.is_ddp = n_ranks, distributed.get_rank(), kind == "ddp"
         objective = BackpropObjective(shape.model(), recompute=recompute)
         if kind == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh

@@ -12,9 +12,28 @@ from hbll_seq.utils.tables import table
 
 MIB = 2**20
 BAR = 1e-4  # by which losses of exact methods may differ from backprop's, float32
-_HEAD = ("method", "steps/s", "ratio", "least", "most", "linked", "act. MiB", "ratio", "recomp.", "ratio", "params MiB",
-         "state MiB", "coll.", "mess.", "KiB")  # fmt: skip
-_FORMATS = ("<", ">.2f", ">.2f", ">.2f", ">.2f", ">.2f", ">.1f", ">.2f", ">.1f", ">.2f", ">.1f", ">.1f", ">d", ">d", ">.0f")
+_HEAD = ("method", "steps/s", "ratio", "least", "most", "linked", "core", "act. MiB", "ratio", "recomp.", "ratio", "w. grads",
+         "ratio", "params MiB", "state MiB", "coll.", "mess.", "KiB")  # fmt: skip
+_FORMATS = (
+    "<",
+    ">.2f",
+    ">.2f",
+    ">.2f",
+    ">.2f",
+    ">.2f",
+    ">.2f",
+    ">.1f",
+    ">.2f",
+    ">.1f",
+    ">.2f",
+    ">.1f",
+    ">.2f",
+    ">.1f",
+    ">.1f",
+    ">d",
+    ">d",
+    ">.0f",
+)
 
 
 def ratios(row: Mapping[str, Any], name: str = "seconds") -> list[float]:
@@ -23,9 +42,9 @@ def ratios(row: Mapping[str, Any], name: str = "seconds") -> list[float]:
 
 
 def table_of(point: Mapping[str, Any]) -> str:
-    """A line for every method; the ratios of bytes are to backprop on one process without recomputing, where it was run."""
+    """A line for every method; the ratios of bytes are to backprop on one process in the same form, where it was run."""
     methods = point["methods"]
-    whole = methods.get("backprop", {}).get("activation_bytes")
+    backprop = methods.get("backprop", {})
     lines, notes = [], []
     for name, row in methods.items():
         if "refused" in row:
@@ -35,13 +54,14 @@ def table_of(point: Mapping[str, Any]) -> str:
             notes.append(f"{name} with activation checkpointing is refused: {row['recompute_refused']}")
         if row.get("idle_segments"):
             notes.append(f"{name}: no exit trains segments {row['idle_segments']}, from 0")
-        found, linked = ratios(row), ratios(row, "linked_seconds")
+        speeds, linked = ratios(row), ratios(row, "linked_seconds")
         memory = []
-        for bytes_of in ("activation_bytes", "recomputed_bytes"):
-            most = max(row[bytes_of]) if bytes_of in row else None
-            memory += [most and most / MIB, most / whole[0] if most and whole else None]
-        lines.append((name, 1 / median(row["seconds"]), median(found), min(found), max(found),
-                      median(linked) if linked else None, *memory, max(row["parameter_bytes"]) / MIB,
+        for bytes_of in ("activation_bytes", "recomputed_bytes", "recomputed_step_bytes"):
+            most, whole = (max(found[bytes_of]) if bytes_of in found else None for found in (row, backprop))
+            memory += [most and most / MIB, most / whole if most and whole else None]
+        core = sum(row["baseline_processor_seconds"]) / sum(row["baseline_seconds"])
+        lines.append((name, 1 / median(row["seconds"]), median(speeds), min(speeds), max(speeds),
+                      median(linked) if linked else None, core, *memory, max(row["parameter_bytes"]) / MIB,
                       max(row["state_bytes"]) / MIB, max(row["collectives"]), max(row["messages"]),
                       max(row["bytes"]) / 1024))  # fmt: skip
     link = f", linked: {point['link'][0]:g} ms and {point['link'][1]:g} Gb/s" if point["link"] else ""

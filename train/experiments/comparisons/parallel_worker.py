@@ -47,7 +47,8 @@ def work(rank: int, n_ranks: int, folder: Path, name: str, shape: Shape, plan: P
             found["baseline_losses"].append(baseline.step(step).item())
     found["idle_segments"] = training.idle_segments()
     found |= counted(training, Wire(rank, n_ranks), plan.check_steps)
-    found["activation_bytes"], found["step_bytes"] = memory_of_step(training, plan.check_steps)
+    found["activation_bytes"] = memory_of_step(training, plan.check_steps, gradients=False)
+    found["step_bytes"] = memory_of_step(training, plan.check_steps, gradients=True)
     found["parameter_bytes"], found["state_bytes"] = training.held_bytes()
     found |= seconds_by_turns(training, baseline, wire, plan)
     leave(folder, rank, found)
@@ -55,7 +56,8 @@ def work(rank: int, n_ranks: int, folder: Path, name: str, shape: Shape, plan: P
     gc.collect()
     training = method.training(shape, n_ranks, recompute=True)
     training.step(0)
-    found["recomputed_bytes"], _ = memory_of_step(training, 1)
+    found["recomputed_bytes"] = memory_of_step(training, 1, gradients=False)
+    found["recomputed_step_bytes"] = memory_of_step(training, 1, gradients=True)
     leave(folder, rank, found)
 
 
@@ -63,37 +65,40 @@ def counted(training: Training, wire: Wire, step: int) -> dict:
     """What a step sends; of DistributedDataParallel, whose reducer is not seen, what it says of its buckets."""
     with wire.watched() as sent:
         training.step(step)
-    if isinstance(training, Replica) and hasattr(training.module, "_get_ddp_logging_data"):
+    if isinstance(training, Replica) and training.is_ddp:
         buckets = training.reduced_bytes()
         sent = Sent(len(buckets), 0, sum(2 * (wire.n_ranks - 1) / wire.n_ranks * n for n in buckets))
     return asdict(sent)
 
 
-def memory_of_step(training: Training, step: int) -> tuple[int, int]:
-    """Peak bytes of forward and backward, and with the reduction of gradients; beyond parameters, their gradients and the
-    optimizer's state, as ``bench_depth.py`` counts activations. A pipeline's buffers to receive into are part of them."""
+def memory_of_step(training: Training, step: int, *, gradients: bool) -> int:
+    """Peak bytes of forward and backward, beyond what was there before, as ``bench_depth.py`` counts them. A pipeline's
+    buffers to receive into count too.
+
+    ``gradients``: whether the parameters' gradients are part of it (``.grad`` is None before), or there before.
+    """
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
     for p in parameters:
-        if p.grad is None:
+        if gradients:
+            p.grad = None
+        elif p.grad is None:
             p.grad = torch.zeros_like(p)
         else:
             p.grad.zero_()
     buffers = training.buffers()
     fixed = sum(b.numel() * b.element_size() for b in buffers)
+    if gradients and isinstance(training, Replica) and training.is_ddp:  # its buckets, which hold them, are always there
+        fixed += sum(p.numel() * p.element_size() for p in parameters)
     if training.shape.device != "cpu":  # the allocator's count
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() - fixed
-        loss = training.differentiate(step)
-        activation = torch.cuda.max_memory_allocated() - before
-        training.end(loss)
-        return activation, torch.cuda.max_memory_allocated() - before
-    there = [*map(local, parameters), *(local(p.grad) for p in parameters), *buffers]
+        training.differentiate(step)
+        return torch.cuda.max_memory_allocated() - before
+    there = [*map(local, parameters), *(local(p.grad) for p in parameters if p.grad is not None), *buffers]
     with _resizes_seen(), _Live(there) as live:
-        loss = training.differentiate(step)
-        activation = live.peak
-        training.end(loss)
-    return activation + fixed, live.peak + fixed
+        training.differentiate(step)
+    return live.peak + fixed
 
 
 class _Live(LiveStorages):
@@ -133,11 +138,11 @@ def _resizes_seen() -> Iterator[None]:
 
 def seconds_by_turns(training: Training, baseline: Backprop | None, wire: Wire, plan: Plan) -> dict[str, list[float]]:
     """Wall seconds of a step in every turn: of backprop on the first rank while the others wait, of the method, and of the
-    method over the link; and processor seconds of this rank in the method's steps. Only the first rank's wall seconds count.
+    method over the link; and processor seconds of this rank in backprop's steps and in the method's. Only the first rank's
+    wall seconds count.
     """
-    names = ("baseline_seconds", "seconds", "linked_seconds", "processor_seconds")
+    names = ("baseline_seconds", "baseline_processor_seconds", "seconds", "linked_seconds", "processor_seconds")
     found: dict[str, list[float]] = {name: [] for name in names}
-
     wait = torch.cuda.synchronize if training.shape.device != "cpu" else lambda: None
 
     def turn(trained: Training | None) -> tuple[float, float]:
@@ -153,7 +158,9 @@ def seconds_by_turns(training: Training, baseline: Backprop | None, wire: Wire, 
         return (time.perf_counter() - begun) / plan.steps, processor / plan.steps
 
     for _ in range(plan.repeats):
-        found["baseline_seconds"].append(turn(baseline)[0])
+        seconds, processor = turn(baseline)
+        found["baseline_seconds"].append(seconds)
+        found["baseline_processor_seconds"].append(processor)
         seconds, processor = turn(training)
         found["seconds"].append(seconds)
         found["processor_seconds"].append(processor)

@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hbll_seq.chains.time import TimeChain, TimeRows
+from hbll_seq.distributed.blocks import largest_chunk
+from hbll_seq.distributed.placement import RankPlacement
+from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
+from hbll_seq.engine.placement import HERE
 from hbll_seq.engine.solve import Solution
 from hbll_seq.models.recurrent import RecurrentModel
 from hbll_seq.objectives.control import FidelityControl
@@ -56,6 +61,14 @@ class RecurrentBackpropObjective(RecurrentObjective):
         return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, last_state(whole.detach(), lengths))
 
 
+class Span(NamedTuple):
+    """Which steps of a sequence are here: those of number ``first`` to ``stop`` - 1, from 0, of ``n_steps``."""
+
+    first: int
+    stop: int
+    n_steps: int
+
+
 class RecurrentLocalObjective(RecurrentObjective):
     """Local losses: nothing is differentiated through more than one transition of the cell.
 
@@ -77,18 +90,25 @@ class RecurrentLocalObjective(RecurrentObjective):
             :class:`TimeTree`. The defaults of sweeps did best of few on text; longer memory needs more iterations, or
             another linearization (docs/choosing-options.md). The matrices of ``SharedMatrix`` are learned in training mode;
             those of adjoints are learned, and used, with 2 backward iterations or more.
+        ranks: who shares the steps of a sequence. Every rank has the whole model and calls ``forward`` with the same batch
+            and state, but evaluates its own segments of the sequence alone. Each gets their part of the loss; metrics are
+            zero where it does not know them. So losses, metrics and the gradients of all parameters are those of one
+            process once they are summed over the ranks (``distributed.gradients.reduce_gradients``). The state is the
+            whole one on each.
 
     Attributes:
         inference: with every default written out.
         tree: of the inference; its cells are part of this module.
         secants: the fit of the matrices of ``SharedMatrix``; its buffers are part of this module's state.
         control: what K and M of sweeps follow, or None; likewise. Every forward in training is a step to it.
+        placement: where the segments are; counts what is sent, with several ranks.
 
     Raises:
-        ValueError: an argument is out of range, or does not fit the model.
+        ValueError: an argument is out of range, or does not fit the model, or cannot be spread over ranks. ``forward`` raises
+            it for a sequence with fewer segments than ranks.
     """
 
-    def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps"):
+    def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps", *, ranks: Ranks = ALONE):
         super().__init__(model)
         inference = parse_inference(inference, TIME_INFERENCES)
         self.inference = inference.resolved("time") if isinstance(inference, Sweeps) else inference
@@ -103,6 +123,20 @@ class RecurrentLocalObjective(RecurrentObjective):
         hidden_size = self.model.cell.hidden_size
         if self.tree is not None and self.tree.hidden_size != hidden_size:
             raise ValueError(f"a tree of hidden_size={self.tree.hidden_size} with a cell of {hidden_size}: must be the same")
+        self.ranks, self.placement = ranks, HERE
+        if ranks.n_ranks > 1:
+            self._check_can_be_spread()
+            self.placement = RankPlacement(ranks)
+
+    def _check_can_be_spread(self) -> None:
+        """Raises ValueError for what needs the whole sequence on one rank."""
+        given, remedy = f"{self.ranks.n_ranks} ranks with ", "use fixed sweeps and another init, or one rank"
+        if isinstance(self.inference, TimeTree):
+            raise ValueError(f"{given}inference='tree': its cells span the whole sequence; use 'sweeps', or one rank")
+        if self.tree is not None:
+            raise ValueError(f"{given}init=TreeGuess(..): its cells span the whole sequence; {remedy}")
+        if self.control is not None:
+            raise ValueError(f"{given}a control: it compares gradients of the whole sequence; {remedy}")
 
     def _new_fit(self) -> SharedMatrixFit:
         """The matrices that are learned. Raises ValueError where nothing would be."""
@@ -120,14 +154,29 @@ class RecurrentLocalObjective(RecurrentObjective):
         return SharedMatrixFit(cell.hidden_size, forward, self.inference.backward)
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
-        symbols = self.model.symbols(x)
         if isinstance(self.inference, TimeTree):
-            return self._tree_step(symbols, targets, s0)
-        return self._sweep_step(symbols, targets, s0, lengths)
+            return self._tree_step(self.model.symbols(x), targets, s0)
+        span = self._span(x.shape[1])
+        return self._sweep_step(self.model.symbols(x[:, span.first : span.stop]), targets, s0, lengths, span)
+
+    def _span(self, n_steps: int) -> Span:
+        """The steps that are here, of a sequence of so many. Raises ValueError where there are fewer segments than ranks."""
+        n_ranks, iterations = self.ranks.n_ranks, self.inference.iterations
+        size, n_segments = iterations.segments(n_steps)
+        if n_segments < n_ranks:
+            smaller = f"a chunk_size of at most {largest_chunk(n_steps, n_ranks)}, " if n_steps >= n_ranks else ""
+            raise ValueError(
+                f"sequences of {n_steps} steps with chunk_size={iterations.chunk_size} on {n_ranks} ranks: {n_segments} "
+                f"segments, and every rank needs one at least; give longer sequences, {smaller}or fewer ranks"
+            )
+        own = self.placement.own(n_segments)
+        return Span(own.start * size, min(own.stop * size, n_steps), n_steps)
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep_step(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
+    def _sweep_step(
+        self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, span: Span
+    ) -> RecurrentOutput:
         cell, keep_graph, control = self.model.cell, torch.is_grad_enabled(), self.control
         is_step = keep_graph and self.training
         has_probe = control is not None and is_step and control.begin_step()
@@ -136,18 +185,18 @@ class RecurrentLocalObjective(RecurrentObjective):
         if isinstance(inference.init, TreeGuess):
             estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True)
         learn = self.secants is not None and is_step
-        solve = partial(self._solve, projected, targets, s0, lengths)
+        solve = partial(self._solve, projected, targets, s0, lengths, span)
         solution, adjoints, loss = solve(inference, estimate, learn)
         metrics = {"ce": loss.detach()}
         if inference.forward > 0:
-            metrics["residual"] = solution.residual
+            metrics["residual"] = solution.residual if self.ranks.rank == 0 else torch.zeros_like(solution.residual)
         if control is not None:
             if has_probe:
                 self._probe(solve, solution.linearized, adjoints, inference)
             if is_step:
                 control.end_step(solution.residual)
             metrics.update(control.metrics())
-        last = last_state(solution.states.detach(), lengths)
+        last = self._last(solution.states.detach(), lengths, span)
         if adjoints is None:
             return RecurrentOutput(loss, loss.unsqueeze(0), metrics, last)
         if learn:
@@ -155,14 +204,15 @@ class RecurrentLocalObjective(RecurrentObjective):
         rows = solution.linearized
         losses = [loss + inject_gradients([rows.attached], [adjoints])]
         if s0.requires_grad:
-            losses[0] = losses[0] + inject_gradients([s0], [rows.vjp(slice(0, 1, 1), adjoints[:1])[0]])
+            by_s0 = torch.zeros_like(s0) if span.first else rows.vjp(slice(0, 1, 1), adjoints[:1])[0]
+            losses[0] = losses[0] + inject_gradients([s0], [by_s0])
         if estimate is not None:
             losses.append(self._tree_agreement(estimate, solution.states, targets))
             metrics["tree"] = losses[-1].detach()
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, last)
 
     def _solve(
-        self, projected: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, inference: Sweeps,
+        self, projected: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, span: Span, inference: Sweeps,
         estimate: Tensor | None = None, learn: bool = False,
     ) -> tuple[Solution, Tensor | None, Tensor]:  # fmt: skip
         """The chain after its iterations, its adjoints (None where gradients are disabled), and the loss, which trains the
@@ -172,7 +222,10 @@ class RecurrentLocalObjective(RecurrentObjective):
 
         def read_out(states: Tensor) -> Tensor | None:
             read, upstream = states.detach().requires_grad_(keep_graph), None
-            loss = nats_of(self.model, read, targets, lengths)
+            if self.placement.is_spread:
+                loss = self.model.nats_of_part(read, targets, span.first, span.n_steps, lengths)
+            else:
+                loss = nats_of(self.model, read, targets, lengths)
             if keep_graph:
                 loss, upstream = output_loss(loss, read, self.model)
             found.extend((states, loss))
@@ -181,12 +234,24 @@ class RecurrentLocalObjective(RecurrentObjective):
         init = "input" if inference.init == "state" or estimate is not None else inference.init  # s_0 everywhere
         start = None if estimate is None else estimate.detach()[:-1]
         learned = self.secants if isinstance(inference.linearization, SharedMatrix) else None
-        chain = TimeChain(self.model.cell, projected, iterations.clip, differentiates=keep_graph)
+        chain = TimeChain(self.model.cell, projected, iterations.clip, keep_graph,
+                          placement=self.placement, n_steps=span.n_steps, first=span.first)  # fmt: skip
         rows, residual, adjoints = sweep(
             chain, s0, iterations, read_out, init=init, start=start, learned=learned, learn=learn
         )
         states, loss = found
         return Solution(rows, states, residual), adjoints, loss
+
+    def _last(self, states: Tensor, lengths: Tensor | None, span: Span) -> Tensor:
+        """The state [B, H] after the last real step; of the states that are here."""
+        if not self.placement.is_spread:
+            return last_state(states, lengths)
+        n_rows, rows = states.shape[1], torch.arange(states.shape[1], device=states.device)
+        ends = torch.full((n_rows,), span.n_steps) if lengths is None else lengths
+        at = ends.to(states.device) - 1 - span.first
+        is_here = (at >= 0) & (at < len(states))
+        own = states[at.clamp(0, len(states) - 1), rows]
+        return self.placement.total(own.masked_fill(~is_here[:, None], 0.0))
 
     def _probe(self, solve: Callable[..., tuple], rows: TimeRows, adjoints: Tensor, inference: Sweeps) -> None:
         """Compares the gradient of the cell with exact ones; nothing learns from it."""

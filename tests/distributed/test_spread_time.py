@@ -1,5 +1,10 @@
 """Sequences on ranks: what they find between them is what one process finds, and none of them sees more than its part."""
 
+import re
+from pathlib import Path
+
+import forked
+import kill_and_resume as kr
 import pytest
 import torch
 from helpers.spread_time_work import (
@@ -116,3 +121,18 @@ def test_what_needs_the_whole_sequence_is_refused():
     ):
         with pytest.raises(ValueError, match=said):
             RecurrentLocalObjective(model, inference, ranks=ranks)
+
+
+def test_the_page_s_example_trains_the_same_model_on_two_processes(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in found if "make_ranks" in block]
+    script, models = tmp_path / "script.py", {}
+    saves = f"torch.save(model.state_dict(), f'{tmp_path}/{{n_ranks}}-{{ranks.rank}}.pt')\n"
+    script.write_text(code + saves, encoding="utf-8")
+    for n in (1, 2):
+        codes, said = forked.group(n, [str(script)], kr.environment_of_scripts())
+        assert codes == [0] * n, "\n".join(said)
+        models[n] = [torch.load(tmp_path / f"{n}-{rank}.pt") for rank in range(n)]
+    torch.testing.assert_close(models[2][0], models[1][0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(models[2][1], models[2][0], rtol=0, atol=0)

@@ -14,6 +14,7 @@ from helpers.spread_time_work import (
     LONG,
     LONG_SIZE,
     WIDTH,
+    beside,
     costs,
     objective_of,
     run_on,
@@ -65,6 +66,13 @@ def test_ranks_find_what_one_process_finds(name, n_ranks, tmp_path_factory):
         torch.testing.assert_close(own_state, measured[1], **close)
         assert all(torch.equal(own_buffers[key], by_rank[0][1][1][key]) for key in buffers)  # bit for bit
     torch.testing.assert_close(sum(found[2][0] for found in by_rank), measured[0], **close)
+
+
+def test_two_replicas_of_two_ranks_average_their_gradients(tmp_path_factory):
+    first, second = beside(0), beside(1)
+    expected = {name: (first[name] + second[name]) / 2 for name in first}
+    for found in found_by(4, tmp_path_factory):
+        torch.testing.assert_close(found["beside"], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])

@@ -165,6 +165,18 @@ def costs(linearization, ranks=ALONE, n_steps=LONG, forward=2, backward=2):
     return sizes.largest, sizes.total, sum(seen), traffic and vars(traffic)
 
 
+BESIDE = "gru, diagonal, K = 1, M = 1"
+
+
+def beside(replica, ranks=ALONE):
+    """The gradients of a step on a replica's own batch, summed over its ranks and averaged over the replicas."""
+    objective = objective_of(BESIDE, ranks)
+    objective(*batch_of(BESIDE, 10 + replica)).loss.backward()
+    parameters = dict(objective.model.named_parameters())
+    reduce_gradients([], list(parameters.values()), ranks)
+    return {name: p.grad for name, p in parameters.items()}
+
+
 def refused(ranks):
     """What is said of too short a sequence; no rank waits."""
     objective = objective_of("from zero", ranks)
@@ -189,5 +201,8 @@ if __name__ == "__main__":
         "costs": {(each, n): costs(each, here, n) for each in LINEARIZATIONS for n in (LONG, LONG // 2)},
         "refused": refused(here),
     }
+    if distributed.get_world_size() == 4:
+        pairs = make_ranks(2)
+        found["beside"] = beside(pairs.replica, pairs)
     torch.save(found, Path(sys.argv[1]) / f"time-{distributed.get_rank()}.pt")
     distributed.destroy_process_group()

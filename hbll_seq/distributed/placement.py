@@ -19,9 +19,9 @@ class Traffic:
     """What was sent so far, as this rank counts it.
 
     Attributes:
-        collectives: of all ranks together, one for each pass.
+        collectives: of all ranks together: one for each pass, and the sums that are asked for.
         messages: from a rank to one other, where a segment goes on from the one before it.
-        bytes: that this rank has sent: to each other rank in a collective.
+        bytes: that this rank has sent: to each other rank in an exchange, and around a ring in a sum.
     """
 
     collectives: int = 0
@@ -70,6 +70,14 @@ class RankPlacement(Placement):
         if len(set(shares)) == 1:
             return received
         return torch.cat([part[:share] for part, share in zip(received.split(most), shares)])
+
+    def total(self, part: Tensor) -> Tensor:
+        """See :meth:`Placement.total`: one collective of all ranks."""
+        part = part.detach().clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(part, group=self.ranks.block_group)
+        self.traffic.collectives += 1
+        self.traffic.bytes += 2 * (self.ranks.n_ranks - 1) * part.numel() * part.element_size() // self.ranks.n_ranks
+        return part
 
     def pass_on(self, state: Tensor, source: int, target: int, n_segments: int) -> Tensor:
         """See :meth:`Placement.pass_on`: one message, where the two are on different ranks."""

@@ -1,7 +1,8 @@
 """Where a process stands in a launch that spreads a model's blocks over ranks, and the groups that it speaks with.
 
 P = R x D processes train D replicas of a model, each of whose blocks lie on R ranks. Process p is rank p % R of replica
-p // R: the ranks of a replica, which speak most, are neighbours.
+p // R: the ranks of a replica, which speak most, are neighbours. Ranks that share the steps of a recurrent model's sequences
+stand the same way; each of them has the whole model.
 """
 
 from __future__ import annotations

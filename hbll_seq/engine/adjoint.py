@@ -49,7 +49,7 @@ def solve_adjoint(
     run = _Backward(jacobians, upstream, iterations, iterations.composer(learned), learn)
     n_before = iterations.backward if run.is_fused else max(0, iterations.backward - 1)
     for number in range(n_before):
-        if run.high == 1:
+        if run.high == 1 or run.is_guess:
             break
         run.iterate(number)
     return run.finish(n_before)
@@ -74,6 +74,9 @@ class _Backward:
         self.high, self.own = self.n_segments, self.placement.own(self.n_segments)
         self.walks_make_gradients = self.is_fused and (self.size > 1 or n_steps == 1)
         self.diagonal = jacobians.diagonal() if composer.needs_diagonal else None
+        # A guess of diagonal Jacobians leaves nothing to correct.
+        is_diagonal = composer.needs_diagonal and jacobians.is_diagonal
+        self.is_guess = not self.is_fused and (is_diagonal or iterations.backward == 0)
         # With enough iterations every segment's adjoint is exact in its turn: nothing would be made of an estimate.
         self.needs_no_estimate = self.walks_make_gradients and iterations.backward >= self.high - 1 and not learn
         self.adjoints, n_missing = upstream, len(self.own) * self.size - self.n_own
@@ -87,15 +90,19 @@ class _Backward:
                 self.ends[self.own.start : self.own.stop] = own_ends
                 self.upstream_ends = self.ends.clone()
             else:
-                totals = self.adjoints.unflatten(0, (-1, self.size)).sum(1)
-                told = self.placement.exchange(torch.stack((own_ends, totals), 1), range(self.high), self.high)
-                self.upstream_ends, self.ends = told[:, 0], composer.guess_ends(*told.unbind(1))
+                parts = self.adjoints, self.diagonal
+                told = composer.told(*(t if t is None else t.unflatten(0, (-1, self.size)) for t in parts))
+                told = self.placement.exchange(told, range(self.high), self.high)
+                self.upstream_ends, self.ends = told[:, 0], composer.guess_ends(told)
+            if self.is_guess:
+                known = torch.cat((upstream[:-1], self.ends[self.own.stop - 1 : self.own.stop]))
+                self.guess = composer.guess(known if self.own.stop < self.high else upstream, self.diagonal, self.size)
         elif not self.needs_no_estimate:
             guess = composer.guess(upstream, self.diagonal, self.size)
             self.ends = torch.cat((guess[self.size - 1 :: self.size][: self.high - 1], self.ends))
             self.guess = None if self.is_fused else guess
         self.pure = None
-        if learn and self.size > 1:
+        if learn and self.size > 1 and not self.placement.is_spread:
             inside = self.adjoints.unflatten(0, (self.high, self.size))[1:, :-1]
             self.pure = inside.flatten(1).any(1).logical_not()
         self.seen: list[Walk] = []
@@ -130,8 +137,7 @@ class _Backward:
     def finish(self, number: int) -> Tensor:
         """The last walk: the adjoints of all segments that are not done yet."""
         high, size = self.high, self.size
-        is_diagonal = self.composer.needs_diagonal and self.jacobians.is_diagonal  # then nothing is left to correct
-        if not self.is_fused and (is_diagonal or self.iterations.backward == 0):
+        if self.is_guess:
             return self.guess
         exchanges = not self.is_fused and high > 1
         ended, products = self._walk(range(high), n_final=high, exchanges=exchanges)
@@ -139,15 +145,17 @@ class _Backward:
             new = self._exchange(ended, products, number, composes=self.composer.carries_inside)
             if self.composer.carries_inside:
                 change = new - self.ends[:-1]
-                for p, product in zip(range(size - 1), reversed(products[:-1] or [None] * (size - 1))):
-                    inside = self.adjoints[p : (high - 1) * size : size]
-                    inside += self.composer.carry(change, product if product is None else product[: high - 1])
+                moved = overlap(self.own, range(high - 1))
+                change = change[moved.start : moved.stop]
+                for p, product in zip(range(size - 1 if moved else 0), reversed(products[:-1] or [None] * (size - 1))):
+                    inside = self.adjoints[p : (moved.stop - self.own.start) * size : size]
+                    inside += self.composer.carry(change, product if product is None else product[: len(moved)])
             self.ends = torch.cat((new, self.ends[-1:]))
         done = overlap(self.own, range(high))
         if done:
             self.adjoints[size - 1 : (done.stop - self.own.start) * size : size] = self._ends_of(done)
         if self.learn and self.seen:
-            self.composer.observe(self.seen)
+            self.composer.observe(self.seen, self.placement)
         return self.adjoints[: self.n_own]
 
     def _ends_of(self, segments: range) -> Tensor:
@@ -181,7 +189,7 @@ class _Backward:
             rows = slice(first, stop, size)
             state = self.jacobians.vjp(rows, state, n_final if self.walks_make_gradients else 0)
             if self.diagonal is not None:
-                diagonal = self.diagonal[rows]
+                diagonal = self.diagonal[first - here : stop - here : size]
                 products.append(diagonal if not products else products[-1][-len(diagonal) :] * diagonal)
             if p > 0:
                 before = self.adjoints[first - 1 - here : stop - 1 - here : size]
@@ -192,13 +200,18 @@ class _Backward:
 
     def _exchange(self, ended: Tensor, products: list[Tensor], number: int, composes: bool = True) -> Tensor:
         """The adjoints [high - 1, ...] at the ends of all segments but the last, from what those behind them ended in."""
-        high, size = self.high, self.size
-        if self.placement.is_spread:
-            ended = self.placement.exchange(ended, range(1, high), self.n_segments)
-        walk = Walk(self.ends[1:], ended, 1, number, True, products[-1] if products else None)
+        high, size, mine = self.high, self.size, overlap(self.own, range(1, self.high))
+        product = products[-1] if products else None
         if self.learn:
             pure = self.pure if self.pure is None else self.pure[: high - 1]
-            self.seen.append(self.composer.sample(walk._replace(ended=ended.clone(), pure=pure)))
+            walk = Walk(self._ends_of(mine), ended.clone(), mine.start, number, True, product, pure)
+            self.seen.append(self.composer.sample(walk))
+        if self.placement.is_spread and self.diagonal is not None:
+            both = torch.stack((ended, ended if product is None else product), 1)
+            ended, product = self.placement.exchange(both, range(1, high), self.n_segments).unbind(1)
+        elif self.placement.is_spread:
+            ended = self.placement.exchange(ended, range(1, high), self.n_segments)
+        walk = Walk(self.ends[1:], ended, 1, number, True, product)
         before = self.adjoints[size - 1 : (high - 1) * size : size]
         if self.placement.is_spread:
             before = self.upstream_ends[: high - 1]

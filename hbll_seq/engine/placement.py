@@ -29,6 +29,10 @@ class Placement:
         another of its shape is returned, which nobody reads; where the source is not, what is given may be [0, ...]."""
         return state
 
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of what all places have of a tensor; a new one, the same everywhere."""
+        return part
+
     def together(self, first: int, second: int, n_segments: int) -> bool:
         """Whether two segments are in the same place."""
         return True

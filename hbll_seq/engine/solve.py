@@ -25,6 +25,7 @@ from hbll_seq.engine.chain import Chain, Linearized
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Diagonal, Walk
 from hbll_seq.engine.placement import overlap
+from hbll_seq.engine.scan import affine_scan
 
 
 class Solution(NamedTuple):
@@ -144,10 +145,25 @@ class _Forward:
             if self.placement.is_spread:
                 self.n_called, made = 1, self.placement.exchange(made, range(1), self.n_segments)
             self._estimate(made.expand(n_later, *made.shape[1:]), is_exact=self.size == 1)
+        elif init == "diagonal" and self.placement.is_spread:
+            self._estimate(self._diagonal_ends(n_later), is_exact=self.size == 1)
         elif init == "diagonal" and self.chain.n_steps > 1:
             made, diagonal = self.chain.apply_with_diagonal(slice(0, self.chain.n_steps - 1), self.starts)
             states = Diagonal().compose(Walk(self.starts.expand_as(made), made, product=diagonal))
             self._estimate(states[self.size - 1 :: self.size][:n_later], is_exact=self.size == 1)
+
+    def _diagonal_ends(self, n_later: int) -> Tensor:
+        """One quasi-Newton iteration of single transitions from s_0: the states [S - 1, ...] with which segments begin. Only
+        those transitions that are here are called; of the others the segments' ends are told."""
+        own, size = overlap(self.own, range(n_later)), self.size
+        ended = product = self.starts[:0]
+        if own:
+            made, diagonal = self.chain.apply_with_diagonal(slice(own.start * size, own.stop * size), self.starts)
+            change = made.unflatten(0, (len(own), size)) - self.starts
+            walked = affine_scan(change.transpose(0, 1), diagonal.unflatten(0, (len(own), size)).transpose(0, 1))
+            ended, product = self.starts + walked[-1], _products(diagonal, size)[-1]
+        ended, product = self._exchange((ended, product), range(n_later))
+        return Diagonal().compose(Walk(self.starts.expand_as(ended), ended, product=product))
 
     def iterate(self, number: int) -> None:
         """Iteration ``number``, from 0: walks all segments that can still change and composes what they end in."""
@@ -165,14 +181,14 @@ class _Forward:
         begun = self.starts[n_done:] if len(self.starts) > 1 else self.starts
         walked = range(self.low + n_done, self.n_segments - (not walks_last))
         begun, ended, product = self._walk(begun, walked)
-        if self.learn and len(ended):
-            self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, self.low + n_done, number)))
+        if self.learn and walked:
+            here = overlap(self.own, walked).start
+            self.seen.append(self.composer.sample(Walk(begun.expand_as(ended), ended, here, number)))
         if n_done:
             ended = torch.cat((first, ended))
-        if self.placement.is_spread:
-            ended = self.placement.exchange(ended, range(self.low, walked.stop), self.n_segments)
-        if n_done:
             product = product if product is None else torch.cat((torch.ones_like(first), product))
+        if self.placement.is_spread:
+            ended, product = self._exchange((ended, product), range(self.low, walked.stop))
         old = self.starts.expand(n_later + 1, *self.starts.shape[1:])
         walk = Walk(old[:n_later], ended[:n_later], self.low, number, product=None if product is None else product[:n_later])
         new, old = self.composer.compose(walk), old[1:]
@@ -201,36 +217,39 @@ class _Forward:
         if len(ended) < len(self.own):  # the last segment is a short one
             ended = torch.cat((ended, outputs[-1:]))
         if self.learn and self.seen:
-            last = Walk(every, ended, index=self.iterations.forward)
-            self.composer.observe([*self.seen, self.composer.sample(last)])
+            begun = every[self.own.start : self.own.stop]
+            last = Walk(begun, ended, self.own.start, self.iterations.forward)
+            self.composer.observe([*self.seen, self.composer.sample(last)], self.placement)
         states = outputs
         if self.composer.carries_inside and not self.is_exact:
             later = range(self.low, n_segments)
             ended = ended[overlap(self.own, later).start - self.own.start :]
-            if self.placement.is_spread:
-                ended = self.placement.exchange(ended, later, n_segments)
             states = self._compose_all(every[-len(later) :], outputs, ended)
         return Solution(self.linearized, states, self.residual)
 
     def _compose_all(self, begun: Tensor, outputs: Tensor, ended: Tensor) -> Tensor:
-        """s_1 .. s_N of one more composition, of the segments from ``low`` on [S - low, ...]; those that are here."""
-        size, states = self.size, outputs.clone()
-        moved = overlap(self.own, range(self.low + 1, self.n_segments))  # whose beginning changes
+        """s_1 .. s_N of one more composition, of the segments from ``low`` on [S - low, ...]; those that are here. ``ended``
+        is of these."""
+        size, states, later = self.size, outputs.clone(), range(self.low, self.n_segments)
+        composed = overlap(self.own, later)
+        moved = overlap(self.own, later[1:])  # whose beginning changes
         first = (moved.start - self.own.start) * size
-        products = None
+        products = whole = None
         if self.composer.needs_diagonal:
-            products = _products(self.linearized.diagonal()[self.low * size : self.chain.n_steps], size)
+            rows = slice((composed.start - self.own.start) * size, len(outputs))
+            products = _products(self.linearized.diagonal()[rows], size)
             whole = products[-1]
             if len(whole) < len(ended):
                 whole = torch.cat((whole, products[(len(outputs) - 1) % size][-1:]))
-        walk = Walk(begun, ended, self.low, self.iterations.forward, product=products and whole)
-        new = self.composer.compose(walk)
+        if self.placement.is_spread:
+            ended, whole = self._exchange((ended, whole), later)
+        new = self.composer.compose(Walk(begun, ended, self.low, self.iterations.forward, product=whole))
+        n_fixed = moved.start - composed.start
         change = (new[:-1] - begun[1:])[moved.start - self.low - 1 :]
         for p in range(size - 1):
             inside = states[first + p :: size]
             n_inside = len(inside)
-            inside += self.composer.carry(change[:n_inside], products and products[p][1 : 1 + n_inside])
-        composed = overlap(self.own, range(self.low, self.n_segments))
+            inside += self.composer.carry(change[:n_inside], products and products[p][n_fixed : n_fixed + n_inside])
         ends = states[(composed.start - self.own.start) * size + size - 1 :: size]
         ends[:] = new[composed.start - self.low :][: len(ends)]
         if self.own.stop == self.n_segments:
@@ -245,6 +264,12 @@ class _Forward:
             self.low, self.starts = self.low + 1, later
         else:
             self.starts = torch.cat((self.starts[:1], later))
+
+    def _exchange(self, own: tuple[Tensor, Tensor | None], segments: range) -> tuple[Tensor, Tensor | None]:
+        """What some segments end in and the products along them, of all from those that are here, by one exchange."""
+        if own[1] is None:
+            return self.placement.exchange(own[0], segments, self.n_segments), None
+        return self.placement.exchange(torch.stack(own, 1), segments, self.n_segments).unbind(1)
 
     def _walk(self, begun: Tensor, segments: range) -> tuple[Tensor, Tensor, Tensor | None]:
         """Walks those of some segments that are here, from the states ``begun`` of all of them (or one state for all): where

@@ -32,6 +32,8 @@ TESTS = {
     "objectives/branches.py": ("engine/test_sweeps.py", "objectives", "chains"),
     "objectives/tree.py": ("models/test_exits.py", "tree", "objectives/test_objective.py", "objectives"),
     "objectives/recurrent.py": ("objectives/test_recurrent_baselines.py", "chains", "objectives"),
+    "objectives/recurrent_base.py": ("models/test_padding.py", "objectives/test_recurrent_baselines.py", "chains",
+                                     "objectives"),
     "evaluation": ("evaluation", "objectives/test_objective.py"),
     "training": ("training",),
     "training/trainer.py": ("training/test_trainer.py", "training/test_lm_script.py", "training/test_lm_resume.py",

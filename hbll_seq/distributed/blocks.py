@@ -38,11 +38,16 @@ class RemoteBlock(nn.Module):
         return f"{self.n}"
 
 
+def segments_of_rank(n_segments: int, rank: int, n_ranks: int) -> range:
+    """Rank r of R holds the segments r S // R to (r + 1) S // R - 1 of S: their numbers differ by one at most."""
+    return range(rank * n_segments // n_ranks, (rank + 1) * n_segments // n_ranks)
+
+
 def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -> range:
     """The positions on the path, from 0, of the blocks that a rank holds.
 
-    A path of N blocks is cut into S = ceil(N / c) segments of c blocks from its beginning; rank r of R holds the segments
-    r S // R to (r + 1) S // R - 1, so that the numbers of segments differ by one at most.
+    A path of N blocks is cut into S = ceil(N / c) segments of c blocks from its beginning; a rank holds whole ones, see
+    :func:`segments_of_rank`.
 
     Args:
         path_length: N.
@@ -61,8 +66,8 @@ def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -
             f"{n_segments} segments, and every rank needs one at least; {smaller}a larger --n-level, or --block-parallel "
             f"{n_segments} or fewer"
         )
-    first, last = (r * n_segments // n_ranks for r in (rank, rank + 1))
-    return range(first * chunk_size, min(last * chunk_size, path_length))
+    own = segments_of_rank(n_segments, rank, n_ranks)
+    return range(own.start * chunk_size, min(own.stop * chunk_size, path_length))
 
 
 def largest_chunk(path_length: int, n_ranks: int) -> int:
@@ -86,8 +91,21 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
         model: with ``blocks``, such as a :class:`DepthHierarchy`; a rank holds all of it otherwise.
         path: block numbers of the main path.
         owned: positions on it, as :func:`blocks_of_rank` gives them.
+
+    Raises:
+        ValueError: a parameter is in blocks of several ranks, or in a block and outside of all: there would be two of it,
+            which are trained apart. The model is unchanged.
     """
     kept = numbers_kept(len(model.blocks), path, owned)
+    owners: dict[int, set[bool | None]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else None
+        owners.setdefault(id(parameter), set()).add(None if block is None else block in kept)
+        if len(owners[id(parameter)]) > 1:
+            raise ValueError(
+                f"the parameter {name!r} is also one of another part of the model: on different ranks the two would be "
+                "trained apart; give each part its own, or use one rank"
+            )
     for n in range(1, len(model.blocks) + 1):
         if n not in kept:
             model.blocks[n - 1] = RemoteBlock(n, type(plain_module(model.blocks[n - 1])))

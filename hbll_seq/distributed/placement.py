@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed
 
+from hbll_seq.distributed.blocks import segments_of_rank
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.engine.placement import Placement, overlap
 
@@ -42,12 +44,30 @@ class RankPlacement(Placement):
     is_spread = True
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.traffic = ranks, Traffic()
+        self.ranks, self.traffic, self._is_checked = ranks, Traffic(), False
+
+    def check_alike(self, inputs: Tensor, shared: Sequence[Tensor]) -> None:
+        """Raises ValueError on every rank where they are not given the same batch, or do not begin with the same weights of
+        what all of them hold; asked once."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        sums = [float(p.detach().double().sum()) for p in shared]
+        own = (tuple(inputs.shape), str(inputs.dtype), float(inputs.double().sum())), sums
+        told: list = [None] * self.ranks.n_ranks
+        distributed.all_gather_object(told, own, group=self.ranks.host_group or self.ranks.block_group)
+        if any(batch != told[0][0] for batch, _ in told):
+            given = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, _), _ in told)
+            raise ValueError(f"the ranks of a model are given different batches ({given}): give all of them the same one, "
+                             "such as by drawing it from one seed")  # fmt: skip
+        if any(other != sums for _, other in told):
+            raise ValueError("embedding or head differ between the ranks of a model: draw the weights from one seed "
+                             "(torch.manual_seed) on all of them")  # fmt: skip
 
     def own(self, n_segments: int, rank: int | None = None) -> range:
         """See :meth:`Placement.own`; those of this rank, or of another."""
         rank, n_ranks = self.ranks.rank if rank is None else rank, self.ranks.n_ranks
-        return range(rank * n_segments // n_ranks, (rank + 1) * n_segments // n_ranks)
+        return segments_of_rank(n_segments, rank, n_ranks)
 
     def rank_of(self, segment: int, n_segments: int) -> int:
         """The rank that has a segment."""
@@ -94,5 +114,5 @@ class RankPlacement(Placement):
             self.traffic.messages += 1
             self.traffic.bytes += state.numel() * state.element_size()
         else:
-            state = state.new_zeros((1, *state.shape[1:]))
+            state = state.new_zeros(()).expand(1, *state.shape[1:])
         return state

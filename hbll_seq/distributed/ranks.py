@@ -7,6 +7,7 @@ stand the same way; each of them has the whole model.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -62,6 +63,11 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
     """
     joined = distributed.is_available() and distributed.is_initialized()
     process, n_processes = (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
+    if not joined and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            f"block_parallel={block_parallel} in a launch of {os.environ['WORLD_SIZE']} processes that have not joined: call "
+            "torch.distributed.init_process_group first"
+        )
     if block_parallel < 1 or n_processes % block_parallel:
         raise ValueError(
             f"block_parallel={block_parallel} with {n_processes} process{'es' * (n_processes > 1)}: the processes of a "

@@ -147,7 +147,7 @@ class CallChain(Chain):
         states = states.expand(len(numbers), *states.shape[1:]).unbind(0)
         indices = self.indices[rows]
         reads = list(states[: len(indices)])
-        outputs = [*self.calls.apply(indices, reads), *states[len(indices) :]]
+        outputs = [*_of_one_dtype(self.calls.apply(indices, reads), reads, self.placement), *states[len(indices) :]]
         return torch.stack(outputs), indices, reads
 
     def linearize(self, s0: Tensor, chunk_size: int) -> CalledRows:
@@ -186,7 +186,7 @@ class CalledRows(Linearized):
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.set_grad_enabled(self.differentiates):
-            outputs = self.calls.apply(indices, reads)
+            outputs = _of_one_dtype(self.calls.apply(indices, reads), reads, self.placement)
         self._inputs.update(zip(numbers, reads))
         self.attached.update(zip(numbers, outputs))
         made = [*(output.detach() for output in outputs), *states[len(numbers) :]]
@@ -244,3 +244,15 @@ class CalledRows(Linearized):
 
     def _numbers(self, rows: slice) -> tuple[list[int], list[Hashable]]:
         return list(range(rows.start, rows.stop, rows.step or 1)[: len(self.indices[rows])]), self.indices[rows]
+
+
+def _of_one_dtype(outputs: list[Tensor], reads: Sequence[Tensor], placement: Placement) -> list[Tensor]:
+    """The outputs as they are. Raises ValueError where segments are spread and one has another dtype than it was made of: who
+    receives it expects that of s_0."""
+    for output, read in zip(outputs, reads):
+        if placement.is_spread and output.dtype != read.dtype:
+            raise ValueError(
+                f"a transition makes {output.dtype} of {read.dtype}: segments on several ranks send one dtype; let each "
+                "return that of its input (output.to(x.dtype)), or use one rank"
+            )
+    return outputs

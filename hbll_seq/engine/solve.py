@@ -260,7 +260,8 @@ class _Forward:
         """Takes new estimates of the states with which the segments behind ``low`` begin; with ``is_exact`` the first of them
         is."""
         if is_exact:
-            self.exact.append(self.starts[:1])
+            if self.learn or not self.chain.keeps_calls:  # nobody else asks for them
+                self.exact.append(self.starts[:1])
             self.low, self.starts = self.low + 1, later
         else:
             self.starts = torch.cat((self.starts[:1], later))

@@ -236,6 +236,9 @@ class LocalObjective(Objective):
         has_probe = control is not None and is_step and control.begin_step()
         inference = self.inference if control is None else control.applied(self.inference)
         blocks = self.calls(step, states)
+        if isinstance(self.placement, RankPlacement):
+            shared = [p for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
+            self.placement.check_alike(inputs, shared)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)

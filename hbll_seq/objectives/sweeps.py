@@ -184,7 +184,10 @@ class DepthStep:
             self._add(n, injected(self.calls.parameters(n), gradients))
         if self._by_z0:
             self._add(min(self._gradients), injected([self.z0], [sum(self._by_z0)]))
-        return torch.stack([self._losses[n] for n in sorted(self._losses)])
+        losses = torch.stack([self._losses[n] for n in sorted(self._losses)])
+        if self.placement.is_spread and self.keep_graph and not losses.requires_grad:  # nothing is trained on this rank
+            losses = losses.requires_grad_()
+        return losses
 
     def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor, main: _Main) -> Tensor | None:
         """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from helpers.spread_work import CASES, run_on, steps
+from helpers.spread_work import CASES, FROZEN, frozen, run_on, steps
+
+from hbll_seq.distributed.placement import RankPlacement
+from hbll_seq.distributed.ranks import Ranks
+from hbll_seq.engine.calls import Calls
+from hbll_seq.engine.chain import CallChain
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 _FOUND = {}
@@ -61,3 +66,28 @@ def test_what_is_sent_does_not_grow_with_the_blocks(n_ranks, tmp_path_factory):
             assert traffic[0]["collectives"] == 2 * per_step + without
             forward, back = 0 < n_ranks - 1 - rank, rank > 0
             assert traffic[0]["messages"] == (3 * forward + 2 * back if kind == "deep, exact" else 0)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_rank_may_have_nothing_to_train(name, tmp_path_factory):
+    by_rank = [each[name] for each in found_by(2, tmp_path_factory)]
+    torch.testing.assert_close(summed(by_rank), frozen(name), **CLOSE)
+
+
+def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):
+    for batches, weights, shared in (each["refused"] for each in found_by(2, tmp_path_factory)):
+        assert batches.startswith("the ranks of a model are given different batches ([2, 7] of torch.int64, [3, 7] of")
+        assert weights.startswith("embedding or head differ between the ranks")
+        assert "is also one of another part of the model" in shared and "use one rank" in shared
+
+
+class Narrowing(Calls):
+    def apply(self, indices, states):
+        return [state.bfloat16() for state in states]
+
+
+def test_a_block_that_changes_the_dtype_is_refused():
+    """Who receives its state would read other bytes."""
+    chain = CallChain(Narrowing(), [0, 1], placement=RankPlacement(Ranks(n_ranks=2)))
+    with pytest.raises(ValueError, match="makes torch.bfloat16 of torch.float32: .* or use one rank"):
+        chain.apply(slice(0, 1), torch.ones(1, 3))

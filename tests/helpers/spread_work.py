@@ -60,6 +60,9 @@ CASES = {
     ),
 }  # fmt: skip
 
+#: what alone is trained
+FROZEN = ("blocks.6.", "blocks.0.", "head.projection")
+
 
 def steps(name, ranks=ALONE, n_steps=2):
     """Losses, node losses, metrics, gradients and carried states of some steps, as this rank has them."""
@@ -89,6 +92,47 @@ def steps(name, ranks=ALONE, n_steps=2):
     return found, traffic and vars(traffic)
 
 
+def frozen(name, ranks=ALONE):
+    """Gradients where a rank has nothing to train: the last block alone, or the head alone."""
+    torch.manual_seed(0)
+    config = HBLLConfig(vocab_size=VOCABULARY, n_level=3, n_embd=8, n_head=2, context_length=8, tie_embeddings=False)
+    model = HBLLForCausalLM(config).double()
+    for part, parameter in model.named_parameters():
+        parameter.requires_grad_(part.startswith(name))
+    objective = LocalObjective(model, "sweeps:chunk_size=4", ranks=ranks)
+    if ranks.n_ranks > 1:
+        keep_own(model, config.full_path, blocks_of_rank(7, 4, ranks.rank, ranks.n_ranks))
+    objective(torch.ones(ROWS, TOKENS, dtype=torch.int64)).loss.backward()
+    return {part: p.grad for part, p in model.named_parameters() if p.grad is not None}
+
+
+def refused(ranks):
+    """What is said of batches that differ, of weights that do, and of a parameter in two places."""
+    said = []
+
+    def note(call):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+
+    def model_of(seed=0):
+        torch.manual_seed(seed)
+        return HBLLForCausalLM(HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8))
+
+    def step(model, rows=ROWS):
+        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)
+        keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
+        objective(torch.ones(rows, TOKENS, dtype=torch.int64))
+
+    note(lambda: step(model_of(), rows=2 + ranks.rank))
+    note(lambda: step(model_of(seed=ranks.rank)))
+    tied = model_of()
+    tied.blocks[2].norm_mlp = tied.blocks[0].norm_mlp
+    note(lambda: step(tied))
+    return said
+
+
 def run_on(n, names, folder):
     """What each of ``n`` processes finds of these cases."""
     codes, said = forked.group(n, [__file__, str(folder), *names], kr.environment_of_scripts())
@@ -100,5 +144,8 @@ if __name__ == "__main__":
     folder, *names = sys.argv[1:]
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     here = make_ranks(distributed.get_world_size())
-    torch.save({name: steps(name, here) for name in names}, Path(folder) / f"spread-{distributed.get_rank()}.pt")
+    found = {name: steps(name, here) for name in names}
+    if here.n_ranks == 2:
+        found |= {name: frozen(name, here) for name in FROZEN} | {"refused": refused(here)}
+    torch.save(found, Path(folder) / f"spread-{distributed.get_rank()}.pt")
     distributed.destroy_process_group()

@@ -42,14 +42,26 @@ def test_full_path_alone(method):
     assert len(values) == 3 and ", ".join(f"{value:.2f}" for value in values) in row("full path alone")
 
 
-def test_few_passes_over_many_segments():
-    for method in ("backprop-15", "sweeps:forward=1,backward=1,chunk_size=4"):
-        (value,) = of("compare-engine-15", method, 1.5e-3, "perplexity")
-        assert f"{value:.1f}" in row("15 blocks in four segments")
+MIX = "depth_mix=octaves,paths=prefix,exit_rank=16"
+ALONE = {"": f"sweeps:forward=1,backward=0,chunk_size=4,linearization=zero,{MIX}",
+         "15-": f"sweeps:forward=3,backward=0,chunk_size=4,linearization=zero,{MIX}"}  # fmt: skip
+
+
+def test_segments_that_send_nothing_back():
+    text = row("segments that send nothing back")
+    of_both = {name: of(f"compare-engine-{size}octaves", method, 3e-3, "perplexity")[0] for size, method in ALONE.items()
+               for name, method in ((f"{size}ours", method), (f"{size}mix", f"backprop:{MIX}"))}  # fmt: skip
+    full = [of(name, method, 1.5e-3, "perplexity")[0] for name, method in
+            (("compare-engine-7", "backprop-7"), ("compare-engine-15", "backprop-15"))]  # fmt: skip
+    for pair in ((of_both["ours"], of_both["15-ours"]), (of_both["mix"], of_both["15-mix"]), full):
+        assert ", ".join(f"{value:.2f}" for value in pair) in text
+    behind = [100 * (of_both[f"{size}ours"] / of_both[f"{size}mix"] - 1) for size in ALONE]
+    assert "by {:.1f} and {:.1f}%".format(*behind) in text
 
 
 def test_all_depths_with_the_same_mix():
-    both = [run["test"] for run in runs("compare-engine-octaves") if run["seed"] == 0]
+    methods = (f"backprop:{MIX}", f"sweeps:forward=1,backward=1,chunk_size=4,{MIX}")
+    both = [run["test"] for run in runs("compare-engine-octaves") if run["seed"] == 0 and run["method"] in methods]
     assert len(both) == 2
     for test in both:
         first, last = (test[i]["perplexity"] for i in (0, -1))
@@ -89,15 +101,17 @@ def test_seconds_and_work():
 
 def test_segments_beside_backprop():
     text = section("results.md", "18.")
-    exact, few = "sweeps", "sweeps:forward=1,backward=1,chunk_size=4"
-    for name, methods in (("compare-engine-7", ["backprop-7", exact]), ("compare-engine-15", ["backprop-15", few])):
+    exact, few = "sweeps", [f"sweeps:forward={n},backward={n},chunk_size=4" for n in (1, 2)]
+    pairs = [("compare-engine-7", ["backprop-7", exact])]
+    pairs += [("compare-engine-15", ["backprop-15", method]) for method in (exact, *few)]
+    for name, methods in pairs:
         cells = [", ".join(f"{value:.2f}" for value in of(name, method, 1.5e-3, "perplexity")) for method in methods]
         assert f"| {' | '.join(cells)} |" in text
     cells = [f"{of('compare-engine-code', method, 1.5e-3, 'perplexity')[0]:.2f}" for method in ("backprop-7", exact)]
     assert f"`sweeps` | {' | '.join(cells)} |" in text
     rates = {lr: of("compare-engine-code", "backprop-1", lr, "perplexity")[0] for lr in (6e-3, 1.5e-3, 3e-3)}
     assert f"6e-3 (1.5e-3: {rates[1.5e-3]:.2f}, 3e-3: {rates[3e-3]:.2f}) | {rates[6e-3]:.2f} |" in text
-    for test in [run["test"] for run in runs("compare-engine-octaves")]:
+    for test in [run["test"] for name in ("octaves", "15-octaves") for run in runs(f"compare-engine-{name}")]:
         assert "| " + " | ".join(f"{row['perplexity']:.2f}" for row in test) + " |" in text
 
 

@@ -59,6 +59,7 @@ RUN = {
 #: the other commands of shell blocks: their options are read, or what they name is looked up
 READ = {
     "accelerate launch --multi_gpu --num_processes 4 train/lm.py --block-parallel 2 --n-level 4",
+    "accelerate launch --multi_gpu --num_processes 4 train/lm.py --block-parallel 2",
     "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/lm.py --block-parallel 2",
     'pip install -c constraints.txt -e .',
     'pip install -c constraints.txt -e ".[test]"',

@@ -111,18 +111,38 @@ class Forked:
 
 def pair(arguments: list[str], environment: dict[str, str]) -> tuple[list[int], list[str]]:
     """Two processes of a group, as a launcher starts them: exit codes, and what each writes to stderr."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    processes = [Forked(arguments, {**environment, **group, "RANK": rank, "LOCAL_RANK": rank}, stderr=-1) for rank in "01"]
+    return group(2, arguments, environment)
+
+
+def group(
+    n: int, arguments: list[str], environment: dict[str, str], timeout: float = 120, keeps_store: bool = False
+) -> tuple[list[int], list[str]]:
+    """:func:`pair` of ``n`` processes. ``keeps_store``: the store of the group outlives them, as with a launcher."""
+    of_launcher = {}
+    if keeps_store:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        of_launcher = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = start_group(n, arguments, environment, of_launcher)
     try:
-        said = [process.communicate(120)[1].decode() for process in processes]
+        said = [process.communicate(timeout)[1].decode() for process in processes]
         return [process.wait(10) for process in processes], said
     finally:
         for process in processes:
             process.kill()
+
+
+def start_group(
+    n: int, arguments: list[str], environment: dict[str, str], of_launcher: dict[str, str]
+) -> list[Forked]:
+    """The processes of :func:`group`, which the caller waits for and kills; ``of_launcher``: what a launcher sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**environment, "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", **of_launcher}  # fmt: skip
+    return [Forked(arguments, {**shared, "RANK": r, "LOCAL_RANK": r}, stderr=-1) for r in map(str, range(n))]
 
 
 @functools.cache

@@ -7,8 +7,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hbll_seq"
 #: from the ground up; a module may import from its own floor and from those below
 FLOORS = (
-    "utils", "engine", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation", "training",
-    "integrations", "cli",
+    "utils", "engine", "distributed", "tree", "layers", "chains", "data", "generation", "models", "objectives", "evaluation",
+    "training", "integrations", "cli",
 )  # fmt: skip
 #: the package itself, and what ``python -m`` runs
 ON_TOP = {"hbll_seq", "hbll_seq.__main__"}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix, number_of
 from hbll_seq.chains.time import KnownJacobians, TimeChain
+from hbll_seq.distributed.blocks import RemoteBlock
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal
@@ -89,7 +90,8 @@ class GridCalls(BlockCalls):
 
     def remembers(self, index: Prefix | int) -> bool:
         """See :meth:`Calls.remembers`: recurrent blocks go on from their last estimate."""
-        return isinstance(plain_module(self.blocks[number_of(index) - 1]), RecurrentBlock)
+        block = plain_module(self.blocks[number_of(index) - 1])
+        return issubclass(block.kind if isinstance(block, RemoteBlock) else type(block), RecurrentBlock)
 
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
         """See :meth:`BlockCalls.bind`: later evaluations change nothing for the one that is bound."""

@@ -9,6 +9,8 @@ A = 0 and segments it is block Jacobi iteration, the fine half of parareal (Lion
 iterations carry exact products over M c transitions and approximate all others: truncated backpropagation through time,
 evaluated in parallel at approximate states.
 
+Where the segments lie on several ranks, each has the inputs, calls, states and Jacobians of its own transitions alone.
+
 Shapes: N transitions, B batch, H hidden width, G gates; R of a slice, which are ``chunk_size`` apart or side by side.
 """
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hbll_seq.engine.chain import Chain, Jacobians, Linearized
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 
 
@@ -33,22 +36,36 @@ class TimeChain(Chain):
         clip: diagonals of Jacobians are held within -clip .. clip, so that a scan of many cannot explode. Where the diagonal
             is the whole Jacobian it is left as it is: clipped it would never be exact.
         differentiates: whether anybody will ask for gradients; None: where they are enabled now.
+        placement: where the segments are. Where they are spread, ``projected`` is of the transitions that are here.
+        n_steps: N, where they are spread.
+        first: number, from 0, of the first transition that is here.
     """
 
     has_diagonal = True
 
-    def __init__(self, cell: RecurrentCell, projected: Tensor, clip: float = 1.0, differentiates: bool | None = None):
-        self.cell, self.projected, self.clip, self.n_steps = cell, projected, clip, len(projected)
+    def __init__(
+        self,
+        cell: RecurrentCell,
+        projected: Tensor,
+        clip: float = 1.0,
+        differentiates: bool | None = None,
+        *,
+        placement: Placement = HERE,
+        n_steps: int | None = None,
+        first: int = 0,
+    ):
+        self.cell, self.projected, self.clip = cell, projected, clip
+        self.placement, self.n_steps, self.first = placement, len(projected) if n_steps is None else n_steps, first
         self.differentiates = torch.is_grad_enabled() if differentiates is None else differentiates
         self._fixed = projected.detach()
 
     def apply(self, rows: slice, states: Tensor) -> Tensor:
         """See :meth:`Chain.apply`; where one state stands for all, the cell multiplies it with its matrix only once."""
-        return self.cell.transition(states, self._fixed[rows])
+        return self.cell.transition(states, self._fixed[behind(rows, self.first)])
 
     def apply_with_diagonal(self, rows: slice, states: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Chain.apply_with_diagonal`."""
-        outputs, jacobian = self.cell.differentiate(states, self._fixed[rows])
+        outputs, jacobian = self.cell.differentiate(states, self._fixed[behind(rows, self.first)])
         return outputs, clipped(jacobian, self.clip)
 
     def linearize(self, s0: Tensor, chunk_size: int) -> TimeRows:
@@ -63,10 +80,11 @@ class KnownJacobians(Jacobians):
         jacobian: of the transitions, [S c, ...]; of those behind the last one no use is made.
         clip: see :class:`TimeChain`.
         diagonal: of the same, [S c, B, H], where it is known already.
+        first: number of the first of them; see :class:`TimeChain`.
     """
 
-    def __init__(self, jacobian: Jacobian, clip: float = 1.0, diagonal: Tensor | None = None):
-        self.jacobian, self.clip, self._diagonal = jacobian, clip, diagonal
+    def __init__(self, jacobian: Jacobian, clip: float = 1.0, diagonal: Tensor | None = None, first: int = 0):
+        self.jacobian, self.clip, self._diagonal, self.first = jacobian, clip, diagonal, first
 
     @property
     def is_diagonal(self) -> bool:
@@ -81,7 +99,8 @@ class KnownJacobians(Jacobians):
 
     def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
         """See :meth:`Jacobians.vjp`; a new tensor."""
-        return self.jacobian.between(rows.start, rows.stop, rows.step).vjp(cotangents)
+        here = behind(rows, self.first)
+        return self.jacobian.between(here.start, here.stop, here.step).vjp(cotangents)
 
 
 class TimeRows(KnownJacobians, Linearized):
@@ -89,13 +108,13 @@ class TimeRows(KnownJacobians, Linearized):
 
     Attributes:
         attached: [N, B, H], a_1 .. a_N, attached to the cell's parameters and to ``projected``: what autograd makes of an
-            adjoint there is the local product of every transition.
+            adjoint there is the local product of every transition. Where segments are spread, of those that are here.
     """
 
     def __init__(self, chain: TimeChain, chunk_size: int):
-        super().__init__(Jacobian(None), chain.clip)
-        self.chain, self.chunk_size = chain, chunk_size
-        projected, n_missing = chain.projected, -chain.n_steps % chunk_size
+        super().__init__(Jacobian(None), chain.clip, first=chain.first)
+        self.chain, self.chunk_size, self.placement, self.n_steps = chain, chunk_size, chain.placement, chain.n_steps
+        projected, n_missing = chain.projected, -len(chain.projected) % chunk_size
         with torch.set_grad_enabled(chain.differentiates):
             if n_missing:
                 projected = F.pad(projected, (0, 0) * (projected.dim() - 1) + (0, n_missing))
@@ -109,7 +128,7 @@ class TimeRows(KnownJacobians, Linearized):
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.set_grad_enabled(self.chain.differentiates):
-            self._parts.append(self.chain.cell.differentiate(states, self._given[rows.start]))
+            self._parts.append(self.chain.cell.differentiate(states, self._given[rows.start - self.first]))
             outputs = self._parts[-1][0].detach()
             if len(self._parts) == self.chunk_size:
                 self._join()
@@ -117,11 +136,16 @@ class TimeRows(KnownJacobians, Linearized):
 
     def _join(self) -> None:
         outputs, jacobians = zip(*self._parts)
-        self.attached = _interleaved(outputs)[: self.chain.n_steps]
+        self.attached = _interleaved(outputs)[: len(self.chain.projected)]
         direct, gains, weights = zip(*jacobians)
         self.jacobian = Jacobian(_interleaved(direct), _interleaved(gains), weights[0])
         self.outputs = self.attached.detach()
         self._parts.clear()
+
+
+def behind(rows: slice, first: int) -> slice:
+    """The same rows, counted from number ``first`` on."""
+    return slice(rows.start - first, rows.stop - first, rows.step) if first else rows
 
 
 def _interleaved(parts: Sequence[Tensor | None]) -> Tensor | None:

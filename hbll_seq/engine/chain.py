@@ -15,12 +15,20 @@ from torch import Tensor
 
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.gradients import hooks_left_out
+from hbll_seq.engine.placement import HERE, Placement
 
 
 class Jacobians(ABC):
     """Products with the transposed Jacobians of a chain's transitions, at the states that the differentiated calls read: all
-    that the adjoints need of a chain."""
+    that the adjoints need of a chain.
 
+    Attributes:
+        placement: where its segments are.
+        n_steps: N, where segments are spread; elsewhere the upstream gradients say it.
+    """
+
+    placement: Placement = HERE
+    n_steps: int | None = None
     #: whether a product can make the gradients of the transition's parameters as well
     makes_gradients = False
     #: whether the Jacobians are diagonal
@@ -48,7 +56,7 @@ class Linearized(Jacobians):
     """Transitions that get their differentiated call, each on its own, at the states that a solution comes to.
 
     Attributes:
-        outputs: a_1 .. a_N, [N, ...], once all have been called; detached.
+        outputs: a_1 .. a_N, [N, ...], once all have been called; detached. Where segments are spread, those that are here.
     """
 
     outputs: Tensor
@@ -67,9 +75,11 @@ class Chain(ABC):
 
     Attributes:
         n_steps: N.
+        placement: where its segments are.
     """
 
     n_steps: int
+    placement: Placement = HERE
     #: whether :meth:`apply_with_diagonal` is there
     has_diagonal = False
     #: whether differentiated calls at states that are exact already are kept, rather than made again with all others
@@ -99,16 +109,23 @@ class CallChain(Chain):
         calls: f_n by name.
         indices: the names of f_1 .. f_N.
         differentiates: whether anybody will ask for gradients; None: where they are enabled now.
+        placement: where its segments are: the calls of others are not made here.
     """
 
     keeps_calls = True
 
-    def __init__(self, calls: Calls, indices: Sequence[Hashable], differentiates: bool | None = None):
+    def __init__(
+        self,
+        calls: Calls,
+        indices: Sequence[Hashable],
+        differentiates: bool | None = None,
+        placement: Placement = HERE,
+    ):
         wanted = torch.is_grad_enabled() if differentiates is None else differentiates
         # Calls that remember take those without gradients for refinements of an estimate, and no final ones.
         self.differentiates = wanted or any(calls.remembers(index) for index in indices)
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
-        self.has_diagonal = calls.has_diagonal
+        self.has_diagonal, self.placement = calls.has_diagonal, placement
 
     def remembers(self, rows: slice) -> bool:
         """See :meth:`Chain.remembers`."""
@@ -130,7 +147,7 @@ class CallChain(Chain):
         states = states.expand(len(numbers), *states.shape[1:]).unbind(0)
         indices = self.indices[rows]
         reads = list(states[: len(indices)])
-        outputs = [*self.calls.apply(indices, reads), *states[len(indices) :]]
+        outputs = [*_of_one_dtype(self.calls.apply(indices, reads), reads, self.placement), *states[len(indices) :]]
         return torch.stack(outputs), indices, reads
 
     def linearize(self, s0: Tensor, chunk_size: int) -> CalledRows:
@@ -152,7 +169,7 @@ class CalledRows(Linearized):
 
     def __init__(self, chain: CallChain, s0: Tensor, chunk_size: int):
         self.calls, self.indices, self.differentiates = chain.calls, chain.indices, chain.differentiates
-        self.s0 = s0
+        self.s0, self.n_steps, self.placement = s0, chain.n_steps, chain.placement
         self.n_missing = -chain.n_steps % chunk_size
         self.gradients: dict[int, list[Tensor | None]] = {}
         self.input_gradient: Tensor | None = None
@@ -169,7 +186,7 @@ class CalledRows(Linearized):
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
         with torch.set_grad_enabled(self.differentiates):
-            outputs = self.calls.apply(indices, reads)
+            outputs = _of_one_dtype(self.calls.apply(indices, reads), reads, self.placement)
         self._inputs.update(zip(numbers, reads))
         self.attached.update(zip(numbers, outputs))
         made = [*(output.detach() for output in outputs), *states[len(numbers) :]]
@@ -178,7 +195,7 @@ class CalledRows(Linearized):
     @property
     def outputs(self) -> Tensor:
         """See :class:`Linearized`; a new tensor, which nobody keeps for long."""
-        return torch.stack([self.attached[i].detach() for i in range(len(self.indices))])
+        return torch.stack([self.attached[i].detach() for i in sorted(self.attached)])
 
     def output(self, row: int) -> Tensor:
         """See :meth:`Linearized.output`."""
@@ -227,3 +244,15 @@ class CalledRows(Linearized):
 
     def _numbers(self, rows: slice) -> tuple[list[int], list[Hashable]]:
         return list(range(rows.start, rows.stop, rows.step or 1)[: len(self.indices[rows])]), self.indices[rows]
+
+
+def _of_one_dtype(outputs: list[Tensor], reads: Sequence[Tensor], placement: Placement) -> list[Tensor]:
+    """The outputs as they are. Raises ValueError where segments are spread and one has another dtype than it was made of: who
+    receives it expects that of s_0."""
+    for output, read in zip(outputs, reads):
+        if placement.is_spread and output.dtype != read.dtype:
+            raise ValueError(
+                f"a transition makes {output.dtype} of {read.dtype}: segments on several ranks send one dtype; let each "
+                "return that of its input (output.to(x.dtype)), or use one rank"
+            )
+    return outputs

@@ -132,6 +132,47 @@ class RecurrentModel(nn.Module):
         mean = of_sequences.sum() / self.target_family.n_scored(len(of_sequences), targets)
         return 0.5 * (self._mean_nats(last_of(states, lengths), targets) + mean)
 
+    def nats_of_part(
+        self, states: Tensor, targets: Tensor, first: int, n_steps: int, lengths: Tensor | None = None
+    ) -> Tensor:
+        """What some steps have in :meth:`nats` of a sequence: over parts that make up the sequence it is their sum.
+
+        Args:
+            states: s_{first + 1} .. s_{first + n} [n, B, H].
+            targets, lengths: see :meth:`nats`; of the whole sequence.
+            first: steps before this part.
+            n_steps: T, of the whole sequence.
+        """
+        n_here = len(states)
+        real = None if lengths is None else is_real(lengths, n_steps, states.device)
+        if self.readout == "every":
+            whole = targets.transpose(0, 1)
+            if real is not None and not isinstance(self.target_family, Categorical):
+                of_steps = self._nats_of_real(states, whole[first : first + n_here], real[first : first + n_here])
+                return of_steps.sum() / real.sum()
+            whole = whole if real is None else whole.masked_fill(~real, IGNORE_INDEX)
+            return self._share_of_nats(states, whole[first : first + n_here], whole, n_steps)
+        everywhere = targets.expand(n_here, *targets.shape)
+        if lengths is None:
+            mean = self._share_of_nats(states, everywhere, targets.expand(n_steps, *targets.shape), n_steps)
+            return 0.5 * (mean + self._mean_nats(states[-1], targets)) if first + n_here == n_steps else 0.5 * mean
+        lengths = lengths.to(states.device)
+        of_sequences = self._nats_of_real(states, everywhere, real[first : first + n_here]).sum(0) / lengths
+        mean = of_sequences.sum() / self.target_family.n_scored(len(of_sequences), targets)
+        ending = ((lengths > first) & (lengths <= first + n_here)).nonzero().squeeze(1)
+        if not len(ending):
+            return 0.5 * mean
+        last = states[lengths[ending] - 1 - first, ending]
+        scored = 0.5 * self.target_family.energy(self.head(last), targets[ending].contiguous()).sum()
+        return 0.5 * (scored / self.target_family.n_scored(len(targets), targets) + mean)
+
+    def _share_of_nats(self, states: Tensor, targets: Tensor, whole: Tensor, n_steps: int) -> Tensor:
+        """The nats of [n, B, H] by the number of targets in the whole sequence [T, B, ...], T being ``n_steps``."""
+        n_rows = states.shape[1]
+        n_here = self.target_family.n_scored(len(states) * n_rows, targets)
+        # in this order, since a quotient of two numbers of targets is in single precision
+        return self._mean_nats(states, targets) * n_here / self.target_family.n_scored(n_steps * n_rows, whole)
+
     def _mean_nats(self, states: Tensor, targets: Tensor) -> Tensor:
         n_scored = self.target_family.n_scored(states.shape[:-1].numel(), targets)
         return 0.5 * self.target_family.energy(self.head(states), targets.contiguous()).sum() / n_scored

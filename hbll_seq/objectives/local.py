@@ -14,13 +14,18 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
-from hbll_seq.engine.linearization.base import Diagonal
+from hbll_seq.distributed.blocks import blocks_of_rank
+from hbll_seq.distributed.placement import RankPlacement
+from hbll_seq.distributed.ranks import ALONE, Ranks
+from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.control import FidelityControl, exact_iterations
+from hbll_seq.objectives.depth_mix import whole
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
 from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
 from hbll_seq.objectives.sweeps import DepthStep
@@ -54,6 +59,10 @@ class LocalObjective(Objective):
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
         recompute, seed, rank, micro_batches: see :class:`Objective`.
+        ranks: where the blocks are. With several ranks the model holds those of this one alone
+            (:func:`hbll_seq.distributed.blocks.keep_own`), all ranks call ``forward`` with the same batch, and each gets the
+            part of the loss that is its blocks'. Metrics and node losses are zero where a rank does not know them: their sum
+            over the ranks is the whole. Embedding and head are on every rank; their gradients, summed, are the whole ones.
 
     Attributes:
         inference: with every default written out.
@@ -79,6 +88,7 @@ class LocalObjective(Objective):
         seed: int = 0,
         rank: int = 0,
         micro_batches: int = 1,
+        ranks: Ranks = ALONE,
     ):
         super().__init__(model, path, depths=depths, recompute=recompute, seed=seed, rank=rank, micro_batches=micro_batches)
         self.time = parse_inference("sweeps" if time is None else time, LAYER_INFERENCES, "time").resolved("layer")
@@ -93,6 +103,33 @@ class LocalObjective(Objective):
             self.secants = self._new_fit()
             if self.inference.control is not None:
                 self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
+        self.ranks, self.placement = ranks, HERE
+        if ranks.n_ranks > 1:
+            self.placement = self._placed(ranks)
+
+    def _placed(self, ranks: Ranks) -> Placement:
+        """The segments of the main path on ranks. Raises ValueError for what cannot be spread."""
+        inference, tree, trained = self.inference, self.model.tree, self.trained_paths()
+
+        def refuse(what: str, why: str, remedy: str) -> None:
+            raise ValueError(f"{ranks.n_ranks} ranks with {what}: {why}; {remedy}")
+
+        if not isinstance(inference, Sweeps):
+            refuse(f"inference={inference.name!r}", "the segments of sweeps alone are spread", "use 'sweeps'")
+        whole_model = "it needs all blocks on one rank"
+        if not isinstance(inference.linearization, (Identity, Zero)):
+            refuse(f"linearization={inference.linearization.name!r}", whole_model, "use 'identity' or 'zero'")
+        if inference.init == "tree":
+            refuse("init='tree'", whole_model, "use 'first' or 'input'")
+        if self.control is not None:
+            refuse("a control", whole_model, "give fixed iterations")
+        mixed = [tree.path_for_depth(k) for k in range(1, tree.N)] if trained == "default" else trained
+        leaving = [] if trained == "all" else [whole(path) for path in mixed if path != self.path[: len(path)]]
+        if trained == "all" or split_off(self.path, leaving, tree.n_level)[1]:
+            refuse(f"depths={text_of(self.depths)}", "it trains paths that leave the main one for long",
+                   "use default_paths='prefix' with 'octaves', 'all' or 'few'")  # fmt: skip
+        blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks)  # refuses fewer segments than ranks
+        return RankPlacement(ranks)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:
         """The tree's options with the model's noise scale, checked against the model."""
@@ -199,13 +236,16 @@ class LocalObjective(Objective):
         has_probe = control is not None and is_step and control.begin_step()
         inference = self.inference if control is None else control.applied(self.inference)
         blocks = self.calls(step, states)
+        if isinstance(self.placement, RankPlacement):
+            shared = [p for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
+            self.placement.check_alike(inputs, shared)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)
             losses = run.losses
         metrics = self._metrics(run.exits)
         if isinstance(inference, Sweeps) and inference.forward > 0:
-            metrics["residual"] = residual
+            metrics["residual"] = residual if self.ranks.rank == 0 else torch.zeros_like(residual)  # all know it
         if has_probe:
             self._probe(run.gradients if self.depths.name == "none" else None, inputs, labels, step, states, inference)
         if control is not None:
@@ -233,7 +273,8 @@ class LocalObjective(Objective):
         z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
         main, *others = self.sub_networks(step)[: 1 if alone else None]
         branches, others = split_off(main.path, others, self.model.tree.n_level)
-        run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph)
+        run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph,
+                        placement=self.placement)  # fmt: skip
         residual = run.train(main, branches, learn)
         if learn:
             self.secants.end_step()

@@ -6,128 +6,30 @@ A recurrent model also returns the state to carry into the next window.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hbll_seq.chains.time import TimeChain, TimeRows
+from hbll_seq.distributed.blocks import largest_chunk
+from hbll_seq.distributed.placement import RankPlacement
+from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.linearization.shared_matrix import SharedMatrix, SharedMatrixFit
+from hbll_seq.engine.placement import HERE
 from hbll_seq.engine.solve import Solution
 from hbll_seq.models.recurrent import RecurrentModel
-from hbll_seq.objectives.base import check_local_losses_can_run
 from hbll_seq.objectives.control import FidelityControl
 from hbll_seq.objectives.options import Inference, Sweeps, TimeTree, TreeGuess
+from hbll_seq.objectives.recurrent_base import RecurrentObjective, RecurrentOutput, last_state, nats_of
 from hbll_seq.objectives.registry import TIME_INFERENCES, parse_inference
 from hbll_seq.objectives.sweeps import output_loss, sweep
-from hbll_seq.utils.checks import check_inputs
-from hbll_seq.utils.eager import eagerly
-from hbll_seq.utils.modules import plain_module
-from hbll_seq.utils.padding import as_lengths, check_side, last_of
 from hbll_seq.utils.seeds import fork_rng_of
 from hbll_seq.utils.values import as_whole
-
-
-class RecurrentOutput(NamedTuple):
-    """What every recurrent objective returns: :class:`hbll_seq.objectives.base.ObjectiveOutput` and a state.
-
-    loss: scalar to differentiate, the sum of ``node_losses``.
-    node_losses: [n], attached: of the chain, and of the tree where there is one.
-    metrics: detached scalars by name. Always ``"ce"``: nats per target of the states that the step computed.
-    state: [B, H], detached: h_N, to carry into the window that follows.
-    """
-
-    loss: Tensor
-    node_losses: Tensor
-    metrics: dict[str, Tensor]
-    state: Tensor
-
-
-class RecurrentObjective(nn.Module, ABC):
-    """What the objectives share: the model, and what they refuse.
-
-    Args:
-        model: embedding, cell and head.
-    """
-
-    def __init__(self, model: RecurrentModel):
-        super().__init__()
-        self.model = plain_module(model)
-        if not isinstance(self.model, RecurrentModel):
-            raise ValueError(
-                f"model={type(model).__name__} object: must be a RecurrentModel, such as RecurrentLM; of a "
-                "wrapped one (DistributedDataParallel) pass the model inside"
-            )
-
-    @eagerly
-    def forward(
-        self,
-        inputs: Tensor,
-        labels: Tensor | None = None,
-        step: int = 0,
-        state: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
-        padding_side: str = "right",
-    ) -> RecurrentOutput:
-        """``inputs``, ``labels``, ``lengths`` and ``padding_side`` as the model's ``prepare`` wants them, h_0 [B, H] or None
-        for zero.
-
-        Loss and gradients of a padded batch are the mean over its sequences alone (over their scored tokens, where each step
-        has a target), and the state is that after the last real step. Where nothing has a target, both are 0.
-
-        With a tree, whose shape depends on the length, sequences of each length are evaluated by themselves. Otherwise all
-        are evaluated together, exactly in the limit of K and M.
-
-        Raises:
-            ValueError: under ``torch.inference_mode``, for float16, or what is given does not fit.
-        """
-        check_inputs("inputs", inputs, self.model)
-        as_whole("step", step, 0)
-        check_local_losses_can_run(self.model, inputs.device.type)
-        check_side(padding_side, lengths)
-        padded = {} if lengths is None else {"lengths": lengths, "padding_side": padding_side}
-        x, targets = self.model.prepare(inputs, labels, **padded)
-        if state is None:
-            state = self.model.initial_state(len(x))
-        else:
-            self.model.check_state(state, len(x))
-        if lengths is None:
-            return self._losses(x, targets, state)
-        # a language model's windows hold one token more than steps are read
-        steps = as_lengths(lengths, *inputs.shape[:2]) - (inputs.shape[1] - x.shape[1])
-        return (self._by_length if self._has_tree else self._losses)(x, targets, state, steps)
-
-    @property
-    def _has_tree(self) -> bool:
-        return getattr(self, "tree", None) is not None
-
-    def _by_length(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor) -> RecurrentOutput:
-        """The sequences of each length as a batch of their own, weighted by what is scored in it."""
-        outputs, weights, states = [], [], torch.empty_like(s0)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().squeeze(1).to(x.device)
-            part = targets[rows, :length] if self.model.readout == "every" else targets[rows]
-            output = self._losses(x[rows, :length], part, s0[rows])
-            states[rows] = output.state.to(states.dtype)
-            outputs.append(output)
-            n = part.shape[: 2 if self.model.readout == "every" else 1].numel()
-            weight = self.model.target_family.n_scored(n, part) * self.model.target_family.any_scored(part)
-            weights.append(torch.as_tensor(weight, dtype=output.node_losses.dtype, device=x.device))
-        shares = torch.stack(weights)
-        shares = shares / shares.sum().clamp(min=1)
-        losses = sum(share * output.node_losses for share, output in zip(shares, outputs))
-        names = outputs[0].metrics
-        metrics = {name: sum(share * output.metrics[name] for share, output in zip(shares, outputs)) for name in names}
-        return RecurrentOutput(losses.sum(), losses, metrics, states)
-
-    @abstractmethod
-    def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
-        """What is read [B, T, ...], its targets and h_0 [B, H] -> the losses of a step; ``lengths`` [B]: its real steps."""
 
 
 class RecurrentBackpropObjective(RecurrentObjective):
@@ -155,8 +57,16 @@ class RecurrentBackpropObjective(RecurrentObjective):
             state = cell.transition(state, projected)
             states.append(state)
         whole = torch.stack(states)
-        loss = _nats(self.model, whole, targets, lengths)
-        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, _last(whole.detach(), lengths))
+        loss = nats_of(self.model, whole, targets, lengths)
+        return RecurrentOutput(loss, loss.unsqueeze(0), {"ce": loss.detach()}, last_state(whole.detach(), lengths))
+
+
+class Span(NamedTuple):
+    """Which steps of a sequence are here: those of number ``first`` to ``stop`` - 1, from 0, of ``n_steps``."""
+
+    first: int
+    stop: int
+    n_steps: int
 
 
 class RecurrentLocalObjective(RecurrentObjective):
@@ -180,18 +90,25 @@ class RecurrentLocalObjective(RecurrentObjective):
             :class:`TimeTree`. The defaults of sweeps did best of few on text; longer memory needs more iterations, or
             another linearization (docs/choosing-options.md). The matrices of ``SharedMatrix`` are learned in training mode;
             those of adjoints are learned, and used, with 2 backward iterations or more.
+        ranks: who shares the steps of a sequence. Every rank has the whole model and calls ``forward`` with the same batch
+            and state, but evaluates its own segments of the sequence alone. Each gets their part of the loss; metrics are
+            zero where it does not know them. So losses, metrics and the gradients of all parameters are those of one
+            process once they are summed over the ranks (``distributed.gradients.reduce_gradients``). The state is the
+            whole one on each.
 
     Attributes:
         inference: with every default written out.
         tree: of the inference; its cells are part of this module.
         secants: the fit of the matrices of ``SharedMatrix``; its buffers are part of this module's state.
         control: what K and M of sweeps follow, or None; likewise. Every forward in training is a step to it.
+        placement: where the segments are; counts what is sent, with several ranks.
 
     Raises:
-        ValueError: an argument is out of range, or does not fit the model.
+        ValueError: an argument is out of range, or does not fit the model, or cannot be spread over ranks. ``forward`` raises
+            it for a sequence with fewer segments than ranks.
     """
 
-    def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps"):
+    def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps", *, ranks: Ranks = ALONE):
         super().__init__(model)
         inference = parse_inference(inference, TIME_INFERENCES)
         self.inference = inference.resolved("time") if isinstance(inference, Sweeps) else inference
@@ -206,6 +123,20 @@ class RecurrentLocalObjective(RecurrentObjective):
         hidden_size = self.model.cell.hidden_size
         if self.tree is not None and self.tree.hidden_size != hidden_size:
             raise ValueError(f"a tree of hidden_size={self.tree.hidden_size} with a cell of {hidden_size}: must be the same")
+        self.ranks, self.placement = ranks, HERE
+        if ranks.n_ranks > 1:
+            self._check_can_be_spread()
+            self.placement = RankPlacement(ranks)
+
+    def _check_can_be_spread(self) -> None:
+        """Raises ValueError for what needs the whole sequence on one rank."""
+        given, remedy = f"{self.ranks.n_ranks} ranks with ", "use fixed sweeps and another init, or one rank"
+        if isinstance(self.inference, TimeTree):
+            raise ValueError(f"{given}inference='tree': its cells span the whole sequence; use 'sweeps', or one rank")
+        if self.tree is not None:
+            raise ValueError(f"{given}init=TreeGuess(..): its cells span the whole sequence; {remedy}")
+        if self.control is not None:
+            raise ValueError(f"{given}a control: it compares gradients of the whole sequence; {remedy}")
 
     def _new_fit(self) -> SharedMatrixFit:
         """The matrices that are learned. Raises ValueError where nothing would be."""
@@ -223,14 +154,29 @@ class RecurrentLocalObjective(RecurrentObjective):
         return SharedMatrixFit(cell.hidden_size, forward, self.inference.backward)
 
     def _losses(self, x: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None = None) -> RecurrentOutput:
-        symbols = self.model.symbols(x)
         if isinstance(self.inference, TimeTree):
-            return self._tree_step(symbols, targets, s0)
-        return self._sweep_step(symbols, targets, s0, lengths)
+            return self._tree_step(self.model.symbols(x), targets, s0)
+        span = self._span(x.shape[1])
+        return self._sweep_step(self.model.symbols(x[:, span.first : span.stop]), targets, s0, lengths, span)
+
+    def _span(self, n_steps: int) -> Span:
+        """The steps that are here, of a sequence of so many. Raises ValueError where there are fewer segments than ranks."""
+        n_ranks, iterations = self.ranks.n_ranks, self.inference.iterations
+        size, n_segments = iterations.segments(n_steps)
+        if n_segments < n_ranks:
+            smaller = f"a chunk_size of at most {largest_chunk(n_steps, n_ranks)}, " if n_steps >= n_ranks else ""
+            raise ValueError(
+                f"sequences of {n_steps} steps with chunk_size={iterations.chunk_size} on {n_ranks} ranks: {n_segments} "
+                f"segments, and every rank needs one at least; give longer sequences, {smaller}or fewer ranks"
+            )
+        own = self.placement.own(n_segments)
+        return Span(own.start * size, min(own.stop * size, n_steps), n_steps)
 
     # ------------------------------------------------------------------------------------------------------ sweeps
 
-    def _sweep_step(self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None) -> RecurrentOutput:
+    def _sweep_step(
+        self, symbols: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, span: Span
+    ) -> RecurrentOutput:
         cell, keep_graph, control = self.model.cell, torch.is_grad_enabled(), self.control
         is_step = keep_graph and self.training
         has_probe = control is not None and is_step and control.begin_step()
@@ -239,18 +185,18 @@ class RecurrentLocalObjective(RecurrentObjective):
         if isinstance(inference.init, TreeGuess):
             estimate = self.tree.states(cell, symbols.detach(), s0.detach(), own_only=True)
         learn = self.secants is not None and is_step
-        solve = partial(self._solve, projected, targets, s0, lengths)
+        solve = partial(self._solve, projected, targets, s0, lengths, span)
         solution, adjoints, loss = solve(inference, estimate, learn)
         metrics = {"ce": loss.detach()}
         if inference.forward > 0:
-            metrics["residual"] = solution.residual
+            metrics["residual"] = solution.residual if self.ranks.rank == 0 else torch.zeros_like(solution.residual)
         if control is not None:
             if has_probe:
                 self._probe(solve, solution.linearized, adjoints, inference)
             if is_step:
                 control.end_step(solution.residual)
             metrics.update(control.metrics())
-        last = _last(solution.states.detach(), lengths)
+        last = self._last(solution.states.detach(), lengths, span)
         if adjoints is None:
             return RecurrentOutput(loss, loss.unsqueeze(0), metrics, last)
         if learn:
@@ -258,14 +204,15 @@ class RecurrentLocalObjective(RecurrentObjective):
         rows = solution.linearized
         losses = [loss + inject_gradients([rows.attached], [adjoints])]
         if s0.requires_grad:
-            losses[0] = losses[0] + inject_gradients([s0], [rows.vjp(slice(0, 1, 1), adjoints[:1])[0]])
+            by_s0 = torch.zeros_like(s0) if span.first else rows.vjp(slice(0, 1, 1), adjoints[:1])[0]
+            losses[0] = losses[0] + inject_gradients([s0], [by_s0])
         if estimate is not None:
             losses.append(self._tree_agreement(estimate, solution.states, targets))
             metrics["tree"] = losses[-1].detach()
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, last)
 
     def _solve(
-        self, projected: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, inference: Sweeps,
+        self, projected: Tensor, targets: Tensor, s0: Tensor, lengths: Tensor | None, span: Span, inference: Sweeps,
         estimate: Tensor | None = None, learn: bool = False,
     ) -> tuple[Solution, Tensor | None, Tensor]:  # fmt: skip
         """The chain after its iterations, its adjoints (None where gradients are disabled), and the loss, which trains the
@@ -275,7 +222,10 @@ class RecurrentLocalObjective(RecurrentObjective):
 
         def read_out(states: Tensor) -> Tensor | None:
             read, upstream = states.detach().requires_grad_(keep_graph), None
-            loss = _nats(self.model, read, targets, lengths)
+            if self.placement.is_spread:
+                loss = self.model.nats_of_part(read, targets, span.first, span.n_steps, lengths)
+            else:
+                loss = nats_of(self.model, read, targets, lengths)
             if keep_graph:
                 loss, upstream = output_loss(loss, read, self.model)
             found.extend((states, loss))
@@ -284,12 +234,24 @@ class RecurrentLocalObjective(RecurrentObjective):
         init = "input" if inference.init == "state" or estimate is not None else inference.init  # s_0 everywhere
         start = None if estimate is None else estimate.detach()[:-1]
         learned = self.secants if isinstance(inference.linearization, SharedMatrix) else None
-        chain = TimeChain(self.model.cell, projected, iterations.clip, differentiates=keep_graph)
+        chain = TimeChain(self.model.cell, projected, iterations.clip, keep_graph,
+                          placement=self.placement, n_steps=span.n_steps, first=span.first)  # fmt: skip
         rows, residual, adjoints = sweep(
             chain, s0, iterations, read_out, init=init, start=start, learned=learned, learn=learn
         )
         states, loss = found
         return Solution(rows, states, residual), adjoints, loss
+
+    def _last(self, states: Tensor, lengths: Tensor | None, span: Span) -> Tensor:
+        """The state [B, H] after the last real step; of the states that are here."""
+        if not self.placement.is_spread:
+            return last_state(states, lengths)
+        n_rows, rows = states.shape[1], torch.arange(states.shape[1], device=states.device)
+        ends = torch.full((n_rows,), span.n_steps) if lengths is None else lengths
+        at = ends.to(states.device) - 1 - span.first
+        is_here = (at >= 0) & (at < len(states))
+        own = states[at.clamp(0, len(states) - 1), rows]
+        return self.placement.total(own.masked_fill(~is_here[:, None], 0.0))
 
     def _probe(self, solve: Callable[..., tuple], rows: TimeRows, adjoints: Tensor, inference: Sweeps) -> None:
         """Compares the gradient of the cell with exact ones; nothing learns from it."""
@@ -339,12 +301,3 @@ class RecurrentLocalObjective(RecurrentObjective):
             losses.append(inference.consistency_weight * consistency * any_scored)
             metrics["consistency"] = losses[-1].detach()
         return RecurrentOutput(sum(losses), torch.stack(losses), metrics, states[-1].detach())
-
-
-def _nats(model: RecurrentModel, states: Tensor, targets: Tensor, lengths: Tensor | None) -> Tensor:
-    return model.nats(states, targets) if lengths is None else model.nats(states, targets, lengths)
-
-
-def _last(states: Tensor, lengths: Tensor | None) -> Tensor:
-    """The state [B, H] after the last real step of s_1 .. s_N [N, B, H]."""
-    return states[-1] if lengths is None else last_of(states, lengths)

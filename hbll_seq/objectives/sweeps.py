@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import compress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Identity
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Exit
-from hbll_seq.objectives.branches import Branch
+from hbll_seq.objectives.branches import Branch, Leg, legs_of
 from hbll_seq.objectives.depth_mix import SubNetwork
 from hbll_seq.objectives.options import Sweeps, VCycles
 from hbll_seq.tree.inference import tree_states
@@ -87,6 +90,8 @@ class DepthStep:
         targets: what the head is scored on.
         learned: maps that approximate the segments' Jacobians, if they are learned.
         keep_graph: whether there is to be a gradient; without one no adjoint is asked for.
+        placement: where the segments of the main path are. Where they are spread, each rank takes the losses of the exits
+            that lie on its own ones, and has zeros for those of others.
 
     Attributes:
         exits: of all sub-networks so far.
@@ -102,7 +107,9 @@ class DepthStep:
         *,
         learned: LowRankFit | None,
         keep_graph: bool,
+        placement: Placement = HERE,
     ):
+        self.placement = placement
         self.model, self.calls, self.inference, self.z0, self.targets = model, calls, inference, z0, targets
         self.learned, self.keep_graph = learned, keep_graph
         self.exits: list[Exit] = []
@@ -122,7 +129,10 @@ class DepthStep:
             The chain's residual.
         """
         path, tree, iterations = network.path, self.model.tree, self.inference.iterations
-        chain = CallChain(self.calls, prefixes(path), self.keep_graph)
+        chain = CallChain(self.calls, prefixes(path), self.keep_graph, self.placement)
+        size, n_segments = iterations.segments(len(path))
+        own = self.placement.own(n_segments)
+        main = _Main(tuple(path), size, n_segments, own, self.placement)
         init, start = "first", None
         if isinstance(self.inference, VCycles):
             if len(path) == tree.n_nodes:
@@ -144,7 +154,7 @@ class DepthStep:
             chain,
             self.z0,
             iterations,
-            lambda states: self._read_out(network, branches, states),
+            lambda states: self._read_out(network, branches, states, main),
             init=init,
             start=torch.stack(start) if start else None,
             learned=learned,
@@ -153,7 +163,9 @@ class DepthStep:
         self._collect(chain.indices, rows, from_z0=True)
         if adjoints is not None:
             for row, output in rows.attached.items():  # whose gradients no walk has made
-                self._add(path[row], inject_gradients([output], [adjoints[row]]))
+                self._add(path[row], inject_gradients([output], [adjoints[row - own.start * size]]))
+        for n in path:  # each has a loss, also where it lies elsewhere
+            self._add(n, 0.0)
         return residual
 
     @property
@@ -172,38 +184,96 @@ class DepthStep:
             self._add(n, injected(self.calls.parameters(n), gradients))
         if self._by_z0:
             self._add(min(self._gradients), injected([self.z0], [sum(self._by_z0)]))
-        return torch.stack([self._losses[n] for n in sorted(self._losses)])
+        losses = torch.stack([self._losses[n] for n in sorted(self._losses)])
+        if self.placement.is_spread and self.keep_graph and not losses.requires_grad:  # nothing is trained on this rank
+            losses = losses.requires_grad_()
+        return losses
 
-    def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor) -> Tensor | None:
+    def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor, main: _Main) -> Tensor | None:
         """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the
-        chain's states."""
-        walked = [(branch, self._walk(branch, states)) for branch in branches]
-        ends = _ends(network.path, prefixes(network.path), network.exits, states)
-        for branch, solution in walked:
-            ends += _ends(branch.path, branch.prefixes, branch.exits, solution.states)
-        paths, weights, read = zip(*ends)
-        read = [state.clone().requires_grad_(self.keep_graph) for state in read]  # a view would keep all states alive
-        loss, nats = self.model.score_exits(read, self.targets, paths, weights)
-        for path, weight, value in zip(paths, weights, nats):
-            self.exits.append(Exit(path, weight, value))
-            self._add(path[-1], weight * value)
+        chain's states, of the blocks that are here."""
+        cut = [legs_of(branch, main.segment_of, main.together) for branch in branches]
+        walked = [self._walk(branch, legs, states, main) for branch, legs in zip(branches, cut)]
+        ends = _ends(network.path, prefixes(network.path), network.exits, main.here, states)
+        for legs, solutions in zip(cut, walked):
+            for leg, solution in zip(legs, solutions):
+                here = leg.path if solution else ()
+                ends += _ends(leg.path, leg.prefixes, leg.exits, here, solution and solution.states)
+        loss, read = self._score(ends)
         if not self.keep_graph:
             return None
+        if loss is not None:
+            self._add(main.here[-1], loss - loss.detach())
         # The head's own gradients are left to the backward call, off the critical path.
-        found = iter(torch.autograd.grad(loss, read, retain_graph=True))
-        self._add(network.path[-1], loss - loss.detach())
-        upstream = _upstream(network.path, network.exits, found, states)
-        for branch, solution in walked:
-            rows = solution.linearized
-            solve_adjoint(rows, _upstream(branch.path, branch.exits, found, solution.states), _one_segment(branch))
-            if branch.start:
-                upstream[branch.start - 1] += rows.input_gradient
-            self._collect(branch.prefixes, rows, from_z0=branch.start == 0)
+        found = iter(torch.autograd.grad(loss, read, retain_graph=True) if read else ())
+        upstream = _upstream(main.here, network.exits, found, states)
+        back = [
+            [solution and _upstream(leg.path, leg.exits, found, solution.states) for leg, solution in zip(legs, solutions)]
+            for legs, solutions in zip(cut, walked)
+        ]
+        for branch, legs, solutions, gradients in zip(branches, cut, walked, back):
+            self._walk_back(branch, legs, solutions, gradients, upstream, main)
         return upstream
 
-    def _walk(self, branch: Branch, states: Tensor) -> Solution:
-        start = states[branch.start - 1].clone().requires_grad_(self.keep_graph) if branch.start else self.z0
-        return solve(CallChain(self.calls, branch.prefixes, self.keep_graph), start, _one_segment(branch))
+    def _score(self, ends: Sequence[tuple[Prefix, float, Tensor | None]]) -> tuple[Tensor | None, list[Tensor]]:
+        """Takes the losses at those exits whose states are here: their weighted sum, None where there are none, and the
+        states read, as leaves."""
+        paths, weights, states = zip(*ends)
+        read = [s.clone().requires_grad_(self.keep_graph) for s in states if s is not None]  # a view would keep all alive
+        loss, values = None, iter(())
+        if read:
+            is_here = [s is not None for s in states]
+            loss, values = self.model.score_exits(
+                read, self.targets, list(compress(paths, is_here)), list(compress(weights, is_here))
+            )
+        values = iter(values)
+        for path, weight, state in ends:
+            value = self.z0.new_zeros(()) if state is None else next(values)
+            self.exits.append(Exit(path, weight, value))
+            self._add(path[-1], weight * value)
+        return loss, read
+
+    def _walk(self, branch: Branch, legs: Sequence[Leg], states: Tensor, main: _Main) -> list[Solution | None]:
+        """Walks a branch to its end, leg by leg; None for those that are elsewhere."""
+        solutions, source = [], main.segment_of(branch.before[-1]) if branch.start else None
+        state = states[main.here.index(branch.before[-1])] if branch.start and branch.before[-1] in main.here else self.z0
+        for leg in legs:
+            if source is not None:
+                state = self.placement.pass_on(state[None], source, leg.first, main.n_segments)[0]
+            solutions.append(None)
+            if leg.first in main.own:
+                begun = self.z0 if source is None else state.detach().clone().requires_grad_(self.keep_graph)
+                solutions[-1] = solve(CallChain(self.calls, leg.prefixes, self.keep_graph), begun, _one_segment(leg))
+                state = solutions[-1].states[-1]
+            source = leg.last
+        return solutions
+
+    def _walk_back(
+        self,
+        branch: Branch,
+        legs: Sequence[Leg],
+        solutions: Sequence[Solution | None],
+        gradients: Sequence[Tensor | None],
+        upstream: Tensor,
+        main: _Main,
+    ) -> None:
+        """Takes the adjoints of a branch back to where it leaves the main path, and adds them to ``upstream`` there."""
+        arriving = None
+        for number in reversed(range(len(legs))):
+            leg, solution, own = legs[number], solutions[number], gradients[number]
+            if solution is not None:
+                if arriving is not None:
+                    own[-1] += arriving
+                rows = solution.linearized
+                solve_adjoint(rows, own, _one_segment(leg))
+                arriving = rows.input_gradient
+                self._collect(leg.prefixes, rows, from_z0=number == 0 and branch.start == 0)
+            if number or branch.start:
+                target = legs[number - 1].last if number else main.segment_of(branch.before[-1])
+                given = self.z0.detach() if arriving is None else arriving
+                arriving = self.placement.pass_on(given[None], leg.first, target, main.n_segments)[0]
+        if branch.start and branch.before[-1] in main.here:
+            upstream[main.here.index(branch.before[-1])] += arriving
 
     def _collect(self, indices: Sequence[Prefix], rows: CalledRows, from_z0: bool) -> None:
         """Adds the gradients of evaluations to those of their blocks."""
@@ -219,22 +289,44 @@ class DepthStep:
         self._losses[n] = self._losses.get(n, self.z0.new_zeros(())) + loss
 
 
-def _one_segment(branch: Branch) -> Iterations:
+class _Main(NamedTuple):
+    """Where the main path's blocks are: ``here``: the numbers of those on this rank; ``own``: their segments."""
+
+    path: tuple[int, ...]
+    size: int
+    n_segments: int
+    own: range
+    placement: Placement
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        return self.path[self.own.start * self.size : self.own.stop * self.size]
+
+    def segment_of(self, n: int) -> int:
+        return self.path.index(n) // self.size if n in self.path else 0
+
+    def together(self, first: int, second: int) -> bool:
+        return self.placement.together(first, second, self.n_segments)
+
+
+def _one_segment(leg: Leg) -> Iterations:
     """A branch is walked from its start to its end, and back."""
-    return Iterations(0, 0, chunk_size=len(branch.path))
+    return Iterations(0, 0, chunk_size=len(leg.path))
 
 
 def _ends(
-    path: Sequence[int], beginnings: Sequence[Prefix], exits: Mapping[int, float], states: Tensor
-) -> list[tuple[Prefix, float, Tensor]]:
-    """Of each exit on a path: the blocks up to it, its weight, and the state there."""
-    rows = [path.index(n) for n in exits]
-    return [(beginnings[row], weight, states[row]) for row, weight in zip(rows, exits.values())]
+    path: Sequence[int], beginnings: Sequence[Prefix], exits: Mapping[int, float], here: Sequence[int], states: Tensor | None
+) -> list[tuple[Prefix, float, Tensor | None]]:
+    """Of each exit on a path: the blocks up to it, its weight, and the state there, None where it is elsewhere."""
+    return [
+        (beginnings[path.index(n)], weight, states[here.index(n)] if n in here else None) for n, weight in exits.items()
+    ]
 
 
-def _upstream(path: Sequence[int], exits: Iterable[int], found: Iterator[Tensor], states: Tensor) -> Tensor:
-    """d loss / d s_n of the exits on a path, [L, ...]; ``found`` has those of its exits next."""
+def _upstream(here: Sequence[int], exits: Iterable[int], found: Iterator[Tensor], states: Tensor) -> Tensor:
+    """d loss / d s_n of the exits on a path, of the blocks that are here [L, ...]; ``found`` has those of its exits next."""
     upstream = torch.zeros_like(states)
     for n in exits:
-        upstream[path.index(n)] = next(found)
+        if n in here:
+            upstream[here.index(n)] = next(found)
     return upstream

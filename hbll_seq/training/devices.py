@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
 
@@ -77,6 +78,19 @@ def on_main(work: Callable[[], T]) -> T | None:
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise problem[0]
+    return result
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """Do ``work`` on every process; where one fails, all raise: what it raised itself, the others that of the first one."""
+    result, problem = None, None
+    try:
+        result = work()
+    except Exception as error:
+        problem = error
+    found = [error for error in gather_object([problem]) if error is not None]
+    if problem is not None or found:
+        raise problem or found[0]
     return result
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_main
-from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full
+from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full, one_voice, speaks
 from hbll_seq.training.initial_model import (
     InitialModel,
     check_same_model,
@@ -34,7 +35,7 @@ from hbll_seq.training.resuming import (
 )
 from hbll_seq.training.run_folder import check_folder, check_place
 from hbll_seq.training.run_lock import FolderLock
-from hbll_seq.training.run_record import finished_step
+from hbll_seq.training.run_record import CHECKPOINTS, finished_step
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.settings_read import unused
 from hbll_seq.training.signals import StopNow, StopSignal
@@ -159,11 +160,13 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         if (warning := unused(settings, given)) and is_first_process():
             say(warning)
         accelerator = make_accelerator(settings)
+        ranks = make_ranks(settings.block_parallel, accelerator.device.type)
         try:
             opened = data(where, recorded_tokenizer(origin["initial_model"]))
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it
             origin = {**origin, "locations": locations(where)}
-            training(settings, opened, accelerator, origin, stop, resumed=resumed, initial=initial)
+            with one_voice(ranks, folder / CHECKPOINTS):
+                training(settings, opened, accelerator, origin, stop, ranks, resumed=resumed, initial=initial)
         finally:
             end_trackers(accelerator)
     except Stopped as stopped:
@@ -177,12 +180,13 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
 
 def run(argv: list[str] | None, stop: StopSignal) -> int:
     """What `main` does, before the process group is left."""
-    message = None
+    message = ended_by = None
     try:
         code, message = start(argv, stop)
     except RunFailed as error:
-        code, message = 1, f"\nerror: {shorten(error, 490)}"
+        code, message, ended_by = 1, f"\nerror: {shorten(error, 490)}", error
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        ended_by = error
         if disk_is_full(error):
             code, message = 1, f"\nerror: {shorten(error, 400)}; make room, then give the same command again"
         elif memory_is_full(error):
@@ -192,6 +196,6 @@ def run(argv: list[str] | None, stop: StopSignal) -> int:
             raise
         else:
             code, message = 2, f"error: {shorten(error, 490)}"
-    if message and is_first_process():
+    if message and speaks(ended_by):
         say(message)
     return code

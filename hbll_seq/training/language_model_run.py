@@ -20,20 +20,23 @@ from hbll_seq.data.sources import describe_source
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
+from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.evaluation.perplexity import evaluate_paths, format_table
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training.bundled import show_bundled
 from hbll_seq.training.devices import check_memory, on_main, precision_name, start_trackers, track
-from hbll_seq.training.export import count_parameters, export
+from hbll_seq.training.export import export
+from hbll_seq.training.failures import append_line
 from hbll_seq.training.initial_model import InitialModel, take_weights
 from hbll_seq.training.objective import evaluated_paths, make_objective
 from hbll_seq.training.resuming import Resumed, check_identity
 from hbll_seq.training.run_folder import prepare_folder
 from hbll_seq.training.run_record import EVALUATIONS, lines_of
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.share import Share
 from hbll_seq.training.signals import StopNow, StopSignal
-from hbll_seq.training.trainer import Stopped, Trainer, append_line
+from hbll_seq.training.trainer import Stopped, Trainer
 from hbll_seq.utils.console import is_first_process, say
 
 #: that are evaluated; the test split at the end only
@@ -88,7 +91,7 @@ def data(settings: TrainingSettings, tokenizer: Tokenizer | None = None) -> Data
 
 
 def training(
-    settings: TrainingSettings, data: Data, accelerator: Accelerator, origin: dict[str, Any], stop: StopSignal,
+    settings: TrainingSettings, data: Data, accelerator: Accelerator, origin: dict[str, Any], stop: StopSignal, ranks: Ranks,
     *, resumed: Resumed | None = None, initial: InitialModel | None = None,
 ) -> None:
     """Train to the end, evaluate, and write the model, the figures and metrics.json.
@@ -99,6 +102,7 @@ def training(
         accelerator: made from them.
         origin: where they come from: the preset, what was left open, the locations of files; stored in every checkpoint.
         stop: asked after every step.
+        ranks: where this process stands among those that train.
         resumed: the checkpoint to go on from.
         initial: the model whose weights the run starts with.
 
@@ -111,26 +115,23 @@ def training(
     identity = identity_of(settings, data, accelerator, origin)
     if resumed is not None:
         check_identity(identity, resumed.state)
-    vocab_size = (origin.get("initial_model") or {}).get("vocab_size", data.tokenizer.vocab_size)
-    model, objective = untrained(settings, data.tokenizer, accelerator.process_index, vocab_size)
-    if initial is not None:
-        take_weights(model, initial)
+    model, objective = untrained(settings, data.tokenizer, ranks, origin, initial)
+    share = Share(objective, ranks, settings.chunk_size)
     paths, evaluations = evaluated_paths(settings, model), lines_of(folder, EVALUATIONS)
 
     def evaluate(step: int) -> None:
+        with share.whole_model() as whole, accelerator.autocast():
+            if accelerator.is_main_process:
+                row = evaluation(whole, data, paths, settings, step, final=step == trainer.total_steps)
         if accelerator.is_main_process:
-            with accelerator.autocast():
-                row = evaluation(model, data, paths, settings, step, final=step == trainer.total_steps)
             append_line(evaluations, row)
             losses = {f"{split}/{r['name']}": r["loss"] for split in SPLITS if split in row for r in row[split]}
             track(accelerator, losses, step)
 
     with stop.interruptible(False):  # from here on a signal waits until the step is done and saved
         added = origin.get("extended", [])
-        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate, added)
-        if resumed is not None:
-            trainer.restore(resumed.tensors, resumed.state)
-        steps = None if resumed is None else trainer.done
+        trainer = Trainer(accelerator, objective, data.train, settings, folder, identity, stop, evaluate, added, share)
+        steps = None if resumed is None else trainer.restore(resumed.tensors, resumed.state)
         on_main(lambda: prepare_folder(folder, settings.to_yaml(origin["asked"]), steps, extending=bool(added)))
         if accelerator.is_main_process:
             say(describe(model, data, trainer))
@@ -144,7 +145,8 @@ def training(
                     evaluate(total)
             except StopNow:
                 raise Stopped(trainer.done, stop.received) from None
-        on_main(lambda: export(model, settings, trainer, evaluations.rows()))
+        with share.whole_model() as whole:
+            on_main(lambda: export(whole, settings, trainer, evaluations.rows()))
         if stop.received:
             raise Stopped(trainer.done, stop.received)
 
@@ -166,16 +168,21 @@ def identity_of(settings: TrainingSettings, data: Data, accelerator: Accelerator
 
 
 def untrained(
-    settings: TrainingSettings, tokenizer: Tokenizer, rank: int, vocab_size: int
+    settings: TrainingSettings, tokenizer: Tokenizer, ranks: Ranks, origin: dict[str, Any],
+    initial: InitialModel | None,
 ) -> tuple[HBLLForCausalLM, Objective]:
-    """The model that the settings name, its weights those of their seed, and the objective around it."""
+    """The model that the settings name, with all its blocks, its weights those of their seed or of ``initial``, and the
+    objective around it."""
     set_seed(settings.seed)
+    vocab_size = (origin.get("initial_model") or {}).get("vocab_size", tokenizer.vocab_size)
     config = settings.model_config(vocab_size)
     check_memory(config)
     model = HBLLForCausalLM(config, tokenizer=tokenizer)
-    objective = make_objective(settings, model, rank)
+    objective = make_objective(settings, model, ranks.replica, ranks)
     model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
+    if initial is not None:
+        take_weights(model, initial)
     return model, objective
 
 
@@ -214,10 +221,11 @@ def beginning_of(data: Data) -> str:
 
 def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
     """One line on what is about to run."""
-    accelerator = trainer.accelerator
+    accelerator, ranks = trainer.accelerator, trainer.ranks
+    spread = f", each model's blocks on {ranks.n_ranks}" if ranks.n_ranks > 1 else ""
     return (
-        f"{count_parameters(model):,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
+        f"{trainer.share.n_parameters:,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "
-        f"{data.train.context_length} tokens, on {accelerator.num_processes} x {accelerator.device.type} "
+        f"{data.train.context_length} tokens, on {accelerator.num_processes} x {accelerator.device.type}{spread} "
         f"({precision_name(accelerator)}, {torch.get_num_threads()} threads)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.evaluation.perplexity import default_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.backprop import BackpropObjective
@@ -10,8 +11,16 @@ from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.settings import TrainingSettings
 
 
-def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int) -> Objective:
-    """The objective around ``model``, for the process of this rank.
+def make_objective(
+    settings: TrainingSettings, model: HBLLForCausalLM, rank: int, ranks: Ranks = ALONE
+) -> Objective:
+    """The objective around ``model``.
+
+    Args:
+        settings: of the run.
+        model: with all its blocks.
+        rank: number of the replica, which has a batch and noise of its own.
+        ranks: where this process stands among those that hold the model's blocks.
 
     Raises:
         ValueError: the model cannot be trained so.
@@ -20,9 +29,10 @@ def make_objective(settings: TrainingSettings, model: HBLLForCausalLM, rank: int
     depths = None if settings.objective == "tree" else settings.depths()
     if settings.objective == "backprop":
         return BackpropObjective(model, settings.path_blocks, depths=depths, recompute=settings.recompute, **seeds)
+    spread = {"ranks": ranks} if ranks.n_ranks > 1 else {}
     return LocalObjective(
         model, settings.inference(), path=settings.path_blocks, depths=depths, time=settings.time(),
-        recompute=settings.recompute, **seeds,
+        recompute=settings.recompute, **seeds, **spread,
     )  # fmt: skip
 
 

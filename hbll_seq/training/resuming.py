@@ -211,10 +211,10 @@ def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
     Another type of device or number of threads is told on stderr: sums are then rounded differently.
 
     Raises:
-        ValueError: the text, the tokenizer, the precision or the number of processes is another one.
+        ValueError: the text, the tokenizer, the precision or the number of data-parallel replicas is another one.
     """
+    _check_replicas(now, state)
     remedies = {
-        "num_processes": "launch as many, since the order of the data depends on it",
         "tokenizer": "give the same tokenizer file by --tokenizer",
         "data": "give the same text by --data",
         "validation": "give the same text by --data, its validation split included",
@@ -225,10 +225,27 @@ def check_identity(now: dict[str, Any], state: dict[str, Any]) -> None:
         if now[name] != state.get(name, now[name]):
             raise ValueError(f"cannot resume: {name} is {_named(name, now)} and was {_named(name, state)} in the checkpoint "
                              f"of step {state['step']}; {remedy}, or start a new run in another --output-dir")
-    for name in ("device", "threads"):
+    for name in ("device", "threads", *(["num_processes"] if "num_processes" in state else [])):
         if now[name] != state[name] and is_first_process():
             say(f"warning: {name} is {now[name]!r} and was {quote(state[name])} in the checkpoint of step {state['step']}: "
                 "the result is not bit for bit that of the unbroken run")
+
+
+def _check_replicas(now: dict[str, Any], state: dict[str, Any]) -> None:
+    """The processes of a launch may be more or fewer as long as the ranks of a model are so too: its replicas decide which
+    windows a step takes, and whose states go on with which."""
+    replicas, ranks = {}, {}
+    for when, identity in (("now", now), ("then", state)):
+        ranks[when] = identity["settings"].get("block_parallel", 1)
+        replicas[when] = identity["num_processes"] // ranks[when]
+    if replicas["now"] != replicas["then"]:
+        spread = f" with --block-parallel {ranks['now']}" if ranks["now"] > 1 else ""
+        raise ValueError(
+            f"cannot resume: num_processes is {now['num_processes']} and was {state['num_processes']} in the checkpoint of "
+            f"step {state['step']}, so that {replicas['now']} models are trained side by side, and were {replicas['then']}; "
+            f"launch {replicas['then'] * ranks['now']} processes{spread}, since the order of the data depends on it, or "
+            "start a new run in another --output-dir"
+        )
 
 
 def _named(name: str, identity: dict[str, Any]) -> str:

@@ -36,6 +36,9 @@ def check_run_state(state: dict[str, Any]) -> None:
             refuse(name, "a whole number above 0")
     if not isinstance(state.get("settings"), dict):
         refuse("settings", "the run's settings")
+    n_ranks = state["settings"].get("block_parallel", 1)
+    if type(n_ranks) is not int or n_ranks < 1 or state["num_processes"] % n_ranks:
+        refuse("num_processes", f"a multiple of block_parallel, which is {quote(n_ranks)}")
     extended = state.get("extended", [])
     if not isinstance(extended, list) or any(type(steps) is not int or steps < 1 for steps in extended):
         refuse("extended", "a list of whole numbers above 0")

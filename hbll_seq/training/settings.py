@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from hbll_seq.engine.linearization.base import Diagonal, Linearization
+from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
 from hbll_seq.models.config import CELLS, HBLLConfig
@@ -27,8 +27,10 @@ from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
+from hbll_seq.training.parallel_settings import check_block_parallel
+from hbll_seq.training.setting_fields import option_of as _of
+from hbll_seq.training.setting_fields import setting
 from hbll_seq.tree.topology import PATH_FAMILIES
-from hbll_seq.utils.options import option
 from hbll_seq.utils.reading import quote
 
 #: settings that may be left open, and what says so
@@ -43,50 +45,17 @@ LEFT_OPEN = {
     "chunk_size": None,
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
-_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST = 10_000, 2**20, 2**16
+_MOST_ROUNDS, _MOST_WINDOWS, _WIDEST, _MOST_BLOCKS = 10_000, 2**20, 2**16, 2**10 - 1
 #: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes
 _EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREFIXES[-1]))
 #: over depth; the blocks of these models do not tell the diagonal of their Jacobian
 _LINEARIZATIONS = tuple(kind.name for kind in AXES["depth"].linearizations if kind is not Diagonal)
 
-
-#: what an axis is in words
-_WHERE = {"depth": "sweeps", "layer": "recurrent blocks, over time"}
-
-
-def _setting(group: str, default: Any, help: str, *, resume: str = "fixed", of: tuple | None = None, **allowed: Any) -> Any:
-    """A field. ``resume``: whether a resumed run may change it: "fixed" no, "free" yes, because no weight depends on it,
-    "resolved": what came of it is compared (``resuming.check_identity``). ``of``: the option that it is, see :func:`_of`."""
-    return option(default, help, group=group, resume=resume, of=of, **allowed)
-
-
-def _of(kind: type, name: str, axis: str | None = None, **other: Any) -> Any:
-    """A field that is the option ``name`` of an options class; for sweeps with the default of an axis.
-
-    Args:
-        kind: the class that says what the option means and may be.
-        name: of the option there.
-        axis: of ``AXES``, for :class:`Sweeps`.
-        other: what is otherwise here.
-    """
-    field = next(field for field in dataclasses.fields(kind) if field.name == name)
-    own = {"group": "objective", "default": field.default, **field.metadata, "of": (kind, axis, name)}
-    if axis is not None:
-        default = getattr(AXES[axis], name, field.default)
-        own["default"] = default.name if isinstance(default, Linearization) else default
-        if name == "linearization":
-            own["choices"] = tuple(kind.name for kind in AXES[axis].linearizations)
-        if name == "init":
-            own["choices"] = AXES[axis].inits
-        own["help"] = f"{_WHERE[axis]}: {field.metadata['help']}"
-    return _setting(**{**own, **other})
-
-
 _data, _model, _objective, _optimisation = (
-    functools.partial(_setting, group) for group in ("data", "model", "objective", "optimisation")
+    functools.partial(setting, group) for group in ("data", "model", "objective", "optimisation")
 )
-_run = functools.partial(_setting, "run", resume="free")
-_start = functools.partial(_setting, "start")
+_run = functools.partial(setting, "run", resume="free")
+_start = functools.partial(setting, "start")
 
 
 @dataclass(frozen=True)
@@ -201,6 +170,8 @@ class TrainingSettings:
     keep_checkpoints: int = _run(2, "newest checkpoints that are kept", low=1)
     threads: int | None = _run(None, "CPU threads of each process; none: the cores divided by the processes", low=1,
                                high=1024)
+    block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
+                               "data-parallel replicas", low=1, high=_MOST_BLOCKS)
     log_with: str | None = _run(None, "further trackers, comma-separated, any that Accelerate knows: tensorboard, wandb, ... "
                                 "(metrics.jsonl is always written)")
 
@@ -248,11 +219,17 @@ class TrainingSettings:
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
+        if self.block_parallel > 1:
+            check_block_parallel(self, self._decided())
 
     # ------------------------------------------------------------------------------------ what was left open
 
     def resolved(self) -> TrainingSettings:
         """The same with nothing left open; of such settings, themselves."""
+        return dataclasses.replace(self, **self._decided())
+
+    def _decided(self) -> dict[str, Any]:
+        """What becomes of the settings that were left open."""
         mix = self.depth_mix
         if mix == "auto":
             mix = DEFAULT_MIX if self.objective == "sweeps" and self.path == "full" else "none"
@@ -272,7 +249,7 @@ class TrainingSettings:
             "backward": sweeps.backward,
             "chunk_size": sweeps.chunk_size,
         }
-        return dataclasses.replace(self, **{name: decided[name] for name in self.left_open()})
+        return {name: decided[name] for name in self.left_open()}
 
     def left_open(self) -> dict[str, Any]:
         """What :meth:`resolved` decides: names and how they say that they are open."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hbll_seq.chains.depth import Prefix
 from hbll_seq.data.windows import TokenWindows
+from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.training.checkpoint import CheckpointError, save_checkpoint
 from hbll_seq.training.checkpoint_contents import (
     check_module,
@@ -30,18 +31,18 @@ from hbll_seq.training.checkpoint_contents import (
     optimizer_tensors,
 )
 from hbll_seq.training.devices import track
-from hbll_seq.training.failures import RunFailed, remedy_for
-from hbll_seq.training.json_lines import JsonLines
+from hbll_seq.training.failures import RunFailed, append_line, check_finite, remedy_for
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
 from hbll_seq.training.schedule import learning_rate, rate_of_step
 from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.share import Share
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.utils.reading import quote, shorten
 from hbll_seq.utils.tensors import module_tensors
 
-__all__ = ["Stopped", "Trainer", "append_line", "learning_rate", "make_optimizer"]
+__all__ = ["Stopped", "Trainer", "learning_rate", "make_optimizer"]
 
 States = dict[Prefix, torch.Tensor]
 #: seconds between two flushes of metrics.jsonl to the disk, beside the one before each checkpoint.
@@ -54,15 +55,6 @@ class Stopped(Exception):
     def __init__(self, step: int, signal_number: int):
         super().__init__(f"stopped by signal {signal_number} after step {step}")
         self.step, self.signal_number = step, signal_number
-
-
-def append_line(file: JsonLines, row: dict[str, Any]) -> None:
-    """Add a line to a file of the run. Raises RunFailed when the disk is full or the file cannot be written."""
-    try:
-        file.append(row)
-    except (OSError, ValueError) as error:
-        remedy = f"{remedy_for(error)}, then go on with --resume"
-        raise RunFailed(f"{file.path} cannot be written: {shorten(error)}; {remedy}") from None
 
 
 def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -90,6 +82,7 @@ class Trainer:
         stop: asked after every step.
         evaluate: called with the number of steps done, on every process; must not change any training state.
         added: steps that each extension of the run adds to those of the settings.
+        share: what this process holds of the objective's model; None is all of it, on every process.
 
     Raises:
         ValueError: a step takes more windows than the training text has.
@@ -106,19 +99,24 @@ class Trainer:
         stop: StopSignal,
         evaluate: Callable[[int], None],
         added: Sequence[int] = (),
+        share: Share | None = None,
     ):
         self.accelerator, self.settings, self.windows = accelerator, settings, windows
         self.folder, self.identity, self.stop, self.evaluate = folder, identity, stop, evaluate
         self.plain_objective = objective
-        self.windows_per_step = settings.batch_size * settings.grad_accum * accelerator.num_processes
+        alone = Ranks(replica=accelerator.process_index, n_replicas=accelerator.num_processes)
+        self.share = Share(objective, alone) if share is None else share
+        self.ranks = self.share.ranks
+        self.windows_per_step = settings.batch_size * settings.grad_accum * self.ranks.n_replicas
         if self.windows_per_step > windows.n_windows:
+            sides = f"{self.ranks.n_replicas} {'processes' if self.ranks.n_ranks == 1 else 'replicas'}"
             raise ValueError(
-                f"batch_size={settings.batch_size} x grad_accum={settings.grad_accum} x {accelerator.num_processes} "
-                f"processes are {self.windows_per_step} windows a step, but the training text has only "
+                f"batch_size={settings.batch_size} x grad_accum={settings.grad_accum} x {sides} "
+                f"are {self.windows_per_step} windows a step, but the training text has only "
                 f"{windows.n_windows} windows of {windows.context_length} tokens; give a smaller --batch-size, --grad-accum "
                 "or --context-length, or more text"
             )
-        self.objective, self.optimizer = accelerator.prepare(objective, make_optimizer(objective, settings))
+        self.objective, self.optimizer = self.share.prepare(accelerator, make_optimizer(objective, settings))
         self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
         first = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.parts = [first, *added]
@@ -141,46 +139,56 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
 
-    def restore(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-        """Take up the run at a loaded checkpoint.
+    def restore(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> int:
+        """Take up the run at a loaded checkpoint, and return its step.
 
         Raises:
             CheckpointError: it does not fit this model or run, or its state is not one that a run has written; nothing is
-                changed.
+                changed, and every rank of a model raises it.
         """
+        self.share.agree(lambda: self._checked(groups, state))()
+        self.done, self.seconds = state["step"], state["seconds"]
+        self._logged, self._saved = (self.done, self.seconds), self.done
+        return self.done
+
+    def _checked(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Callable[[], None]:
+        """Checks what a checkpoint holds for this process; takes it when called."""
         check_run_state(state)
         step, rng = state["step"], state["rng"]
         allowed = {"model", "optimizer"} | ({"carried"} if self.settings.carry_state else set())
         if not {"model", "optimizer"} <= set(groups) <= allowed:
             raise CheckpointError(f"the checkpoint holds the files {quote(sorted(groups))}; this run takes "
                                   f"{', '.join(sorted(allowed))} and needs model and optimizer")
-        if step > self.total_steps or len(rng) != self.accelerator.num_processes:
-            raise CheckpointError(f"the checkpoint is that of step {step} of {len(rng)} processes; this run has "
-                                  f"{self.total_steps} steps and {self.accelerator.num_processes} processes")
+        if step > self.total_steps:
+            raise CheckpointError(f"the checkpoint is that of step {step}; this run has {self.total_steps} steps")
+        groups = self.share.part_of(groups)
         check_module(module_tensors(self.plain_objective), groups["model"], "the checkpoint")
         check_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
         if any(not 0 < count <= step for name, count in groups["optimizer"].items() if name.endswith("|step")):
             raise CheckpointError(f"the checkpoint of step {step} counts other steps in its optimizer")
         states = self._own_states(groups.get("carried", {}))
-        load_module(self.plain_objective, groups["model"], "the checkpoint")
-        load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
-        self.states = states
-        set_rng_state(rng[self.accelerator.process_index])
-        self.done, self.seconds = step, state["seconds"]
-        self._logged, self._saved = (self.done, self.seconds), self.done
+
+        def take() -> None:
+            load_module(self.plain_objective, groups["model"], "the checkpoint")
+            load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
+            self.states = states
+            # no step draws from them: with another number of processes any will do
+            set_rng_state(rng[self.accelerator.process_index % len(rng)])
+
+        return take
 
     def save(self) -> None:
         """Write a checkpoint (main process). Raises RunFailed on every process when it cannot be written."""
         if self._saved == self.done:
             return
-        rng, carried = gather_object([rng_state()]), self._all_states()
+        rng, carried = gather_object([rng_state()]), self.share.gathered(self._all_states())
+        groups = {
+            "model": self.share.gathered(module_tensors(self.plain_objective)),
+            "optimizer": self.share.gathered(optimizer_tensors(self.optimizer.optimizer, self.plain_objective)),
+            **({"carried": carried} if carried else {}),
+        }
         problem = [None]
         if self.accelerator.is_main_process:
-            groups = {
-                "model": module_tensors(self.plain_objective),
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.plain_objective),
-                **({"carried": carried} if carried else {}),
-            }
             state = {**self.identity, "seconds": self.seconds, "rng": rng}
             try:
                 self.metrics.flush()  # no checkpoint is ahead of its metrics, whenever the power fails
@@ -196,21 +204,22 @@ class Trainer:
         self._saved = self.done
 
     def _all_states(self) -> dict[str, torch.Tensor]:
-        """Carried states of all processes, [processes * B, C] by micro batch and path, as a checkpoint names them."""
+        """Carried states of all replicas, [replicas * B, C] by micro batch and path, as a checkpoint names them."""
         return {
-            name_carried(micro, prefix): self.accelerator.gather(state)
+            name_carried(micro, prefix): self.share.of_replicas(self.accelerator, state)
             for micro, states in enumerate(self.states)
             for prefix, state in states.items()
         }
 
     def _own_states(self, tensors: dict[str, torch.Tensor]) -> list[States]:
-        """Inverse of :meth:`_all_states`: the rows of this process. Raises CheckpointError where one does not fit."""
+        """Inverse of :meth:`_all_states`: own rows, of own blocks. Raises CheckpointError where one does not fit."""
         states: list[States] = [{} for _ in range(self.settings.grad_accum)]
         n_rows, width = self.settings.batch_size, self.settings.n_embd
-        expected = (n_rows * self.accelerator.num_processes, width)
-        own = slice(self.accelerator.process_index * n_rows, (self.accelerator.process_index + 1) * n_rows)
+        expected = (n_rows * self.ranks.n_replicas, width)
+        own = slice(self.ranks.replica * n_rows, (self.ranks.replica + 1) * n_rows)
         for micro, prefix, tensor in read_carried(tensors, len(states), expected, 2**self.settings.n_level - 1):
-            states[micro][prefix] = tensor[own].to(self.accelerator.device, copy=True)
+            if self.share.holds(prefix[-1]):
+                states[micro][prefix] = tensor[own].to(self.accelerator.device, copy=True)
         return states
 
     # ------------------------------------------------------------------------------------------ loop
@@ -266,17 +275,8 @@ class Trainer:
             names = sorted(output.metrics)
             values = [output.loss.detach(), *(output.metrics[name] for name in names)]
             report = report + torch.cat([torch.stack([v.float() for v in values]), output.node_losses.detach().float()])
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), settings.clip or math.inf)
-        asked = torch.tensor([float(bool(self.stop.received)) * settings.grad_accum], device=report.device)
-        report = accelerator.reduce(torch.cat([asked, report]), "mean") / settings.grad_accum
-        stopping, loss, *values = report.tolist()  # one wait for the device, and the same numbers on every process
-        norm = float(norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailed(
-                f"loss={loss} and gradient norm={norm} at step {self.done + 1}: the run is stopped before they reach "
-                f"the weights. Checkpoints up to the last good one are kept in {self.checkpoints}; try a smaller --lr, a "
-                "longer --warmup-steps or a smaller --clip in a new --output-dir"
-            )
+        (stopping, loss, *values), norm = self._reduced(report)
+        check_finite(loss, norm, self.done + 1, self.checkpoints)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.seconds += time.perf_counter() - start
@@ -284,13 +284,23 @@ class Trainer:
                "node_losses": values[len(names):]}
         return row, stopping > 0
 
+    def _reduced(self, report: torch.Tensor) -> tuple[list[float], float]:
+        """Whether a process was asked to stop and the report, a mean over processes and micro batches, and the norm of the
+        gradient, which is clipped: the same numbers on every process."""
+        accumulated, accelerator = self.settings.grad_accum, self.accelerator
+        asked = torch.tensor([float(bool(self.stop.received)) * accumulated], device=report.device)
+        if self.ranks.n_ranks > 1:
+            return self.share.end_step(torch.cat([asked, report]) / accumulated, self.settings.clip)
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.clip or math.inf)
+        report = accelerator.reduce(torch.cat([asked, report]), "mean") / accumulated
+        return report.tolist(), float(norm)  # one wait for the device
+
     def _batch(self, index: int, micro: int) -> tuple[torch.Tensor, dict[str, States]]:
-        """Windows of a micro batch on this process, and the states that they start from, where states are carried."""
-        settings, accelerator = self.settings, self.accelerator
-        rank, n_processes = accelerator.process_index, accelerator.num_processes
+        """Windows of a micro batch of this replica, and the states that they start from, where states are carried."""
+        settings, replica, n_replicas = self.settings, self.ranks.replica, self.ranks.n_replicas
         if not settings.carry_state:
-            return self.windows.batch(index, settings.batch_size, settings.seed, rank, n_processes), {}
-        first = (micro * n_processes + rank) * settings.batch_size  # each micro batch of each process has rows of its own
+            return self.windows.batch(index, settings.batch_size, settings.seed, replica, n_replicas), {}
+        first = (micro * n_replicas + replica) * settings.batch_size  # each micro batch of each replica has rows of its own
         rows = range(first, first + settings.batch_size)
         windows = self.windows.contiguous_batch(self.done, rows, self.windows_per_step, settings.seed)
         return windows, {"states": self.states[micro]}

@@ -35,8 +35,9 @@ MODEL_TENSORS = {"readouts.": "exits."}
 CHECKPOINT_TENSORS = {f"model.{old}": f"model.{new}" for old, new in MODEL_TENSORS.items()}
 #: settings that some older version did not have: a checkpoint may lack them, and then means today's default
 LATER_SETTINGS = frozenset(
-    {"carry_state", "cell", "chunk_size", "default_paths", "free_energy", "init", "init_from", "linearization", "mlp"}
-    | {"control", "control_every", "control_most", "control_tolerance", "n_kv_head", "qk_norm", "time_linearization"}
+    {"block_parallel", "carry_state", "cell", "chunk_size", "default_paths", "free_energy", "init", "init_from"}
+    | {"linearization", "mlp", "control", "control_every", "control_most", "control_tolerance", "n_kv_head", "qk_norm"}
+    | {"time_linearization"}
     | set(SETTINGS_KEYS.values()) - {"context_length"}
 )
 

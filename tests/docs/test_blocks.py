@@ -58,6 +58,9 @@ RUN = {
 }  # fmt: skip
 #: the other commands of shell blocks: their options are read, or what they name is looked up
 READ = {
+    "accelerate launch --multi_gpu --num_processes 4 train/lm.py --block-parallel 2 --n-level 4",
+    "accelerate launch --multi_gpu --num_processes 4 train/lm.py --block-parallel 2",
+    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train/lm.py --block-parallel 2",
     'pip install -c constraints.txt -e .',
     'pip install -c constraints.txt -e ".[test]"',
     'pip install -c constraints.txt -e ".[demo]"',
@@ -96,9 +99,9 @@ def load(script: Path):
 
 
 def script_and_options(command: str) -> tuple[Path, list[str]]:
-    """Of "python SCRIPT OPTIONS" and "accelerate launch SCRIPT OPTIONS"."""
+    """Of "python SCRIPT OPTIONS", and of launchers with options of their own before the script."""
     words = shlex.split(command)
-    first = 2 if words[0] == "accelerate" else 1
+    first = next(number for number, word in enumerate(words) if word.endswith(".py"))
     return ROOT / words[first], words[first + 1:]  # fmt: skip
 
 

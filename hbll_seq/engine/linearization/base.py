@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.scan import affine_scan
 
 
@@ -56,6 +57,8 @@ class Composer(ABC):
     needs_diagonal = False
     #: whether it says what a change at the beginning of a segment does to the states inside
     carries_inside = False
+    #: whether a segment learns of its neighbour alone: :meth:`compose` and :meth:`guess` take each row as it is
+    is_rowwise = False
 
     @abstractmethod
     def compose(self, walk: Walk) -> Tensor:
@@ -71,6 +74,15 @@ class Composer(ABC):
         """First estimate of the adjoints [N, ...] from the upstream gradients [N, ...]."""
         return upstream.clone()
 
+    def told(self, upstream: Tensor, diagonal: Tensor | None) -> Tensor:
+        """Of the upstream gradients of segments [S, c, ...] what :meth:`guess_ends` has to know, [S, k, ...], first of all
+        those at their ends; ``diagonal`` is of the same transitions."""
+        return upstream[:, -1:]
+
+    def guess_ends(self, told: Tensor) -> Tensor:
+        """:meth:`guess` at the ends of all segments alone [S, ...], from what was told of each."""
+        return told[:, 0].clone()
+
     @property
     def wants_last(self) -> bool:
         """Whether this step's last iteration walks the last segment too, whose end no iteration needs, to learn from it."""
@@ -80,9 +92,10 @@ class Composer(ABC):
         """As much of a walk as :meth:`observe` will want. What it holds is not written to later on."""
         return walk
 
-    def observe(self, walks: Sequence[Walk]) -> None:
+    def observe(self, walks: Sequence[Walk], placement: Placement = HERE) -> None:
         """Learns from the samples of a solution's walks, in their order. The last forward one is the differentiated one, of
-        all segments; ``ended`` of adjoints is without the upstream gradients there."""
+        all segments; ``ended`` of adjoints is without the upstream gradients there. Where segments are spread, the walks are
+        of those that are here, and all places learn the same."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ class Zero(Linearization, Composer):
     """A = 0 (Jacobi): a pass wins one exact state for each transition or segment."""
 
     name: ClassVar[str] = "zero"
+    is_rowwise = True
 
     def compose(self, walk: Walk) -> Tensor:
         """See :meth:`Composer.compose`."""
@@ -122,6 +136,16 @@ class Identity(Linearization, Composer):
     def guess(self, upstream: Tensor, diagonal: Tensor | None, chunk_size: int) -> Tensor:
         """See :meth:`Composer.guess`."""
         return affine_scan(upstream, 1.0, reverse=True)
+
+    def told(self, upstream: Tensor, diagonal: Tensor | None) -> Tensor:
+        """See :meth:`Composer.told`; the sums of all of each segment, too."""
+        return torch.stack((upstream[:, -1], upstream.sum(1)), 1)
+
+    def guess_ends(self, told: Tensor) -> Tensor:
+        """See :meth:`Composer.guess_ends`."""
+        ends, totals = told.unbind(1)
+        later = affine_scan(totals, 1.0, reverse=True)
+        return torch.cat((ends[:-1] + later[1:], ends[-1:]))
 
 
 @dataclass(frozen=True)
@@ -146,3 +170,24 @@ class Diagonal(Linearization, Composer):
             return upstream.clone()
         earlier = affine_scan(upstream[:-1], diagonal[1 : len(upstream)], upstream[-1], reverse=True)
         return torch.cat((earlier, upstream[-1:]))
+
+    def told(self, upstream: Tensor, diagonal: Tensor | None) -> Tensor:
+        """See :meth:`Composer.told`; what the others of each segment give to the end before it, and what its own end does."""
+        first, inner = diagonal[:, 0], torch.zeros_like(upstream[:, 0])
+        if upstream.shape[1] > 1:
+            inner = first * affine_scan(upstream[:, :-1].transpose(0, 1), _behind(diagonal), reverse=True)[0]
+        return torch.stack((upstream[:, -1], inner, diagonal.prod(1)), 1)
+
+    def guess_ends(self, told: Tensor) -> Tensor:
+        """See :meth:`Composer.guess_ends`."""
+        ends, inner, product = told.unbind(1)
+        if len(ends) == 1:
+            return ends.clone()
+        earlier = affine_scan(ends[:-1] + inner[1:], product[1:], ends[-1], reverse=True)
+        return torch.cat((earlier, ends[-1:]))
+
+
+def _behind(diagonal: Tensor) -> Tensor:
+    """Of diagonals [S, c, ...] what carries an adjoint to each position but the last of its segment from the next one, time
+    first; nothing comes to the last of them."""
+    return torch.cat((diagonal[:, 1:-1], torch.zeros_like(diagonal[:, :1])), 1).transpose(0, 1)

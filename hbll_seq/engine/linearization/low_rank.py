@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hbll_seq.engine.linearization.base import Composer, Linearization, Walk
 from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.scan import affine_scan
 from hbll_seq.utils.options import check_options, option
 
@@ -198,7 +199,7 @@ class LowRankComposer(Composer):
         begun, ended = (s.flatten(1, -2)[:, ::STRIDE].to(torch.float32, copy=True) for s in (walk.begun, walk.ended))
         return walk._replace(begun=begun, ended=ended)
 
-    def observe(self, walks: Sequence[Walk]) -> None:
+    def observe(self, walks: Sequence[Walk], placement: Placement = HERE) -> None:
         """See :meth:`Composer.observe`: of each segment the latest walk, against the differentiated one. Walks of adjoints,
         which are linear, tell by themselves."""
         is_adjoint = walks[0].is_adjoint

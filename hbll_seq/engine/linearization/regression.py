@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hbll_seq.engine.placement import Placement
 from hbll_seq.utils.modules import KeepsPrecision
 
 
@@ -20,7 +22,8 @@ class RunningFit(KeepsPrecision, ABC):
 
     The buffers are part of the objective's state, so that a resumed run repeats the unbroken one. Where several processes
     train, DistributedDataParallel gives all of them the first one's whenever it synchronises; that one learns from its own
-    text alone. An observation that holds a NaN or an infinity teaches nothing.
+    text alone. Ranks that share the steps of one sequence learn from all of them. An observation that holds a NaN or an
+    infinity teaches nothing.
 
     Args:
         decay: of the averages, per observation.
@@ -42,7 +45,26 @@ class RunningFit(KeepsPrecision, ABC):
         """Takes the second moments of ``change`` [n, C] and of it with ``response`` [n, C] into the averages, where they are
         sound."""
         with full_precision(change):
-            values = [value / len(change) for value in (change.T @ change, change.T @ response)]
+            self._take([value / len(change) for value in (change.T @ change, change.T @ response)], moments, is_sound)
+
+    @torch.no_grad()
+    def _average_all(self, samples: Sequence[Sequence[Tensor]], placement: Placement) -> None:
+        """:meth:`_average` of samples (change, response, two averages), of which every place has some rows: one sum over the
+        places for all of them."""
+        if not (placement.is_spread and samples):
+            for sample in samples:
+                self._average(*sample)
+            return
+        with full_precision(samples[0][0]):
+            sums = torch.stack([torch.cat((change.T @ change, change.T @ response)) for change, response, *_ in samples])
+            counts = sums.new_tensor([len(change) for change, *_ in samples])
+            total = placement.total(torch.cat((counts, sums.flatten())))
+            counts, sums = total[: len(samples)], total[len(samples) :].view_as(sums)
+            for count, value, (_, _, *moments) in zip(counts, sums, samples):
+                self._take((value / count).chunk(2), moments)
+
+    def _take(self, values: Sequence[Tensor], moments: Sequence[Tensor], is_sound: Tensor | None = None) -> None:
+        with full_precision(values[0]):
             # a tensor that nothing asks for its value, so that no GPU is waited for
             finite = torch.isfinite(values[0]).all() & torch.isfinite(values[1]).all()
             finite = finite if is_sound is None else finite & is_sound

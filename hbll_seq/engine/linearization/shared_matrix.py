@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hbll_seq.engine.linearization.base import Composer, Linearization, Walk
 from hbll_seq.engine.linearization.regression import RunningFit, full_precision, ridge_factor
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.scan import powers_of, shared_scan
 
 #: a map is squared so often to find its spectral radius.
@@ -106,16 +107,18 @@ class SharedMatrixFit(RunningFit, Composer):
                 self._known_powers[key] = matrix._version, (powers := powers_of(matrix.to(dtype), n_powers))
         return powers[:n_powers]
 
-    def observe(self, walks: Sequence[Walk]) -> None:
+    def observe(self, walks: Sequence[Walk], placement: Placement = HERE) -> None:
         """See :meth:`Composer.observe`: walks respond to a change of where they begin, which their iteration has made."""
+        found = []
         for walk, later in zip(walks, walks[1:]) if walks[0].is_adjoint else ((walk, walks[-1]) for walk in walks[:-1]):
             rows = slice(walk.first - later.first, walk.first - later.first + len(walk.begun))
             begun, ended = later.begun[rows], later.ended[rows]
-            if len(begun):
-                moments = (self._of(name, "backward" if walk.is_adjoint else "forward", walk.index)
-                           for name in ("change", "response"))  # fmt: skip
+            if len(begun) or placement.is_spread:
+                moments = [self._of(name, "backward" if walk.is_adjoint else "forward", walk.index)
+                           for name in ("change", "response")]  # fmt: skip
                 change, response = begun - walk.begun[: len(begun)], ended - walk.ended[: len(begun)]
-                self._average(change.float().flatten(0, 1), response.float().flatten(0, 1), *moments)
+                found.append((change.float().flatten(0, 1), response.float().flatten(0, 1), *moments))
+        self._average_all(found, placement)
 
     def _fit(self, way: str) -> None:
         change, response, matrix = (getattr(self, f"{way}_{name}") for name in ("change", "response", "map"))

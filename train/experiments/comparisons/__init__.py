@@ -14,4 +14,7 @@
     equal_time figures at equal time, and ``statistics`` of few seeds
     code_text  the source of SymPy as a text
     gpu_*      the cells, steps and report of ``gpu.py``
+    parallel_* methods, processes and report of ``bench_parallel.py``; ``group`` starts its processes, ``wire`` counts what
+               they send and slows it down
+    scaling_*  costs of a step's parts, and what ``scaling.py`` predicts from them
 """

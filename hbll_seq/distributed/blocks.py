@@ -1,0 +1,111 @@
+"""Which blocks of a path a rank holds, and a model without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hbll_seq.utils.modules import plain_module
+
+
+class RemoteBlock(nn.Module):
+    """Stands for a block that another rank holds, so that a rank's own keep their numbers; it has no parameters.
+
+    Args:
+        n: its number.
+        kind: the class of the block.
+    """
+
+    def __init__(self, n: int, kind: type[nn.Module]):
+        super().__init__()
+        self.n, self.kind = n, kind
+
+    def initial_state(self, start: Any = None) -> Any:
+        """Raises ValueError: the block is elsewhere."""
+        raise ValueError(
+            f"block {self.n} is held by another rank of this run (--block-parallel): gather the whole model first "
+            "(hbll_seq.distributed.whole), or use the model that the run has saved"
+        )
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        """Raises ValueError: the block is elsewhere."""
+        return self.initial_state()
+
+    def extra_repr(self) -> str:
+        """Its number, for ``print(model)``."""
+        return f"{self.n}"
+
+
+def segments_of_rank(n_segments: int, rank: int, n_ranks: int) -> range:
+    """Rank r of R holds the segments r S // R to (r + 1) S // R - 1 of S: their numbers differ by one at most."""
+    return range(rank * n_segments // n_ranks, (rank + 1) * n_segments // n_ranks)
+
+
+def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -> range:
+    """The positions on the path, from 0, of the blocks that a rank holds.
+
+    A path of N blocks is cut into S = ceil(N / c) segments of c blocks from its beginning; a rank holds whole ones, see
+    :func:`segments_of_rank`.
+
+    Args:
+        path_length: N.
+        chunk_size: c.
+        rank, n_ranks: r and R.
+
+    Raises:
+        ValueError: there are fewer segments than ranks.
+    """
+    n_segments = -(-path_length // chunk_size)
+    if n_segments < n_ranks:
+        fits = path_length // n_ranks
+        smaller = f"give a --chunk-size of at most {largest_chunk(path_length, n_ranks)}, " if fits else ""
+        raise ValueError(
+            f"block_parallel={n_ranks} with chunk_size={chunk_size}: {path_length} blocks in segments of {chunk_size} are "
+            f"{n_segments} segments, and every rank needs one at least; {smaller}a larger --n-level, or --block-parallel "
+            f"{n_segments} or fewer"
+        )
+    own = segments_of_rank(n_segments, rank, n_ranks)
+    return range(own.start * chunk_size, min(own.stop * chunk_size, path_length))
+
+
+def largest_chunk(path_length: int, n_ranks: int) -> int:
+    """The largest size of a segment with which a path has a segment for every rank; there must be a block for each."""
+    return max(c for c in range(1, path_length + 1) if -(-path_length // c) >= n_ranks)
+
+
+def numbers_kept(n_blocks: int, path: Sequence[int], owned: range) -> list[int]:
+    """Numbers, from 1, of the blocks that a rank keeps: its own ones on the path. The rank that has the path's first block
+    keeps those beside the path too: nobody trains them, but they belong to the model and its files."""
+    own = {path[position] for position in owned}
+    beside = set(range(1, n_blocks + 1)) - set(path) if owned.start == 0 else set()
+    return sorted(own | beside)
+
+
+def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
+    """Replace every block that this rank does not keep (:func:`numbers_kept`) by a :class:`RemoteBlock`, so that its memory
+    is free.
+
+    Args:
+        model: with ``blocks``, such as a :class:`DepthHierarchy`; a rank holds all of it otherwise.
+        path: block numbers of the main path.
+        owned: positions on it, as :func:`blocks_of_rank` gives them.
+
+    Raises:
+        ValueError: a parameter is in blocks of several ranks, or in a block and outside of all: there would be two of it,
+            which are trained apart. The model is unchanged.
+    """
+    kept = numbers_kept(len(model.blocks), path, owned)
+    owners: dict[int, set[bool | None]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else None
+        owners.setdefault(id(parameter), set()).add(None if block is None else block in kept)
+        if len(owners[id(parameter)]) > 1:
+            raise ValueError(
+                f"the parameter {name!r} is also one of another part of the model: on different ranks the two would be "
+                "trained apart; give each part its own, or use one rank"
+            )
+    for n in range(1, len(model.blocks) + 1):
+        if n not in kept:
+            model.blocks[n - 1] = RemoteBlock(n, type(plain_module(model.blocks[n - 1])))

@@ -1,0 +1,148 @@
+"""What one process of a run holds of the model, and how the parts are put together for a step, a checkpoint, an evaluation.
+
+In a run without ``--block-parallel`` every process holds all of it, and Accelerate does what is to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, distributed, nn
+
+from hbll_seq.distributed.blocks import blocks_of_rank, keep_own, numbers_kept
+from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
+from hbll_seq.distributed.ranks import ALONE, Ranks
+from hbll_seq.distributed.whole import gather_to_first
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.objectives.base import Objective
+from hbll_seq.training.checkpoint_contents import check_module, load_module
+from hbll_seq.training.devices import on_all
+from hbll_seq.utils.tensors import WithoutValues, module_tensors
+
+T = TypeVar("T")
+_BLOCKS = "model.blocks."
+
+
+class Share:
+    """The part of an objective's model that this process holds.
+
+    Args:
+        objective: around the whole model, on the CPU; with several ranks it holds this rank's blocks alone afterwards.
+        ranks: where this process stands.
+        chunk_size: blocks of a segment; ranks hold whole ones.
+
+    Attributes:
+        n_parameters: of the whole model.
+        own: trained parameters of this rank's blocks; of one rank, none.
+        shared: trained parameters that every rank holds.
+
+    Raises:
+        ValueError: there are fewer segments than ranks.
+    """
+
+    def __init__(self, objective: Objective, ranks: Ranks = ALONE, chunk_size: int = 1):
+        self.objective, self.ranks, self.model = objective, ranks, objective.model
+        self.n_parameters = sum(p.numel() for p in self.model.parameters())
+        self._whole: dict[str, Tensor] = {}  # what the objective holds of the whole model, without values
+        if ranks.n_ranks > 1:
+            self._whole = {name: tensor.to("meta") for name, tensor in module_tensors(objective).items()}
+            owned = blocks_of_rank(len(objective.path), chunk_size, ranks.rank, ranks.n_ranks)
+            self.numbers = frozenset(numbers_kept(len(self.model.blocks), objective.path, owned))
+            keep_own(self.model, objective.path, owned)
+        trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        of_blocks = [name for name in trained if ranks.n_ranks > 1 and name.startswith(_BLOCKS)]
+        self.own = [trained[name] for name in of_blocks]
+        self.shared = [p for name, p in trained.items() if name not in of_blocks]
+
+    # ---------------------------------------------------------------------------------------------------- a step
+
+    def prepare(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The objective and its optimizer on their device; with one rank in DistributedDataParallel where there are several
+        processes, with several ranks never: :meth:`end_step` does what it would."""
+        if self.ranks.n_ranks == 1:
+            return accelerator.prepare(self.objective, optimizer)
+        return accelerator.prepare_model(self.objective, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+
+    def end_step(self, report: Tensor, clip: float) -> tuple[list[float], float]:
+        """After the backward calls of a step: reduces the gradients and clips them.
+
+        Takes three collectives at most, whatever the number of blocks.
+
+        Args:
+            report: [n], what this rank knows of figures that are sums over the ranks of a model.
+            clip: largest norm; 0 does not clip.
+
+        Returns:
+            The figures, averaged over the replicas, and the norm of the gradient before it was clipped; the same on every
+            process, NaN of one rank included.
+        """
+        reduce_gradients(self.own, self.shared, self.ranks)
+        total = torch.cat([squared_norm(self.own).to(report.device).reshape(1), report.double()])
+        distributed.all_reduce(total, group=self.ranks.step_group)
+        squares, *figures = (total / self.ranks.n_replicas).tolist()
+        norm = math.sqrt(squares + float(squared_norm(self.shared)))
+        if clip:
+            clip_gradients([*self.own, *self.shared], norm, clip)
+        return figures, norm
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """``work()``; with several ranks an error of one is raised on all."""
+        return work() if self.ranks.n_ranks == 1 else on_all(work)
+
+    # -------------------------------------------------------------------------------------- checkpoints and evaluation
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all ranks by name on the main process, those of other ranks on the CPU; elsewhere nothing of use.
+        Every process must call it."""
+        return gather_to_first(tensors, self.ranks) if self.ranks.replica == 0 or self.ranks.n_ranks == 1 else {}
+
+    def of_replicas(self, accelerator: Accelerator, state: Tensor) -> Tensor:
+        """The rows [B, ..] of all replicas [replicas * B, ..], for what this rank has of each."""
+        if self.ranks.n_ranks == 1:
+            return accelerator.gather(state)
+        if self.ranks.replica_group is None:
+            return state
+        rows = [torch.empty_like(state) for _ in range(self.ranks.n_replicas)]
+        distributed.all_gather(rows, state.contiguous(), group=self.ranks.replica_group)
+        return torch.cat(rows)
+
+    def part_of(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """What this rank takes of a checkpoint's model and optimizer. Raises CheckpointError for another model's."""
+        if self.ranks.n_ranks == 1:
+            return groups
+        check_module(self._whole, groups["model"], "the checkpoint")
+        foreign = self._whole.keys() - module_tensors(self.objective).keys()
+        part = {name: tensor for name, tensor in groups["model"].items() if name not in foreign}
+        states = {name: tensor for name, tensor in groups["optimizer"].items() if name.rpartition("|")[0] not in foreign}
+        return {**groups, "model": part, "optimizer": states}
+
+    def holds(self, n: int) -> bool:
+        """Whether block n is here."""
+        return self.ranks.n_ranks == 1 or n in self.numbers
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[HBLLForCausalLM]:
+        """The model with all its blocks, on the main process; every process must enter, and those of one model leave
+        together.
+
+        With several ranks it is a copy on the CPU, which is dropped again; the other processes get their part.
+        """
+        if self.ranks.n_ranks == 1:
+            yield self.model
+            return
+        tensors = self.gathered(module_tensors(self.model))
+        if PartialState().is_main_process:
+            with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
+                whole = type(self.model)(self.model.config, tokenizer=self.model.tokenizer)
+            load_module(whole.to(next(self.model.parameters()).dtype), tensors, "the gathered model")
+            del tensors
+            yield whole
+        else:
+            yield self.model
+        PartialState().wait_for_everyone()  # for as long as the main process takes; a step's collectives wait minutes alone
+

@@ -1,0 +1,64 @@
+"""Which blocks a rank holds, and a model without the others."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hbll_seq.distributed.blocks import RemoteBlock, blocks_of_rank, keep_own, largest_chunk, numbers_kept
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+
+
+@pytest.mark.parametrize("length", range(1, 18))
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7])
+def test_ranks_share_a_path_by_whole_segments(length, chunk):
+    segments = [list(range(length))[first : first + chunk] for first in range(0, length, chunk)]
+    for n_ranks in range(1, len(segments) + 1):
+        owned = [list(blocks_of_rank(length, chunk, rank, n_ranks)) for rank in range(n_ranks)]
+        assert sum(owned, []) == list(range(length)) and all(owned)
+        counts = [sum(segment[0] in own for segment in segments) for own in owned]
+        assert all(set(s) <= set(own) or not set(s) & set(own) for s in segments for own in owned)
+        assert max(counts) - min(counts) <= 1
+    with pytest.raises(ValueError, match=f"block_parallel={len(segments) + 1} with chunk_size={chunk}"):
+        blocks_of_rank(length, chunk, 0, len(segments) + 1)
+
+
+def test_the_remedy_works():
+    with pytest.raises(ValueError, match="at most 2, a larger --n-level, or --block-parallel 2 or fewer"):
+        blocks_of_rank(7, 4, 0, 4)
+    assert [blocks_of_rank(7, 2, r, 4) for r in range(4)] == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
+    assert largest_chunk(31, 8) == 4 and largest_chunk(7, 7) == 1
+    with pytest.raises(ValueError) as error:
+        blocks_of_rank(3, 1, 0, 4)
+    assert "--chunk-size" not in str(error.value)
+
+
+def test_a_rank_keeps_its_own_blocks_and_their_numbers():
+    torch.manual_seed(0)
+    config = HBLLConfig(vocab_size=16, n_level=3, n_embd=8, n_head=2, context_length=4)
+    whole = HBLLForCausalLM(config)
+    parts = [copy.deepcopy(whole) for _ in range(2)]
+    for rank, part in enumerate(parts):
+        keep_own(part, range(1, 8), blocks_of_rank(7, 2, rank, 2))
+    names = [{name for name in part.state_dict() if name.startswith("blocks.")} for part in parts]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {name for name in whole.state_dict() if name.startswith("blocks.")}
+    for part in parts:
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in part.state_dict().items())
+    assert {name.split(".")[1] for name in names[0]} == set("0123")
+    with pytest.raises(ValueError, match="block 5 is held by another rank of this run"):
+        parts[0](torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="block 1 is held by another rank"):
+        parts[1](torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_blocks_beside_the_path_stay_with_the_first_rank():
+    assert numbers_kept(7, (4, 6, 7), range(0, 2)) == [1, 2, 3, 4, 5, 6]
+    assert numbers_kept(7, (4, 6, 7), range(2, 3)) == [7]
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(7))
+    keep_own(model, (4, 6, 7), range(2, 3))
+    assert [isinstance(block, RemoteBlock) for block in model.blocks] == [True] * 6 + [False]
+    assert len(list(model.parameters())) == 2

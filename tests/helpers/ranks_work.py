@@ -1,0 +1,105 @@
+"""What several real processes do for the tests of hbll_seq/distributed, over gloo: ``run_on(n, "name")``.
+
+As a script: joins the group of the environment, calls one of the functions below by name, and saves what it returns.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import forked
+import kill_and_resume as kr
+import torch
+from torch import distributed, nn
+
+from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
+from hbll_seq.distributed.lost import is_lost
+from hbll_seq.distributed.ranks import make_ranks
+from hbll_seq.distributed.whole import gather_to_first
+
+
+def run_on(n, name, folder, *arguments):
+    """Calls the function ``name(*arguments)``, texts, in ``n`` processes; what each returns, by process."""
+    codes, said = forked.group(n, [__file__, name, str(folder), *map(str, arguments)], kr.environment_of_scripts())
+    assert codes == [0] * n, said
+    return [torch.load(Path(folder) / f"{name}-{process}.pt", weights_only=False) for process in range(n)]
+
+
+def standing(block_parallel):
+    """Where each process stands, and whom its groups reach: the sums of the process numbers."""
+    ranks = make_ranks(int(block_parallel))
+    reached = []
+    for group in (ranks.block_group, ranks.replica_group, ranks.step_group, ranks.host_group):
+        number = torch.tensor(float(distributed.get_rank()))
+        if group is not None:
+            distributed.all_reduce(number, group=group)
+        reached.append(None if group is None else float(number))
+    return (ranks.rank, ranks.n_ranks, ranks.replica, ranks.n_replicas, *reached)
+
+
+def refused(block_parallel):
+    """The message of an impossible number."""
+    try:
+        make_ranks(int(block_parallel))
+    except ValueError as error:
+        return str(error)
+
+
+def waiting():
+    """What the first rank of two meets in a collective that the second does not enter before the first has given up."""
+    ranks, store, lost = make_ranks(2, patience=timedelta(seconds=1)), distributed.distributed_c10d._get_default_store(), None
+    distributed.all_reduce(torch.ones(1), group=ranks.step_group)
+    if ranks.rank == 0:
+        try:
+            distributed.all_reduce(torch.ones(1), group=ranks.step_group)
+        except RuntimeError as error:
+            lost = is_lost(error)
+        store.set("given up", "")
+    else:
+        store.wait(["given up"])
+    return lost
+
+
+def parts(rank, replica, n_ranks):
+    """Gradients of a rank's blocks and its part of the shared ones': functions of the numbers, some None."""
+    draw = torch.Generator().manual_seed(100 * replica + rank)
+    own = [torch.randn(3, 2, generator=draw, dtype=torch.float64), torch.randn(4, generator=draw, dtype=torch.float64), None]
+    shared = [torch.randn(5, generator=draw, dtype=torch.float64) if rank in (0, n_ranks - 1) else None,
+              torch.randn(2, 2, generator=draw, dtype=torch.float64) if rank == n_ranks - 1 else None, None]
+    return own, shared
+
+
+def reduced(block_parallel, most):
+    """Gradients after reduction and clipping, their norm before it, and the number of collectives of the reduction."""
+    ranks = make_ranks(int(block_parallel))
+    calls, original = [], distributed.all_reduce
+    distributed.all_reduce = lambda *args, **kw: (calls.append(1), original(*args, **kw))[1]
+    found = []
+    for gradients in parts(ranks.rank, ranks.replica, ranks.n_ranks):
+        shapes = ((3, 2), (4,), (1,)) if not found else ((5,), (2, 2), (1,))
+        found.append([nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes])
+        for parameter, gradient in zip(found[-1], gradients):
+            parameter.grad = gradient
+    reduce_gradients(*found, ranks)
+    distributed.all_reduce = original
+    total = squared_norm(found[0])
+    distributed.all_reduce(total, group=ranks.block_group)
+    norm = float((total + squared_norm(found[1])).sqrt())
+    clip_gradients(found[0] + found[1], norm, float(most))
+    return [[p.grad for p in kind] for kind in found], norm, len(calls)
+
+
+def gathered(block_parallel):
+    """What the first rank of each replica gets."""
+    ranks = make_ranks(int(block_parallel))
+    value = 10 * ranks.replica + ranks.rank
+    tensors = {f"block {ranks.rank}": torch.full((2, ranks.rank + 1), value).T, "shared": torch.tensor(float(value)),
+               f"half {ranks.rank}": torch.full((3,), value, dtype=torch.bfloat16), f"empty {ranks.rank}": torch.ones(0)}
+    return gather_to_first(tensors, ranks)
+
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    function, folder, *arguments = sys.argv[1:]
+    torch.save(globals()[function](*arguments), Path(folder) / f"{function}-{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()

@@ -1,0 +1,151 @@
+"""Steps of a model whose blocks lie on several ranks, beside the same steps of one process: ``CASES`` by name.
+
+As a script: joins the group of the environment, does the cases that are named, and saves what each found.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import forked
+import kill_and_resume as kr
+import torch
+from torch import distributed
+
+from hbll_seq.distributed.blocks import blocks_of_rank, keep_own
+from hbll_seq.distributed.ranks import ALONE, make_ranks
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.local import LocalObjective
+
+VOCABULARY, ROWS, TOKENS = 11, 3, 7
+#: the model's configuration, the objective's inference and its other options
+CASES = {
+    "exact": ({}, "sweeps", {}),
+    "exact, a segment each": ({}, "sweeps:chunk_size=2", {}),
+    "single blocks, exact": ({}, "sweeps:forward=6,backward=7,chunk_size=1", {}),
+    "K = M = 1": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
+    "K = M = 1, 15 blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
+    "K = 2, M = 1": ({}, "sweeps:forward=2,backward=1,chunk_size=2", {}),
+    "K = 1, M = 2": ({}, "sweeps:forward=1,backward=2,chunk_size=2", {}),
+    "K = M = 0": ({}, "sweeps:forward=0,backward=0,chunk_size=2", {}),
+    "K exact, M = 0": ({}, "sweeps:forward=3,backward=0,chunk_size=2", {}),
+    "K = 0, M exact": ({}, "sweeps:forward=0,backward=3,chunk_size=2", {}),
+    "single blocks": ({}, "sweeps:forward=2,backward=2,chunk_size=1", {}),
+    "zero": ({}, "sweeps:forward=1,backward=1,chunk_size=2,linearization=zero", {}),
+    "zero, K exact, M = 0": ({}, "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero", {}),
+    "zero with a mix": (
+        {"default_paths": "prefix"}, "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero", {"depths": "octaves"}
+    ),
+    "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
+    "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
+    "tolerance": ({}, "sweeps:forward=3,backward=1,chunk_size=2,tolerance=0.5", {}),
+    "mix, exact": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps", {"depths": "octaves"}),
+    "mix": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "octaves"}),
+    "few": ({"default_paths": "prefix", "n_level": 4}, "sweeps:forward=1,backward=2,chunk_size=2", {"depths": "few"}),
+    "recomputed": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"recompute": True}),
+    "dropout": ({"dropout": 0.3}, "sweeps:forward=1,backward=1,chunk_size=2", {"seed": 5}),
+    "part of the blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {"path": (1, 2, 3, 4, 5, 6, 7, 8)}),
+    "untied": ({"tie_embeddings": False}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
+    "deep: 7": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
+    "deep: 15": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=4", {}),
+    "deep: 31": ({"n_level": 5}, "sweeps:forward=1,backward=1,chunk_size=8", {}),
+    "deep, exact: 7": ({}, "sweeps:chunk_size=2", {}),
+    "deep, exact: 15": ({"n_level": 4}, "sweeps:chunk_size=4", {}),
+    "deep, exact: 31": ({"n_level": 5}, "sweeps:chunk_size=8", {}),
+    "recurrent": ({"cell": "gru"}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
+    "recurrent, exact": ({"cell": "gru"}, "sweeps", {}),
+    "recurrent and attention": (
+        {"cell": ("gru", "transformer") * 3 + ("gru",)}, "sweeps:forward=2,backward=1,chunk_size=2", {}
+    ),
+}  # fmt: skip
+
+#: what alone is trained
+FROZEN = ("blocks.6.", "blocks.0.", "head.projection")
+
+
+def steps(name, ranks=ALONE, n_steps=2):
+    """Losses, node losses, metrics, gradients and carried states of some steps, as this rank has them."""
+    shape, inference, options = CASES[name]
+    torch.manual_seed(0)
+    recurrent = "cell" in shape
+    config = HBLLConfig(**{"vocab_size": VOCABULARY, "n_level": 3, "n_embd": 8, "n_head": 2, "context_length": 8, **shape})
+    model = HBLLForCausalLM(config).double()
+    for parameter in model.parameters():  # blocks that begin as the identity would hide what they send
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = tuple(options.get("path", config.full_path))
+    traffic, found, states = None, [], None
+    objective = LocalObjective(model, inference, ranks=ranks, **options)
+    if ranks.n_ranks > 1:
+        keep_own(model, path, blocks_of_rank(len(path), objective.inference.chunk_size, ranks.rank, ranks.n_ranks))
+        traffic = objective.placement.traffic
+    tokens = torch.randint(VOCABULARY, (n_steps, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    for step in range(n_steps):
+        model.zero_grad()
+        output = objective(tokens[step], step=step, **({"states": states} if recurrent else {}))
+        output.loss.backward()
+        states = output.states
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss.detach(), output.node_losses.detach(), output.metrics, gradients, states))
+    with torch.no_grad():
+        found.append((objective(tokens[0], step=0).loss,))
+    return found, traffic and vars(traffic)
+
+
+def frozen(name, ranks=ALONE):
+    """Gradients where a rank has nothing to train: the last block alone, or the head alone."""
+    torch.manual_seed(0)
+    config = HBLLConfig(vocab_size=VOCABULARY, n_level=3, n_embd=8, n_head=2, context_length=8, tie_embeddings=False)
+    model = HBLLForCausalLM(config).double()
+    for part, parameter in model.named_parameters():
+        parameter.requires_grad_(part.startswith(name))
+    objective = LocalObjective(model, "sweeps:chunk_size=4", ranks=ranks)
+    if ranks.n_ranks > 1:
+        keep_own(model, config.full_path, blocks_of_rank(7, 4, ranks.rank, ranks.n_ranks))
+    objective(torch.ones(ROWS, TOKENS, dtype=torch.int64)).loss.backward()
+    return {part: p.grad for part, p in model.named_parameters() if p.grad is not None}
+
+
+def refused(ranks):
+    """What is said of batches that differ, of weights that do, and of a parameter in two places."""
+    said = []
+
+    def note(call):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+
+    def model_of(seed=0):
+        torch.manual_seed(seed)
+        return HBLLForCausalLM(HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8))
+
+    def step(model, rows=ROWS):
+        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)
+        keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
+        objective(torch.ones(rows, TOKENS, dtype=torch.int64))
+
+    note(lambda: step(model_of(), rows=2 + ranks.rank))
+    note(lambda: step(model_of(seed=ranks.rank)))
+    tied = model_of()
+    tied.blocks[2].norm_mlp = tied.blocks[0].norm_mlp
+    note(lambda: step(tied))
+    return said
+
+
+def run_on(n, names, folder):
+    """What each of ``n`` processes finds of these cases."""
+    codes, said = forked.group(n, [__file__, str(folder), *names], kr.environment_of_scripts())
+    assert codes == [0] * n, "\n".join(said)
+    return [torch.load(Path(folder) / f"spread-{process}.pt", weights_only=False) for process in range(n)]
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    here = make_ranks(distributed.get_world_size())
+    found = {name: steps(name, here) for name in names}
+    if here.n_ranks == 2:
+        found |= {name: frozen(name, here) for name in FROZEN} | {"refused": refused(here)}
+    torch.save(found, Path(folder) / f"spread-{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()

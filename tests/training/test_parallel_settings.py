@@ -1,0 +1,43 @@
+"""Settings of a run whose blocks are spread over ranks: what cannot be is refused by name, with a remedy that works."""
+
+import pytest
+
+from hbll_seq.training.presets import resolve
+
+
+def made(**values):
+    return resolve({"max_steps": 5, "block_parallel": 2}, values)
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"chunk_size": 1, "block_parallel": 7}, {"linearization": "zero"}, {"path": "4,6,7", "chunk_size": 2},
+    {"cell": "gru", "carry_state": True}, {"depth_mix": "octaves", "forward": 1, "backward": 1},
+    {"depth_mix": "none", "default_paths": "spine"}, {"n_level": 1, "block_parallel": 1}, {"chunk_size": 4},
+])  # fmt: skip
+def test_what_can_be_spread(values):
+    settings = made(**values)
+    assert settings.resolved().resolved() == settings.resolved()
+    assert settings.resolved().block_parallel == values.get("block_parallel", 2)
+
+
+@pytest.mark.parametrize("values, named, remedy", [
+    ({"objective": "tree"}, "objective='tree'", {"objective": "sweeps"}),
+    ({"objective": "backprop"}, "objective='backprop'", {"objective": "sweeps"}),
+    ({"linearization": "low_rank"}, "linearization='low_rank'", {"linearization": "zero"}),
+    ({"depth_mix": "none", "forward": 1, "backward": 1}, "linearization='low_rank'", {"linearization": "identity"}),
+    ({"control": "adaptive"}, "control='adaptive'", {"control": "none"}),
+    ({"init": "tree"}, "init='tree'", {"init": "first"}),
+    ({"default_paths": "spine", "depth_mix": "octaves"}, "default_paths='spine' and depth_mix='octaves'",
+     {"default_paths": "prefix"}),
+    ({"depth_mix": "ladder"}, "default_paths='spine' and depth_mix='ladder'", {"depth_mix": "none"}),
+    ({"block_parallel": 4}, "chunk_size=4", {"chunk_size": 2}),
+    ({"path": "4,6,7", "block_parallel": 2}, "chunk_size=4", {"chunk_size": 2}),
+    ({"n_level": 1, "chunk_size": 1}, "chunk_size=1", {"n_level": 2}),
+])  # fmt: skip
+def test_what_cannot_be_spread_is_refused(values, named, remedy):
+    with pytest.raises(ValueError) as error:
+        made(**values)
+    n_ranks = values.get("block_parallel", 2)
+    assert f"block_parallel={n_ranks} with {named}" in str(error.value) and "--block-parallel" in str(error.value)
+    made(**{**values, **remedy})
+    made(**{**values, "block_parallel": 1})

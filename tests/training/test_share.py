@@ -1,0 +1,66 @@
+"""What a rank of a model holds, trains and takes of a checkpoint; no process group is needed to ask."""
+
+import copy
+
+import pytest
+import torch
+
+from hbll_seq.distributed.ranks import Ranks
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training.checkpoint import CheckpointError
+from hbll_seq.training.share import Share
+from hbll_seq.utils.tensors import module_tensors
+
+
+@pytest.fixture
+def objective():
+    torch.manual_seed(0)
+    config = HBLLConfig(vocab_size=16, n_level=3, n_embd=8, n_head=2, context_length=4, exit_rank=2, default_paths="prefix")
+    return LocalObjective(HBLLForCausalLM(config), "sweeps")
+
+
+def ids(parameters):
+    return {id(p) for p in parameters}
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4, 7])
+def test_ranks_divide_the_blocks_and_have_the_rest_in_common(objective, n_ranks):
+    whole = {name: p.numel() for name, p in objective.named_parameters()}
+    of_blocks = {name for name in whole if ".blocks." in name}
+    shares = [Share(copy.deepcopy(objective), Ranks(rank, n_ranks), 1) for rank in range(n_ranks)]
+    held = [dict(share.objective.named_parameters()) for share in shares]
+    names = [[name for name in parameters if ".blocks." in name] for parameters in held]
+    assert sorted(sum(names, [])) == sorted(of_blocks)
+    for share, parameters, own in zip(shares, held, names):
+        assert parameters.keys() - set(own) == whole.keys() - of_blocks
+        assert ids(share.own) == ids(parameters[name] for name in own)
+        assert ids(share.shared) == ids(parameters.values()) - ids(share.own)
+        assert share.n_parameters == sum(whole.values())
+        assert {n for n in range(1, 8) if share.holds(n)} == {int(name.split(".")[2]) + 1 for name in own}
+
+
+def test_a_rank_takes_its_part_of_a_checkpoint(objective):
+    model = {name: tensor.detach() for name, tensor in module_tensors(objective).items()}
+    groups = {"model": model, "optimizer": {f"{name}|step": torch.zeros(()) for name in model}}
+    parts = [Share(copy.deepcopy(objective), Ranks(rank, 2), 4).part_of(groups) for rank in range(2)]
+    common = parts[0]["model"].keys() & parts[1]["model"].keys()
+    assert parts[0]["model"].keys() | parts[1]["model"].keys() == model.keys()
+    assert common == {name for name in model if ".blocks." not in name}
+    for part in parts:
+        assert part["optimizer"].keys() == {f"{name}|step" for name in part["model"]}
+    assert Share(objective).part_of(groups) is groups
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda name, tensors: tensors.pop(name), "lacks"), (lambda name, tensors: tensors.update(x=tensors[name]), "unexpected"),
+    (lambda name, tensors: tensors.update({name: tensors[name][:1]}), "expected"),
+])  # fmt: skip
+def test_every_rank_refuses_another_models_checkpoint(objective, change, words):
+    """Also where what is wrong is another rank's block."""
+    model = dict(module_tensors(objective))
+    change(next(name for name in model if ".blocks.6." in name and model[name].ndim > 1), model)
+    for rank in range(2):
+        with pytest.raises(CheckpointError, match=words):
+            Share(copy.deepcopy(objective), Ranks(rank, 2), 4).part_of({"model": model, "optimizer": {}})

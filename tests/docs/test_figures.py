@@ -172,3 +172,12 @@ def test_the_bundled_model():
     first, last = test[0]["perplexity"], test[-1]["perplexity"]
     told = f"test perplexity {first:.1f} at depth 1 to {last:.1f} at depth 7"
     assert told in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def test_a_step_on_two_processes():
+    text = section("results.md", "21.").replace("*", "")
+    (point,) = stored("bench_parallel")["points"]
+    assert len(point["methods"]) == 5
+    for method in point["methods"].values():
+        ratios = sorted(b / s for b, s in zip(method["baseline_seconds"], method["seconds"]))
+        assert f"| {ratios[1]:.2f} ({ratios[0]:.2f}, {ratios[2]:.2f}) |" in text

@@ -53,6 +53,18 @@ def test_segments_that_hear_of_the_next_one_alone():
     (full,) = of("compare-engine-15", "backprop-15", 1.5e-3, "perplexity")
     assert f"| {ours:.2f} | with the same mix {mix:.2f}; full path alone {full:.2f} |" in text
     assert f"hear nothing {alone:.2f}" in text and ours < 1.01 * mix
+    backprop, _, hearing = stored(name)["step_times"].values()
+    assert f"{hearing / backprop:.2f} times the seconds" in text
+
+
+def test_step_times_by_turns_with_the_mix():
+    text = section("results.md", "18.")
+    seven, fifteen = (stored(f"compare-engine-{size}octaves")["step_times"].values() for size in ("", "15-"))
+    assert "| 7 blocks, two segments | {:.0f} | {:.0f} | {:.0f} | |".format(*(1000 * s for s in seven)) in text
+    assert "| 15 blocks, four segments | {:.0f} | | {:.0f} | {:.0f} |".format(*(1000 * s for s in fifteen)) in text
+    work = {run["method"]: run["work"] for run in runs("compare-engine-15-octaves")}
+    both = work[f"backprop:{MIX}"], work[FOUR]
+    assert "| work, 15 blocks | {0:.1f} | | {0:.1f} | {1:.1f} |".format(*both) in text
 
 
 def test_all_depths_with_the_same_mix():
@@ -181,3 +193,18 @@ def test_a_step_on_two_processes():
     for method in point["methods"].values():
         ratios = sorted(b / s for b, s in zip(method["baseline_seconds"], method["seconds"]))
         assert f"| {ratios[1]:.2f} ({ratios[0]:.2f}, {ratios[2]:.2f}) |" in text
+
+
+def test_predicted_speed_on_more_devices():
+    text, found = section("results.md", "22."), stored("scaling")
+    for name, method in (("exact segments", "exact"), ("K = M = 1", "K=1 M=1"), ("segments alone", "local")):
+        rows = [row for row in found["rows"] if (row["blocks"], row["method"]) == (64, f"ours {method}")]
+        at = {row["devices"]: row["speed"] for row in rows}
+        assert f"| {name} | {at[2]:.2f} | {at[4]:.2f} | {at[8]:.2f} |" in text and at[8] < 4
+    errors = [f"{100 * (each['predicted'] / each['measured'] - 1):+.0f}%" for each in found["check"]]
+    assert all(error in text for error in errors) and len(errors) == 5
+    ((_, costs),) = found["costs"].items()
+    whole = costs["work"]["4"]
+    costs = (whole["product"] / whole["forward"], whole["backward"] / whole["forward"])
+    told = " ".join(section("results.md", "21.").split())
+    assert "by the input alone costs {:.2f} of a forward pass here, and a whole backward pass {:.2f}".format(*costs) in told

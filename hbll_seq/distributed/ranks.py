@@ -14,7 +14,6 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 #: how long a rank waits in a collective of a step for one that does not answer. One that died is noticed at once, since its
 #: connections close; evaluating and saving is waited for elsewhere
@@ -82,10 +81,10 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
     layout = torch.arange(n_processes).view(n_replicas, block_parallel)
     data, _ = distributed.new_subgroups_by_enumeration(layout.T.tolist(), timeout=patience)
     block, _ = distributed.new_subgroups_by_enumeration(layout.tolist(), timeout=patience)
-    mesh = DeviceMesh.from_group([data, block], device_type, mesh=layout, mesh_dim_names=("data", "block"))
     host = block
     if device_type != "cpu":
         host, _ = distributed.new_subgroups_by_enumeration(layout.tolist(), timeout=patience, backend="gloo")
-    block, data = mesh.get_group("block"), mesh.get_group("data") if n_replicas > 1 else None
-    step = block if n_replicas == 1 else distributed.new_group(timeout=patience)
+    if n_replicas == 1:
+        return Ranks(rank, block_parallel, replica, n_replicas, block, None, block, host)
+    step = distributed.new_group(timeout=patience)
     return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
+from hbll_seq.distributed.blocks import RemoteBlock
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.tree.posterior import STATE_FAMILIES, TARGET_FAMILIES
 from hbll_seq.tree.topology import DyadicTree
@@ -88,6 +89,8 @@ class DepthHierarchy(nn.Module):
         numbers = tuple(whole_or_none(n) for n in prefix) if isinstance(prefix, tuple) else ()
         is_walk = all(n is not None for n in numbers) and all(self.tree.is_arc(i, j) for i, j in zip((0, *numbers), numbers))
         block = plain_module(self.blocks[numbers[-1] - 1]) if numbers and is_walk and numbers[-1] < self.tree.N else None
+        if isinstance(block, RemoteBlock):
+            raise ValueError(f"states of {quote(prefix)}: another rank holds that block; give each rank those of its own")
         if not isinstance(block, RecurrentBlock):
             raise ValueError(
                 f"states of {quote(prefix)}: no recurrent block is reached so; their keys are tuples of the block numbers "

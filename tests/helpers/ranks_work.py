@@ -22,7 +22,7 @@ def run_on(n, name, folder, *arguments):
     """Calls the function ``name(*arguments)``, texts, in ``n`` processes; what each returns, by process."""
     codes, said = forked.group(n, [__file__, name, str(folder), *map(str, arguments)], kr.environment_of_scripts())
     assert codes == [0] * n, said
-    return [torch.load(Path(folder) / f"{name}-{process}.pt", weights_only=False) for process in range(n)]
+    return [torch.load(Path(folder) / f"{name}-{process}.pt", weights_only=True) for process in range(n)]
 
 
 def standing(block_parallel):

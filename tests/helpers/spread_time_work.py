@@ -190,7 +190,7 @@ def run_on(n, folder):
     """What each of ``n`` processes finds."""
     codes, said = forked.group(n, [__file__, str(folder)], kr.environment_of_scripts(), timeout=300)
     assert codes == [0] * n, "\n".join(said)
-    return [torch.load(Path(folder) / f"time-{process}.pt", weights_only=False) for process in range(n)]
+    return [torch.load(Path(folder) / f"time-{process}.pt", weights_only=True) for process in range(n)]
 
 
 if __name__ == "__main__":

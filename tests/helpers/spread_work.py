@@ -125,11 +125,20 @@ def refused(ranks):
         keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
         objective(torch.ones(rows, TOKENS, dtype=torch.int64))
 
+    def foreign():
+        config = HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8, cell="gru")
+        model = HBLLForCausalLM(config)
+        keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
+        others = {0: (1, 2, 3), 1: (1,)}[ranks.rank]
+        tokens = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+        LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)(tokens, states={others: torch.zeros(ROWS, 8)})
+
     note(lambda: step(model_of(), rows=2 + ranks.rank))
     note(lambda: step(model_of(seed=ranks.rank)))
     tied = model_of()
     tied.blocks[2].norm_mlp = tied.blocks[0].norm_mlp
     note(lambda: step(tied))
+    note(foreign)
     return said
 
 
@@ -137,7 +146,7 @@ def run_on(n, names, folder):
     """What each of ``n`` processes finds of these cases."""
     codes, said = forked.group(n, [__file__, str(folder), *names], kr.environment_of_scripts())
     assert codes == [0] * n, "\n".join(said)
-    return [torch.load(Path(folder) / f"spread-{process}.pt", weights_only=False) for process in range(n)]
+    return [torch.load(Path(folder) / f"spread-{process}.pt", weights_only=True) for process in range(n)]
 
 
 if __name__ == "__main__":

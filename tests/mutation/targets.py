@@ -9,7 +9,8 @@ PACKAGE = ROOT / "hbll_seq"
 
 #: of a folder or a module of the package (the longest name that fits counts)
 TESTS = {
-    "engine": ("engine/test_engine.py", "engine", "chains/test_time_sweeps.py", "objectives/test_objective.py", "chains"),
+    "engine": ("engine/test_engine.py", "engine", "chains/test_time_sweeps.py", "objectives/test_objective.py", "chains",
+               "distributed"),
     "engine/scan.py": ("engine/test_scan.py", "tree", "engine", "chains"),
     "engine/linearization/base.py": ("engine/test_engine.py", "engine", "chains/test_time_sweeps.py"),
     "engine/linearization": ("engine/test_secants.py", "chains/test_time_secants.py", "engine", "chains"),
@@ -28,9 +29,9 @@ TESTS = {
                    "objectives", "chains"),
     "objectives/options.py": ("objectives/test_options.py", "objectives", "engine/test_sweeps.py", "chains"),
     "objectives/registry.py": ("objectives/test_options.py", "objectives", "engine/test_sweeps.py", "chains"),
-    "objectives/sweeps.py": ("engine/test_sweeps.py", "engine/test_engine.py", "objectives", "chains"),
+    "objectives/sweeps.py": ("engine/test_sweeps.py", "engine/test_engine.py", "objectives", "chains", "distributed"),
     "objectives/depth_mix.py": ("engine/test_sweeps.py", "objectives", "chains"),
-    "objectives/branches.py": ("engine/test_sweeps.py", "objectives", "chains"),
+    "objectives/branches.py": ("engine/test_sweeps.py", "distributed/test_spread_blocks.py", "objectives", "chains"),
     "objectives/tree.py": ("models/test_exits.py", "tree", "objectives/test_objective.py", "objectives"),
     "objectives/recurrent.py": ("objectives/test_recurrent_baselines.py", "chains", "objectives"),
     "objectives/recurrent_base.py": ("models/test_padding.py", "objectives/test_recurrent_baselines.py", "chains",

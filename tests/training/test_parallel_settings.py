@@ -2,7 +2,7 @@
 
 import pytest
 
-from hbll_seq.training.presets import resolve
+from hbll_seq.training.presets import PRESETS, read_preset, resolve
 
 
 def made(**values):
@@ -41,3 +41,12 @@ def test_what_cannot_be_spread_is_refused(values, named, remedy):
     assert f"block_parallel={n_ranks} with {named}" in str(error.value) and "--block-parallel" in str(error.value)
     made(**{**values, **remedy})
     made(**{**values, "block_parallel": 1})
+
+
+@pytest.mark.parametrize("preset", ["small", "bundled"])
+@pytest.mark.parametrize("n_level, segments", [(3, 2), (4, 4), (5, 8)])
+def test_presets_are_exact_at_every_depth(preset, n_level, segments):
+    """They name no K and M: what is enough for seven blocks would be an approximation of fifteen."""
+    settings = resolve(read_preset(preset, PRESETS), {"n_level": n_level, "block_parallel": 2}).resolved()
+    assert (settings.forward, settings.backward, settings.chunk_size) == (segments - 1, segments - 1, 4)
+    assert settings.linearization == "identity"

@@ -206,5 +206,8 @@ def test_predicted_speed_on_more_devices():
     ((_, costs),) = found["costs"].items()
     whole = costs["work"]["4"]
     costs = (whole["product"] / whole["forward"], whole["backward"] / whole["forward"])
+    x, b = costs
     told = " ".join(section("results.md", "21.").split())
+    bounds = (1 + b) / (1 + x / 2 + b / 2), (1 + b) / (1 + b / 2)
+    assert "at most {:.2f} times as fast, and segments alone {:.2f}".format(*bounds) in told
     assert "by the input alone costs {:.2f} of a forward pass here, and a whole backward pass {:.2f}".format(*costs) in told

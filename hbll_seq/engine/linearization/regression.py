@@ -39,6 +39,11 @@ class RunningFit(KeepsPrecision, ABC):
             raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
         self.decay, self.every = decay, every
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
+        self._known_steps: int | None = None  # n_steps without asking a GPU for it
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._known_steps = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def _average(self, change: Tensor, response: Tensor, *moments: Tensor, is_sound: Tensor | None = None) -> None:
@@ -74,8 +79,11 @@ class RunningFit(KeepsPrecision, ABC):
     @torch.no_grad()
     def end_step(self) -> None:
         """Fits the maps anew when it is time."""
+        if self._known_steps is None:
+            self._known_steps = int(self.n_steps)
         self.n_steps += 1
-        if int(self.n_steps) % self.every:
+        self._known_steps += 1
+        if self._known_steps % self.every:
             return
         with full_precision(self.n_steps):
             for way in ("forward", "backward"):
@@ -89,5 +97,6 @@ class RunningFit(KeepsPrecision, ABC):
 def ridge_factor(change: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factors of second moments [..., C, C] with a little added to their diagonals, and whether they are sound."""
     ridge = (1e-3 * change.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-30)
-    factor, failed = torch.linalg.cholesky_ex(change + ridge[..., None, None] * torch.eye(change.shape[-1]).to(change))
+    eye = torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)  # there: a copy from the CPU would wait
+    factor, failed = torch.linalg.cholesky_ex(change + ridge[..., None, None] * eye)
     return factor, (failed == 0)[..., None, None]

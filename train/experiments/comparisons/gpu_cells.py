@@ -68,7 +68,7 @@ def _sweeps(forward: int, backward: int, chunk_size: int) -> Form:
 
 
 _BACKPROP = Form("backprop", "backprop", BackpropObjective)
-_SWEEPS = _sweeps(1, 1, 4)
+_EXACT = Form("ours, exact", "ours", lambda model: LocalObjective(model, Sweeps()))
 _BPTT = Form("BPTT loop", "backprop", RecurrentBackpropObjective)
 _FUSED = Form("nn.GRU", "backprop", FusedObjective)
 _TIME_SWEEPS = Form("ours K=1 M=1 c=8", "ours", lambda model: RecurrentLocalObjective(model, "sweeps"))
@@ -79,10 +79,10 @@ _TIME_SHARED = Form("ours K=2 M=2 c=8, shared matrix", "ours", lambda model: Rec
 FORMS: dict[str, list[Form]] = {
     "depth": [
         *_both(_BACKPROP),
-        *_both(_SWEEPS),
-        *_both(_sweeps(3, 4, 1)),
+        *_both(_EXACT),
+        *_both(_sweeps(1, 1, 4)),
         *_both(replace(_BACKPROP, compiled=True, late=1)),
-        *_both(replace(_SWEEPS, compiled=True, late=2)),
+        *_both(replace(_EXACT, compiled=True, late=2)),
         Form("AdamW step alone", "optimizer", BackpropObjective, late=1),
     ],
     "time": [_FUSED, *_both(_BPTT), *_both(_TIME_SWEEPS), *_both(_TIME_SHARED), replace(_FUSED, graphed=True, late=1)],

@@ -468,4 +468,4 @@ def test_the_plain_form_of_backprop_is_the_baseline_of_the_library():
     model = gpu.depth_subject(cells_of(TINY)[0], TINY, torch.device("cpu")).model
     assert isinstance(FORMS["depth"][0].make(model), BackpropObjective)
     ours = [form.make(model).inference for form in FORMS["depth"] if form.side == "ours" and form.way == "plain"]
-    assert [(o.forward, o.backward, o.chunk_size) for o in ours] == [(None, None, None), (1, 1, 4)]
+    assert [(o.forward, o.backward, o.chunk_size) for o in ours] == [(0, 0, 4), (1, 1, 4)]  # of three blocks: one segment

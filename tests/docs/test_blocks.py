@@ -30,8 +30,8 @@ SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 
 RUN = {
     "accelerate launch train/lm.py": f"python train/lm.py {SHORT} --n-level 3 --output-dir runs/lm",
     "python train/lm.py --data my.txt --output-dir runs/mine": f"python train/lm.py {SHORT} --output-dir runs/mine",
-    "python train/lm.py --preset gru-small --output-dir runs/gru":
-        f"python train/lm.py {SHORT} --cell gru --output-dir runs/gru",
+    "python train/lm.py --preset mingru-small --output-dir runs/mingru":
+        f"python train/lm.py {SHORT} --cell mingru --output-dir runs/mingru",
     "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
     "accelerate launch train/lm.py --extend 2000 --output-dir runs/mine":
         "python train/lm.py --extend 2 --output-dir runs/mine",
@@ -78,7 +78,7 @@ READ = {
     "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",
     "accelerate launch train/lm.py --objective tree --output-dir runs/tree",
     "accelerate launch train/lm.py --objective backprop --path 4,6,7 --output-dir runs/backprop-3",
-    "accelerate launch train/lm.py --preset gru-small --output-dir runs/gru",
+    "accelerate launch train/lm.py --preset mingru-small --output-dir runs/gru",
     "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
     "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
     "python train/experiments/compare.py --quick --output quick.json",

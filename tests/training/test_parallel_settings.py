@@ -55,7 +55,7 @@ AHEAD = {"ahead": True, "chunk_size": 4, "forward": 1, "backward": 0, "lineariza
     ({"n_level": 5, "chunk_size": 8, "forward": 3, "block_parallel": 4}, "block 8",
      {"block_parallel": 2, "chunk_size": 16, "forward": 1}),
     ({"depth_mix": "none"}, "depth_mix='none'", {"depth_mix": "octaves"}),
-    ({"path": "1,2,3,4,5,6", "chunk_size": 3}, "depth_mix='none'", {"path": "full", "chunk_size": 4}),
+    ({"path": "1,2,3,4,5,6"}, "depth_mix='none'", {"path": "full"}),
     ({"cell": "gru"}, "cell='gru'", {"cell": "transformer"}),
 ])  # fmt: skip
 def test_what_cannot_work_ahead_is_refused(values, named, remedy):

@@ -63,7 +63,7 @@ def test_a_step_sends_one_state_forward_and_nothing_back(n_ranks, tmp_path_facto
 def test_it_learns(tmp_path_factory):
     first, last = (found["learned"] for found in found_by(2, tmp_path_factory))
     assert set(first) == {0.0}  # the last rank alone knows them
-    assert sum(last[-20:]) < 0.5 * sum(last[:20])
+    assert sum(last[-20:]) < 0.8 * sum(last[:20])
 
 
 def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):

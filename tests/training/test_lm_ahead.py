@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training.checkpoint_contents import load_module
 from hbll_seq.training.schedule import rate_of_step
 from hbll_seq.training.trainer import make_optimizer
+from hbll_seq.utils.tensors import module_tensors
 
 SCRIPT, STEPS = helpers.fake_ranks.__file__, 6
 SHAPE = ["--n-level", "3", "--chunk-size", "4", "--forward", "1", "--backward", "0", "--linearization", "zero",
@@ -54,7 +56,7 @@ def by_loops(folder):
     model = HBLLForCausalLM(settings.model_config(data.tokenizer.vocab_size)).double()
     objective = LocalObjective(model, settings.inference(), depths=settings.depths(), time=settings.time(),
                                seed=settings.seed, micro_batches=settings.grad_accum)  # fmt: skip
-    objective.load_state_dict(model_at(folder, 0))
+    load_module(objective, model_at(folder, 0), "the first checkpoint")
     optimizer = make_optimizer(objective, settings)
 
     def before_update(step):
@@ -67,12 +69,12 @@ def by_loops(folder):
     losses, _ = simulated(objective, batch_of, 2, STEPS, micro_batches=settings.grad_accum, size=settings.chunk_size,
                           optimizer=optimizer, before_update=before_update, again=(2, 4))  # fmt: skip
     by_step = torch.tensor(losses).sum(1).unflatten(0, (STEPS, settings.grad_accum)).mean(1)
-    return by_step.tolist(), objective.state_dict()
+    return by_step.tolist(), module_tensors(objective)
 
 
 def assert_equals_loops(folder):
     losses, expected = by_loops(folder)
-    assert [row["loss"] for row in kr.lines(folder)] == pytest.approx(losses, rel=3e-7)  # reported in single precision
+    assert [row["loss"] for row in kr.lines(folder)] == pytest.approx(losses, rel=1e-6)  # reported in single precision
     found = model_at(folder, STEPS)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

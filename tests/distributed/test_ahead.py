@@ -45,7 +45,7 @@ def test_states_are_those_of_the_step_before(tmp_path_factory):
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        losses.append(float(output.loss))
+        losses.append(float(output.loss.detach()))
     assert last[0] == pytest.approx(losses[0], rel=1e-12)
     assert all(abs(ours - theirs) > 1e-4 for ours, theirs in zip(last[1:], losses[1:]))
 

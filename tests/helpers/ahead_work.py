@@ -129,7 +129,7 @@ def simulated(
         for index in range(first, first + micro_batches):
             found = [of_rank(r, index + n_ranks - 1 - r, sent[r]) for r in range(n_ranks)]
             (sum(loss for loss, _ in found) / micro_batches).backward()
-            losses.append([float(loss) for loss, _ in found])
+            losses.append([float(loss.detach()) for loss, _ in found])
             sent = [None, *(end for _, end in found[:-1])]
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         before_update(step)
@@ -171,7 +171,7 @@ def spread(name, ranks):
             number, before = index + objective.placement.lead, (traffic.messages, traffic.bytes)
             output = objective(batch(number), step=number)
             (output.loss / micro_batches).backward()
-            losses.append(float(output.loss))
+            losses.append(float(output.loss.detach()))
             sent.append((traffic.messages - before[0], traffic.bytes - before[1]))
         reduce_gradients(own, shared, ranks)
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})

@@ -137,6 +137,8 @@ class TrainingSettings:
     carry_state: bool = _objective(False, "recurrent blocks start a window from their states after the one before; each row "
                                    "of a batch then reads its own stretch of the text, window after window")
     recompute: bool = _objective(False, "activation checkpointing: less memory for more work")
+    ahead: bool = _objective(False, "each rank of --block-parallel works on a later batch than the next one, on states that "
+                             "are a step old, so that none waits for another: for segments alone")
     sigma: float = _of(Tree, "sigma", default=HBLLConfig.sigma)
     state_weight: float = _of(Tree, "state_weight")
     n_samples: int = _of(Tree, "n_samples", high=_MOST_ROUNDS)
@@ -219,7 +221,7 @@ class TrainingSettings:
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
-        if self.block_parallel > 1:
+        if self.block_parallel > 1 or self.ahead:
             check_block_parallel(self, self._decided())
 
     # ------------------------------------------------------------------------------------ what was left open

@@ -202,6 +202,7 @@ class Trainer:
         if problem[0]:
             raise RunFailed(problem[0])
         self._saved = self.done
+        self.share.empty()  # and filled anew by the next step: a run that goes on from here does the same
 
     def _all_states(self) -> dict[str, torch.Tensor]:
         """Carried states of all replicas, [replicas * B, C] by micro batch and path, as a checkpoint names them."""
@@ -263,12 +264,11 @@ class Trainer:
         lr = rate_of_step(self.done, self.parts, peak=settings.lr, warmup=settings.warmup_steps, floor=settings.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        report = 0.0
+        report, first = 0.0, self.done * settings.grad_accum
+        self.share.fill(lambda behind: self._forward(first + behind, 0))
         for micro in range(settings.grad_accum):
-            index = self.done * settings.grad_accum + micro  # of the batch and of the noise
-            batch, carried = self._batch(index, micro)
             with accelerator.accumulate(self.objective):
-                output = self.objective(batch.to(accelerator.device), step=index, **carried)
+                output = self._forward(first + micro + self.share.lead, micro)
                 accelerator.backward(output.loss)
             if settings.carry_state:
                 self.states[micro] = output.states
@@ -283,6 +283,11 @@ class Trainer:
         row = {"step": self.done + 1, "loss": loss, **dict(zip(names, values)), "grad_norm": norm, "lr": lr,
                "node_losses": values[len(names):]}
         return row, stopping > 0
+
+    def _forward(self, index: int, micro: int) -> Any:
+        """What the objective makes of micro-batch ``index`` of the run, which is also that of the noise and the mix."""
+        batch, carried = self._batch(index, micro)
+        return self.objective(batch.to(self.accelerator.device), step=index, **carried)
 
     def _reduced(self, report: torch.Tensor) -> tuple[list[float], float]:
         """Whether a process was asked to stop and the report, a mean over processes and micro batches, and the norm of the

@@ -22,6 +22,7 @@ from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.auxiliary import AuxiliaryExits
 from hbll_seq.objectives.base import Exit
 from hbll_seq.objectives.branches import Branch, Leg, legs_of
 from hbll_seq.objectives.depth_mix import SubNetwork
@@ -95,6 +96,7 @@ class DepthStep:
 
     Attributes:
         exits: of all sub-networks so far.
+        auxiliary_exits: likewise, of the main path's.
     """
 
     def __init__(
@@ -113,17 +115,25 @@ class DepthStep:
         self.model, self.calls, self.inference, self.z0, self.targets = model, calls, inference, z0, targets
         self.learned, self.keep_graph = learned, keep_graph
         self.exits: list[Exit] = []
+        self.auxiliary_exits: list[Exit] = []
         self._losses: dict[int, Tensor] = {}
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._by_z0: list[Tensor] = []
 
-    def train(self, network: SubNetwork, branches: Sequence[Branch] = (), learn: bool | None = None) -> Tensor:
+    def train(
+        self,
+        network: SubNetwork,
+        branches: Sequence[Branch] = (),
+        learn: bool | None = None,
+        auxiliary: AuxiliaryExits | None = None,
+    ) -> Tensor:
         """Adds the losses of a sub-network and of the branches off it; its exits go before theirs.
 
         Args:
             network: solved as a chain.
             branches: solved as chains of one segment.
             learn: whether the learned maps learn from it; None leaves them out: blocks on other paths read other states.
+            auxiliary: exits at the ends of its segments, those that have none of ``network``.
 
         Returns:
             The chain's residual.
@@ -154,7 +164,7 @@ class DepthStep:
             chain,
             self.z0,
             iterations,
-            lambda states: self._read_out(network, branches, states, main),
+            lambda states: self._read_out(network, branches, states, main, auxiliary),
             init=init,
             start=torch.stack(start) if start else None,
             learned=learned,
@@ -189,7 +199,14 @@ class DepthStep:
             losses = losses.requires_grad_()
         return losses
 
-    def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor, main: _Main) -> Tensor | None:
+    def _read_out(
+        self,
+        network: SubNetwork,
+        branches: Sequence[Branch],
+        states: Tensor,
+        main: _Main,
+        auxiliary: AuxiliaryExits | None,
+    ) -> Tensor | None:
         """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the
         chain's states, of the blocks that are here."""
         cut = [legs_of(branch, main.segment_of, main.together) for branch in branches]
@@ -200,6 +217,10 @@ class DepthStep:
                 here = leg.path if solution else ()
                 ends += _ends(leg.path, leg.prefixes, leg.exits, here, solution and solution.states)
         loss, read = self._score(ends)
+        at_ends: dict[int, Tensor] = {}
+        if auxiliary is not None:
+            of_ends, at_ends = self._score_auxiliary(auxiliary, network, states, main)
+            loss, read = of_ends if loss is None else loss + of_ends, [*read, *at_ends.values()]
         if not self.keep_graph:
             return None
         if loss is not None:
@@ -211,6 +232,8 @@ class DepthStep:
             [solution and _upstream(leg.path, leg.exits, found, solution.states) for leg, solution in zip(legs, solutions)]
             for legs, solutions in zip(cut, walked)
         ]
+        for n in at_ends:
+            upstream[main.here.index(n)] = next(found)
         for branch, legs, solutions, gradients in zip(branches, cut, walked, back):
             self._walk_back(branch, legs, solutions, gradients, upstream, main)
         return upstream
@@ -231,6 +254,22 @@ class DepthStep:
             value = self.z0.new_zeros(()) if state is None else next(values)
             self.exits.append(Exit(path, weight, value))
             self._add(path[-1], weight * value)
+        return loss, read
+
+    def _score_auxiliary(
+        self, auxiliary: AuxiliaryExits, network: SubNetwork, states: Tensor, main: _Main
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Takes the losses at the ends of segments that have no exit of the path's own: the sum of those that are here, and
+        the states read, as leaves, by block."""
+        ends = [n for n in auxiliary.ends if n not in network.exits]
+        here = [n for n in ends if n in main.here]
+        read = {n: states[main.here.index(n)].clone().requires_grad_(self.keep_graph) for n in here}
+        loss, values = auxiliary.score(self.model, read, self.targets)
+        found = dict(zip(here, values))
+        for n in ends:
+            value = found.get(n, self.z0.new_zeros(()))
+            self.auxiliary_exits.append(Exit(main.path[: main.path.index(n) + 1], auxiliary.weight, value))
+            self._add(n, auxiliary.weight * value)
         return loss, read
 
     def _walk(self, branch: Branch, legs: Sequence[Leg], states: Tensor, main: _Main) -> list[Solution | None]:

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.options import Sweeps
+from hbll_seq.objectives.registry import text_of
 from hbll_seq.utils.seeds import mix_seeds
 
 #: of their adapters, where the model has no exit adapters whose rank they could have
 DEFAULT_RANK = 16
+#: steps among whose draws of a mix one without an exit at a segment's end would show, where there is any
+_MANY = 64
+_STREAM = -2  # no node has this number, and the depth mix has another
 
 
 class AuxiliaryExits(nn.Module):
@@ -70,4 +76,35 @@ class AuxiliaryExits(nn.Module):
         return f"ends={self.ends}, rank={self.down.shape[1]}, weight={self.weight}"
 
 
-_STREAM = -2  # no node has this number, and the depth mix has another
+def auxiliary_exits(objective: Objective, sweeps: Sweeps) -> AuxiliaryExits:
+    """Those of an objective over depth, with adapters of the rank of the model's exit adapters.
+
+    Args:
+        objective: whose model, path and depth mix they are made for.
+        sweeps: resolved.
+
+    Raises:
+        ValueError: the width of the states is unknown, or no step would take one.
+    """
+    model, path, size = objective.model, objective.path, sweeps.chunk_size
+    given = f"auxiliary_exits={sweeps.auxiliary_exits} with"
+    if model.width is None:
+        raise ValueError(
+            f"{given} a hierarchy of unknown width: give DepthHierarchy the width of its states, or leave auxiliary_exits out"
+        )
+    if size >= len(path):
+        smaller = f"give a chunk_size of at most {len(path) - 1}, or " if len(path) > 1 else ""
+        raise ValueError(
+            f"{given} chunk_size={size}: {len(path)} blocks are one segment, at whose end the path has an exit of its own; "
+            f"{smaller}leave auxiliary_exits out"
+        )
+    rank = getattr(getattr(model, "config", None), "exit_rank", 0) or DEFAULT_RANK
+    like = next(model.parameters())
+    exits = AuxiliaryExits(path, size, model.width, rank, sweeps.auxiliary_exits, like=like, seed=objective.seed)
+    drawn = (objective.sub_networks(step * objective.micro_batches)[0].exits for step in range(_MANY))
+    if all(set(exits.ends) <= set(of_path) for of_path in drawn):
+        raise ValueError(
+            f"{given} depths={text_of(objective.depths)}: at the end of each segment the mix has an exit in every step; "
+            "leave auxiliary_exits out, or give another chunk_size"
+        )
+    return exits

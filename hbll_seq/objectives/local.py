@@ -22,7 +22,7 @@ from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.auxiliary import DEFAULT_RANK, AuxiliaryExits
+from hbll_seq.objectives.auxiliary import auxiliary_exits
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.control import FidelityControl, exact_iterations
@@ -106,7 +106,7 @@ class LocalObjective(Objective):
             self.inference = inference.resolved("depth", len(self.path))
             self.secants = self._new_fit()
             if self.inference.auxiliary_exits > 0:
-                self.auxiliary = self._new_exits()
+                self.auxiliary = auxiliary_exits(self, self.inference)
             if self.inference.control is not None:
                 self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
         self.ranks, self.placement = ranks, HERE
@@ -184,26 +184,6 @@ class LocalObjective(Objective):
         n_maps = model.tree.n_nodes if self.inference.chunk_size == 1 else n_segments
         return LowRankFit(n_maps, model.width, linearization.rank)
 
-    def _new_exits(self) -> AuxiliaryExits:
-        """The auxiliary exits. Raises ValueError where the model cannot have any, or no step would take one."""
-        weight, size, model = self.inference.auxiliary_exits, self.inference.chunk_size, self.model
-        given = f"auxiliary_exits={weight} with"
-        if model.width is None:
-            raise ValueError(f"{given} a hierarchy of unknown width: give DepthHierarchy the width of its states, or leave "
-                             "auxiliary_exits out")  # fmt: skip
-        if size >= len(self.path):
-            smaller = f"give a chunk_size of at most {len(self.path) - 1}, or " if len(self.path) > 1 else ""
-            raise ValueError(f"{given} chunk_size={size}: {len(self.path)} blocks are one segment, whose end has the path's "
-                             f"own exit; {smaller}leave auxiliary_exits out")  # fmt: skip
-        rank = getattr(getattr(model, "config", None), "exit_rank", 0) or DEFAULT_RANK
-        like = next(model.parameters())
-        exits = AuxiliaryExits(self.path, size, model.width, rank, weight, like=like, seed=self.seed)
-        drawn = (self.sub_networks(step * self.micro_batches)[0].exits for step in range(_MANY))
-        if not any(set(exits.ends) - set(main) for main in drawn):
-            raise ValueError(f"{given} depths={text_of(self.depths)}: the end of each of its segments has an exit of the mix "
-                             "in every step; leave it out, or give another chunk_size")  # fmt: skip
-        return exits
-
     def extra_repr(self) -> str:
         """The options as text, for ``print(objective)``."""
         return f"{text_of(self.inference)}, depths={text_of(self.depths)}, time={text_of(self.time)}"
@@ -229,8 +209,9 @@ class LocalObjective(Objective):
         all losses are 0, and so are their gradients.
 
         Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the depth mix's exits, ``ce_auxiliary``
-        the mean of the auxiliary ones, ``residual`` of the main path's last iteration; with a control also :meth:`FidelityControl.metrics`. Of the tree: see
-        :func:`hbll_seq.objectives.tree.tree_losses` and, on request, :func:`hbll_seq.objectives.tree.free_energy`.
+        the mean of the auxiliary ones, ``residual`` of the main path's last iteration; with a control also
+        :meth:`FidelityControl.metrics`. Of the tree: see :func:`hbll_seq.objectives.tree.tree_losses` and, on request,
+        :func:`hbll_seq.objectives.tree.free_energy`.
         """
         step = self.check(inputs, step, states)
         check_local_losses_can_run(self.model, inputs.device.type)
@@ -347,7 +328,3 @@ class LocalObjective(Objective):
             x, targets = (t.repeat_interleave(self.inference.n_samples, dim=0) for t in (x, targets))
         calls = self.maybe_recomputed(self.calls(step))
         return targets, run_tree(self.model, calls, self.inference, x, targets, node_noise(self.noise_seed, step))
-
-
-#: draws of a mix in which one without an exit at a segment's end would show, where there is any
-_MANY = 64

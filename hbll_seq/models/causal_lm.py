@@ -166,15 +166,28 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
         if len(states) == 1 or not self._reads_as_one(states):
             return super().score_exits(states, targets, paths, weights)
         stacked = torch.stack(list(states)).flatten(1, -2)  # [E, P, C]
-        hidden = self.head.norm(stacked if self.exits is None else self.exits.stacked(stacked, paths))
+        read = stacked if self.exits is None else self.exits.stacked(stacked, paths)
+        return self._score_as_one(read, targets, weights, self.n_scored(states[0], targets))
+
+    def score_heads(self, states: Sequence[Tensor], targets: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """See :meth:`DepthHierarchy.score_heads`; the states go through the head as one batch where that is the same."""
+        if not self._reads_as_one(states):
+            return super().score_heads(states, targets, weights)
+        stacked = torch.stack(list(states)).flatten(1, -2)
+        return self._score_as_one(stacked, targets, weights, self.n_scored(states[0], targets))
+
+    def _score_as_one(
+        self, read: Tensor, targets: Tensor, weights: Sequence[float], n_scored: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of the states [E, P, C] that the head reads, by one product."""
+        hidden = self.head.norm(read)
         # The greatest weight stays outside: half precision would lose what rows of small weights multiply.
         greatest = max(abs(w) for w in weights) or 1.0
         by_row = torch.tensor([w / greatest for w in weights], dtype=torch.promote_types(hidden.dtype, torch.float32))
         by_row = by_row.to(hidden.device, non_blocking=True).repeat_interleave(hidden.shape[1])
-        answers, matrix = targets.flatten().repeat(len(states)), self.head.projection.weight
+        answers, matrix = targets.flatten().repeat(len(read)), self.head.projection.weight
         total, nats = weighted_cross_entropy(hidden.flatten(0, 1), matrix, answers, by_row, IGNORE_INDEX)
-        n_scored = self.n_scored(states[0], targets)
-        return total * greatest / n_scored, nats.view(len(states), -1).sum(1) / n_scored
+        return total * greatest / n_scored, nats.view(len(read), -1).sum(1) / n_scored
 
     def _reads_as_one(self, states: Sequence[Tensor]) -> bool:
         """Whether one call of the head's parts does what :meth:`score` does with each of these states."""

@@ -144,6 +144,21 @@ class DepthHierarchy(nn.Module):
         nats = [0.5 * self.score(z, targets, path) / self.n_scored(z, targets) for z, path in zip(states, paths)]
         return sum(w * value for w, value in zip(weights, nats)), torch.stack([value.detach() for value in nats])
 
+    def score_heads(self, states: Sequence[Tensor], targets: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """As :meth:`score_exits`, of states that the head reads as they are, without :meth:`before_head`.
+
+        Args:
+            states: what the head reads, each [batch, ..., width].
+            targets: of every one.
+            weights: of each loss.
+
+        Returns:
+            See :meth:`score_exits`.
+        """
+        energies = [self.target_family.energy(self.head(z), targets).sum() for z in states]
+        nats = [0.5 * energy / self.n_scored(z, targets) for z, energy in zip(states, energies)]
+        return sum(w * value for w, value in zip(weights, nats)), torch.stack([value.detach() for value in nats])
+
     def run(self, inputs: Tensor, path: Sequence[int] | None = None) -> Tensor:
         """The plain network along ``path`` (default: full): raw inputs -> the head's output.
 

@@ -57,7 +57,8 @@ def obstacle(sweeps: Sweeps, path: Sequence[int], ends: Iterable[int], n_ranks: 
     if sweeps.tolerance > 0:
         return found(f"tolerance={sweeps.tolerance}", "ranks would have to agree when to stop", tolerance=0)
     lasts = [path[blocks_of_rank(length, size, r, n_ranks).stop - 1] for r in range(n_ranks - 1)]
-    if never := [n for n in lasts if ends and n not in ends]:
+    never = [n for n in lasts if ends and n not in ends]
+    if never and not sweeps.auxiliary_exits:
         why = f"no path of the depth mix ends in block {never[0]}, its rank's last, so that it would never be trained"
         return found(f"chunk_size={size}", why, -(-length // 2), 2 if n_ranks > 2 else None)
     return None
@@ -91,6 +92,7 @@ def check_ahead(
         if _strays(branch, path, rank_of):
             raise ValueError(f"ahead=True with a depth mix that trains the path {list(branch.whole)}: it would need another "
                              "state of the rank before than that behind its last block, which alone is sent; use "
+                             "'prefixes' (with auxiliary_exits=1 on more than two ranks), on two ranks "
                              "default_paths='prefix' with 'octaves', 'all' or 'few', or leave ahead out")  # fmt: skip
 
 

@@ -7,10 +7,14 @@ Where the main path's segments are spread over ranks, a branch goes from rank to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from hbll_seq.chains.depth import Prefix, prefixes
+from hbll_seq.engine.placement import Placement
 from hbll_seq.objectives.depth_mix import SubNetwork
 
 
@@ -83,3 +87,50 @@ def legs_of(branch: Branch, segment_of: Callable[[int], int], together: Callable
         else:
             legs.append(Leg((n,), [prefix], exits, segment, segment))
     return legs
+
+
+class MainPath(NamedTuple):
+    """Where the main path's blocks are.
+
+    path: their numbers.
+    size, n_segments: blocks of a segment, and how many segments there are.
+    own: the segments on this rank.
+    placement: of the segments.
+    """
+
+    path: tuple[int, ...]
+    size: int
+    n_segments: int
+    own: range
+    placement: Placement
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The numbers of its blocks on this rank."""
+        return self.path[self.own.start * self.size : self.own.stop * self.size]
+
+    def segment_of(self, n: int) -> int:
+        """The segment of a block; the first one's of a block beside the path."""
+        return self.path.index(n) // self.size if n in self.path else 0
+
+    def together(self, first: int, second: int) -> bool:
+        """Whether two segments are in the same place."""
+        return self.placement.together(first, second, self.n_segments)
+
+
+def exits_on(
+    path: Sequence[int], beginnings: Sequence[Prefix], exits: Mapping[int, float], here: Sequence[int], states: Tensor | None
+) -> list[tuple[Prefix, float, Tensor | None]]:
+    """Of each exit on a path: the blocks up to it, its weight, and the state there, None where it is elsewhere."""
+    return [
+        (beginnings[path.index(n)], weight, states[here.index(n)] if n in here else None) for n, weight in exits.items()
+    ]
+
+
+def upstream_of(here: Sequence[int], exits: Iterable[int], found: Iterator[Tensor], states: Tensor) -> Tensor:
+    """d loss / d s_n of the exits on a path, of the blocks that are here [L, ...]; ``found`` has those of its exits next."""
+    upstream = torch.zeros_like(states)
+    for n in exits:
+        if n in here:
+            upstream[here.index(n)] = next(found)
+    return upstream

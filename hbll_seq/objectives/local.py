@@ -24,6 +24,7 @@ from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.ahead import check_ahead
+from hbll_seq.objectives.auxiliary import auxiliary_exits
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.control import FidelityControl, exact_iterations
@@ -78,6 +79,8 @@ class LocalObjective(Objective):
         secants: the fit of the maps of :class:`LowRank`; None with other linearizations. Its buffers are part of the
             objective's state.
         control: what K and M of sweeps follow; None where they are fixed. Its buffers are part of the objective's state.
+        auxiliary: the exits at the ends of segments; None where there are none. Their adapters are trained with the model and
+            are part of the objective's state, not of the model's.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the model or the inference. ``forward`` raises it for float16
@@ -101,7 +104,8 @@ class LocalObjective(Objective):
     ):
         super().__init__(model, path, depths=depths, recompute=recompute, seed=seed, rank=rank, micro_batches=micro_batches)
         self.time = parse_inference("sweeps" if time is None else time, LAYER_INFERENCES, "time").resolved("layer")
-        inference, self.secants, self.control = parse_inference(inference), None, None
+        inference = parse_inference(inference)
+        self.secants = self.control = self.auxiliary = None
         if isinstance(inference, Tree):
             self.inference = self._resolved_tree(inference, path)
         elif isinstance(inference, VCycles):
@@ -110,6 +114,8 @@ class LocalObjective(Objective):
         else:
             self.inference = inference.resolved("depth", len(self.path))
             self.secants = self._new_fit()
+            if self.inference.auxiliary_exits > 0:
+                self.auxiliary = auxiliary_exits(self, self.inference)
             if self.inference.control is not None:
                 self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
         self.ranks, self.placement = ranks, HERE
@@ -218,9 +224,10 @@ class LocalObjective(Objective):
         Losses on states count every position, those of the head only the positions with a label; where no position has one,
         all losses are 0, and so are their gradients.
 
-        Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the depth mix's exits, ``residual`` of
-        the main path's last iteration; with a control also :meth:`FidelityControl.metrics`. Of the tree: see
-        :func:`hbll_seq.objectives.tree.tree_losses` and, on request, :func:`hbll_seq.objectives.tree.free_energy`.
+        Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the depth mix's exits, ``ce_auxiliary``
+        the mean of the auxiliary ones, ``residual`` of the main path's last iteration; with a control also
+        :meth:`FidelityControl.metrics`. Of the tree: see :func:`hbll_seq.objectives.tree.tree_losses` and, on request,
+        :func:`hbll_seq.objectives.tree.free_energy`.
         """
         step = self.check(inputs, step, states)
         check_local_losses_can_run(self.model, inputs.device.type)
@@ -253,17 +260,21 @@ class LocalObjective(Objective):
         inference = self.inference if control is None else control.applied(self.inference)
         blocks = self.calls(step, states)
         if isinstance(self.placement, RankPlacement):
-            shared = [p for name, p in self.model.named_parameters() if not name.startswith("blocks.")]
+            shared = [p for name, p in self.named_parameters() if not name.startswith("model.blocks.")]
             self.placement.check_alike(inputs, shared)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)
             losses = run.losses
         metrics = self._metrics(run.exits)
+        if self.auxiliary is not None:  # in every step, also in one in which all ends have exits of the mix
+            nats = [each.nats for each in run.auxiliary_exits]
+            metrics["ce_auxiliary"] = sum(nats) / len(nats) if nats else metrics["ce"]
         if isinstance(inference, Sweeps) and inference.forward > 0:
             metrics["residual"] = residual if self.ranks.rank == 0 else torch.zeros_like(residual)  # all know it
         if has_probe:
-            self._probe(run.gradients if self.depths.name == "none" else None, inputs, labels, step, states, inference)
+            is_alone = self.depths.name == "none" and self.auxiliary is None
+            self._probe(run.gradients if is_alone else None, inputs, labels, step, states, inference)
         if control is not None:
             if is_step:
                 control.end_step(residual)
@@ -283,7 +294,7 @@ class LocalObjective(Objective):
     ) -> tuple[DepthStep, Tensor]:
         """The sub-networks of a step after their iterations, and the main path's residual.
 
-        ``learn``: the learned maps learn from it. ``alone``: the main path and no other.
+        ``learn``: the learned maps learn from it. ``alone``: the main path and its own exit, and no other.
         """
         x, targets = self.model.prepare(inputs, labels)
         z0, calls = self.model.embed(x), self.maybe_recomputed(blocks)
@@ -291,7 +302,7 @@ class LocalObjective(Objective):
         branches, others = split_off(main.path, others, self.model.tree.n_level)
         run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph,
                         placement=self.placement)  # fmt: skip
-        residual = run.train(main, branches, learn)
+        residual = run.train(main, branches, learn, None if alone else self.auxiliary)
         if learn:
             self.secants.end_step()
         for network in others:

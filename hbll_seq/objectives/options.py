@@ -102,6 +102,8 @@ class Sweeps(Inference):
         tolerance: stop early once the states change by at most this, relative to their size (waits for the device).
         clip: over time, diagonals are held within -clip .. clip; None is 1, infinity clips nothing.
         control: what changes K and M in training, an :class:`Adaptive` or its name; None leaves them as they are.
+        auxiliary_exits: over depth, weight of the losses of auxiliary exits: in every step each segment but the last that has
+            no exit at its end gets one there, the head behind an adapter that belongs to the objective; 0 takes none.
 
     Raises:
         ValueError: a value is out of range.
@@ -131,6 +133,13 @@ class Sweeps(Inference):
         None, "over time: diagonals are held within it", above=0, remedy="; float('inf') clips nothing"
     )
     control: Adaptive | str | None = option(None, "lets K and M follow what is measured in training")
+    auxiliary_exits: float = option(
+        0.0,
+        "weight of the losses of auxiliary exits, at the ends of segments that have no exit there",
+        low=0,
+        below=math.inf,
+        remedy="; 0 takes none",
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -165,6 +174,8 @@ class Sweeps(Inference):
         if axis != "time" and (isinstance(found.init, TreeGuess) or self.clip is not None):
             given = "init=TreeGuess(..)" if self.clip is None else f"clip={self.clip}"
             raise ValueError(f"{given} {where}: it belongs to a recurrent model's own steps; leave it out")
+        if axis != "depth" and self.auxiliary_exits > 0:
+            raise ValueError(f"auxiliary_exits={self.auxiliary_exits} {where}: the head reads blocks; leave it out")
         if isinstance(found.init, str) and found.init not in own.inits:
             also = ", or a TreeGuess object" if axis == "time" else ""
             raise ValueError(f"init={quote(found.init)} {where}: allowed are {', '.join(own.inits)}{also}")

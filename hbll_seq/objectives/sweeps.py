@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import compress
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.auxiliary import AuxiliaryExits
 from hbll_seq.objectives.base import Exit
-from hbll_seq.objectives.branches import Branch, Leg, legs_of
+from hbll_seq.objectives.branches import Branch, Leg, MainPath, exits_on, legs_of, upstream_of
 from hbll_seq.objectives.depth_mix import SubNetwork
 from hbll_seq.objectives.options import Sweeps, VCycles
 from hbll_seq.tree.inference import tree_states
@@ -95,6 +95,7 @@ class DepthStep:
 
     Attributes:
         exits: of all sub-networks so far.
+        auxiliary_exits: likewise, of the main path's.
     """
 
     def __init__(
@@ -113,17 +114,25 @@ class DepthStep:
         self.model, self.calls, self.inference, self.z0, self.targets = model, calls, inference, z0, targets
         self.learned, self.keep_graph = learned, keep_graph
         self.exits: list[Exit] = []
+        self.auxiliary_exits: list[Exit] = []
         self._losses: dict[int, Tensor] = {}
         self._gradients: dict[int, list[Tensor | None]] = {}
         self._by_z0: list[Tensor] = []
 
-    def train(self, network: SubNetwork, branches: Sequence[Branch] = (), learn: bool | None = None) -> Tensor:
+    def train(
+        self,
+        network: SubNetwork,
+        branches: Sequence[Branch] = (),
+        learn: bool | None = None,
+        auxiliary: AuxiliaryExits | None = None,
+    ) -> Tensor:
         """Adds the losses of a sub-network and of the branches off it; its exits go before theirs.
 
         Args:
             network: solved as a chain.
             branches: solved as chains of one segment.
             learn: whether the learned maps learn from it; None leaves them out: blocks on other paths read other states.
+            auxiliary: exits at the ends of its segments, those that have none of ``network``.
 
         Returns:
             The chain's residual.
@@ -132,7 +141,7 @@ class DepthStep:
         chain = CallChain(self.calls, prefixes(path), self.keep_graph, self.placement)
         size, n_segments = iterations.segments(len(path))
         own = self.placement.own(n_segments)
-        main = _Main(tuple(path), size, n_segments, own, self.placement)
+        main = MainPath(tuple(path), size, n_segments, own, self.placement)
         init, start = "first", None
         if isinstance(self.inference, VCycles):
             if len(path) == tree.n_nodes:
@@ -154,7 +163,7 @@ class DepthStep:
             chain,
             self.z0,
             iterations,
-            lambda states: self._read_out(network, branches, states, main),
+            lambda states: self._read_out(network, branches, states, main, auxiliary),
             init=init,
             start=torch.stack(start) if start else None,
             learned=learned,
@@ -189,28 +198,41 @@ class DepthStep:
             losses = losses.requires_grad_()
         return losses
 
-    def _read_out(self, network: SubNetwork, branches: Sequence[Branch], states: Tensor, main: _Main) -> Tensor | None:
+    def _read_out(
+        self,
+        network: SubNetwork,
+        branches: Sequence[Branch],
+        states: Tensor,
+        main: MainPath,
+        auxiliary: AuxiliaryExits | None,
+    ) -> Tensor | None:
         """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the
         chain's states, of the blocks that are here."""
         cut = [legs_of(branch, main.segment_of, main.together) for branch in branches]
         walked = [self._walk(branch, legs, states, main) for branch, legs in zip(branches, cut)]
-        ends = _ends(network.path, prefixes(network.path), network.exits, main.here, states)
+        ends = exits_on(network.path, prefixes(network.path), network.exits, main.here, states)
         for legs, solutions in zip(cut, walked):
             for leg, solution in zip(legs, solutions):
                 here = leg.path if solution else ()
-                ends += _ends(leg.path, leg.prefixes, leg.exits, here, solution and solution.states)
+                ends += exits_on(leg.path, leg.prefixes, leg.exits, here, solution and solution.states)
         loss, read = self._score(ends)
+        at_ends: dict[int, Tensor] = {}
+        if auxiliary is not None:
+            of_ends, at_ends = self._score_auxiliary(auxiliary, network, states, main)
+            loss, read = of_ends if loss is None else loss + of_ends, [*read, *at_ends.values()]
         if not self.keep_graph:
             return None
         if loss is not None:
             self._add(main.here[-1], loss - loss.detach())
         # The head's own gradients are left to the backward call, off the critical path.
         found = iter(torch.autograd.grad(loss, read, retain_graph=True) if read else ())
-        upstream = _upstream(main.here, network.exits, found, states)
+        upstream = upstream_of(main.here, network.exits, found, states)
         back = [
-            [solution and _upstream(leg.path, leg.exits, found, solution.states) for leg, solution in zip(legs, solutions)]
+            [solution and upstream_of(leg.path, leg.exits, found, solution.states) for leg, solution in zip(legs, solutions)]
             for legs, solutions in zip(cut, walked)
         ]
+        for n in at_ends:
+            upstream[main.here.index(n)] = next(found)
         for branch, legs, solutions, gradients in zip(branches, cut, walked, back):
             self._walk_back(branch, legs, solutions, gradients, upstream, main)
         return upstream
@@ -233,7 +255,23 @@ class DepthStep:
             self._add(path[-1], weight * value)
         return loss, read
 
-    def _walk(self, branch: Branch, legs: Sequence[Leg], states: Tensor, main: _Main) -> list[Solution | None]:
+    def _score_auxiliary(
+        self, auxiliary: AuxiliaryExits, network: SubNetwork, states: Tensor, main: MainPath
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Takes the losses at the ends of segments that have no exit of the path's own: the sum of those that are here, and
+        the states read, as leaves, by block."""
+        ends = [n for n in auxiliary.ends if n not in network.exits]
+        here = [n for n in ends if n in main.here]
+        read = {n: states[main.here.index(n)].clone().requires_grad_(self.keep_graph) for n in here}
+        loss, values = auxiliary.score(self.model, read, self.targets)
+        found = dict(zip(here, values))
+        for n in ends:
+            value = found.get(n, self.z0.new_zeros(()))
+            self.auxiliary_exits.append(Exit(main.path[: main.path.index(n) + 1], auxiliary.weight, value))
+            self._add(n, auxiliary.weight * value)
+        return loss, read
+
+    def _walk(self, branch: Branch, legs: Sequence[Leg], states: Tensor, main: MainPath) -> list[Solution | None]:
         """Walks a branch to its end, leg by leg; None for those that are elsewhere."""
         solutions, source = [], main.segment_of(branch.before[-1]) if branch.start else None
         state = states[main.here.index(branch.before[-1])] if branch.start and branch.before[-1] in main.here else self.z0
@@ -255,7 +293,7 @@ class DepthStep:
         solutions: Sequence[Solution | None],
         gradients: Sequence[Tensor | None],
         upstream: Tensor,
-        main: _Main,
+        main: MainPath,
     ) -> None:
         """Takes the adjoints of a branch back to where it leaves the main path, and adds them to ``upstream`` there."""
         arriving = None
@@ -289,44 +327,6 @@ class DepthStep:
         self._losses[n] = self._losses.get(n, self.z0.new_zeros(())) + loss
 
 
-class _Main(NamedTuple):
-    """Where the main path's blocks are: ``here``: the numbers of those on this rank; ``own``: their segments."""
-
-    path: tuple[int, ...]
-    size: int
-    n_segments: int
-    own: range
-    placement: Placement
-
-    @property
-    def here(self) -> tuple[int, ...]:
-        return self.path[self.own.start * self.size : self.own.stop * self.size]
-
-    def segment_of(self, n: int) -> int:
-        return self.path.index(n) // self.size if n in self.path else 0
-
-    def together(self, first: int, second: int) -> bool:
-        return self.placement.together(first, second, self.n_segments)
-
-
 def _one_segment(leg: Leg) -> Iterations:
     """A branch is walked from its start to its end, and back."""
     return Iterations(0, 0, chunk_size=len(leg.path))
-
-
-def _ends(
-    path: Sequence[int], beginnings: Sequence[Prefix], exits: Mapping[int, float], here: Sequence[int], states: Tensor | None
-) -> list[tuple[Prefix, float, Tensor | None]]:
-    """Of each exit on a path: the blocks up to it, its weight, and the state there, None where it is elsewhere."""
-    return [
-        (beginnings[path.index(n)], weight, states[here.index(n)] if n in here else None) for n, weight in exits.items()
-    ]
-
-
-def _upstream(here: Sequence[int], exits: Iterable[int], found: Iterator[Tensor], states: Tensor) -> Tensor:
-    """d loss / d s_n of the exits on a path, of the blocks that are here [L, ...]; ``found`` has those of its exits next."""
-    upstream = torch.zeros_like(states)
-    for n in exits:
-        if n in here:
-            upstream[here.index(n)] = next(found)
-    return upstream

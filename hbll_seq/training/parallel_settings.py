@@ -61,7 +61,7 @@ def _check_ahead(settings: Any, of: Callable[[str], Any]) -> None:
 
     if settings.has_recurrence:
         refuse(f"cell={settings.cell!r}", "ranks exchange estimates of recurrent blocks' states", "use --cell transformer")
-    if of("depth_mix") == "none":
+    if of("depth_mix") == "none" and not settings.auxiliary_exits:
         refuse("depth_mix='none'", "every rank needs an exit of its own, and all but the last would never be trained",
                "use --depth-mix octaves" if settings.path_blocks is None else "use --path full with --depth-mix octaves")
     tree = DyadicTree(settings.n_level, of("default_paths"))
@@ -69,7 +69,8 @@ def _check_ahead(settings: Any, of: Callable[[str], Any]) -> None:
     paths = paths_of_mix(of("depth_mix"), tree, main)
     if paths == "default":
         paths = [tree.path_for_depth(depth) for depth in range(1, tree.N)]
-    sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"))
+    sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"),
+                    auxiliary_exits=settings.auxiliary_exits)  # fmt: skip
     ends = [] if paths == "all" else [path[-1] for path in paths]  # the objective refuses all
     if found := obstacle(sweeps, main, ends, settings.block_parallel):
         values = {} if found.ranks is None else {"block_parallel": found.ranks}

@@ -50,7 +50,7 @@ def test_states_are_those_of_the_step_before(tmp_path_factory):
     assert all(abs(ours - theirs) > 1e-4 for ours, theirs in zip(last[1:], losses[1:]))
 
 
-@pytest.mark.parametrize("n_ranks", [2, 3])
+@pytest.mark.parametrize("n_ranks", [2, 3, 4])
 def test_a_step_sends_one_state_forward_and_nothing_back(n_ranks, tmp_path_factory):
     """Whatever the number of blocks and the mix; no collective, beside the sums of gradients."""
     for rank, found in enumerate(found_by(n_ranks, tmp_path_factory)):

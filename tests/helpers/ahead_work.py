@@ -34,6 +34,7 @@ CASES = {
     "few": ({**PREFIX, "n_level": 4}, {"depths": "few"}, 8, 2, 1),
     "all": ({**PREFIX, "n_level": 4}, {"depths": "all"}, 8, 2, 1),
     "exits on the path": ({"default_paths": "prefix"}, {"depths": "prefixes"}, 4, 2, 1),
+    "auxiliary exits on 4 ranks": ({**PREFIX, "n_level": 4}, {"depths": "prefixes", "auxiliary_exits": 0.7}, 4, 4, 1),
     "six and one": (PREFIX, {"depths": "octaves"}, 6, 2, 1),
     "recomputed": (PREFIX, {"depths": "octaves", "recompute": True}, 4, 2, 1),
     "dropout": ({**PREFIX, "dropout": 0.3}, {"depths": "octaves", "seed": 5}, 4, 2, 1),
@@ -59,9 +60,22 @@ def optimizer_of(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def inference_of(n_blocks, chunk_size):
+def inference_of(n_blocks, chunk_size, auxiliary_exits=0.0):
     n_segments = -(-n_blocks // chunk_size)
-    return f"sweeps:forward={n_segments - 1},backward=0,chunk_size={chunk_size},linearization=zero"
+    alone = f"sweeps:forward={n_segments - 1},backward=0,chunk_size={chunk_size},linearization=zero"
+    return f"{alone},auxiliary_exits={auxiliary_exits}" if auxiliary_exits else alone
+
+
+def objective_of(name, **ranks):
+    """The objective of a case, and its trained parameters by name."""
+    shape, options, size, _, micro_batches = CASES[name]
+    model, options = model_of(shape), dict(options)
+    inference = inference_of(len(model.blocks), size, options.pop("auxiliary_exits", 0.0))
+    objective = LocalObjective(model, inference, micro_batches=micro_batches, **options, **ranks)
+    if ranks:
+        here = ranks["ranks"]
+        keep_own(model, objective.path, blocks_of_rank(len(model.blocks), size, here.rank, here.n_ranks))
+    return objective, dict(objective.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- plain loops
@@ -90,7 +104,10 @@ def part(model, objective, owned, tokens, number, begun):
                 logits = model.read_out(state, path[: path.index(n) + 1])
                 loss = loss + exits[n] * cross_entropy(logits.flatten(0, 1), targets.flatten())
         if path == objective.path:
-            end = state
+            end, last = state, inside[-1]
+            if objective.auxiliary is not None and last in objective.auxiliary.ends and last not in exits:
+                logits = model.head(objective.auxiliary(state, last))
+                loss = loss + objective.auxiliary.weight * cross_entropy(logits.flatten(0, 1), targets.flatten())
     return loss + 0.0 * end.sum(), end.detach()  # a rank that no exit is on has gradients, of zero
 
 
@@ -131,7 +148,7 @@ def simulated(
             (sum(loss for loss, _ in found) / micro_batches).backward()
             losses.append([float(loss.detach()) for loss, _ in found])
             sent = [None, *(end for _, end in found[:-1])]
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append({name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None})
         before_update(step)
         optimizer.step()
     return losses, gradients
@@ -139,12 +156,11 @@ def simulated(
 
 def alone(name):
     """A case by plain loops: losses, gradients, and parameters at the end."""
-    shape, options, size, n_ranks, micro_batches = CASES[name]
-    model = model_of(shape)
-    objective = LocalObjective(model, inference_of(len(model.blocks), size), micro_batches=micro_batches, **options)
+    _, _, size, n_ranks, micro_batches = CASES[name]
+    objective, named = objective_of(name)
     losses, gradients = simulated(objective, batch, n_ranks, STEPS, micro_batches=micro_batches, size=size,
-                                  optimizer=optimizer_of(model.parameters()))  # fmt: skip
-    return losses, gradients, {name: p.detach() for name, p in model.named_parameters()}
+                                  optimizer=optimizer_of(named.values()))  # fmt: skip
+    return losses, gradients, {name: p.detach() for name, p in named.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- real ranks
@@ -152,15 +168,10 @@ def alone(name):
 
 def spread(name, ranks):
     """The same of this rank, with the blocks that are here; and what it has sent in each micro-batch."""
-    shape, options, size, n_ranks, micro_batches = CASES[name]
-    model = model_of(shape)
-    objective = LocalObjective(
-        model, inference_of(len(model.blocks), size), ranks=ranks, ahead=True, micro_batches=micro_batches, **options
-    )
-    keep_own(model, objective.path, blocks_of_rank(len(model.blocks), size, ranks.rank, ranks.n_ranks))
-    named = dict(model.named_parameters())
-    own = [p for name, p in named.items() if name.startswith("blocks.")]
-    shared = [p for name, p in named.items() if not name.startswith("blocks.")]
+    micro_batches = CASES[name][-1]
+    objective, named = objective_of(name, ranks=ranks, ahead=True)
+    own = [p for name, p in named.items() if name.startswith("model.blocks.")]
+    shared = [p for name, p in named.items() if not name.startswith("model.blocks.")]
     optimizer, traffic, losses, gradients, sent = optimizer_of(own + shared), objective.placement.traffic, [], [], []
     with torch.no_grad():
         for number in range(objective.placement.lead):

@@ -37,6 +37,14 @@ CASES = {
     "zero with a mix": (
         {"default_paths": "prefix"}, "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero", {"depths": "octaves"}
     ),
+    "auxiliary exits": ({"exit_rank": 2}, "sweeps:forward=1,backward=1,chunk_size=2,auxiliary_exits=0.7", {}),
+    "auxiliary exits with a mix": (
+        {"default_paths": "prefix", "n_level": 4},
+        "sweeps:forward=3,backward=0,chunk_size=4,linearization=zero,auxiliary_exits=0.7", {"depths": "octaves"}
+    ),
+    "auxiliary exits in some steps": (
+        {"default_paths": "prefix"}, "sweeps:forward=1,backward=1,chunk_size=4,auxiliary_exits=0.7", {"depths": "few"}
+    ),
     "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
     "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
     "tolerance": ({}, "sweeps:forward=3,backward=1,chunk_size=2,tolerance=0.5", {}),
@@ -76,16 +84,19 @@ def steps(name, ranks=ALONE, n_steps=2):
     path = tuple(options.get("path", config.full_path))
     traffic, found, states = None, [], None
     objective = LocalObjective(model, inference, ranks=ranks, **options)
+    for parameter in objective.auxiliary.parameters() if objective.auxiliary else ():
+        torch.nn.init.normal_(parameter, std=0.3)
     if ranks.n_ranks > 1:
         keep_own(model, path, blocks_of_rank(len(path), objective.inference.chunk_size, ranks.rank, ranks.n_ranks))
         traffic = objective.placement.traffic
     tokens = torch.randint(VOCABULARY, (n_steps, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     for step in range(n_steps):
-        model.zero_grad()
+        objective.zero_grad()
         output = objective(tokens[step], step=step, **({"states": states} if recurrent else {}))
         output.loss.backward()
         states = output.states
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        parameters = [(name.removeprefix("model."), p) for name, p in objective.named_parameters()]
+        gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
         found.append((output.loss.detach(), output.node_losses.detach(), output.metrics, gradients, states))
     with torch.no_grad():
         found.append((objective(tokens[0], step=0).loss,))

@@ -160,7 +160,7 @@ def test_another_number_of_replicas_is_refused(two):
 @pytest.mark.parametrize("options", [
     "", "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero", "--grad-accum 2",
     "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
-    "--recompute --dropout 0.1 --exit-by depth",
+    "--recompute --dropout 0.1 --exit-by depth", "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
 ])  # fmt: skip
 def test_local_losses_on_ranks_equal_those_of_one_process(shape, tmp_path, options):
     options = [*shape, *options.split()]

@@ -117,9 +117,9 @@ class DepthMethod(Method):
         return LocalObjective(model, INFERENCES[self.kind](**options), time=Sweeps(**time), **common)
 
     def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
-        """The same objective without its depth mix, with the Jacobian approximations that ``trained`` has learned, and the
-        numbers of iterations that it has come to."""
-        alone = self._without("depth_mix", "depth_mix_weight").objective(model, seed)
+        """The same objective without its depth mix and auxiliary exits, with the Jacobian approximations that ``trained`` has
+        learned, and the numbers of iterations that it has come to."""
+        alone = self._without("depth_mix", "depth_mix_weight", "auxiliary_exits").objective(model, seed)
         alone.secants, alone.control = (getattr(trained, name, None) for name in ("secants", "control"))
         return alone
 
@@ -153,6 +153,8 @@ class DepthMethod(Method):
             found |= _named(inference, "forward", "backward", "linearization", "init")
             if inference.chunk_size > 1:
                 found["chunk_size"] = inference.chunk_size
+            if inference.auxiliary_exits > 0:
+                found["auxiliary_exits"] = inference.auxiliary_exits
             if objective.secants is not None:
                 found["rank"] = objective.secants.rank
             if inference.control is not None:

@@ -113,13 +113,15 @@ def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, s
 def _alignment(
     method: DepthMethod, objective: Objective, optimizer: torch.optim.Optimizer, seed: int, every: int
 ) -> Alignment:
-    """What is compared with backprop through the same paths, and where there are several through the main one alone."""
+    """What is compared with backprop through the same paths, and where there are several through the main one alone: the
+    gradients of the model, without what an objective trains beside it."""
     model, path = objective.model, objective.path
     exact = BackpropObjective(model, path, depths=objective.depths, seed=seed)
     main_path = None
     if objective.depths.name != "none":
         main_path = method.main_path(model, seed, objective), BackpropObjective(model, path, seed=seed)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    of_model = {id(p) for p in model.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in of_model]
     return Alignment(every, parameters, (objective, exact), main_path)
 
 

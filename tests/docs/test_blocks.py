@@ -73,6 +73,7 @@ READ = {
     "python docs/pictures/make_pictures.py",
     "hbll-seq train --preset debug --output-dir runs/debug",
     "hbll-seq push runs/lm me/my-model --private --license apache-2.0",
+    "python train/lm.py --cuda-graph --depth-mix few --output-dir runs/graphed",
     "python train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",

@@ -30,8 +30,8 @@ SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 
 RUN = {
     "accelerate launch train/lm.py": f"python train/lm.py {SHORT} --n-level 3 --output-dir runs/lm",
     "python train/lm.py --data my.txt --output-dir runs/mine": f"python train/lm.py {SHORT} --output-dir runs/mine",
-    "python train/lm.py --preset mingru-small --output-dir runs/mingru":
-        f"python train/lm.py {SHORT} --cell mingru --output-dir runs/mingru",
+    "python train/lm.py --preset hybrid-small --output-dir runs/hybrid":
+        f"python train/lm.py {SHORT} --cell mingru,transformer,mingru --output-dir runs/hybrid",
     "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
     "accelerate launch train/lm.py --extend 2000 --output-dir runs/mine":
         "python train/lm.py --extend 2 --output-dir runs/mine",

@@ -54,7 +54,8 @@ def test_segments_that_hear_of_the_next_one_alone():
     (full,) = of("compare-engine-15", "backprop-15", 1.5e-3, "perplexity")
     told = [", ".join(f"{value:.2f}" for value in values) for values in (ours, mix)]
     assert f"| {told[0]} | with the same mix {told[1]}; full path alone {full:.2f} |" in text
-    assert f"hear nothing {alone:.2f}" in text and all(a < 1.02 * b for a, b in zip(ours, mix))
+    (auxiliary,) = of(name, FOUR.replace("backward=1", "backward=0").replace("zero,", "zero,auxiliary_exits=1,"), 3e-3, "perplexity")
+    assert f"hear nothing {alone:.2f}, with auxiliary exits {auxiliary:.2f}" in text and all(a < 1.02 * b for a, b in zip(ours, mix))
     mix, eight = (runs("compare-engine-31-octaves")[n]["test"][-1]["perplexity"] for n in (0, 1))
     assert f"eight segments are {100 * (eight / mix - 1):.1f}% behind" in text
     backprop, _, hearing = stored(name)["step_times"].values()
@@ -245,3 +246,15 @@ def test_on_a_gpu():
         assert f"| {width}, {blocks} | {' | '.join(told)} |" in text
     for name, row_ in stored("wikitext-103-h100")["objectives"].items():
         assert f"{row_['tokens_per_s']:,}" in text and f"`{name.split(',')[0]}`" in text
+
+
+def test_recurrent_presets():
+    text, found = section("results.md", "7."), stored("presets")["runs"]
+    shared = [run for run in found if run["machine"].startswith("two cores")]
+    for name in ("small", "hybrid-small", "mingru-small", "gru-small"):
+        of_preset = [run for run in (shared if name != "gru-small" else found) if run["preset"] == name]
+        cells = [", ".join(f"{run['test'][depth]:.1f}" for run in of_preset) for depth in ("1", "3", "7")]
+        assert re.search(rf"\| `{name}`[^|]*\|[^|]*\| {of_preset[0]['steps']:,} \| {re.escape(' | '.join(cells))} \|", text)
+    for run in found:
+        if run["preset"] not in ("small", "hybrid-small"):
+            assert f"{run['test']['7']:.1f}" in text

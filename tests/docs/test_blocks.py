@@ -195,7 +195,7 @@ def test_commands_run(here):
     for command, shortened in RUN.items():
         if command != "accelerate launch train/lm.py":  # made the folder's model
             run(shortened)
-    assert (here / "runs" / "mine" / "model.safetensors").exists() and (here / "runs" / "gru" / "metrics.json").exists()
+    assert (here / "runs" / "mine" / "model.safetensors").exists() and (here / "runs" / "hybrid" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("command", sorted(set(RUN) | READ | {c for page in PAGES for c in inline_commands(page)}))

@@ -9,6 +9,7 @@ from helpers.fake_cuda import FakeCuda, FakeGraphs, use
 from torch import nn
 
 from hbll_seq.objectives.base import ObjectiveOutput
+from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import graphed
 from hbll_seq.training.graphed import CaptureFailed, GraphedStep
 from hbll_seq.training.presets import resolve
@@ -49,6 +50,18 @@ def test_beyond_the_most_graphs_steps_are_plain_and_it_is_said_once(lm_options, 
     capsys.readouterr()
     assert_same(plain, trained(lm_options, tmp_path / "graphed", "--cuda-graph"))
     assert graphs.captured == 2 and capsys.readouterr().err.count("draws more than 2 sets of paths") == 1
+
+
+def test_autocast_keeps_no_cache_that_a_graph_would_hold(lm_options, tmp_path, monkeypatch, any_precision):
+    def noted(objective, *given):
+        found.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return forward(objective, *given)
+
+    found, forward = [], LocalObjective._sweep_step
+    monkeypatch.setattr(LocalObjective, "_sweep_step", noted)
+    use(monkeypatch, FakeGraphs())
+    trained(lm_options, tmp_path / "run", "--precision", "bfloat16", "--cuda-graph")
+    assert set(found) == {(True, False)}
 
 
 class AddsUp(FakeGraphs):
@@ -132,7 +145,6 @@ def test_a_parameter_that_a_draw_leaves_out_has_no_gradient(monkeypatch):
         with torch.no_grad():
             trained -= 0.1 * trained.grad  # graphs read the weights as they are
             trained.grad.mul_(100.0)  # as clipping does: nothing of it is left in the next step
-        trained.grad = None  # as the optimizer does
     assert graphs.captured == len(step.graphs) == 2
 
 

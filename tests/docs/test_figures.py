@@ -264,7 +264,7 @@ def test_on_a_gpu():
 
 
 def test_recurrent_presets():
-    text, found = section("results.md", "7."), stored("presets")["runs"]
+    text, found = section("results.md", "7."), stored("presets")["rows"]
     shared = [run for run in found if run["machine"].startswith("two cores")]
     for name in ("small", "hybrid-small", "mingru-small", "gru-small"):
         of_preset = [run for run in (shared if name != "gru-small" else found) if run["preset"] == name]

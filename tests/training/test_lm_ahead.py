@@ -98,7 +98,8 @@ def test_two_replicas_are_one_with_twice_the_rows(two, shape, tmp_path):
         torch.testing.assert_close(tensor, model_at(two, STEPS)[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("fault, code", [("1:3:stop", 143), ("1:5:kill", -9), ("0:5:kill", -9)])
+@pytest.mark.parametrize("fault, code", [("1:3:stop", 143), ("1:5:kill", -9),
+                                         pytest.param("0:5:kill", -9, marks=pytest.mark.slow)])  # fmt: skip
 def test_a_run_that_goes_on_repeats_the_unbroken_one_bit_for_bit(two, shape, tmp_path, fault, code):
     """It was stopped where a checkpoint was due, or killed behind one; a rank that is killed ends both."""
     folder = tmp_path / "run"

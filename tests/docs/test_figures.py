@@ -211,10 +211,13 @@ def test_a_step_on_two_processes():
 
     for name in points[256]:
         assert f"| {cell(128, name)} | {cell(256, name)} |" in text
-    told = [[cell(width, name).split()[0] for width in (256, 128)] for name in ("ahead", "ddp", "1f1b:m=4")]
+    told = [[cell(width, name).split()[0] for width in (256, 128)]
+            for name in ("ahead", "ddp", "1f1b:m=4", "ahead:depths=prefixes")]  # fmt: skip
     text = " ".join(text.split())
     assert "{} and {} times as fast as one process, faster than data parallelism ({}, {})".format(*told[0], *told[1]) in text
     assert "four micro-batches ({}, {})".format(*told[2]) in text
+    assert "each with exits of its own, are {} and {} times as fast as one process".format(*told[3]) in text
+    assert f"**on two CPU processes {told[3][0]} times as fast** (width 256)" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_predicted_speed_on_more_devices():

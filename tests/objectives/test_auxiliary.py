@@ -216,7 +216,7 @@ def test_a_control_probes_the_main_path_without_them():
     (lambda: LocalObjective(double_lm()[0], "sweeps:chunk_size=7,auxiliary_exits=1"),
      "auxiliary_exits=1.0 with chunk_size=7: 7 blocks are one segment.* of at most 6"),
     (lambda: LocalObjective(double_lm()[0], "sweeps:chunk_size=4,auxiliary_exits=1", depths="octaves"),
-     "auxiliary_exits=1.0 with depths=octaves: .* in every step; leave it out"),
+     "auxiliary_exits=1.0 with depths=octaves: .* in every step; leave auxiliary_exits out"),
     (lambda: LocalObjective(DepthHierarchy([torch.nn.Linear(6, 6)] * 7, torch.nn.Linear(6, 4)),
                             "sweeps:chunk_size=2,auxiliary_exits=1"),
      "auxiliary_exits=1.0 with a hierarchy of unknown width: give DepthHierarchy the width"),

@@ -54,6 +54,7 @@ class BlockCalls(Calls):
     ):
         self.blocks, self.dropout_seed, self.carried = blocks, dropout_seed, dict(carried or {})
         self.last: dict[Prefix, Tensor] = {}
+        self._parameters: dict[int, list[Tensor]] = {}  # asked for at every evaluation; to find them takes longer than some
 
     def apply(self, indices: Sequence[Prefix | int], states: Sequence[Tensor]) -> list[Tensor]:
         """See :meth:`Calls.apply`; states are [batch, ..., width]. Raises ValueError where a block changes their shape."""
@@ -66,7 +67,10 @@ class BlockCalls(Calls):
 
     def parameters(self, index: Prefix | int) -> list[Tensor]:
         """See :meth:`Calls.parameters`: those that the block registers."""
-        return [p for p in self.blocks[number_of(index) - 1].parameters() if p.requires_grad]
+        n = number_of(index)
+        if n not in self._parameters:
+            self._parameters[n] = [p for p in self.blocks[n - 1].parameters() if p.requires_grad]
+        return self._parameters[n]
 
     def _run(self, index: Prefix | int, state: Tensor, *hints: Tensor | None) -> Tensor:
         n = number_of(index)

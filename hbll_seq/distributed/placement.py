@@ -53,16 +53,20 @@ class RankPlacement(Placement):
             return
         self._is_checked = True
         sums = [float(p.detach().double().sum()) for p in shared]
-        own = (tuple(inputs.shape), str(inputs.dtype), float(inputs.double().sum())), sums
+        own = self._alike(inputs), sums
         told: list = [None] * self.ranks.n_ranks
         distributed.all_gather_object(told, own, group=self.ranks.host_group or self.ranks.block_group)
         if any(batch != told[0][0] for batch, _ in told):
-            given = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, _), _ in told)
+            given = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, *_), _ in told)
             raise ValueError(f"the ranks of a model are given different batches ({given}): give all of them the same one, "
                              "such as by drawing it from one seed")  # fmt: skip
         if any(other != sums for _, other in told):
             raise ValueError("embedding or head differ between the ranks of a model: draw the weights from one seed "
                              "(torch.manual_seed) on all of them")  # fmt: skip
+
+    def _alike(self, inputs: Tensor) -> tuple:
+        """What of a batch must be the same on all ranks."""
+        return tuple(inputs.shape), str(inputs.dtype), float(inputs.double().sum())
 
     def own(self, n_segments: int, rank: int | None = None) -> range:
         """See :meth:`Placement.own`; those of this rank, or of another."""

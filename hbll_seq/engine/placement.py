@@ -15,6 +15,8 @@ class Placement:
 
     #: whether some of them are elsewhere
     is_spread = False
+    #: by how many batches this place is ahead of the last one
+    lead = 0
 
     def own(self, n_segments: int) -> range:
         """The segments that are walked here, which follow one another."""

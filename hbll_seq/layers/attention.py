@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation, sight
+from hbll_seq.layers.attention_arithmetic import KVState, attention, rotate, rotation, sight, turns
 from hbll_seq.layers.attention_decoder import AttentionDecoder
 from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.prepared import is_plain
@@ -120,9 +120,15 @@ class TransformerBlock(ResidualBlock):
         q, k, v = qkv.split(n_heads, dim=1)
         return (_normalised(self.norm_q, q), _normalised(self.norm_k, k), v) if self.qk_norm else (q, k, v)
 
-    def _turned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned(self, x: Tensor, positions: Tensor, first: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``first``: the positions follow one another from there on, so that their angles are in the table of all blocks."""
         q, k, v = self._heads(x)
-        cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        if first is None or torch.compiler.is_compiling():  # which would trace the making of the table
+            cos, sin = rotation(positions, q.shape[-1], self.rope_base)
+        else:
+            end = first + len(positions)
+            table = turns(end, q.shape[-1], self.rope_base, x.device)
+            cos, sin = table.cos[first:end], table.sin[first:end]
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
@@ -131,7 +137,7 @@ class TransformerBlock(ResidualBlock):
             if part is not None and len(part) != len(x):  # which torch would broadcast
                 raise ValueError(f"{name} of {len(part)} rows with inputs of shape {tuple(x.shape)}: must have {len(x)}")
         positions = torch.arange(state.seen, state.seen + n_new, device=x.device)
-        q, k, v = self._turned(x, positions)
+        q, k, v = self._turned(x, positions, state.seen)
         if state.keys is not None:
             k, v = torch.cat((state.keys, k), dim=2), torch.cat((state.values, v), dim=2)
         n_keys = k.shape[2]

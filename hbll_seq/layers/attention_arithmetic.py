@@ -38,6 +38,11 @@ def rotation_table(n_positions: int, head_width: int, base: float, device: torch
         return Turns(cos, sin, torch.complex(cos, sin))
 
 
+def turns(n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
+    """A table that reaches that far, or a power of two beyond: few of them serve all lengths."""
+    return rotation_table(max(256, 1 << (n_positions - 1).bit_length()), head_width, base, device)
+
+
 @lru_cache(maxsize=16)
 def band(n_new: int, n_keys: int, window: int, dtype: torch.dtype) -> Tensor:
     """[T, S]: 0 where the last T of S positions see a key, -inf where it comes later or lies before the window."""

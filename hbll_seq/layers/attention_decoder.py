@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hbll_seq.layers.attention_arithmetic import KVState, Turns, attention, band, rotate, rotation_table
+from hbll_seq.layers.attention_arithmetic import KVState, Turns, attention, band, rotate, turns
 from hbll_seq.layers.base import ROLLBACK, Decoder
 from hbll_seq.layers.prepared import MANY_ROWS, MLP, Matrix, Norm, can_prepare, prepared
 
@@ -148,7 +148,7 @@ class AttentionDecoder(Decoder):
         needed = self.length + n_new
         if self._table is None or len(self._table.cos) < needed:
             width = self.block.qkv.out_features // (self.block.n_head + 2 * self.block.n_kv_head)
-            self._table = rotation_table(max(256, 1 << (needed - 1).bit_length()), width, self.block.rope_base, device)
+            self._table = turns(needed, width, self.block.rope_base, device)
         return self._table
 
     def _sight(self, n_new: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy, check_exits
 from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import AUTO_USAGE, CardText
 from hbll_seq.utils.checks import IGNORE_INDEX, as_token_ids, shifted_labels
+from hbll_seq.utils.constants import constants
 
 
 class CausalLMOutput(NamedTuple):
@@ -183,8 +184,9 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
         hidden = self.head.norm(read)
         # The greatest weight stays outside: half precision would lose what rows of small weights multiply.
         greatest = max(abs(w) for w in weights) or 1.0
-        by_row = torch.tensor([w / greatest for w in weights], dtype=torch.promote_types(hidden.dtype, torch.float32))
-        by_row = by_row.to(hidden.device, non_blocking=True).repeat_interleave(hidden.shape[1])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        by_exit = constants([w / greatest for w in weights], wide, hidden.device)
+        by_row = by_exit[:, None].expand(-1, hidden.shape[1]).flatten()
         answers, matrix = targets.flatten().repeat(len(read)), self.head.projection.weight
         total, nats = weighted_cross_entropy(hidden.flatten(0, 1), matrix, answers, by_row, IGNORE_INDEX)
         return total * greatest / n_scored, nats.view(len(read), -1).sum(1) / n_scored

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.utils.constants import constants
 
 #: what has an adapter of its own: each length of the head's jump, or each number of blocks
 EXIT_BY = ("jump", "depth")
@@ -46,5 +47,5 @@ class ExitAdapters(nn.Module):
 
     def stacked(self, states: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         """``forward`` of each of ``states`` [E, P, C], with the path of each -> [E, P, C]."""
-        rows = [self.row(path) for path in paths]
+        rows = constants([self.row(path) for path in paths], torch.int64, states.device)
         return states + states @ self.down[rows].mT @ self.up[rows].mT

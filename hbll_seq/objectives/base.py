@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.engine.calls import Calls, Recomputed
+from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.depth_mix import SubNetwork, paths_of_mix, sub_networks_of_step
 from hbll_seq.objectives.options import DepthMix
@@ -74,7 +75,10 @@ class Objective(nn.Module):
 
     Attributes:
         depths: the :class:`DepthMix`; ``DepthMix("none")`` where there is none.
+        placement: where the segments of the main path are.
     """
+
+    placement: Placement = HERE
 
     def __init__(
         self,

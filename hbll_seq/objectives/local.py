@@ -15,6 +15,7 @@ from torch import Tensor
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
 from hbll_seq.distributed.blocks import blocks_of_rank
+from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
@@ -22,6 +23,7 @@ from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.ahead import check_ahead
 from hbll_seq.objectives.auxiliary import auxiliary_exits
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
@@ -37,6 +39,7 @@ from hbll_seq.utils.eager import eagerly
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.seeds import fork_rng_of
+from hbll_seq.utils.values import as_flag
 
 
 class LocalObjective(Objective):
@@ -64,6 +67,11 @@ class LocalObjective(Objective):
             (:func:`hbll_seq.distributed.blocks.keep_own`), all ranks call ``forward`` with the same batch, and each gets the
             part of the loss that is its blocks'. Metrics and node losses are zero where a rank does not know them: their sum
             over the ranks is the whole. Embedding and head are on every rank; their gradients, summed, are the whole ones.
+        ahead: each rank works on a later batch than the next one, on states that are a step old, so that none waits for
+            another: ``forward`` is given the batch that the last rank gets ``placement.lead`` calls later, with that batch's
+            ``step``, and before the first step ``placement.lead`` batches without gradient
+            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, of which
+            each rank's needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
 
     Attributes:
         inference: with every default written out.
@@ -92,6 +100,7 @@ class LocalObjective(Objective):
         rank: int = 0,
         micro_batches: int = 1,
         ranks: Ranks = ALONE,
+        ahead: bool = False,
     ):
         super().__init__(model, path, depths=depths, recompute=recompute, seed=seed, rank=rank, micro_batches=micro_batches)
         self.time = parse_inference("sweeps" if time is None else time, LAYER_INFERENCES, "time").resolved("layer")
@@ -111,9 +120,11 @@ class LocalObjective(Objective):
                 self.control = FidelityControl(self.inference.control, self.inference.iterations, micro_batches)
         self.ranks, self.placement = ranks, HERE
         if ranks.n_ranks > 1:
-            self.placement = self._placed(ranks)
+            self.placement = self._placed(ranks, as_flag("ahead", ahead))
+        elif as_flag("ahead", ahead):
+            raise ValueError("ahead=True with one rank: it has nobody to be ahead of; give ranks, or leave ahead out")
 
-    def _placed(self, ranks: Ranks) -> Placement:
+    def _placed(self, ranks: Ranks, ahead: bool) -> Placement:
         """The segments of the main path on ranks. Raises ValueError for what cannot be spread."""
         inference, tree, trained = self.inference, self.model.tree, self.trained_paths()
 
@@ -131,11 +142,16 @@ class LocalObjective(Objective):
             refuse("a control", whole_model, "give fixed iterations")
         mixed = [tree.path_for_depth(k) for k in range(1, tree.N)] if trained == "default" else trained
         leaving = [] if trained == "all" else [whole(path) for path in mixed if path != self.path[: len(path)]]
-        if trained == "all" or split_off(self.path, leaving, tree.n_level)[1]:
+        branches, others = split_off(self.path, leaving, tree.n_level)
+        if trained == "all" or others:
             refuse(f"depths={text_of(self.depths)}", "it trains paths that leave the main one for long",
                    "use default_paths='prefix' with 'octaves', 'all' or 'few'")  # fmt: skip
         blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks)  # refuses fewer segments than ranks
-        return RankPlacement(ranks)
+        if not ahead:
+            return RankPlacement(ranks)
+        ends = [path[-1] for path in mixed] if self.depths.name != "none" else []
+        check_ahead(inference, self.model.blocks, self.path, ends, branches, ranks.n_ranks)
+        return LaggedPlacement(ranks)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:
         """The tree's options with the model's noise scale, checked against the model."""

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    AutocastKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     LoggerType,
@@ -24,6 +25,7 @@ from accelerate.utils import (
 )
 
 from hbll_seq.models.config import HBLLConfig
+from hbll_seq.training.graph_settings import check_graph_device
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.reading import quote, shorten
@@ -147,7 +149,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
     Raises:
         ValueError: float16, a tracker that is unknown or not installed, or a way to distribute that does not work here;
-            variables of a launcher with which Accelerate cannot start.
+            variables of a launcher with which Accelerate cannot start; ``cuda_graph`` without a CUDA device.
     """
     trackers = _trackers(settings.log_with)
     _speak_of_dynamo()
@@ -159,13 +161,19 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             log_with=trackers or None,
             project_dir=settings.output_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(settings.grad_accum, sync_with_dataloader=False),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+                # a graph must not hold what autocast made for another one
+                AutocastKwargs(cache_enabled=not settings.cuda_graph),
+            ],
         )
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             f"accelerate was told to use {accelerator.distributed_type.value}: local losses need each block whole on "
             "every process; launch with plain data parallelism (--multi_gpu) or a single process"
         )
+    if settings.cuda_graph:
+        check_graph_device(accelerator.device, accelerator.num_processes)
     torch.set_num_threads(settings.threads or default_threads())
     return accelerator
 

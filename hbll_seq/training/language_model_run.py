@@ -223,6 +223,7 @@ def describe(model: HBLLForCausalLM, data: Data, trainer: Trainer) -> str:
     """One line on what is about to run."""
     accelerator, ranks = trainer.accelerator, trainer.ranks
     spread = f", each model's blocks on {ranks.n_ranks}" if ranks.n_ranks > 1 else ""
+    spread += ", each ahead of the next" if trainer.settings.ahead else ""
     return (
         f"{trainer.share.n_parameters:,} parameters in {model.config.n_layer} blocks, {data.train.stream.n_tokens:,} "
         f"training tokens, steps {trainer.done} to {trainer.total_steps} of {trainer.windows_per_step} x "

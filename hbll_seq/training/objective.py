@@ -29,7 +29,7 @@ def make_objective(
     depths = None if settings.objective == "tree" else settings.depths()
     if settings.objective == "backprop":
         return BackpropObjective(model, settings.path_blocks, depths=depths, recompute=settings.recompute, **seeds)
-    spread = {"ranks": ranks} if ranks.n_ranks > 1 else {}
+    spread = {"ranks": ranks, "ahead": settings.ahead} if ranks.n_ranks > 1 else {}
     return LocalObjective(
         model, settings.inference(), path=settings.path_blocks, depths=depths, time=settings.time(),
         recompute=settings.recompute, **seeds, **spread,

@@ -26,6 +26,7 @@ from hbll_seq.objectives.axes import AXES
 from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
+from hbll_seq.training.graph_settings import check_cuda_graph
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
 from hbll_seq.training.parallel_settings import check_block_parallel
 from hbll_seq.training.setting_fields import option_of as _of
@@ -138,6 +139,8 @@ class TrainingSettings:
     carry_state: bool = _objective(False, "recurrent blocks start a window from their states after the one before; each row "
                                    "of a batch then reads its own stretch of the text, window after window")
     recompute: bool = _objective(False, "activation checkpointing: less memory for more work")
+    ahead: bool = _objective(False, "each rank of --block-parallel works on a later batch than the next one, on states that "
+                             "are a step old, so that none waits for another: for segments alone")
     sigma: float = _of(Tree, "sigma", default=HBLLConfig.sigma)
     state_weight: float = _of(Tree, "state_weight")
     n_samples: int = _of(Tree, "n_samples", high=_MOST_ROUNDS)
@@ -173,6 +176,8 @@ class TrainingSettings:
                                high=1024)
     block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
                                "data-parallel replicas", low=1, high=_MOST_BLOCKS)
+    cuda_graph: bool = _run(False, "replay forward and backward of a step as CUDA graphs, one for each draw of the depth "
+                            "mix; for small models on a GPU, whose steps wait for Python")
     log_with: str | None = _run(None, "further trackers, comma-separated, any that Accelerate knows: tensorboard, wandb, ... "
                                 "(metrics.jsonl is always written)")
 
@@ -220,8 +225,10 @@ class TrainingSettings:
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
-        if self.block_parallel > 1:
+        if self.block_parallel > 1 or self.ahead:
             check_block_parallel(self, self._decided())
+        if self.cuda_graph:
+            check_cuda_graph(self, self._decided())
 
     # ------------------------------------------------------------------------------------ what was left open
 

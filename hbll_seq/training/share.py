@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from hbll_seq.distributed.blocks import blocks_of_rank, keep_own, numbers_kept
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
+from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.distributed.whole import gather_to_first
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -40,6 +41,7 @@ class Share:
         n_parameters: of the whole model.
         own: trained parameters of this rank's blocks; of one rank, none.
         shared: trained parameters that every rank holds.
+        lead: micro-batches by which this rank is ahead of the last one of its model; 0 where all work on the same one.
 
     Raises:
         ValueError: there are fewer segments than ranks.
@@ -47,6 +49,7 @@ class Share:
 
     def __init__(self, objective: Objective, ranks: Ranks = ALONE, chunk_size: int = 1):
         self.objective, self.ranks, self.model = objective, ranks, objective.model
+        self.lead, self._is_filled = objective.placement.lead, False
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
         self._whole: dict[str, Tensor] = {}  # what the objective holds of the whole model, without values
         if ranks.n_ranks > 1:
@@ -89,6 +92,26 @@ class Share:
         if clip:
             clip_gradients([*self.own, *self.shared], norm, clip)
         return figures, norm
+
+    def fill(self, step: Callable[[int], object]) -> None:
+        """Before a step: where ranks work ahead of each other and nothing is under way between them, each makes ``lead``
+        passes without gradient, so that the next rank gets what it reads first.
+
+        Args:
+            step: a pass over the micro-batch of so many behind the next one of the last rank.
+        """
+        if not self._is_filled:
+            with torch.no_grad():
+                for behind in range(self.lead):
+                    step(behind)
+        self._is_filled = True
+
+    def empty(self) -> None:
+        """Drops what is under way between ranks that work ahead of each other. Every process must call it between the same
+        two steps."""
+        if isinstance(self.objective.placement, LaggedPlacement):
+            self.objective.placement.discard()
+        self._is_filled = False
 
     def agree(self, work: Callable[[], T]) -> T:
         """``work()``; with several ranks an error of one is raised on all."""

@@ -30,8 +30,9 @@ from hbll_seq.training.checkpoint_contents import (
     load_optimizer,
     optimizer_tensors,
 )
-from hbll_seq.training.devices import track
+from hbll_seq.training.devices import precision_name, track
 from hbll_seq.training.failures import RunFailed, append_line, check_finite, remedy_for
+from hbll_seq.training.graphed import GraphedStep
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
@@ -117,6 +118,7 @@ class Trainer:
                 "or --context-length, or more text"
             )
         self.objective, self.optimizer = self.share.prepare(accelerator, make_optimizer(objective, settings))
+        self.graphed = GraphedStep(self.objective, precision_name(accelerator)) if settings.cuda_graph else None
         self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
         first = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
         self.parts = [first, *added]
@@ -202,6 +204,7 @@ class Trainer:
         if problem[0]:
             raise RunFailed(problem[0])
         self._saved = self.done
+        self.share.empty()  # and filled anew by the next step: a run that goes on from here does the same
 
     def _all_states(self) -> dict[str, torch.Tensor]:
         """Carried states of all replicas, [replicas * B, C] by micro batch and path, as a checkpoint names them."""
@@ -263,13 +266,13 @@ class Trainer:
         lr = rate_of_step(self.done, self.parts, peak=settings.lr, warmup=settings.warmup_steps, floor=settings.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        report = 0.0
+        report, first = 0.0, self.done * settings.grad_accum
+        self.share.fill(lambda behind: self._forward(first + behind, 0))
         for micro in range(settings.grad_accum):
-            index = self.done * settings.grad_accum + micro  # of the batch and of the noise
-            batch, carried = self._batch(index, micro)
             with accelerator.accumulate(self.objective):
-                output = self.objective(batch.to(accelerator.device), step=index, **carried)
-                accelerator.backward(output.loss)
+                output = self._forward(first + micro + self.share.lead, micro)
+                if self.graphed is None:  # else a graph has done it
+                    accelerator.backward(output.loss)
             if settings.carry_state:
                 self.states[micro] = output.states
             names = sorted(output.metrics)
@@ -283,6 +286,11 @@ class Trainer:
         row = {"step": self.done + 1, "loss": loss, **dict(zip(names, values)), "grad_norm": norm, "lr": lr,
                "node_losses": values[len(names):]}
         return row, stopping > 0
+
+    def _forward(self, index: int, micro: int) -> Any:
+        """What the objective makes of micro-batch ``index`` of the run, which is also that of the noise and the mix."""
+        batch, carried = self._batch(index, micro)
+        return (self.graphed or self.objective)(batch.to(self.accelerator.device), step=index, **carried)
 
     def _reduced(self, report: torch.Tensor) -> tuple[list[float], float]:
         """Whether a process was asked to stop and the report, a mean over processes and micro batches, and the norm of the

@@ -30,8 +30,8 @@ SHORT = "--preset debug --data my.txt --cache-dir cache --threads 1 --max-steps 
 RUN = {
     "accelerate launch train/lm.py": f"python train/lm.py {SHORT} --n-level 3 --output-dir runs/lm",
     "python train/lm.py --data my.txt --output-dir runs/mine": f"python train/lm.py {SHORT} --output-dir runs/mine",
-    "python train/lm.py --preset gru-small --output-dir runs/gru":
-        f"python train/lm.py {SHORT} --cell gru --output-dir runs/gru",
+    "python train/lm.py --preset hybrid-small --output-dir runs/hybrid":
+        f"python train/lm.py {SHORT} --cell mingru,transformer,mingru --output-dir runs/hybrid",
     "accelerate launch train/lm.py --resume --output-dir runs/mine": "python train/lm.py --resume --output-dir runs/mine",
     "accelerate launch train/lm.py --extend 2000 --output-dir runs/mine":
         "python train/lm.py --extend 2 --output-dir runs/mine",
@@ -73,12 +73,13 @@ READ = {
     "python docs/pictures/make_pictures.py",
     "hbll-seq train --preset debug --output-dir runs/debug",
     "hbll-seq push runs/lm me/my-model --private --license apache-2.0",
+    "python train/lm.py --cuda-graph --depth-mix few --output-dir runs/graphed",
     "python train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --preset debug --output-dir runs/debug",
     "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",
     "accelerate launch train/lm.py --objective tree --output-dir runs/tree",
     "accelerate launch train/lm.py --objective backprop --path 4,6,7 --output-dir runs/backprop-3",
-    "accelerate launch train/lm.py --preset gru-small --output-dir runs/gru",
+    "accelerate launch train/lm.py --preset mingru-small --output-dir runs/gru",
     "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
     "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
     "python train/experiments/compare.py --quick --output quick.json",
@@ -194,7 +195,7 @@ def test_commands_run(here):
     for command, shortened in RUN.items():
         if command != "accelerate launch train/lm.py":  # made the folder's model
             run(shortened)
-    assert (here / "runs" / "mine" / "model.safetensors").exists() and (here / "runs" / "gru" / "metrics.json").exists()
+    assert (here / "runs" / "mine" / "model.safetensors").exists() and (here / "runs" / "hybrid" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("command", sorted(set(RUN) | READ | {c for page in PAGES for c in inline_commands(page)}))

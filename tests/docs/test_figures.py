@@ -48,11 +48,18 @@ FOUR = f"sweeps:forward=3,backward=1,chunk_size=4,linearization=zero,{MIX}"
 
 def test_segments_that_hear_of_the_next_one_alone():
     text, name = row("15 blocks in four segments"), "compare-engine-15-octaves"
-    ours, mix, alone = (of(name, method, 3e-3, "perplexity")[0] for method in
-                        (FOUR, f"backprop:{MIX}", FOUR.replace("backward=1", "backward=0")))  # fmt: skip
+    ours, mix = ([of(each, method, 3e-3, "perplexity")[0] for each in (name, f"{name}-gpu")]  # seeds 0 and 1
+                 for method in (FOUR, f"backprop:{MIX}"))  # fmt: skip
+    (alone,) = of(name, FOUR.replace("backward=1", "backward=0"), 3e-3, "perplexity")
     (full,) = of("compare-engine-15", "backprop-15", 1.5e-3, "perplexity")
-    assert f"| {ours:.2f} | with the same mix {mix:.2f}; full path alone {full:.2f} |" in text
-    assert f"hear nothing {alone:.2f}" in text and ours < 1.01 * mix
+    told = [", ".join(f"{value:.2f}" for value in values) for values in (ours, mix)]
+    assert f"| {told[0]} | with the same mix {told[1]}; full path alone {full:.2f} |" in text
+    method = FOUR.replace("backward=1", "backward=0").replace("zero,", "zero,auxiliary_exits=1,")
+    (auxiliary,) = of(name, method, 3e-3, "perplexity")
+    assert f"hear nothing {alone:.2f}, with auxiliary exits {auxiliary:.2f}" in text
+    assert all(a < 1.02 * b for a, b in zip(ours, mix))
+    mix, eight = (runs("compare-engine-31-octaves")[n]["test"][-1]["perplexity"] for n in (0, 1))
+    assert f"eight segments are {100 * (eight / mix - 1):.1f}% behind" in text
     backprop, _, hearing = stored(name)["step_times"].values()
     assert f"{hearing / backprop:.2f} times the seconds" in text
 
@@ -119,7 +126,11 @@ def test_segments_beside_backprop():
     assert f"`sweeps` | {' | '.join(cells)} |" in text
     rates = {lr: of("compare-engine-code", "backprop-1", lr, "perplexity")[0] for lr in (6e-3, 1.5e-3, 3e-3)}
     assert f"6e-3 (1.5e-3: {rates[1.5e-3]:.2f}, 3e-3: {rates[3e-3]:.2f}) | {rates[6e-3]:.2f} |" in text
-    for test in [run["test"] for name in ("octaves", "15-octaves") for run in runs(f"compare-engine-{name}")]:
+    cells = [", ".join(f"{value:.2f}" for value in of("compare-engine-31", method, 1.5e-3, "perplexity"))
+             for method in ("backprop-31", exact)]  # fmt: skip
+    assert f"`sweeps` (exact) | {' | '.join(cells)} | 1.000 |" in text
+    names = ("octaves", "15-octaves", "15-octaves-gpu", "31-octaves")
+    for test in [run["test"] for name in names for run in runs(f"compare-engine-{name}")]:
         assert "| " + " | ".join(f"{row['perplexity']:.2f}" for row in test) + " |" in text
 
 
@@ -188,22 +199,35 @@ def test_the_bundled_model():
 
 def test_a_step_on_two_processes():
     text = section("results.md", "21.").replace("*", "")
-    (point,) = stored("bench_parallel")["points"]
-    assert len(point["methods"]) == 5
-    for method in point["methods"].values():
+    points = {point["width"]: point["methods"] for point in stored("bench_parallel")["points"]}
+    assert [len(methods) for methods in points.values()] == [8, 7]
+
+    def cell(width, name):
+        method = points[width].get(name)
+        if method is None:
+            return ""
         ratios = sorted(b / s for b, s in zip(method["baseline_seconds"], method["seconds"]))
-        assert f"| {ratios[1]:.2f} ({ratios[0]:.2f}, {ratios[2]:.2f}) |" in text
+        return f"{ratios[1]:.2f} ({ratios[0]:.2f}, {ratios[2]:.2f})"
+
+    for name in points[256]:
+        assert f"| {cell(128, name)} | {cell(256, name)} |" in text
+    told = [[cell(width, name).split()[0] for width in (256, 128)] for name in ("ahead", "ddp", "1f1b:m=4")]
+    text = " ".join(text.split())
+    assert "{} and {} times as fast as one process, faster than data parallelism ({}, {})".format(*told[0], *told[1]) in text
+    assert "four micro-batches ({}, {})".format(*told[2]) in text
 
 
 def test_predicted_speed_on_more_devices():
     text, found = section("results.md", "22."), stored("scaling")
-    for name, method in (("exact segments", "exact"), ("K = M = 1", "K=1 M=1"), ("segments alone", "local")):
+    names = {"exact segments": "exact", "K = M = 1": "K=1 M=1", "segments alone": "local",
+             "the same, each rank ahead of the next": "ahead"}  # fmt: skip
+    for name, method in names.items():
         rows = [row for row in found["rows"] if (row["blocks"], row["method"]) == (64, f"ours {method}")]
-        at = {row["devices"]: row["speed"] for row in rows}
-        assert f"| {name} | {at[2]:.2f} | {at[4]:.2f} | {at[8]:.2f} |" in text and at[8] < 4
+        at = {row["devices"]: row["speed"] for row in rows if row.get("width", 256) == 256 and "speed" in row}
+        assert f"| {name} | {at[2]:.2f} | {at[4]:.2f} | {at[8]:.2f} |" in text and (at[8] < 4) == (method != "ahead")
     errors = [f"{100 * (each['predicted'] / each['measured'] - 1):+.0f}%" for each in found["check"]]
-    assert all(error in text for error in errors) and len(errors) == 5
-    ((_, costs),) = found["costs"].items()
+    assert all(error in text for error in errors) and len(errors) == 13
+    costs = next(costs for name, costs in found["costs"].items() if name.startswith("width=256"))
     whole = costs["work"]["4"]
     costs = (whole["product"] / whole["forward"], whole["backward"] / whole["forward"])
     x, b = costs
@@ -211,3 +235,41 @@ def test_predicted_speed_on_more_devices():
     bounds = (1 + b) / (1 + x / 2 + b / 2), (1 + b) / (1 + b / 2)
     assert "at most {:.2f} times as fast, and segments alone {:.2f}".format(*bounds) in told
     assert "by the input alone costs {:.2f} of a forward pass here, and a whole backward pass {:.2f}".format(*costs) in told
+
+
+def test_on_a_gpu():
+    text = section("results.md", "23.")
+    cells = [cell for cell in stored("gpu-nvidia-h100-80gb-hbm3/results")["cells"] if "median_ms" in cell]
+
+    def ms(form, **shape):
+        (found,) = [cell["median_ms"] for cell in cells if (cell["form"], cell["precision"]) == (form, "float32")
+                    and all(cell.get(name) == size for name, size in shape.items())]  # fmt: skip
+        return found
+
+    graph = ", CUDA graph"
+    for n in (64, 256, 1024, 4096):
+        at = [ms(form, steps=n, batch=32) for form in ("BPTT loop", f"BPTT loop{graph}", "nn.GRU", "ours K=1 M=1 c=8",
+                                                         f"ours K=1 M=1 c=8{graph}")]  # fmt: skip
+        told = [f"{value:.2f}" for value in at] + [f"{at[1] / at[4]:.1f}", f"{at[2] / at[4]:.1f}"]
+        assert f"| {n} | {' | '.join(told)} |" in text
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"{at[1] / at[4]:.0f} times as fast as BPTT" in readme and f"{at[2] / at[4]:.1f} times as fast as cuDNN" in readme
+    for width, blocks in ((256, 7), (256, 15), (256, 31), (256, 63), (1024, 7), (1024, 15), (1024, 31)):
+        forms = ("backprop", "ours, exact", f"backprop{graph}", f"ours, exact{graph}", f"ours K=1 M=1 c=4{graph}")
+        *at, few = (ms(form, width=width, blocks=blocks) for form in forms)
+        told = [f"{value:.2f}" for value in (*at, at[3] / at[2], few)]
+        assert f"| {width}, {blocks} | {' | '.join(told)} |" in text
+    for name, row_ in stored("wikitext-103-h100")["objectives"].items():
+        assert f"{row_['tokens_per_s']:,}" in text and f"`{name.split(',')[0]}`" in text
+
+
+def test_recurrent_presets():
+    text, found = section("results.md", "7."), stored("presets")["rows"]
+    shared = [run for run in found if run["machine"].startswith("two cores")]
+    for name in ("small", "hybrid-small", "mingru-small", "gru-small"):
+        of_preset = [run for run in (shared if name != "gru-small" else found) if run["preset"] == name]
+        cells = [", ".join(f"{run['test'][depth]:.1f}" for run in of_preset) for depth in ("1", "3", "7")]
+        assert re.search(rf"\| `{name}`[^|]*\|[^|]*\| {of_preset[0]['steps']:,} \| {re.escape(' | '.join(cells))} \|", text)
+    for run in found:
+        if run["preset"] not in ("small", "hybrid-small"):
+            assert f"{run['test']['7']:.1f}" in text

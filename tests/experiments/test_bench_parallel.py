@@ -118,19 +118,24 @@ def test_measures_groups_and_goes_on_where_it_was_stopped(tmp_path, capsys, monk
 @pytest.mark.slow
 def test_every_other_method_runs(tmp_path):
     names = ["backprop", "fsdp", "gpipe:m=4", "interleaved:m=4", "zero-bubble:m=4", "zbv:m=4", "local",
-             "local:depths=prefixes", "ours:K=0,M=0"]  # fmt: skip
+             "local:depths=prefixes", "ahead", "ahead:depths=prefixes", "ours:K=0,M=0"]  # fmt: skip
     methods = run(tmp_path / "bench.json", "--blocks", "7", "--methods", *names)
     assert not [name for name in names if "refused" in methods[name]]
     for name in names[:6]:
         assert methods[name]["loss_difference"] < 1e-5, name
     assert methods["ours:K=0,M=0"]["loss_difference"] > 1e-5
-    assert methods["local"]["idle_segments"] == [0] and methods["local:depths=prefixes"]["idle_segments"] == []
+    for kind in ("local", "ahead"):
+        assert methods[kind]["idle_segments"] == [0] and methods[f"{kind}:depths=prefixes"]["idle_segments"] == []
+    for name in ("ahead", "ahead:depths=prefixes"):
+        assert methods[name]["messages"] == [1, 0] and methods[name]["losses"][0] == methods["local"]["losses"][0]
+        assert methods[name]["losses"][-1] != methods[name.replace("ahead", "local")]["losses"][-1]
 
 
 def test_presets_are_sweeps():
     inference = lambda name, n_ranks=4: Method.named(name).inference(31, n_ranks)
     assert inference("exact") == "sweeps:chunk_size=8,forward=3,backward=3"
     assert inference("local", 2) == "sweeps:chunk_size=16,forward=1,backward=0,linearization=zero"
+    assert inference("ahead", 2) == inference("local", 2)
     assert inference("ours:K=1,M=2,segments=8") == "sweeps:chunk_size=4,forward=1,backward=2"
 
 

@@ -24,7 +24,6 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import plots as drawing
-from hbll_seq.training.presets import PRESETS, read_preset
 
 TRAIN = Path(__file__).resolve().parents[2] / "train"
 TINY = ["--n-level", "2", "--n-embd", "16", "--n-head", "2", "--context-length", "16", "--batch-size", "2", "--steps", "3",
@@ -88,7 +87,7 @@ def test_a_synthetic_task(tmp_path, capsys):
     "name, message",
     [
         ("forward", "method 'forward': allowed are backprop-N"),
-        ("sweeps:k=3", "sweeps has no option 'k'; it has backward, chunk_size"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has auxiliary_exits, backward, chunk_size"),
         ("sweeps:depth=3", "has no option 'depth'"),
         ("tree:forward=2", "tree has no option 'forward'; it has recompute, state_weight"),
         ("sweeps:forward=x", "forward='x' must be a number"),
@@ -113,12 +112,10 @@ def test_methods_start_from_the_same_weights_and_read_the_same_batches():
 
 
 def test_the_short_name_mix_is_what_the_results_were_measured_with():
-    """The preset "small" was that until it became one of fewer exits a step; "gru-small" has its K and M still."""
+    """The preset "small" was that until it became one of fewer exits a step."""
     mix = DepthMethod.named("mix", "octaves")
     assert list(dict(mix.config).values()) == ["prefix", 16] and "'depth_mix_weight': 9.0" in mix.description
-    preset = read_preset("gru-small", PRESETS)
-    iterations = [preset.get(new, preset.get(old)) for new, old in (("forward", "sweeps"), ("backward", "corrections"))]
-    assert [dict(mix.options)[name] for name in ("forward", "backward")] == iterations
+    assert [dict(mix.options)[name] for name in ("forward", "backward")] == [2, 3]
     assert DepthMethod.named("sweeps").description != DepthMethod.named("sweeps:forward=4").description
 
 

@@ -1,12 +1,10 @@
 """The measurements on a GPU, their logic on a CPU: cells are stored, a stop costs nothing, a failing form stops no other."""
 
-import contextlib
 import json
 import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ import gpu
 from comparisons import gpu_cells, gpu_steps
 from comparisons.gpu_cells import FORMS, QUICK, Cell, Form, Plan, cells_of
 from hbll_seq import BackpropObjective, LocalObjective
+from hbll_seq.training.graphed import CaptureFailed
 from hbll_seq.utils.checks import as_token_ids
 
 TINY = replace(QUICK, blocks=(1,), steps=(4,), depths=(1,), bf16_depth=(1, 32), bf16_time=(4, 2))
@@ -154,7 +153,7 @@ def test_a_reason_names_the_first_error_and_the_line_of_the_library():
         try:
             torch.nn.functional.linear(torch.ones(2, 3), torch.ones(2, 2))
         except RuntimeError as error:
-            raise gpu_steps.CaptureFailed("the capture failed") from error
+            raise CaptureFailed("the capture failed") from error
     except RuntimeError as error:
         assert "mat1 and mat2 shapes" in gpu_steps.reason_of(error)
     with pytest.raises(ValueError) as raised:
@@ -174,7 +173,7 @@ def test_after_a_failure_that_breaks_the_device_a_new_process_goes_on(few, monke
 
     calls = []
     monkeypatch.setattr(gpu.os, "execv", replaced)
-    monkeypatch.setattr(gpu_steps, "times_of", lambda *given: raise_(gpu_steps.CaptureFailed("no")))
+    monkeypatch.setattr(gpu_steps, "times_of", lambda *given: raise_(CaptureFailed("no")))
     with pytest.raises(Replaced):
         run(few, "--retry-failed", "--minutes", "3")
     assert len(stored(few)["cells"]) == 1  # the failure is stored before
@@ -274,84 +273,6 @@ def test_what_a_step_learns_is_put_back_before_the_replay(monkeypatch):
     monkeypatch.setattr(gpu_steps, "_restore", lambda buffers: None)
     with pytest.raises(gpu_steps.DoesNotFit, match="another step"):
         gpu_steps.measure_step(Form("counts", "ours", Counts, graphed=True), subject, "float32", 2, 0.5)
-
-
-class FakeCuda:
-    """What a capture asks of torch.cuda, in the order in which it does."""
-
-    def __init__(self, monkeypatch):
-        self.calls, self.mode, self.stream_now = [], "default", "main"
-        for name in ("current_stream", "set_stream", "stream", "graph", "CUDAGraph", "get_sync_debug_mode",
-                     "set_sync_debug_mode"):  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(gpu_steps, "_side_stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
-
-    def current_stream(self):
-        return SimpleNamespace(wait_stream=lambda other: None, name=self.stream_now)
-
-    def set_stream(self, stream):
-        self.stream_now = stream.name
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self.stream_now, before = "side", self.stream_now
-        try:
-            yield
-        finally:
-            self.stream_now = before
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream):
-        self.stream_now = "capturing"
-        try:
-            yield
-        except RuntimeError:  # as torch does: the end of a broken capture fails too, and the stream is not put back
-            raise RuntimeError("operation failed due to a previous error during capture") from None
-        self.stream_now = "main"
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.calls.append("replay"))
-
-    def get_sync_debug_mode(self):
-        return self.mode
-
-    def set_sync_debug_mode(self, mode):
-        self.mode = mode
-
-
-def steps_of(cuda, wrong=()):
-    """A step that notes where it was run, and fails where it is told to."""
-
-    class Noted:
-        def forget(self):
-            cuda.calls.append("forget")
-
-        def __call__(self):
-            cuda.calls.append((cuda.stream_now, cuda.mode))
-            if cuda.stream_now in wrong or cuda.mode in wrong:
-                raise RuntimeError("called a synchronizing CUDA operation")
-            return torch.ones(())
-
-    return Noted()
-
-
-def test_a_capture_warms_up_on_its_stream_looks_for_waits_and_then_captures(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    started = SimpleNamespace(start=lambda: cuda.calls.append("memory"))
-    replay = gpu_steps.capture(steps_of(cuda), started)
-    warm, strict = ["forget", ("side", "default")], ["forget", ("side", "error")]
-    assert cuda.calls == warm * gpu_steps.WARMUP + strict + ["forget", "memory", ("capturing", "default")]
-    assert replay() == 1 and cuda.calls[-1] == "replay"  # the gradients are those of the capture: nothing forgets them
-    assert (cuda.stream_now, cuda.mode) == ("main", "default")
-
-
-@pytest.mark.parametrize("wrong, kind", [("error", RuntimeError), ("capturing", gpu_steps.CaptureFailed)])
-def test_a_form_that_waits_is_found_before_a_capture_breaks(monkeypatch, wrong, kind):
-    cuda = FakeCuda(monkeypatch)
-    with pytest.raises(RuntimeError) as raised:
-        gpu_steps.capture(steps_of(cuda, [wrong]), SimpleNamespace(start=lambda: None))
-    assert type(raised.value) is kind and (cuda.stream_now, cuda.mode) == ("main", "default")
-    assert gpu_steps.reason_of(raised.value).startswith("RuntimeError: called a synchronizing CUDA operation")
 
 
 def test_memory_does_not_count_what_the_measurement_holds(monkeypatch):
@@ -468,4 +389,4 @@ def test_the_plain_form_of_backprop_is_the_baseline_of_the_library():
     model = gpu.depth_subject(cells_of(TINY)[0], TINY, torch.device("cpu")).model
     assert isinstance(FORMS["depth"][0].make(model), BackpropObjective)
     ours = [form.make(model).inference for form in FORMS["depth"] if form.side == "ours" and form.way == "plain"]
-    assert [(o.forward, o.backward, o.chunk_size) for o in ours] == [(None, None, None), (1, 1, 4)]
+    assert [(o.forward, o.backward, o.chunk_size) for o in ours] == [(0, 0, 4), (1, 1, 4)]  # of three blocks: one segment

@@ -24,12 +24,21 @@ def test_spans_are_those_of_the_method():
     for r in (2, 4, 8):
         assert model.exact(N, r).seconds == N + (r - 1) / r * N + 2 * N / r
         assert model.local(N, r).seconds == N + 2 * N / r
+        assert model.ahead(N, r).seconds == 3 * N / r
     assert model.sweeps(N, 8, 1, 1).seconds == 5 * N / 8
     assert model.sweeps(N, 8, 2, 0).seconds == 5 * N / 8
     assert model.sweeps(N, 2, 1, 1) == model.exact(N, 2)
     assert model.pipeline(N, 2, 4).seconds == pytest.approx(3 * N * (4 + 2 - 1) / (4 * 2))
     assert model.pipeline(N, 4, 4, "zero-bubble").seconds == pytest.approx(3 * N / 4 + 3 / 2 * N / 16)
     assert model.ddp(N, 4).seconds == model.fsdp(N, 4).seconds == 3 * N / 4
+
+
+def test_who_is_ahead_embeds_while_others_score():
+    of_ends = {rows: Work(rows / 4, rows / 4, rows / 4, rows / 2, rows / 8, rows / 2) for rows in (1, 2, 4)}
+    model = Model(replace(UNITS, work=of_ends, wires=Wires(1.0, 0.5, 3.0)), 4)
+    sums = model.costs.wires.reduction(4, 4 * 50) + model.costs.wires.reduction(4, 16)
+    assert model.ahead(N, 4).seconds == 3 * N / 4 + 2 + sums  # the head's time; the embedding takes less, and no message
+    assert model.of_method("ahead", N, 4) == model.ahead(N, 4)
 
 
 def test_refuses_what_the_others_refuse():

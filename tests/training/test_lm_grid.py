@@ -1,5 +1,6 @@
 """train/lm.py with recurrent blocks: states carried across windows, saved, resumed, the same on any arrangement of rows."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.presets import resolve
+from hbll_seq.training.objective import make_objective
+from hbll_seq.training.presets import PRESETS, read_preset, resolve
 from hbll_seq.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -165,3 +167,16 @@ def test_options_and_their_errors(lm_options, tmp_path, capsys):
         (["--cell", "gru", "--time-linearization", "identity"], ["time_linearization='identity'", "diagonal"]),
     ]:
         kr.fails([*lm_options, *given, "--output-dir", str(tmp_path / "no")], capsys, *fragments)
+
+
+def test_the_preset_of_mingru_has_backprops_gradient_through_depth_and_time():
+    settings = resolve(read_preset("mingru-small", PRESETS), {"n_embd": 16, "context_length": 24}).resolved()
+    torch.manual_seed(0)
+    model = HBLLForCausalLM(settings.model_config(vocab_size=32)).double()
+    windows = torch.randint(32, (2, 25))
+    ours, exact = (make_objective(dataclasses.replace(settings, objective=name), model, 0) for name in ("sweeps", "backprop"))
+    losses = [objective(windows, step=1).loss for objective in (ours, exact)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for got, wanted in zip(*(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)):
+        assert (got is None) == (wanted is None)
+        assert wanted is None or torch.allclose(got, wanted, rtol=1e-9, atol=1e-12)

@@ -100,6 +100,7 @@ def test_seven_ranks_equal_one_process(one, shape, tmp_path):
     assert_close(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_two_replicas_of_two_ranks_equal_two_processes(shape, tmp_path):
     """Accumulated, on the same windows and noise; carried states of recurrent blocks are among what checkpoints hold."""
     options = [*shape, "--grad-accum", "2", "--cell", "gru,transformer,gru,transformer,gru,gru,transformer", "--carry-state"]
@@ -158,9 +159,12 @@ def test_another_number_of_replicas_is_refused(two):
 
 
 @pytest.mark.parametrize("options", [
-    "", "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero", "--grad-accum 2",
-    "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
-    "--recompute --dropout 0.1 --exit-by depth", "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
+    "", "--grad-accum 2", "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
+    *[pytest.param(options, marks=pytest.mark.slow) for options in (  # the objective's own tests have their like
+        "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero",
+        "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
+        "--recompute --dropout 0.1 --exit-by depth",
+    )],
 ])  # fmt: skip
 def test_local_losses_on_ranks_equal_those_of_one_process(shape, tmp_path, options):
     options = [*shape, *options.split()]

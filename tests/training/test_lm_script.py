@@ -380,7 +380,7 @@ def test_weight_decay_falls_on_matrices_only():
         (["--objective", "tree", "--sigma", "0", "--free-energy"], ["free_energy=True", "sigma"]),
         (["--batch-size", "100000"], ["batch_size=100000", "windows", "smaller --batch-size"]),
         (["--batch-size", "100", "--grad-accum", "50"], ["batch_size=100", "grad_accum=50", "windows", "5000"]),
-        (["--preset", "huge"], ["preset 'huge'", "debug, gru-small, small, wikitext-103, wikitext-2"]),
+        (["--preset", "huge"], ["preset 'huge'", "gru-small, hybrid-small, mingru-small, small, wikitext-103, wikitext-2"]),
         (["--learning-rate", "1"], ["--learning-rate", "did you mean --lr?", "--help"]),
         (["--sweeps", "2"], ["unrecognized arguments: --sweeps 2; did you mean --forward?"]),
         (["--mix=octaves"], ["did you mean --depth-mix?"]),

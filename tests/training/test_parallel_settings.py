@@ -43,6 +43,38 @@ def test_what_cannot_be_spread_is_refused(values, named, remedy):
     made(**{**values, "block_parallel": 1})
 
 
+AHEAD = {"ahead": True, "chunk_size": 4, "forward": 1, "backward": 0, "linearization": "zero"}
+
+
+@pytest.mark.parametrize("values, named, remedy", [
+    ({"linearization": "identity"}, "linearization='identity'", {"linearization": "zero"}),
+    ({"backward": 1}, "backward=1", {"backward": 0}),
+    ({"forward": 0}, "forward=0", {"forward": 1}),
+    ({"chunk_size": 1, "forward": 6}, "chunk_size=1", {"chunk_size": 4, "forward": 1}),
+    ({"chunk_size": 3, "forward": 2}, "block 3", {"chunk_size": 4, "forward": 1}),
+    ({"n_level": 5, "chunk_size": 8, "forward": 3, "block_parallel": 4}, "block 8",
+     {"block_parallel": 2, "chunk_size": 16, "forward": 1}),
+    ({"depth_mix": "none"}, "depth_mix='none'", {"depth_mix": "octaves"}),
+    ({"path": "1,2,3,4,5,6"}, "depth_mix='none'", {"path": "full"}),
+    ({"cell": "gru"}, "cell='gru'", {"cell": "transformer"}),
+])  # fmt: skip
+def test_what_cannot_work_ahead_is_refused(values, named, remedy):
+    """The remedy that is told works."""
+    with pytest.raises(ValueError) as error:
+        made(**{**AHEAD, **values})
+    said = str(error.value)
+    assert "ahead=True" in said and named in said and said.endswith("or --no-ahead")
+    for name, value in remedy.items():
+        assert f"--{name.replace('_', '-')} {value}" in said
+    assert made(**{**AHEAD, **values, **remedy}).resolved().ahead
+    made(**{**AHEAD, **values, "ahead": False})
+
+
+def test_one_rank_has_nobody_to_be_ahead_of():
+    with pytest.raises(ValueError, match="ahead=True with block_parallel=1: .*give --block-parallel 2, or --no-ahead"):
+        made(**AHEAD, block_parallel=1)
+
+
 @pytest.mark.parametrize("preset", ["small", "bundled"])
 @pytest.mark.parametrize("n_level, segments", [(3, 2), (4, 4), (5, 8)])
 def test_presets_are_exact_at_every_depth(preset, n_level, segments):

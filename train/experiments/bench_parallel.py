@@ -54,7 +54,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 __doc__ = __doc__.format(methods=parallel_methods.__doc__.split("\n\n")[1])
 METHODS = ("backprop", "ddp", "fsdp", "1f1b:m=1", "1f1b:m=2", "1f1b:m=4", "1f1b:m=8", "gpipe:m=4", "interleaved:m=4",
            "zero-bubble:m=4", "zbv:m=4", "exact", "ours:K=1,M=1", "ours:K=1,M=0", "local",
-           "local:depths=prefixes")  # fmt: skip
+           "local:depths=prefixes", "ahead", "ahead:depths=prefixes")  # fmt: skip
 QUICK = dict(blocks=7, width=[32], context_length=32, vocab=64, steps=3, repeats=2,
              methods=["backprop", "ddp", "1f1b:m=1", "1f1b:m=2", "exact", "local"])  # fmt: skip
 #: with torch, what a result holds for

@@ -44,10 +44,11 @@ import torch
 import bench_rnn
 from comparisons.gpu_cells import QUICK, Cell, Plan, cells_of, form_of
 from comparisons.gpu_report import Stored, draw, line_of, summary
-from comparisons.gpu_steps import CaptureFailed, Memory, Subject, clean_up, measure_step, reason_of, times_of
+from comparisons.gpu_steps import Memory, Subject, clean_up, measure_step, reason_of, times_of
 from comparisons.program import as_program
 from hbll_seq import HBLLConfig, HBLLForCausalLM, SamplingParams, __version__
 from hbll_seq.generation.decoding import generate_ids
+from hbll_seq.training.graphed import CaptureFailed
 from hbll_seq.utils.arguments import Parser
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -83,6 +83,7 @@ def predict(model: Model, args: argparse.Namespace) -> list[dict]:
                 "ours exact": model.exact(n, r),
                 f"ours K={k} M={m}": model.sweeps(n, r, k, m),
                 "ours local": model.local(n, r),
+                "ours ahead": model.ahead(n, r) if r > 1 else None,
             }
             for name, prediction in made.items():
                 row = {"blocks": n, "devices": r, "method": name, "seconds": None}

@@ -111,7 +111,8 @@ def draw(folder: Path, stored: Stored, cells: Sequence[Cell]) -> None:
         rows = [(c, r) for c, r in stored.measured(cells) if c.kind == kind and c.precision == "float32"]
         if not rows:
             continue
-        values = sorted({cell.size(panel) for cell, _ in rows})
+        lengths = {v: len({c.size(along) for c, _ in rows if c.size(panel) == v}) for v in {c.size(panel) for c, _ in rows}}
+        values = sorted(v for v, n in lengths.items() if n > 1 or n == max(lengths.values()))  # one point is no line
         n_columns = min(2, len(values))
         n_rows = -(-len(values) // n_columns)
         figure = new_figure(5.5 * n_columns + 1.0, 3.6 * n_rows + 1.4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import time
 import traceback
@@ -15,23 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from comparisons.gpu_cells import Form
+from hbll_seq.training import graphed
+from hbll_seq.training.graphed import WARMUP, capture, differences, first_cause, told_apart
 from hbll_seq.utils.reading import shorten
 
 MIB = 2**20
-WARMUP = 3  # steps before a timed or captured one
 LEAST = 3  # timed repeats at least, however long they take
-#: relative differences of losses, and of gradients by their norm, up to which two steps are one. An untrained model's
-#: losses of two batches lie close to each other; gradients are summed up in an order that varies.
-TOLERANCES = {"float32": {"loss_difference": 1e-4, "gradient_difference": 1e-3},
-              "bf16": {"loss_difference": 2e-3, "gradient_difference": 5e-2}}  # fmt: skip
 
 
 class DoesNotFit(ValueError):
     """A form that cannot be measured here; its text is the reason."""
-
-
-class CaptureFailed(RuntimeError):
-    """A capture that broke off: torch's allocator and generators may be left in the middle of it."""
 
 
 @dataclass
@@ -49,8 +41,8 @@ class Subject:
     others: tuple[Tensor, ...]
 
 
-class Step:
-    """Forward and backward of an objective, always on the same input tensors.
+class Step(graphed.Step):
+    """The same with the precision of a cell, on inputs of its own.
 
     Args:
         objective: called with ``inputs``.
@@ -59,30 +51,16 @@ class Step:
     """
 
     def __init__(self, objective: nn.Module, subject: Subject, precision: str):
-        self.objective, self.subject, self.precision = objective, subject, precision
-        self.inputs = tuple(t.clone() for t in subject.inputs)
+        super().__init__(objective, [t.clone() for t in subject.inputs])
+        self.subject, self.precision = subject, {"bf16": "bfloat16"}.get(precision, precision)
 
     def __call__(self) -> Tensor:
         """The loss, detached; gradients are left in ``.grad``."""
-        bf16 = self.precision == "bf16"
+        bf16 = self.precision == "bfloat16"
         with torch.autocast(self.inputs[0].device.type, torch.bfloat16, enabled=bf16):
             output = self.objective(*self.inputs)
         output.loss.backward()
         return output.loss.detach()
-
-    def read(self, batch: tuple[Tensor, ...]) -> None:
-        """Copies a batch into the input tensors."""
-        for own, given in zip(self.inputs, batch):
-            own.copy_(given)
-
-    def forget(self) -> None:
-        """Sets gradients to None: the next backward makes new ones, and adds to nothing."""
-        for p in self.objective.parameters():
-            p.grad = None
-
-    def gradients(self) -> list[Tensor]:
-        """Of all parameters that have one."""
-        return [p.grad for p in self.objective.parameters() if p.grad is not None]
 
 
 class Memory:
@@ -210,57 +188,6 @@ def _blocks_compiled(model: nn.Module, form: Form) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------ a CUDA graph
 
 
-def capture(step: Step, memory: Memory) -> Callable[[], Tensor]:
-    """Forward and backward as one CUDA graph; the call that replays it returns the loss.
-
-    It reads ``step.inputs`` wherever they are overwritten, and writes the gradients that ``.grad`` holds then: the same
-    memory at each replay, and nothing is added up. Warm-up and capture are on one side stream; ``memory`` counts the capture.
-    """
-    stream, before = _side_stream(), torch.cuda.current_stream()
-    stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            step.forget()
-            step()
-        with _waiting_refused():
-            step.forget()
-            step()
-    before.wait_stream(stream)
-    step.forget()  # so that backward makes the gradients, in the graph's own memory
-    memory.start()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            loss = step()
-    except Exception as error:
-        raise CaptureFailed("the capture failed") from error
-    finally:
-        torch.cuda.set_stream(before)  # which a failed capture leaves undone
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
-
-
-@contextlib.contextmanager
-def _waiting_refused() -> Iterator[None]:
-    """Inside it, an operation that waits for the device is an error, as in a capture; but one that breaks nothing."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@functools.cache
-def _side_stream() -> torch.cuda.Stream:
-    """One for all captures: the workspace of matrix products is made once for each stream."""
-    return torch.cuda.Stream()
-
-
 def _measure_graph(step: Step, device: torch.device, repeats: int, seconds: float) -> dict[str, object]:
     """Captured on one batch, held against the plain step on another one, and timed."""
     begun = time.perf_counter()
@@ -274,34 +201,22 @@ def _measure_graph(step: Step, device: torch.device, repeats: int, seconds: floa
     gradients = step.gradients()
     step.read(step.subject.inputs)
     step.forget()
-    replay = capture(step, memory)
+    replay = capture(step, memory.start)
     peak = memory.result()
     step.read(step.subject.others)
     _restore(buffers)
-    differences = _compare(replay().clone(), step.gradients(), expected, gradients)
+    found = differences(replay().clone(), step.gradients(), expected, gradients)
     del gradients
-    allowed = TOLERANCES[step.precision]
-    if not all(value <= allowed[key] for key, value in differences.items()):  # so that NaN is refused
-        told = [f"{key.replace('_', ' ')} {value:.2g} (allowed {allowed[key]:g})" for key, value in differences.items()]
-        raise DoesNotFit(f"the graph computes another step than the plain form: relative {', '.join(told)}")
+    if told := told_apart(found, step.precision):
+        raise DoesNotFit(f"the graph computes another step than the plain form: {told}")
     prepared = time.perf_counter() - begun
-    return {**times_of(replay, device, repeats, seconds), **peak, **differences, "setup_s": prepared}
+    return {**times_of(replay, device, repeats, seconds), **peak, **found, "setup_s": prepared}
 
 
 def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, saved in buffers:
             buffer.copy_(saved)
-
-
-def _compare(loss: Tensor, gradients: list[Tensor], expected: Tensor, of_plain: list[Tensor]) -> dict[str, float]:
-    """Relative differences of the loss, and of all gradients as one vector."""
-    if len(gradients) != len(of_plain):
-        raise DoesNotFit(f"the graph has gradients of {len(gradients)} parameters, the plain form of {len(of_plain)}")
-    apart = sum((g.float() - p.float()).square().sum().item() for g, p in zip(gradients, of_plain))
-    size = sum(p.float().square().sum().item() for p in of_plain)
-    of_loss = abs(loss.item() - expected.item()) / max(abs(expected.item()), 1e-30)
-    return {"loss_difference": of_loss, "gradient_difference": (apart / max(size, 1e-30)) ** 0.5}
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -312,10 +227,7 @@ def reason_of(error: BaseException) -> str:
     that of a capture's end after what broke it, the first."""
     if isinstance(error, DoesNotFit):
         return str(error)
-    before: BaseException | None = error
-    while (before := before.__cause__ or before.__context__) is not None:
-        if isinstance(before, RuntimeError):
-            error = before
+    error = first_cause(error)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/hbll_seq/" in f.filename.replace("\\", "/")]
     where = ""

@@ -19,8 +19,8 @@ from torch import distributed
 
 from hbll_seq.utils.atomic import atomic_write
 
-_IMPORTED = ["comparisons.parallel_worker", "comparisons.scaling_costs", "torch._dynamo", "torch.distributed.pipelining",
-             "torch.distributed.fsdp"]  # fmt: skip
+_IMPORTED = ["comparisons.parallel_worker", "comparisons.parallel_ours", "comparisons.scaling_costs", "torch._dynamo",
+             "torch.distributed.pipelining", "torch.distributed.fsdp"]  # fmt: skip
 _GRACE = 5.0  # seconds that the others have to say what is wrong, once one has
 
 

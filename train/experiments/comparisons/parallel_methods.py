@@ -8,6 +8,7 @@
     zbv:m=4               the same with stages s and 2 R - 1 - s
     exact                 ours, a segment for each rank, K = M = S - 1
     local                 ours with A = 0, K = S - 1, M = 0: segments learn from exits on their own blocks alone
+    ahead                 the same, each rank a batch ahead of the next one, on states that are a step old
     ours:K=1,M=1,...      ours with these options of sweeps; segments=S (default R), depths=MIX
 
 Stages have equal numbers of blocks; the first also has the embedding, the last the head. Their matrix is one (tied), as
@@ -27,13 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from hbll_seq.distributed.gradients import clip_gradients, squared_norm
-from hbll_seq.distributed.ranks import ALONE, make_ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
-from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.objectives.registry import parse_inference
-from hbll_seq.training.share import Share
 
 #: pipelines: class of the schedule in torch, and stages for each process
 PIPELINES = {
@@ -43,7 +40,7 @@ PIPELINES = {
     "zero-bubble": ("ScheduleInterleavedZeroBubble", 2),
     "zbv": ("ScheduleZBVZeroBubble", 2),
 }
-OURS = ("exact", "local", "ours")
+OURS = ("exact", "local", "ahead", "ours")
 KINDS = ("backprop", "ddp", "fsdp", *PIPELINES, *OURS)
 N_BATCHES = 4  # that are trained on by turns: losses at equal steps then mean something
 _SHORT = {"K": "forward", "M": "backward", "A": "linearization", "c": "chunk_size"}
@@ -104,7 +101,7 @@ class Method:
     @property
     def is_exact(self) -> bool:
         """Whether its gradients are backprop's whatever the number of ranks."""
-        return self.kind not in ("local", "ours")
+        return self.kind not in ("local", "ahead", "ours")
 
     def inference(self, n_blocks: int, n_ranks: int) -> str:
         """Sweeps of one of ours, as text. Raises ValueError where so many blocks are not cut into so many segments."""
@@ -115,8 +112,8 @@ class Method:
             raise ValueError(f"method {self.name!r}: {n_blocks} blocks are {-(-n_blocks // size)} segments of {size}, not "
                              f"{segments}; give another number of segments or blocks")  # fmt: skip
         most = str(segments - 1)
-        preset = {"exact": {"forward": most, "backward": most},
-                  "local": {"forward": most, "backward": "0", "linearization": "zero"}}.get(self.kind, {})  # fmt: skip
+        alone = {"forward": most, "backward": "0", "linearization": "zero"}
+        preset = {"exact": {"forward": most, "backward": most}, "local": alone, "ahead": alone}.get(self.kind, {})
         options = {"chunk_size": str(size), **preset, **options}
         return "sweeps:" + ",".join(f"{name}={value}" for name, value in options.items())
 
@@ -131,7 +128,10 @@ class Method:
         if self.kind in PIPELINES:
             return Pipeline(shape, *PIPELINES[self.kind], int(self.options["m"]), n_ranks, recompute)
         if self.kind in OURS:
-            return Ours(shape, self.inference(shape.blocks, n_ranks), self.options.get("depths"), n_ranks, recompute)
+            from comparisons.parallel_ours import Ours
+
+            return Ours(shape, self.inference(shape.blocks, n_ranks), self.options.get("depths"), n_ranks, recompute,
+                        ahead=self.kind == "ahead")  # fmt: skip
         if shape.batch_size % n_ranks:
             raise ValueError(f"batch_size={shape.batch_size} with {n_ranks} ranks: {self.kind} gives each the same rows")
         return Replica(shape, self.kind, n_ranks, recompute, hooked)
@@ -309,33 +309,6 @@ class Stage(nn.Module):
         for block in self.blocks:
             x = checkpoint(lambda s, block=block: block(s)[0], x, use_reentrant=False) if self.recompute else block(x)[0]
         return x
-
-
-class Ours(Training):
-    """Segments on ranks, as ``train/lm.py --block-parallel`` trains them."""
-
-    def __init__(self, shape: Shape, inference: str, depths: str | None, n_ranks: int, recompute: bool = False):
-        ranks = make_ranks(n_ranks, shape.device) if n_ranks > 1 else ALONE
-        self.objective = LocalObjective(shape.model(), inference, ranks=ranks, depths=depths, recompute=recompute)
-        self.share = Share(self.objective, ranks, parse_inference(inference).chunk_size)
-        super().__init__(shape, self.share.own, self.share.shared)
-
-    def differentiate(self, step: int) -> Tensor:
-        output = self.objective(self.shape.batch(step), step=step)
-        output.loss.backward()
-        return output.metrics["ce"].detach()
-
-    def end(self, loss: Tensor) -> None:
-        self.share.end_step(loss[None], self.shape.clip)
-
-    def idle_segments(self) -> list[int]:
-        objective, inference = self.objective, self.objective.inference
-        if inference.backward > 0 or inference.linearization.name != "zero":
-            return []
-        main, *others = objective.sub_networks(0)
-        reached = {*main.exits, *(n for network in others for n in network.path)}
-        segments = {objective.path.index(n) // inference.chunk_size for n in reached if n in objective.path}
-        return sorted(set(range(-(-len(objective.path) // inference.chunk_size))) - segments)
 
 
 class _Local:

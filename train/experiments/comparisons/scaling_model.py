@@ -17,10 +17,12 @@ else is said; f(r) is at r rows.
     K, M          K N / R i + N / R f + M N / R x + N / R b, K + M + 3 all-gathers of a state; where K and M reach R - 1,
                   exact
     local         N f + N / R b; R messages
+    ahead         N / R (f + b) + the larger of E and H; nobody waits for a message
                                                                             memory of ours  N A / R + (R + 2) s + head
 
-In units of L = N f, with x = f and b = 2 f, exact is L + (R - 1) / R L + 2 L / R, K, M is (K + 1 + M + 2) L / R, and local
-is L + 2 L / R, where backprop is 3 L. Ours reduce the gradients of embedding and head, which every rank holds.
+In units of L = N f, with x = f and b = 2 f, exact is L + (R - 1) / R L + 2 L / R, K, M is (K + 1 + M + 2) L / R, local
+is L + 2 L / R, and ahead 3 L / R, where backprop is 3 L. Ours reduce the gradients of embedding and head, which every
+rank holds.
 
 A device is a thread of this machine, and the link is this machine's: a collective takes latency (R - 1), as round a ring. No
 collective overlaps with work. What a stage or segment of a fraction of a block would take is left out: R is at most N.
@@ -134,6 +136,12 @@ class Model:
         work = self._at(self.rows)
         return self._ours(n, r, n * work.forward + n / r * work.backward, messages=r - 1, collectives=1)
 
+    def ahead(self, n: int, r: int) -> Prediction:
+        """The same, each rank at a batch of its own: the first one embeds and the last one scores at the same time."""
+        work = self._at(self.rows)
+        hidden = min(work.embed, work.head) if r > 1 else 0.0
+        return self._ours(n, r, n / r * (work.forward + work.backward) - hidden, messages=0, collectives=0)
+
     def _ours(self, n: int, r: int, span: float, messages: int, collectives: int) -> Prediction:
         work, costs, wires = self._at(self.rows), self.costs, self.costs.wires
         held, update = self._held(n / r)
@@ -157,8 +165,8 @@ class Model:
             return getattr(self, method.kind)(n, r)
         if "depths" in method.options or method.options.keys() - {"K", "M", "forward", "backward"}:
             return None  # further exits, or segments that are not one for each rank
-        if method.kind == "local":
-            return self.local(n, r)
+        if method.kind in ("local", "ahead"):
+            return getattr(self, method.kind)(n, r)
         given = lambda *names: next((int(method.options[k]) for k in names if k in method.options), 1)
         return self.sweeps(n, r, given("K", "forward"), given("M", "backward"))
 

@@ -202,11 +202,11 @@ def test_a_hierarchy_without_exits_of_its_own_has_them_too():
 
 
 def test_a_control_probes_the_main_path_without_them():
-    """The exact gradient that it compares with has none."""
+    """What it finds is what it finds where there are none."""
     model, tokens = double_lm()
-    sweeps = "sweeps:forward=6,backward=6,chunk_size=1,auxiliary_exits=5,control=adaptive(every=1)"
-    objective = local(model, sweeps)
-    assert objective(tokens).metrics["cosine"] > 1 - 1e-6
+    sweeps = "sweeps:forward=1,backward=1,chunk_size=2,control=adaptive(every=1)"
+    plain = LocalObjective(model, sweeps)(tokens).metrics["cosine"]
+    assert local(model, f"{sweeps},auxiliary_exits=5")(tokens).metrics["cosine"] == plain < 1 - 1e-3
 
 
 @pytest.mark.parametrize("call, message", [

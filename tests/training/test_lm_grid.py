@@ -169,8 +169,9 @@ def test_options_and_their_errors(lm_options, tmp_path, capsys):
         kr.fails([*lm_options, *given, "--output-dir", str(tmp_path / "no")], capsys, *fragments)
 
 
-def test_the_preset_of_mingru_has_backprops_gradient_through_depth_and_time():
-    settings = resolve(read_preset("mingru-small", PRESETS), {"n_embd": 16, "context_length": 24}).resolved()
+@pytest.mark.parametrize("preset", ["mingru-small", "hybrid-small"])
+def test_presets_of_mingru_have_backprops_gradient_through_depth_and_time(preset):
+    settings = resolve(read_preset(preset, PRESETS), {"n_embd": 16, "context_length": 24}).resolved()
     torch.manual_seed(0)
     model = HBLLForCausalLM(settings.model_config(vocab_size=32)).double()
     windows = torch.randint(32, (2, 25))

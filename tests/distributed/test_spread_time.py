@@ -141,6 +141,6 @@ def test_the_page_s_example_trains_the_same_model_on_two_processes(tmp_path):
     for n in (1, 2):
         codes, said = forked.group(n, [str(script)], kr.environment_of_scripts())
         assert codes == [0] * n, "\n".join(said)
-        models[n] = [torch.load(tmp_path / f"{n}-{rank}.pt") for rank in range(n)]
+        models[n] = [torch.load(tmp_path / f"{n}-{rank}.pt", weights_only=True) for rank in range(n)]
     torch.testing.assert_close(models[2][0], models[1][0], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(models[2][1], models[2][0], rtol=0, atol=0)

@@ -79,7 +79,7 @@ READ = {
     "accelerate launch train/lm.py --data my.txt --output-dir runs/mine --n-embd 256 --max-steps 5000",
     "accelerate launch train/lm.py --objective tree --output-dir runs/tree",
     "accelerate launch train/lm.py --objective backprop --path 4,6,7 --output-dir runs/backprop-3",
-    "accelerate launch train/lm.py --preset mingru-small --output-dir runs/gru",
+    "accelerate launch train/lm.py --preset mingru-small --output-dir runs/rnn",
     "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
     "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
     "python train/experiments/compare.py --quick --output quick.json",

@@ -3,13 +3,8 @@
 As a script: joins the group of the environment, does the cases that are named, and saves what each found.
 """
 
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
-import forked
-import kill_and_resume as kr
 import torch
 from torch import distributed
 from torch.nn.functional import cross_entropy
@@ -20,6 +15,7 @@ from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.local import LocalObjective
+from helpers.rank_scripts import as_rank, found_by
 
 VOCABULARY, ROWS, TOKENS, STEPS = 11, 3, 7, 6
 PREFIX = {"default_paths": "prefix", "exit_rank": 2}
@@ -236,15 +232,14 @@ def refused(ranks):
 
 def run_on(n, names, folder):
     """What each of ``n`` processes finds of these cases."""
-    codes, said = forked.group(n, [__file__, str(folder), *names], kr.environment_of_scripts())
-    assert codes == [0] * n, "\n".join(said)
-    return [torch.load(Path(folder) / f"ahead-{process}.pt", weights_only=True) for process in range(n)]
+    return found_by(__file__, n, names, folder)
+
+
+def work(names):
+    """What this process finds of these cases, or of functions here."""
+    here = make_ranks(distributed.get_world_size())
+    return {name: spread(name, here) if name in CASES else globals()[name](here) for name in names}
 
 
 if __name__ == "__main__":
-    folder, *names = sys.argv[1:]
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    here = make_ranks(distributed.get_world_size())
-    found = {name: spread(name, here) if name in CASES else globals()[name](here) for name in names}
-    torch.save(found, Path(folder) / f"ahead-{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    as_rank(work)

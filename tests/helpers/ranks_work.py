@@ -3,12 +3,8 @@
 As a script: joins the group of the environment, calls one of the functions below by name, and saves what it returns.
 """
 
-import sys
 from datetime import timedelta
-from pathlib import Path
 
-import forked
-import kill_and_resume as kr
 import torch
 from torch import distributed, nn
 
@@ -16,13 +12,12 @@ from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squ
 from hbll_seq.distributed.lost import is_lost
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.distributed.whole import gather_to_first
+from helpers.rank_scripts import as_rank, found_by
 
 
 def run_on(n, name, folder, *arguments):
     """Calls the function ``name(*arguments)``, texts, in ``n`` processes; what each returns, by process."""
-    codes, said = forked.group(n, [__file__, name, str(folder), *map(str, arguments)], kr.environment_of_scripts())
-    assert codes == [0] * n, said
-    return [torch.load(Path(folder) / f"{name}-{process}.pt", weights_only=True) for process in range(n)]
+    return found_by(__file__, n, [name, *arguments], folder)
 
 
 def standing(block_parallel):
@@ -99,7 +94,4 @@ def gathered(block_parallel):
 
 
 if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    function, folder, *arguments = sys.argv[1:]
-    torch.save(globals()[function](*arguments), Path(folder) / f"{function}-{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    as_rank(lambda arguments: globals()[arguments[0]](*arguments[1:]))

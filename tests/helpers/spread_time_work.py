@@ -3,12 +3,7 @@
 As a script: joins the group of the environment, does what is named, and saves what it found.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 
-import forked
-import kill_and_resume as kr
 import torch
 from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +15,7 @@ from hbll_seq.distributed.ranks import ALONE, make_ranks
 from hbll_seq.layers.cells import make_cell
 from hbll_seq.models.recurrent import RecurrentLM, RecurrentModel
 from hbll_seq.objectives.recurrent import RecurrentLocalObjective
+from helpers.rank_scripts import as_rank, found_by
 
 VOCABULARY, ROWS, WIDTH = 11, 3, 6
 #: five segments of 4, the last of 2
@@ -188,13 +184,11 @@ def refused(ranks):
 
 def run_on(n, folder):
     """What each of ``n`` processes finds."""
-    codes, said = forked.group(n, [__file__, str(folder)], kr.environment_of_scripts(), timeout=300)
-    assert codes == [0] * n, "\n".join(said)
-    return [torch.load(Path(folder) / f"time-{process}.pt", weights_only=True) for process in range(n)]
+    return found_by(__file__, n, [], folder)
 
 
-if __name__ == "__main__":
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+def work(_):
+    """What this process finds."""
     here = make_ranks(distributed.get_world_size())
     found = {
         "steps": {name: steps(name, here) for name in CASES},
@@ -204,5 +198,8 @@ if __name__ == "__main__":
     if distributed.get_world_size() == 4:
         pairs = make_ranks(2)
         found["beside"] = beside(pairs.replica, pairs)
-    torch.save(found, Path(sys.argv[1]) / f"time-{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    as_rank(work)

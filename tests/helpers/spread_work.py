@@ -3,12 +3,7 @@
 As a script: joins the group of the environment, does the cases that are named, and saves what each found.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
 
-import forked
-import kill_and_resume as kr
 import torch
 from torch import distributed
 
@@ -17,6 +12,7 @@ from hbll_seq.distributed.ranks import ALONE, make_ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.local import LocalObjective
+from helpers.rank_scripts import as_rank, found_by
 
 VOCABULARY, ROWS, TOKENS = 11, 3, 7
 #: the model's configuration, the objective's inference and its other options
@@ -155,17 +151,17 @@ def refused(ranks):
 
 def run_on(n, names, folder):
     """What each of ``n`` processes finds of these cases."""
-    codes, said = forked.group(n, [__file__, str(folder), *names], kr.environment_of_scripts())
-    assert codes == [0] * n, "\n".join(said)
-    return [torch.load(Path(folder) / f"spread-{process}.pt", weights_only=True) for process in range(n)]
+    return found_by(__file__, n, names, folder)
 
 
-if __name__ == "__main__":
-    folder, *names = sys.argv[1:]
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+def work(names):
+    """What this process finds of these cases, and two of what is not in any."""
     here = make_ranks(distributed.get_world_size())
     found = {name: steps(name, here) for name in names}
     if here.n_ranks == 2:
         found |= {name: frozen(name, here) for name in FROZEN} | {"refused": refused(here)}
-    torch.save(found, Path(folder) / f"spread-{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    as_rank(work)

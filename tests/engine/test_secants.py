@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.chains import solved
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.chain import CallChain
@@ -320,3 +321,25 @@ def test_maps_learn_from_iterations_that_are_enough_to_be_exact():
     objective = LocalObjective(model, Sweeps(3, 3, 2, "low_rank")).double()
     objective(tokens).loss.backward()
     assert objective.secants.forward_change.any() and objective.secants.backward_change.any()
+
+
+def test_maps_are_fitted_on_time_and_ask_for_no_number_after_the_first_step(monkeypatch):
+    """A number that is asked for makes a GPU wait, and breaks a capture; a state that is loaded counts from there."""
+    fitted, asked = [], []
+    monkeypatch.setattr(LowRankFit, "_fit", lambda self, way: fitted.append((int(self.n_steps), way)))
+
+    class Numbers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.extend([func] * (func == torch.ops.aten._local_scalar_dense.default))
+            return func(*args, **(kwargs or {}))
+
+    fit = LowRankFit(3, 4, every=3)
+    fit.end_step()
+    with Numbers():
+        fit.end_step()
+    assert not asked and not fitted
+    fit.end_step()
+    assert fitted == [(3, "forward"), (3, "backward")]
+    fit.load_state_dict({**fit.state_dict(), "n_steps": torch.tensor(5)})
+    fit.end_step()
+    assert fitted[2:] == [(6, "forward"), (6, "backward")]

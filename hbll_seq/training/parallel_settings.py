@@ -43,7 +43,8 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
                "use --control none")
     if settings.init == "tree":
         refuse("init='tree'", "the tree's jumps run through blocks of all ranks", "use --init first or input")
-    if of("depth_mix") != "none" and of("default_paths") == "spine":
+    # of the mix "prefixes" every exit lies on the path itself
+    if of("depth_mix") not in ("none", "prefixes") and of("default_paths") == "spine":
         refuse(f"default_paths='spine' and depth_mix={of('depth_mix')!r}",
                "its short paths jump over blocks, and so over ranks", "use --default-paths prefix, or --depth-mix none")
     length = 2**settings.n_level - 1 if settings.path_blocks is None else len(settings.path_blocks)

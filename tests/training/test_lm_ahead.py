@@ -66,8 +66,10 @@ def by_loops(folder):
                                       floor=settings.min_lr_ratio)  # fmt: skip
 
     batch_of = lambda number: data.train.batch(number, settings.batch_size, settings.seed)
-    losses, _ = simulated(objective, batch_of, 2, STEPS, micro_batches=settings.grad_accum, size=settings.chunk_size,
-                          optimizer=optimizer, before_update=before_update, again=(2, 4))  # fmt: skip
+    losses, _ = simulated(
+        objective, batch_of, settings.block_parallel, STEPS, micro_batches=settings.grad_accum, size=settings.chunk_size,
+        optimizer=optimizer, before_update=before_update, again=(2, 4),
+    )  # fmt: skip
     by_step = torch.tensor(losses).sum(1).unflatten(0, (STEPS, settings.grad_accum)).mean(1)
     return by_step.tolist(), module_tensors(objective)
 
@@ -88,6 +90,13 @@ def test_a_run_does_what_plain_loops_do(two):
 
 def test_micro_batches_with_dropout_do_what_plain_loops_do(shape, tmp_path):
     run(2, [*shape, "--grad-accum", "2", "--dropout", "0.1", "--output-dir", str(tmp_path / "run")])
+    assert_equals_loops(tmp_path / "run")
+
+
+def test_four_ranks_with_auxiliary_exits_do_what_plain_loops_do(shape, tmp_path):
+    """As docs/parallel.md says it, with the default paths of this mix."""
+    more = "--block-parallel 4 --chunk-size 2 --forward 4 --depth-mix prefixes --auxiliary-exits 1".split()
+    run(4, [*shape, *more, "--output-dir", str(tmp_path / "run")])
     assert_equals_loops(tmp_path / "run")
 
 

@@ -1,8 +1,9 @@
 """A stand-in of the Hugging Face Hub on this machine: the part of its HTTP interface by which repositories are made, written
 in commits and read. It checks what it is sent, and keeps all in memory.
 
-The interface as huggingface_hub speaks it: repos/create, preupload, commit, repo info, tree, resolve. All files come in the
-commit itself, as small ones do; the protocol for large ones is not played.
+The interface as huggingface_hub speaks it: repos/create, preupload, commit, repo info, tree, paths-info, resolve. All files
+come in the commit itself, as small ones do; the protocol for large ones is not played. Data sets are read only: their names
+in ``repositories`` start with "datasets/".
 """
 
 import base64
@@ -11,7 +12,8 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_standin"
 
@@ -33,6 +35,17 @@ class Repository:
         """Commit and files of a branch or commit; None where there is none."""
         sha = self.branches.get(revision, revision)
         return (sha, self.commits[sha]) if sha in self.commits else None
+
+
+def _entries(files, folder, is_deep):
+    """What the Hub lists of a folder: files and folders, of the folders in it too where ``is_deep``."""
+    prefix = f"{folder}/" if folder else ""
+    inside = {path: data for path, data in files.items() if path.startswith(prefix)}
+    folders = {str(parent) for path in inside for parent in PurePosixPath(path).parents if str(parent) not in (".", folder)}
+    listed = [dict(type="directory", path=path, size=0, oid="0") for path in sorted(folders) if path.startswith(prefix)]
+    listed += [dict(type="file", path=path, size=len(data), oid=hashlib.sha1(data).hexdigest())
+               for path, data in inside.items()]  # fmt: skip
+    return [entry for entry in listed if is_deep or "/" not in entry["path"].removeprefix(prefix)]
 
 
 class StandIn(ThreadingHTTPServer):
@@ -75,6 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, {"errors": [], "warnings": []})
         if parts[:2] == ["api", "models"] and len(parts) >= 4:
             return self._of_repository("/".join(parts[2:4]), parts[4:], body)
+        if parts[:2] == ["api", "datasets"] and len(parts) >= 4:
+            return self._of_repository("/".join(parts[1:4]), parts[4:], body)
+        if len(parts) >= 6 and parts[0] == "datasets" and parts[3] == "resolve":
+            return self._resolve("/".join(parts[:3]), parts[4], "/".join(parts[5:]))
         if len(parts) >= 5 and parts[2] == "resolve":
             return self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         self._send(404, {"error": "no such page"})
@@ -113,9 +130,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         sha, files = found
         if action == "tree":
-            return self._send(200, [dict(type="file", path=path, size=len(data), oid=hashlib.sha1(data).hexdigest())
-                                    for path, data in files.items()])  # fmt: skip
-        info = dict(_id="1", id=name, modelId=name, sha=sha, private=repository.private, tags=[], downloads=0, likes=0,
+            is_deep = "recursive=true" in urlsplit(self.path).query.lower()
+            return self._send(200, _entries(files, "/".join(rest[2:]), is_deep))
+        if action == "paths-info":
+            asked = parse_qs(body.decode())["paths"]
+            return self._send(200, [entry for entry in _entries(files, "", True) if entry["path"] in asked])
+        info = dict(_id="1", id=name.removeprefix("datasets/"), modelId=name, sha=sha, private=repository.private, tags=[], downloads=0, likes=0,
                     siblings=[{"rfilename": path} for path in files])  # fmt: skip
         self._send(200, info)
 

@@ -135,8 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         if action == "paths-info":
             asked = parse_qs(body.decode())["paths"]
             return self._send(200, [entry for entry in _entries(files, "", True) if entry["path"] in asked])
-        info = dict(_id="1", id=name.removeprefix("datasets/"), modelId=name, sha=sha, private=repository.private, tags=[], downloads=0, likes=0,
-                    siblings=[{"rfilename": path} for path in files])  # fmt: skip
+        info = dict(_id="1", id=name.removeprefix("datasets/"), modelId=name, sha=sha, private=repository.private,
+                    tags=[], downloads=0, likes=0, siblings=[{"rfilename": path} for path in files])  # fmt: skip
         self._send(200, info)
 
     def _commit(self, name, repository, branch, body):

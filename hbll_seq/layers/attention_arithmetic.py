@@ -6,7 +6,7 @@ Shapes: B batch, T tokens in this call, S keys in sight, H heads, K heads of key
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -44,12 +44,16 @@ class Turns(NamedTuple):
         return slice(first - self.first, end - self.first)
 
 
-@lru_cache(maxsize=16)
-def rotation_table(first: int, n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
-    """:func:`rotation` of that many positions from ``first`` on, made once for all blocks; not to be written to."""
+def _made(first: int, n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
+    """:func:`rotation` of that many positions from ``first`` on, for all blocks; not to be written to."""
     with torch.inference_mode(False):  # who asks next may be in another mode
         cos, sin = rotation(torch.arange(first, first + n_positions, device=device), head_width, base)
         return Turns(first, cos, sin, torch.complex(cos, sin))
+
+
+#: those that begin with position 0 are kept for good: a CUDA graph of a training step reads them where they lie
+first_tables = cache(_made)
+later_tables = lru_cache(maxsize=16)(_made)
 
 
 def turns(first: int, end: int, head_width: int, base: float, like: Tensor) -> Turns:
@@ -60,7 +64,7 @@ def turns(first: int, end: int, head_width: int, base: float, like: Tensor) -> T
     one of that kind, which nobody else reads.
     """
     begin = first - first % STRETCH
-    make = rotation_table if type(like) is Tensor else rotation_table.__wrapped__
+    make = _made if type(like) is not Tensor else later_tables if begin else first_tables
     return make(begin, max(256, 1 << (end - begin - 1).bit_length()), head_width, base, like.device)
 
 

@@ -9,14 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hbll_seq.layers import attention_arithmetic
 from hbll_seq.layers.attention import TransformerBlock
-from hbll_seq.layers.attention_arithmetic import KVState, band, rotation, rotation_table, turns
+from hbll_seq.layers.attention_arithmetic import KVState, band, first_tables, later_tables, rotation, turns
 
 CPU = torch.zeros(1)
 
 
 @pytest.fixture(autouse=True)
 def nobody_asked_before():
-    rotation_table.cache_clear()
+    first_tables.cache_clear()
+    later_tables.cache_clear()
     band.cache_clear()
 
 
@@ -53,6 +54,13 @@ def test_all_blocks_share_it_and_another_base_has_its_own():
     assert turns(0, 9, 8, 100.0, CPU) is not tables[0]
 
 
+def test_a_table_that_a_graph_may_read_is_not_dropped_for_others():
+    table = turns(0, 9, 8, 10000.0, CPU)
+    for number in range(40):
+        turns(0, 9, 8, 2.0 + number, CPU)
+    assert turns(0, 9, 8, 10000.0, CPU) is table
+
+
 def test_how_far_a_text_has_gone_costs_no_memory(monkeypatch):
     asked = []
     monkeypatch.setattr(attention_arithmetic, "rotation", lambda positions, *rest: (
@@ -67,7 +75,7 @@ def test_how_far_a_text_has_gone_costs_no_memory(monkeypatch):
     assert state.seen == far + 3 and max(asked) <= 2 * attention_arithmetic.STRETCH
     for position in range(0, 40 * attention_arithmetic.STRETCH, attention_arithmetic.STRETCH):
         turns(position, position + 1, 8, 10000.0, CPU)
-    assert rotation_table.cache_info().currsize <= 16
+    assert later_tables.cache_info().currsize <= 16 and first_tables.cache_info().currsize == 1
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -90,18 +98,18 @@ def test_a_decoder_goes_on_where_a_table_ends_and_back_again(monkeypatch, few):
 def test_whoever_asks_first_training_is_the_same(mode):
     x = torch.randn(2, 9, 16)
     expected = trained(block_of(), x)
-    rotation_table.cache_clear()
+    first_tables.cache_clear()
     block = block_of()
     with mode():
         block(x)
-    assert rotation_table.cache_info().currsize == 1 and all(map(torch.equal, trained(block, x), expected))
+    assert first_tables.cache_info().currsize == 1 and all(map(torch.equal, trained(block, x), expected))
 
 
 def test_who_asked_for_shapes_alone_leaves_nothing_behind():
     x = torch.randn(2, 9, 16)
     with FakeTensorMode():
         assert block_of()(torch.zeros(2, 9, 16))[0].shape == (2, 9, 16)
-    assert len(trained(block_of(), x)) > 0 and rotation_table.cache_info().currsize == 1
+    assert len(trained(block_of(), x)) > 0 and first_tables.cache_info().currsize == 1
 
 
 def test_who_asks_for_shapes_alone_gets_them_though_the_table_is_there():
@@ -139,6 +147,6 @@ def test_a_block_that_changes_its_dtype_keeps_its_angles():
 def test_a_compiled_block_makes_its_angles_itself():
     block, x = block_of(), torch.randn(2, 9, 16)
     expected = block(x)[0]
-    rotation_table.cache_clear()
+    first_tables.cache_clear()
     compiled = torch.compile(block, backend="eager")
-    assert torch.allclose(compiled(x)[0], expected, atol=1e-6) and rotation_table.cache_info().currsize == 0
+    assert torch.allclose(compiled(x)[0], expected, atol=1e-6) and first_tables.cache_info().currsize == 0

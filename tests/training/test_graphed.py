@@ -148,6 +148,67 @@ def test_a_parameter_that_a_draw_leaves_out_has_no_gradient(monkeypatch):
     assert graphs.captured == len(step.graphs) == 2
 
 
+class Both(Turns):
+    """An objective that trains both of its weights in every step, and has a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(2))
+
+    def sub_networks(self, step):
+        return [SimpleNamespace(path=(1, 2), exits={2: 1.0})]
+
+    def forward(self, batch, step):
+        loss = sum(((w + self.shift) * batch).square().sum() for w in self.weights)
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+
+
+def _frozen(objective):
+    objective.weights[0].requires_grad_(False)
+
+
+def _moved(objective):
+    for weight in objective.weights:
+        weight.data = weight.data + 1.0
+
+
+def _cast(objective):
+    objective.double()
+
+
+def _other_buffer(objective):
+    objective.shift = torch.ones(2)
+
+
+def _loaded(objective):
+    objective.load_state_dict({name: tensor + 2.0 for name, tensor in objective.state_dict().items()})
+
+
+def _written(objective):
+    objective.shift.add_(1.0)
+
+
+@pytest.mark.parametrize("change, n_captures", [(_frozen, 2), (_moved, 2), (_cast, 2), (_other_buffer, 2), (_loaded, 1),
+                                                (_written, 1)])  # fmt: skip
+def test_what_becomes_of_the_weights_between_steps_counts(monkeypatch, change, n_captures):
+    pools, graphs, objective, plain = [], use(monkeypatch, FakeGraphs()), Both(), Both()
+    monkeypatch.setattr(graphed, "capture", lambda step, pool: pools.append(pool) or graphs.capture(step))
+    step, batch = GraphedStep(objective, "float32"), torch.randn(1, 2)
+    for number in range(6):
+        if number == 3:
+            change(objective), change(plain)
+        output = step(batch, number)
+        plain.zero_grad()
+        expected = plain(batch, number)
+        expected.loss.backward()
+        assert torch.equal(output.loss, expected.loss) and output.loss.dtype == expected.loss.dtype
+        for ours, theirs in zip(objective.weights, plain.weights):
+            assert (ours.grad is None) == (theirs.grad is None)
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    assert graphs.captured == n_captures and len(step.graphs) == 1
+    assert len(set(map(id, pools))) == n_captures  # torch's pool ends with the last of its graphs
+
+
 def test_the_graphs_share_one_pool(monkeypatch):
     pools, graphs = [], use(monkeypatch, FakeGraphs())
     monkeypatch.setattr(graphed, "capture", lambda step, pool: pools.append(pool) or graphs.capture(step))

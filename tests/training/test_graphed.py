@@ -1,5 +1,7 @@
 """Training with CUDA graphs (training/graphed.py): on a CPU by a capture that runs the step again, on a GPU by torch's."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import kill_and_resume as kr
@@ -41,6 +43,23 @@ def test_a_run_with_graphs_is_the_plain_run(lm_options, tmp_path, monkeypatch, m
     assert_same(plain, trained(lm_options, tmp_path / "graphed", *more, "--cuda-graph"))
     assert 3 < graphs.captured < 12  # several draws, and some of them again
     assert graphs.replayed == 12  # one of each graph is the comparison
+
+
+@pytest.mark.parametrize("first, then", [("--cuda-graph", "--no-cuda-graph"), ("--no-cuda-graph", "--cuda-graph")])
+def test_a_run_goes_on_with_or_without_graphs_between_evaluations_and_checkpoints(
+    lm_options, tmp_path, monkeypatch, first, then
+):
+    between = ["--eval-every", "4", "--save-every", "3", "--cell", ",".join(["mingru", "transformer"] * 3 + ["mingru"])]
+    plain = trained(lm_options, tmp_path / "plain", *between)
+    graphs, folder = use(monkeypatch, FakeGraphs()), tmp_path / "graphed"
+    with monkeypatch.context() as patch:
+        kr.at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert kr.load_script().main([*lm_options, *TWELVE, *between, first, "--output-dir", str(folder)]) == 143
+    assert (graphs.captured > 0) == (first == "--cuda-graph")
+    before = graphs.captured
+    assert kr.load_script().main(["--resume", then, "--output-dir", str(folder)]) == 0
+    assert (graphs.captured > before) == (then == "--cuda-graph")
+    assert_same(plain, folder)
 
 
 def test_beyond_the_most_graphs_steps_are_plain_and_it_is_said_once(lm_options, tmp_path, monkeypatch, capsys):

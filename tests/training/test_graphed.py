@@ -182,6 +182,30 @@ class Both(Turns):
         return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
 
 
+class Weighted(Turns):
+    """An objective whose steps differ in an exit's weight alone, as with a mix that nobody has written yet."""
+
+    def sub_networks(self, step):
+        return [SimpleNamespace(path=(1, 2), exits={2: 1.0 + step % 2})]
+
+    def forward(self, batch, step):
+        loss = (1.0 + step % 2) * (self.weights[0] * batch).square().sum()
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+
+
+def test_a_draw_is_its_weights_too_and_what_it_gives_keeps_nothing_alive(monkeypatch):
+    graphs, objective = use(monkeypatch, FakeGraphs()), Weighted()
+    step, batch = GraphedStep(objective, "float32"), torch.randn(1, 2)
+    given = batch.clone()
+    step(batch, 0)
+    for number in range(4):
+        output = step(batch + number, number)
+        assert output.loss == (1 + number % 2) * (given + number).square().sum()
+        assert not output.node_losses.requires_grad and output.states == {}
+    assert graphs.captured == 2
+    assert torch.equal(batch, given)  # the graphs have inputs of their own
+
+
 def _frozen(objective):
     objective.weights[0].requires_grad_(False)
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import kill_and_resume as kr
@@ -190,7 +192,7 @@ class Weighted(Turns):
 
     def forward(self, batch, step):
         loss = (1.0 + step % 2) * (self.weights[0] * batch).square().sum()
-        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {(1,): batch})
 
 
 def test_a_draw_is_its_weights_too_and_what_it_gives_keeps_nothing_alive(monkeypatch):
@@ -219,6 +221,14 @@ def _cast(objective):
     objective.double()
 
 
+def _read_otherwise(objective):
+    objective.weights[0].data = objective.weights[0].data.view(torch.float64)  # as where memory is used again
+
+
+def _replaced(objective):
+    objective.weights[0] = nn.Parameter(objective.weights[0].data)
+
+
 def _other_buffer(objective):
     objective.shift = torch.ones(2)
 
@@ -231,8 +241,8 @@ def _written(objective):
     objective.shift.add_(1.0)
 
 
-@pytest.mark.parametrize("change, n_captures", [(_frozen, 2), (_moved, 2), (_cast, 2), (_other_buffer, 2), (_loaded, 1),
-                                                (_written, 1)])  # fmt: skip
+@pytest.mark.parametrize("change, n_captures", [(_frozen, 2), (_moved, 2), (_cast, 2), (_replaced, 2), (_loaded, 1),
+                                                (_read_otherwise, 2), (_other_buffer, 2), (_written, 1)])  # fmt: skip
 def test_what_becomes_of_the_weights_between_steps_counts(monkeypatch, change, n_captures):
     pools, graphs, objective, plain = [], use(monkeypatch, FakeGraphs()), Both(), Both()
     monkeypatch.setattr(graphed, "capture", lambda step, pool: pools.append(pool) or graphs.capture(step))
@@ -261,10 +271,62 @@ def test_the_graphs_share_one_pool(monkeypatch):
     assert len(pools) == 2 and pools[0] is pools[1] is not None
 
 
-def test_a_step_that_is_not_finite_is_not_compared(monkeypatch):
+class Steep(Turns):
+    """An objective whose loss is finite and its gradient is not."""
+
+    def forward(self, batch, step):
+        loss = (self.weights[0] - 1.0).square().sum().sqrt()
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+
+
+@pytest.mark.parametrize("objective", [Turns(float("nan")), Steep()])
+def test_a_step_that_is_not_finite_is_not_compared(monkeypatch, objective):
     graphs = use(monkeypatch, FakeGraphs())
-    output = GraphedStep(Turns(float("nan")), "float32")(torch.randn(1, 2), 0)
-    assert output.loss.isnan() and graphs.captured == 0
+    output = GraphedStep(objective, "float32")(torch.randn(1, 2), 0)
+    assert output.loss.isfinite() == isinstance(objective, Steep) and objective.weights[0].grad.isnan().all()
+    assert graphs.captured == 0
+
+
+@pytest.mark.parametrize("precision", graphed.TOLERANCES)
+def test_two_steps_are_one_up_to_the_tolerances(precision):
+    loss, gradients = torch.tensor(-2.0), [torch.tensor([3.0, 0.0]), None, torch.tensor(4.0)]
+    allowed = graphed.TOLERANCES[precision]
+    assert 0 < allowed["loss_difference"] < 3e-3 and 0 < allowed["gradient_difference"] < 0.06  # an error of a tenth is told
+
+    def found(loss_difference=0.0, gradient_difference=0.0, others=None):
+        changed = [gradients[0] + torch.tensor([0.0, 5 * gradient_difference]), *gradients[1:]] if others is None else others
+        of_both = graphed.differences(loss * (1 - loss_difference), changed, loss, gradients)
+        return of_both, graphed.told_apart(of_both, precision)
+
+    assert found() == ({"loss_difference": 0.0, "gradient_difference": 0.0}, "")
+    for name, most in allowed.items():
+        values, told = found(**{name: 2 * most})
+        assert values[name] == pytest.approx(2 * most, rel=1e-2) and name.replace("_", " ") in told and f"{most:g}" in told
+        assert found(**{name: most / 2})[1] == "" and "nan" in found(**{name: float("nan")})[1]
+    for others in ([gradients[0], torch.zeros(1), gradients[2]], [gradients[0], None, None]):
+        values, told = found(others=others)
+        assert values["gradient_difference"] == float("inf") and "inf" in told
+
+
+@pytest.mark.parametrize("n_level, mix, n_draws", [(3, "none", 1), (3, "all", 1), (3, "octaves", 1), (3, "few", 10),
+                                                   (4, "few", 78), (4, "octaves", 1287)])  # fmt: skip
+def test_how_many_graphs_a_mix_takes(n_level, mix, n_draws):
+    """As docs/training.md says, by drawing until nothing new comes."""
+    from hbll_seq.objectives.depth_mix import MIX_WEIGHTS, sub_networks_of_step
+    from hbll_seq.tree.topology import DyadicTree
+
+    tree = DyadicTree(n_level, "prefix")
+    tree.path_for_depth = cache(tree.path_for_depth)
+    path = tuple(range(1, tree.N))
+
+    def networks(step):
+        return sub_networks_of_step(mix, MIX_WEIGHTS.get(mix, 1.0), tree, path, step)
+
+    of_objective = SimpleNamespace(objective=SimpleNamespace(sub_networks=networks))
+    assert len({GraphedStep.draw(of_objective, step) for step in range(15 * n_draws)}) == n_draws
+    text = " ".join((Path(__file__).parents[2] / "docs" / "training.md").read_text().split())
+    assert "`none`, `all` and `octaves` take one graph, `few` ten" in text
+    assert "`few` has 78 draws and `octaves` 1,287" in text
 
 
 def test_a_batch_of_another_shape_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """The table of rotary angles that all blocks share: the plain arithmetic, whoever asked first and how far a text has gone."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -34,6 +35,17 @@ def trained(block, x):
     """Gradients of a step."""
     block(x)[0].square().sum().backward()
     return [p.grad.clone() for p in block.parameters()]
+
+
+def test_angles_are_those_of_the_paper_at_thousands_of_positions():
+    """Su et al. 2021: pair d turns by position * base**(-2 d / D). A position in half precision would be off by up to 16."""
+    positions = torch.tensor([0, 1, 257, 4097, 8191])
+    with torch.autocast("cpu", torch.bfloat16):
+        cos, sin = rotation(positions, 8, 10000.0)
+    for row, position in enumerate(positions.tolist()):
+        angles = [position * 10000.0 ** (-2 * d / 8) for d in range(4)]
+        assert cos[row].tolist() == pytest.approx([math.cos(a) for a in angles], abs=1e-3)
+        assert sin[row].tolist() == pytest.approx([math.sin(a) for a in angles], abs=1e-3)
 
 
 @pytest.mark.parametrize("first, n", [(0, 1), (0, 256), (0, 257), (3, 5), (250, 20), (8190, 5), (8192, 1), (3 * 8192 - 1, 2),

@@ -127,8 +127,9 @@ class TransformerBlock(ResidualBlock):
             cos, sin = rotation(positions, q.shape[-1], self.rope_base)
         else:
             end = first + len(positions)
-            table = turns(end, q.shape[-1], self.rope_base, x.device)
-            cos, sin = table.cos[first:end], table.sin[first:end]
+            table = turns(first, end, q.shape[-1], self.rope_base, q)
+            here = table.rows(first, end)
+            cos, sin = table.cos[here], table.sin[here]
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def _attend(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:

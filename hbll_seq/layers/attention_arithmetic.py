@@ -6,7 +6,7 @@ Shapes: B batch, T tokens in this call, S keys in sight, H heads, K heads of key
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,33 +22,58 @@ def rotation(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, T
     return angles.cos(), angles.sin()
 
 
-class Turns(NamedTuple):
-    """Rotary angles of the positions 0, 1, .., each [.., D/2]: cosines and sines, and both as complex numbers."""
+#: positions after which a table begins anew: a text may go on without end
+STRETCH = 8192
 
+
+class Turns(NamedTuple):
+    """Rotary angles of the positions ``first``, ``first`` + 1, .., each [.., D/2]: cosines and sines, and both as complex
+    numbers."""
+
+    first: int
     cos: Tensor
     sin: Tensor
     both: Tensor
 
+    def reaches(self, first: int, end: int) -> bool:
+        """Whether it holds the positions ``first`` .. ``end`` - 1."""
+        return self.first <= first and end <= self.first + len(self.cos)
 
-@lru_cache(maxsize=16)
-def rotation_table(n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
-    """:func:`rotation` of the positions 0 .. n_positions - 1, made once for all blocks; not to be written to."""
+    def rows(self, first: int, end: int) -> slice:
+        """Where in it the positions ``first`` .. ``end`` - 1 stand, all of which it holds."""
+        return slice(first - self.first, end - self.first)
+
+
+def _made(first: int, n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
+    """:func:`rotation` of that many positions from ``first`` on, for all blocks; not to be written to."""
     with torch.inference_mode(False):  # who asks next may be in another mode
-        cos, sin = rotation(torch.arange(n_positions, device=device), head_width, base)
-        return Turns(cos, sin, torch.complex(cos, sin))
+        cos, sin = rotation(torch.arange(first, first + n_positions, device=device), head_width, base)
+        return Turns(first, cos, sin, torch.complex(cos, sin))
 
 
-def turns(n_positions: int, head_width: int, base: float, device: torch.device) -> Turns:
-    """A table that reaches that far, or a power of two beyond: few of them serve all lengths."""
-    return rotation_table(max(256, 1 << (n_positions - 1).bit_length()), head_width, base, device)
+#: those that begin with position 0 are kept for good: a CUDA graph of a training step reads them where they lie
+first_tables = cache(_made)
+later_tables = lru_cache(maxsize=16)(_made)
+
+
+def turns(first: int, end: int, head_width: int, base: float, like: Tensor) -> Turns:
+    """A table that holds the positions ``first`` .. ``end`` - 1, on the device of ``like``.
+
+    It begins at a multiple of ``STRETCH`` and is a power of two long, so that few tables serve all lengths, and none is the
+    longer for what was read before. Tensors of a kind of their own, such as FakeTensors, that have shapes and no values, get
+    one of that kind, which nobody else reads.
+    """
+    begin = first - first % STRETCH
+    make = _made if type(like) is not Tensor else later_tables if begin else first_tables
+    return make(begin, max(256, 1 << (end - begin - 1).bit_length()), head_width, base, like.device)
 
 
 @lru_cache(maxsize=16)
 def band(n_new: int, n_keys: int, window: int, dtype: torch.dtype) -> Tensor:
-    """[T, S]: 0 where the last T of S positions see a key, -inf where it comes later or lies before the window."""
+    """[T, S], on the CPU: 0 where the last T of S positions see a key, -inf where it is later or lies before the window."""
     with torch.inference_mode(False):
-        ages = torch.arange(n_keys - n_new, n_keys)[:, None] - torch.arange(n_keys)
-        return torch.zeros(ages.shape, dtype=dtype).masked_fill_((ages < 0) | (ages >= window), -math.inf)
+        ages = torch.arange(n_keys - n_new, n_keys, device="cpu")[:, None] - torch.arange(n_keys, device="cpu")
+        return torch.zeros_like(ages, dtype=dtype).masked_fill_((ages < 0) | (ages >= window), -math.inf)
 
 
 def sight(positions: Tensor, keys: Tensor, window: int, real: Tensor | None = None) -> Tensor:

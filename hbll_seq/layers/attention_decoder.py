@@ -101,8 +101,8 @@ class AttentionDecoder(Decoder):
         """``x`` [B, T, C] -> [B, T, C], with the block's own modules."""
         block, (batch, n_new, _) = self.block, x.shape
         q, k, v = block._heads(block.norm_attention(x))
-        turns = self._turns(n_new, x.device)
-        cos, sin = (part[self.length : self.length + n_new] for part in (turns.cos, turns.sin))
+        table, here = self._turns(n_new, q)
+        cos, sin = table.cos[here], table.sin[here]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self._prepared is not None:
             q, k = in_pairs(q), in_pairs(k)
@@ -119,7 +119,8 @@ class AttentionDecoder(Decoder):
     def _read_few(self, x: Tensor, batch: int, n_new: int) -> Tensor:
         """Rows [B * T, C] -> [B * T, C], with the prepared weights."""
         parts, n_head, n_kv, width = self._prepared, self.block.n_head, self.block.n_kv_head, self._prepared.head_width
-        turns = self._turns(n_new, x.device).both[self.length : self.length + n_new]
+        table, here = self._turns(n_new, x)
+        turns = table.both[here]
         heads = parts.project(x, turns if batch == 1 or n_new == 1 else turns.repeat(batch, 1))
         q, kv = heads[:, :n_head], heads[:, n_head:]
         self._reserve(batch, n_new, kv)
@@ -143,13 +144,13 @@ class AttentionDecoder(Decoder):
         self.length += n_new
         return parts.mlp(parts.out.add_to(x, y.reshape(batch * n_new, -1)))
 
-    def _turns(self, n_new: int, device: torch.device) -> Turns:
-        """A table that reaches beyond the tokens being read."""
-        needed = self.length + n_new
-        if self._table is None or len(self._table.cos) < needed:
+    def _turns(self, n_new: int, like: Tensor) -> tuple[Turns, slice]:
+        """A table that holds the angles of the tokens being read, and where."""
+        end = self.length + n_new
+        if self._table is None or not self._table.reaches(self.length, end):
             width = self.block.qkv.out_features // (self.block.n_head + 2 * self.block.n_kv_head)
-            self._table = turns(needed, width, self.block.rope_base, device)
-        return self._table
+            self._table = turns(self.length, end, width, self.block.rope_base, like)
+        return self._table, self._table.rows(self.length, end)
 
     def _sight(self, n_new: int) -> tuple[int, int]:
         """Where in the buffer the keys stand that the tokens being read see, from the first token's first key on."""

@@ -179,7 +179,9 @@ class GraphedStep:
     maps change with every step, and a graph repeats those of its capture.
 
     A graph reads another batch before it is trusted, and is compared there with the plain step. The graphs share their
-    memory: outputs and gradients are to be used before the next call.
+    memory: outputs and gradients are to be used before the next call. Where a parameter or a buffer has been moved, cast,
+    replaced, frozen or trained again since the call before, all graphs are dropped and made anew; one that was written in
+    place is read as it is. Modules and parameters that are added later are not noticed.
 
     Args:
         objective: on a CUDA device, prepared; its autocast must keep no cache.
@@ -191,10 +193,24 @@ class GraphedStep:
 
     def __init__(self, objective: Objective, precision: str):
         self.objective, self.precision = objective, precision
-        self.parameters = list(objective.parameters())
+        self._begin()
+        self._told = False
+
+    def _begin(self) -> None:
+        """Without graphs, for the weights as they are."""
+        self.parameters = list(self.objective.parameters())
         self.graphs: dict[Hashable, _Graph] = {}
         self._inputs: Tensor | None = None  # of all graphs, outside of their memory
-        self._pool, self._told = None, False
+        self._pool = None  # which ends with the last of its graphs
+        tensors = ((of, name) for module in self.objective.modules() for of in (module._parameters, module._buffers)
+                   for name in of)  # fmt: skip
+        self._places = list(tensors)  # to find them takes longer than to ask each
+        self._weights = self._now()
+
+    def _now(self) -> list[tuple]:
+        """What graphs have fixed of the weights and buffers."""
+        found = (of.get(name) for of, name in self._places)
+        return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in found if t is not None]
 
     def __call__(self, batch: Tensor, step: int) -> ObjectiveOutput:
         """The output, detached and without states; gradients are in ``.grad``, None of parameters that the draw leaves out.
@@ -206,6 +222,8 @@ class GraphedStep:
         Raises:
             ValueError: a batch of another shape, a step that cannot be captured, or a graph that computes another one.
         """
+        if self._now() != self._weights:
+            self._begin()
         if self._inputs is None:
             self._inputs = batch.to(self.parameters[0].device, copy=True)
         if batch.shape != self._inputs.shape:

@@ -492,3 +492,24 @@ def test_the_longest_chain_is_what_the_results_count(monkeypatch, n_steps, forwa
     assert sum(map(products, scans)) == scanned
     page = (Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"| {walked} + {scanned} of {2 * n_steps} |" in page
+
+
+def test_known_powers_are_those_of_the_map_that_is_there():
+    """Also of one that lies where another lay, as memory is used again; and what was made of former ones is not kept."""
+
+    def powers():
+        return fit._powers("forward", 0, 3, torch.float32)
+
+    fit, memory = SharedMatrixFit(4), torch.randn(1, 4, 4).numpy()
+    for _ in range(3):
+        fit.forward_map = torch.from_numpy(memory)  # the same address, and no change of it was counted
+        assert torch.equal(powers(), powers_of(fit.forward_map[0], 3)) and powers().data_ptr() == powers().data_ptr()
+        memory *= 2
+    fit.forward_map.mul_(0.5)
+    assert torch.equal(powers(), powers_of(fit.forward_map[0], 3))
+    other, before = copy.deepcopy(fit), powers().clone()
+    other.forward_map.add_(1.0)
+    assert not torch.equal(other._powers("forward", 0, 3, torch.float32), before) and torch.equal(powers(), before)
+    for _ in range(4):
+        fit.double(), fit._powers("forward", 0, 3, torch.float64), fit.float(), powers()
+    assert len(fit._known_powers) <= 2

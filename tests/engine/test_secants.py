@@ -1,5 +1,6 @@
 """Learned low-rank maps: composed as the written-out chain, fitted as the regression, and exact in the limit."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -20,6 +21,7 @@ from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Sweeps
+from hbll_seq.training.checkpoint_contents import load_module
 from hbll_seq.training.settings import TrainingSettings
 
 
@@ -323,23 +325,61 @@ def test_maps_learn_from_iterations_that_are_enough_to_be_exact():
     assert objective.secants.forward_change.any() and objective.secants.backward_change.any()
 
 
+class Numbers(TorchDispatchMode):
+    """Which numbers are asked for inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.extend([func] * (func == torch.ops.aten._local_scalar_dense.default))
+        return func(*args, **(kwargs or {}))
+
+
 def test_maps_are_fitted_on_time_and_ask_for_no_number_after_the_first_step(monkeypatch):
     """A number that is asked for makes a GPU wait, and breaks a capture; a state that is loaded counts from there."""
-    fitted, asked = [], []
+    fitted, asked = [], Numbers()
     monkeypatch.setattr(LowRankFit, "_fit", lambda self, way: fitted.append((int(self.n_steps), way)))
-
-    class Numbers(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            asked.extend([func] * (func == torch.ops.aten._local_scalar_dense.default))
-            return func(*args, **(kwargs or {}))
-
     fit = LowRankFit(3, 4, every=3)
     fit.end_step()
-    with Numbers():
+    with asked:
         fit.end_step()
-    assert not asked and not fitted
+    assert not asked.found and not fitted
     fit.end_step()
     assert fitted == [(3, "forward"), (3, "backward")]
     fit.load_state_dict({**fit.state_dict(), "n_steps": torch.tensor(5)})
     fit.end_step()
     assert fitted[2:] == [(6, "forward"), (6, "backward")]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_step_with_learned_maps_asks_for_no_number(chunk_size):
+    model, tokens = double_lm()
+    objective, asked = LocalObjective(model, Sweeps(1, 1, chunk_size, "low_rank")).double(), Numbers()
+    objective(tokens).loss.backward()
+    with Numbers() as plain:
+        LocalObjective(model, Sweeps(1, 1, chunk_size, "identity")).double()(tokens, step=1).loss.backward()
+    with asked:
+        objective(tokens, step=1).loss.backward()
+    assert len(asked.found) == len(plain.found)  # those of the checks of its input, which a GPU is not asked for
+    assert objective.secants.n_steps == 2
+
+
+def test_a_count_that_anybody_writes_is_the_one_that_counts(monkeypatch):
+    """A checkpoint is copied into the buffers; a copy of the maps counts for itself."""
+    fitted = []
+    monkeypatch.setattr(LowRankFit, "_fit", lambda self, way: fitted.append((self, int(self.n_steps))))
+    fit = LowRankFit(3, 4, every=10)
+    fit.end_step()
+    load_module(fit, {**fit.state_dict(), "n_steps": torch.tensor(8)})
+    other = copy.deepcopy(fit)
+    fit.end_step()
+    assert fit.n_steps == 9 and not fitted
+    fit.end_step()
+    assert fitted == 2 * [(fit, 10)] and fit.wants_last
+    fit.end_step()
+    assert not fit.wants_last
+    for _ in range(2):
+        other.end_step()
+    assert fitted[2:] == 2 * [(other, 10)]

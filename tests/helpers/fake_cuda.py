@@ -55,6 +55,8 @@ class FakeCuda:
 class FakeGraphs:
     """A capture whose replay makes the same step again and writes what comes of it where the capture left it.
 
+    It reads the weights where they lay, and differentiates what needed a gradient, when it was captured.
+
     Args:
         shared: as graphs that share memory may do, a replay spoils what all others hold.
 
@@ -71,16 +73,27 @@ class FakeGraphs:
         output = step()
         held = [output.loss, output.node_losses, *output.metrics.values(), *(g for g in step.gradients() if g is not None)]
         there = [g is not None for g in step.gradients()]
+        lay = [(p.data, p.requires_grad) for p in step.objective.parameters()]
+
+        def put(parameters, values):
+            for p, (data, needs) in zip(parameters, values, strict=True):
+                p.data = data
+                p.requires_grad_(needs)
+
         self._held.append(held)
 
         def replay():
             self.replayed += 1
-            before = [p.grad for p in step.objective.parameters()]
+            parameters = list(step.objective.parameters())
+            before, now = [p.grad for p in parameters], [(p.data, p.requires_grad) for p in parameters]
             step.forget()
+            put(parameters, lay)
             new = step()
             values = [new.loss, new.node_losses, *new.metrics.values(), *(g for g in step.gradients() if g is not None)]
             assert [g is not None for g in step.gradients()] == there
-            for p, gradient in zip(step.objective.parameters(), before):  # a graph knows nothing of .grad
+            step.forget()
+            put(parameters, now)
+            for p, gradient in zip(parameters, before):  # a graph knows nothing of .grad
                 p.grad = gradient
             for other in self._held if self.shared else ():
                 for tensor in other:

@@ -114,5 +114,14 @@ def test_what_is_no_model_is_named(make, model):
 
 
 def test_the_compiler_is_not_loaded_for_those_who_do_not_use_it():
-    script = "import sys, hbll_seq; sys.exit('torch._dynamo' in sys.modules)"
+    """Neither by the library nor by a step: loading takes seconds. Who does so later has an objective that is not traced."""
+    script = """import sys, torch, hbll_seq
+model = hbll_seq.HBLLForCausalLM(hbll_seq.HBLLConfig(vocab_size=8, n_level=1, n_embd=4, n_head=1, context_length=4))
+for objective in (hbll_seq.LocalObjective(model, hbll_seq.Sweeps()), hbll_seq.BackpropObjective(model)):
+    objective(torch.zeros(1, 5, dtype=torch.int64)).loss.backward()
+assert "torch._dynamo" not in sys.modules
+traced = []
+backend = lambda graph, inputs: traced.append(graph) or graph.forward
+torch.compile(objective, backend=backend)(torch.zeros(1, 5, dtype=torch.int64)).loss.backward()
+assert "torch._dynamo" in sys.modules and not traced"""
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0

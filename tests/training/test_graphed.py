@@ -1,5 +1,9 @@
 """Training with CUDA graphs (training/graphed.py): on a CPU by a capture that runs the step again, on a GPU by torch's."""
 
+import os
+import signal
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import kill_and_resume as kr
@@ -41,6 +45,23 @@ def test_a_run_with_graphs_is_the_plain_run(lm_options, tmp_path, monkeypatch, m
     assert_same(plain, trained(lm_options, tmp_path / "graphed", *more, "--cuda-graph"))
     assert 3 < graphs.captured < 12  # several draws, and some of them again
     assert graphs.replayed == 12  # one of each graph is the comparison
+
+
+@pytest.mark.parametrize("first, then", [("--cuda-graph", "--no-cuda-graph"), ("--no-cuda-graph", "--cuda-graph")])
+def test_a_run_goes_on_with_or_without_graphs_between_evaluations_and_checkpoints(
+    lm_options, tmp_path, monkeypatch, first, then
+):
+    between = ["--eval-every", "4", "--save-every", "3", "--cell", ",".join(["mingru", "transformer"] * 3 + ["mingru"])]
+    plain = trained(lm_options, tmp_path / "plain", *between)
+    graphs, folder = use(monkeypatch, FakeGraphs()), tmp_path / "graphed"
+    with monkeypatch.context() as patch:
+        kr.at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert kr.load_script().main([*lm_options, *TWELVE, *between, first, "--output-dir", str(folder)]) == 143
+    assert (graphs.captured > 0) == (first == "--cuda-graph")
+    before = graphs.captured
+    assert kr.load_script().main(["--resume", then, "--output-dir", str(folder)]) == 0
+    assert (graphs.captured > before) == (then == "--cuda-graph")
+    assert_same(plain, folder)
 
 
 def test_beyond_the_most_graphs_steps_are_plain_and_it_is_said_once(lm_options, tmp_path, monkeypatch, capsys):
@@ -148,6 +169,99 @@ def test_a_parameter_that_a_draw_leaves_out_has_no_gradient(monkeypatch):
     assert graphs.captured == len(step.graphs) == 2
 
 
+class Both(Turns):
+    """An objective that trains both of its weights in every step, and has a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(2))
+
+    def sub_networks(self, step):
+        return [SimpleNamespace(path=(1, 2), exits={2: 1.0})]
+
+    def forward(self, batch, step):
+        loss = sum(((w + self.shift) * batch).square().sum() for w in self.weights)
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+
+
+class Weighted(Turns):
+    """An objective whose steps differ in an exit's weight alone, as with a mix that nobody has written yet."""
+
+    def sub_networks(self, step):
+        return [SimpleNamespace(path=(1, 2), exits={2: 1.0 + step % 2})]
+
+    def forward(self, batch, step):
+        loss = (1.0 + step % 2) * (self.weights[0] * batch).square().sum()
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {(1,): batch})
+
+
+def test_a_draw_is_its_weights_too_and_what_it_gives_keeps_nothing_alive(monkeypatch):
+    graphs, objective = use(monkeypatch, FakeGraphs()), Weighted()
+    step, batch = GraphedStep(objective, "float32"), torch.randn(1, 2)
+    given = batch.clone()
+    step(batch, 0)
+    for number in range(4):
+        output = step(batch + number, number)
+        assert output.loss == (1 + number % 2) * (given + number).square().sum()
+        assert not output.node_losses.requires_grad and output.states == {}
+    assert graphs.captured == 2
+    assert torch.equal(batch, given)  # the graphs have inputs of their own
+
+
+def _frozen(objective):
+    objective.weights[0].requires_grad_(False)
+
+
+def _moved(objective):
+    for weight in objective.weights:
+        weight.data = weight.data + 1.0
+
+
+def _cast(objective):
+    objective.double()
+
+
+def _read_otherwise(objective):
+    objective.weights[0].data = objective.weights[0].data.view(torch.float64)  # as where memory is used again
+
+
+def _replaced(objective):
+    objective.weights[0] = nn.Parameter(objective.weights[0].data)
+
+
+def _other_buffer(objective):
+    objective.shift = torch.ones(2)
+
+
+def _loaded(objective):
+    objective.load_state_dict({name: tensor + 2.0 for name, tensor in objective.state_dict().items()})
+
+
+def _written(objective):
+    objective.shift.add_(1.0)
+
+
+@pytest.mark.parametrize("change, n_captures", [(_frozen, 2), (_moved, 2), (_cast, 2), (_replaced, 2), (_loaded, 1),
+                                                (_read_otherwise, 2), (_other_buffer, 2), (_written, 1)])  # fmt: skip
+def test_what_becomes_of_the_weights_between_steps_counts(monkeypatch, change, n_captures):
+    pools, graphs, objective, plain = [], use(monkeypatch, FakeGraphs()), Both(), Both()
+    monkeypatch.setattr(graphed, "capture", lambda step, pool: pools.append(pool) or graphs.capture(step))
+    step, batch = GraphedStep(objective, "float32"), torch.randn(1, 2)
+    for number in range(6):
+        if number == 3:
+            change(objective), change(plain)
+        output = step(batch, number)
+        plain.zero_grad()
+        expected = plain(batch, number)
+        expected.loss.backward()
+        assert torch.equal(output.loss, expected.loss) and output.loss.dtype == expected.loss.dtype
+        for ours, theirs in zip(objective.weights, plain.weights):
+            assert (ours.grad is None) == (theirs.grad is None)
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    assert graphs.captured == n_captures and len(step.graphs) == 1
+    assert len(set(map(id, pools))) == n_captures  # torch's pool ends with the last of its graphs
+
+
 def test_the_graphs_share_one_pool(monkeypatch):
     pools, graphs = [], use(monkeypatch, FakeGraphs())
     monkeypatch.setattr(graphed, "capture", lambda step, pool: pools.append(pool) or graphs.capture(step))
@@ -157,10 +271,62 @@ def test_the_graphs_share_one_pool(monkeypatch):
     assert len(pools) == 2 and pools[0] is pools[1] is not None
 
 
-def test_a_step_that_is_not_finite_is_not_compared(monkeypatch):
+class Steep(Turns):
+    """An objective whose loss is finite and its gradient is not."""
+
+    def forward(self, batch, step):
+        loss = (self.weights[0] - 1.0).square().sum().sqrt()
+        return ObjectiveOutput(loss, loss[None], {"ce": loss.detach()}, {})
+
+
+@pytest.mark.parametrize("objective", [Turns(float("nan")), Steep()])
+def test_a_step_that_is_not_finite_is_not_compared(monkeypatch, objective):
     graphs = use(monkeypatch, FakeGraphs())
-    output = GraphedStep(Turns(float("nan")), "float32")(torch.randn(1, 2), 0)
-    assert output.loss.isnan() and graphs.captured == 0
+    output = GraphedStep(objective, "float32")(torch.randn(1, 2), 0)
+    assert output.loss.isfinite() == isinstance(objective, Steep) and objective.weights[0].grad.isnan().all()
+    assert graphs.captured == 0
+
+
+@pytest.mark.parametrize("precision", graphed.TOLERANCES)
+def test_two_steps_are_one_up_to_the_tolerances(precision):
+    loss, gradients = torch.tensor(-2.0), [torch.tensor([3.0, 0.0]), None, torch.tensor(4.0)]
+    allowed = graphed.TOLERANCES[precision]
+    assert 0 < allowed["loss_difference"] < 3e-3 and 0 < allowed["gradient_difference"] < 0.06  # an error of a tenth is told
+
+    def found(loss_difference=0.0, gradient_difference=0.0, others=None):
+        changed = [gradients[0] + torch.tensor([0.0, 5 * gradient_difference]), *gradients[1:]] if others is None else others
+        of_both = graphed.differences(loss * (1 - loss_difference), changed, loss, gradients)
+        return of_both, graphed.told_apart(of_both, precision)
+
+    assert found() == ({"loss_difference": 0.0, "gradient_difference": 0.0}, "")
+    for name, most in allowed.items():
+        values, told = found(**{name: 2 * most})
+        assert values[name] == pytest.approx(2 * most, rel=1e-2) and name.replace("_", " ") in told and f"{most:g}" in told
+        assert found(**{name: most / 2})[1] == "" and "nan" in found(**{name: float("nan")})[1]
+    for others in ([gradients[0], torch.zeros(1), gradients[2]], [gradients[0], None, None]):
+        values, told = found(others=others)
+        assert values["gradient_difference"] == float("inf") and "inf" in told
+
+
+@pytest.mark.parametrize("n_level, mix, n_draws", [(3, "none", 1), (3, "all", 1), (3, "octaves", 1), (3, "few", 10),
+                                                   (4, "few", 78), (4, "octaves", 1287)])  # fmt: skip
+def test_how_many_graphs_a_mix_takes(n_level, mix, n_draws):
+    """As docs/training.md says, by drawing until nothing new comes."""
+    from hbll_seq.objectives.depth_mix import MIX_WEIGHTS, sub_networks_of_step
+    from hbll_seq.tree.topology import DyadicTree
+
+    tree = DyadicTree(n_level, "prefix")
+    tree.path_for_depth = cache(tree.path_for_depth)
+    path = tuple(range(1, tree.N))
+
+    def networks(step):
+        return sub_networks_of_step(mix, MIX_WEIGHTS.get(mix, 1.0), tree, path, step)
+
+    of_objective = SimpleNamespace(objective=SimpleNamespace(sub_networks=networks))
+    assert len({GraphedStep.draw(of_objective, step) for step in range(15 * n_draws)}) == n_draws
+    text = " ".join((Path(__file__).parents[2] / "docs" / "training.md").read_text().split())
+    assert "`none`, `all` and `octaves` take one graph, `few` ten" in text
+    assert "`few` has 78 draws and `octaves` 1,287" in text
 
 
 def test_a_batch_of_another_shape_is_refused(monkeypatch):

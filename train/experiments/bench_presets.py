@@ -1,7 +1,7 @@
 """Time of a training step of the presets that train a small model, taken by turns on random tokens.
 
-    python train/experiments/bench_presets.py                                       # a minute
-    python train/experiments/bench_presets.py --presets small debug --rounds 2      # seconds
+    python train/experiments/bench_presets.py                                                           # a minute
+    python train/experiments/bench_presets.py --presets small debug --rounds 2 --output quick.json      # seconds
 
 A step is forward, backward, clipping and AdamW. Times are processor time, see comparisons/turns.py.
 """

@@ -140,7 +140,7 @@ class LowRankFit(RunningFit):
     @property
     def wants_last(self) -> bool:
         """Whether this step walks the last segment once more, whose end no iteration needs: one step in ``every``."""
-        return int(self.n_steps) % self.every == 0
+        return self.steps_done() % self.every == 0
 
     def _fit(self, way: str) -> None:
         change, response = (getattr(self, f"{way}_{name}").double() for name in ("change", "response"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +40,17 @@ class RunningFit(KeepsPrecision, ABC):
             raise ValueError(f"decay={decay!r}, every={every!r}: must be a number between 0 and 1, and a whole one from 1")
         self.decay, self.every = decay, every
         self.register_buffer("n_steps", torch.zeros((), dtype=torch.int64))
-        self._known_steps: int | None = None  # n_steps without asking a GPU for it
+        self._counted: tuple[int, Tensor, int] | None = None  # the count, the buffer, and its number of changes then
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._known_steps = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_counted": None}  # a copy's buffer may have another value after as many changes
+
+    def steps_done(self) -> int:
+        """``n_steps``; a GPU is asked for it at first, and where anybody else has written or replaced the buffer."""
+        buffer = self.n_steps
+        if self._counted is None or self._counted[1] is not buffer or self._counted[2] != buffer._version:
+            self._counted = (int(buffer), buffer, buffer._version)
+        return self._counted[0]
 
     @torch.no_grad()
     def _average(self, change: Tensor, response: Tensor, *moments: Tensor, is_sound: Tensor | None = None) -> None:
@@ -79,11 +86,10 @@ class RunningFit(KeepsPrecision, ABC):
     @torch.no_grad()
     def end_step(self) -> None:
         """Fits the maps anew when it is time."""
-        if self._known_steps is None:
-            self._known_steps = int(self.n_steps)
+        count = self.steps_done() + 1
         self.n_steps += 1
-        self._known_steps += 1
-        if self._known_steps % self.every:
+        self._counted = (count, self.n_steps, self.n_steps._version)
+        if count % self.every:
             return
         with full_precision(self.n_steps):
             for way in ("forward", "backward"):

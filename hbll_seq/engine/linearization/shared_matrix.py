@@ -66,7 +66,8 @@ class SharedMatrixFit(RunningFit, Composer):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
         super().__init__(decay, max(2, width // 64) if every is None else every)
-        self._known_powers: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+        #: by way, row and dtype: the buffer that they were made of, its number of changes then, and the powers
+        self._known_powers: dict[tuple[str, int, torch.dtype], tuple[Tensor, int, Tensor]] = {}
         for way, n_maps in (("forward", forward), ("backward", max(1, backward - 1))):
             for name in ("change", "response", "map"):
                 self.register_buffer(f"{way}_{name}", torch.zeros(n_maps, width, width))
@@ -79,6 +80,9 @@ class SharedMatrixFit(RunningFit, Composer):
                 missing = stored[-1:].expand(max(0, len(buffer) - len(stored)), *stored.shape[1:])
                 state_dict[prefix + name] = torch.cat((stored[: len(buffer)], missing))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known_powers": {}}
 
     def _of(self, name: str, way: str, number: int) -> Tensor:
         buffer = getattr(self, f"{way}_{name}")
@@ -99,12 +103,13 @@ class SharedMatrixFit(RunningFit, Composer):
 
     def _powers(self, way: str, number: int, n_jumps: int, dtype: torch.dtype) -> Tensor:
         """As many powers of a map as a scan over so many jumps uses. They are known before a step begins."""
-        matrix, n_powers = self._of("map", way, number), min(n_jumps, MOST_POWERS)
-        key = matrix.data_ptr(), dtype
-        version, powers = self._known_powers.get(key, (None, matrix[:0]))
-        if version != matrix._version or len(powers) < n_powers:
-            with full_precision(matrix):
-                self._known_powers[key] = matrix._version, (powers := powers_of(matrix.to(dtype), n_powers))
+        maps, n_powers = getattr(self, f"{way}_map"), min(n_jumps, MOST_POWERS)
+        key = way, min(number, len(maps) - 1), dtype
+        of, version, powers = self._known_powers.get(key, (None, None, maps[0, :0]))
+        if of is not maps or version != maps._version or len(powers) < n_powers:
+            with full_precision(maps):
+                powers = powers_of(maps[key[1]].to(dtype), n_powers)
+            self._known_powers[key] = maps, maps._version, powers
         return powers[:n_powers]
 
     def observe(self, walks: Sequence[Walk], placement: Placement = HERE) -> None:

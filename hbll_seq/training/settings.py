@@ -245,7 +245,7 @@ class TrainingSettings:
         iterates = self.forward is not None or self.backward is not None
         learns = alone and iterates and self.n_embd >= DEFAULT_RANK
         linearization = self.linearization if self.linearization != "auto" else "low_rank" if learns else "identity"
-        asked = Sweeps(self.forward, self.backward, self.chunk_size, linearization, control=self._control())
+        asked = Sweeps(self.forward, self.backward, self.chunk_size, linearization, control=self.control_object())
         sweeps = asked.resolved("depth", len(self.path_blocks or range(1, 2**self.n_level)))
         decided = {
             "depth_mix": mix,
@@ -280,9 +280,10 @@ class TrainingSettings:
     def _made(self, kind: type, axis: str | None = None) -> Any:
         fields = [f for f in dataclasses.fields(self) if f.metadata["of"] and f.metadata["of"][:2] == (kind, axis)]
         values = {field.metadata["of"][2]: getattr(self, field.name) for field in fields}
-        return kind(**{**values, "control": self._control()} if "control" in values else values)
+        return kind(**{**values, "control": self.control_object()} if "control" in values else values)
 
-    def _control(self) -> Adaptive | None:
+    def control_object(self) -> Adaptive | None:
+        """What K and M of sweeps follow, None where they are fixed."""
         return None if self.control == "none" else self._made(Adaptive)
 
     def model_config(self, vocab_size: int) -> HBLLConfig:

@@ -1,6 +1,9 @@
 """Auxiliary exits: every segment's end has an exit in every step; gradients are autograd's of the loss that they are said to
 add, and without them nothing changes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -160,6 +163,41 @@ def test_they_begin_as_the_plain_head_and_belong_to_the_objective_alone():
     assert objective.double().auxiliary.down.dtype == torch.float64
 
 
+def test_a_model_may_be_given_another_dtype_behind_the_objective():
+    """As it may where the maps of a linearization are learned."""
+    model, tokens = double_lm()
+    objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=1")
+    expected = objective(tokens).loss
+    model.float()
+    output = objective(tokens)
+    output.loss.backward()
+    assert abs(output.loss - expected) < 1e-4 and objective.auxiliary.up.grad.dtype == torch.float64
+    blocks = [torch.nn.Tanh() for _ in range(3)]
+    bare = LocalObjective(DepthHierarchy(blocks, torch.nn.Identity(), width=6), "sweeps:chunk_size=2,auxiliary_exits=1")
+    assert bare.auxiliary.down.dtype == torch.get_default_dtype()  # of a model without parameters
+
+
+def test_a_copy_is_the_same_objective():
+    model, tokens = double_lm()
+    objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=1", depths="octaves")
+    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        assert torch.equal(other(tokens).loss, objective(tokens).loss)
+        assert other.auxiliary.down is not objective.auxiliary.down
+    again = LocalObjective(double_lm()[0], "sweeps:chunk_size=2,auxiliary_exits=1", depths="octaves", seed=4)
+    again.load_state_dict(objective.state_dict())
+    assert torch.equal(again(tokens).loss, objective(tokens).loss)
+
+
+def test_under_autocast_the_loss_is_that_of_full_precision_rounded():
+    model, tokens = double_lm()
+    objective = local(model.float(), "sweeps:chunk_size=2,auxiliary_exits=1")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(tokens)
+    found = gradients(objective, output.loss)["auxiliary.up"]
+    expected = gradients(objective, objective(tokens).loss)["auxiliary.up"]
+    assert found.dtype == torch.float32 and (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_their_metric_is_their_own():
     model, tokens = double_lm()
     objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=3", depths="octaves")
@@ -167,7 +205,9 @@ def test_their_metric_is_their_own():
     output, without = objective(tokens), plain(tokens)
     _, expected = slow_loss(objective, tokens, 0, detaches=False)
     assert len(expected) == 1  # of 2, 4, 6 and 7 those of 4 and 6 are the mix's, and the last is the path's own
-    assert abs(output.metrics.pop("ce_auxiliary") - sum(expected) / len(expected)) < 1e-12
+    expected += [model(tokens[:, :-1], tokens[:, :-1], path=range(1, 1 + n)).logits.flatten(0, 1) for n in (4, 6)]
+    expected[1:] = [cross_entropy(logits, tokens[:, 1:].flatten()) for logits in expected[1:]]
+    assert abs(output.metrics.pop("ce_auxiliary") - sum(expected) / 3) < 1e-12
     assert output.metrics == without.metrics
     with torch.no_grad():
         evaluated = objective(tokens)
@@ -175,9 +215,10 @@ def test_their_metric_is_their_own():
     few = local(model, "sweeps:chunk_size=4,auxiliary_exits=3", depths="few")
     taken = [objective_has_one(few, step) for step in range(12)]
     assert {True, False} == set(taken)
-    for step, has in enumerate(taken):  # a step that has none reports that of the whole path, so that every line has one
-        metrics = few(tokens, step=step).metrics
-        assert (metrics["ce_auxiliary"] != metrics["ce"]) == has
+    (plain,) = {float(few(tokens, step=step).metrics["ce_auxiliary"]) for step in range(12) if not taken[step]}
+    (own,) = {float(few(tokens, step=step).metrics["ce_auxiliary"]) for step in range(12) if taken[step]}
+    assert plain == pytest.approx(expected[1].item(), rel=1e-12)  # which the model's own exit behind block 4 has
+    assert abs(own - plain) > 1e-3
 
 
 def objective_has_one(objective, step):

@@ -112,7 +112,7 @@ def part(model, objective, owned, tokens, number, begun):
 
 def simulated(
     objective, batch_of: Callable, n_ranks: int, n_steps: int, *, micro_batches: int = 1, size: int, optimizer,
-    before_update: Callable = lambda step: None, again: tuple[int, ...] = (),
+    before_update: Callable = lambda step: None,
 ):  # fmt: skip
     """Steps of ``n_ranks`` ranks, one after the other in this process.
 
@@ -121,7 +121,6 @@ def simulated(
         batch_of: of its number the tokens.
         size: blocks of a segment; rank r has segment r.
         before_update: is called with the step when all gradients are there.
-        again: steps before which the states under way are dropped and made anew, as after a checkpoint.
 
     Returns:
         The losses of each micro-batch by rank, and the gradients of each step.
@@ -135,7 +134,7 @@ def simulated(
 
     for step in range(n_steps):
         first = step * micro_batches
-        if step == 0 or step in again:
+        if step == 0:
             with torch.no_grad():
                 sent = [None] * n_ranks  # the states that each rank will read next
                 for back in range(n_ranks - 1, 0, -1):  # ranks that are ahead by as much or more make one pass

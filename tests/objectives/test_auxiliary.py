@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.auxiliary import segment_ends
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Sweeps
 
@@ -151,6 +152,11 @@ def test_they_begin_as_the_plain_head_and_belong_to_the_objective_alone():
     assert torch.equal(before, torch.get_rng_state())  # drawn from the objective's seed
     again = LocalObjective(model, "sweeps:chunk_size=2,auxiliary_exits=1", seed=3)
     assert torch.equal(objective.auxiliary.down, again.auxiliary.down) and objective.auxiliary.down.any()
+    other = LocalObjective(model, "sweeps:chunk_size=2,auxiliary_exits=1", seed=4)
+    assert not torch.equal(objective.auxiliary.down, other.auxiliary.down)
+    assert objective.auxiliary.down.shape == (3, 3, 16)  # ends, the rank of the model's exit adapters, width
+    bare = LocalObjective(double_lm(exit_rank=0, n_embd=24)[0], "sweeps:chunk_size=2,auxiliary_exits=1")
+    assert bare.auxiliary.down.shape == (3, 16, 24)
     assert set(model.state_dict()) == names
     assert set(objective.state_dict()) == {f"model.{name}" for name in names} | {"auxiliary.down", "auxiliary.up"}
     assert {id(p) for p in objective.auxiliary.parameters()} <= {id(p) for p in objective.trained_parameters()}
@@ -248,6 +254,11 @@ def test_a_control_probes_the_main_path_without_them():
     sweeps = "sweeps:forward=1,backward=1,chunk_size=2,control=adaptive(every=1)"
     plain = LocalObjective(model, sweeps)(tokens).metrics["cosine"]
     assert local(model, f"{sweeps},auxiliary_exits=5")(tokens).metrics["cosine"] == plain < 1 - 1e-3
+
+
+@pytest.mark.parametrize("size, ends", [(1, (1, 2, 3, 4, 5, 6)), (2, (2, 4, 6)), (3, (3, 6)), (4, (4,)), (6, (6,)), (7, ())])
+def test_every_segment_but_the_last_has_an_end(size, ends):
+    assert segment_ends(range(1, 8), size) == ends
 
 
 @pytest.mark.parametrize("call, message", [

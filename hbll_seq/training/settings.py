@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from hbll_seq.distributed.ranks import PATIENCE
 from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
@@ -176,6 +177,8 @@ class TrainingSettings:
                                high=1024)
     block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
                                "data-parallel replicas", low=1, high=_MOST_BLOCKS)
+    rank_timeout: float = _run(PATIENCE.total_seconds(), "seconds that ranks of --block-parallel wait in a step for one that "
+                               "does not answer; one that died is noticed at once", above=0, high=86_400)
     cuda_graph: bool = _run(False, "replay forward and backward of a step as CUDA graphs, one for each draw of the depth "
                             "mix; for small models on a GPU, whose steps wait for Python")
     log_with: str | None = _run(None, "further trackers, comma-separated, any that Accelerate knows: tensorboard, wandb, ... "

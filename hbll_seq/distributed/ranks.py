@@ -44,6 +44,10 @@ class Ranks:
     host_group: ProcessGroup | None = None
     patience: timedelta = PATIENCE
 
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        """Itself: what a copy of an objective is told stays this process, and its groups."""
+        return self
+
 
 #: one process, with the whole model
 ALONE = Ranks()

@@ -68,8 +68,8 @@ class LocalObjective(Objective):
         ahead: each rank works on a later batch than the next one, on states that are a step old, so that none waits for
             another: ``forward`` is given the batch that the last rank gets ``placement.lead`` calls later, with that batch's
             ``step``, and before the first step ``placement.lead`` batches without gradient
-            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, of which
-            each rank's needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
+            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, each of
+            which needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
 
     Attributes:
         inference: with every default written out.

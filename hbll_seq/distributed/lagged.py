@@ -31,7 +31,8 @@ class LaggedPlacement(RankPlacement):
     segment, as branches do, reads the same state. No adjoint is sent. The receive of a state is asked for a step before it
     is read, so that it arrives while both compute: every batch must have one shape.
 
-    Before the first step rank r makes one pass for each of its ``lead`` batches before its first; see :meth:`discard`.
+    Before the first step rank r makes one pass for each of its ``lead`` batches before its first. To stop and go on later,
+    keep :meth:`coming` of every rank.
 
     Args:
         ranks: with ``block_group``.
@@ -45,7 +46,7 @@ class LaggedPlacement(RankPlacement):
         self.lead = ranks.n_ranks - 1 - ranks.rank
         self._shape: tuple[int, ...] | None = None  # of every batch
         self._sent: tuple[Any, Tensor] | None = None  # under way, with the tensor that must live as long
-        self._coming: tuple[Any, Tensor] | None = None  # asked for, with the tensor that it goes into
+        self._coming: tuple[Any, Tensor] | None = None  # asked for, with the tensor that it goes into; None: it is there
         self._has_sent, self._arrived = False, None  # in this step
 
     def check_alike(self, inputs: Tensor, shared: Sequence[Tensor]) -> None:
@@ -84,9 +85,25 @@ class LaggedPlacement(RankPlacement):
 
     def discard(self) -> None:
         """Waits for what is under way and drops it, so that each rank can begin at another batch, or end."""
-        for work, _ in filter(None, (self._coming, self._sent)):
-            work.wait()
+        self.coming()
+        if self._sent is not None:
+            self._sent[0].wait()
         self._coming = self._sent = None
+
+    def coming(self) -> Tensor | None:
+        """The state [1, ...] that this rank reads next, once it is there; None on the first rank, and before the first
+        pass."""
+        if self._coming is None:
+            return None
+        work, state = self._coming
+        if work is not None:
+            work.wait()
+            self._coming = None, state
+        return state
+
+    def take_up(self, state: Tensor) -> None:
+        """Lets this rank read ``state`` next, as :meth:`coming` has given it: ranks go on where they were."""
+        self._coming = None, state
 
     def _send(self, state: Tensor) -> None:
         if self._has_sent:
@@ -101,8 +118,8 @@ class LaggedPlacement(RankPlacement):
 
     def _received(self, like: Tensor) -> Tensor:
         if self._arrived is None:
-            work, self._arrived = self._coming or self._ask(like)
-            work.wait()
+            self._coming = self._coming or self._ask(like)
+            self._arrived = self.coming()
             self._coming = self._ask(self._arrived)
         return self._arrived
 

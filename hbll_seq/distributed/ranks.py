@@ -31,6 +31,7 @@ class Ranks:
         replica_group: the same rank of all replicas; None where there is one.
         step_group: all processes, for the collectives of a step; None where it is alone.
         host_group: as ``block_group``, for tensors on the CPU.
+        patience: how long a collective of these groups waits for one that does not answer.
     """
 
     rank: int = 0
@@ -41,6 +42,11 @@ class Ranks:
     replica_group: ProcessGroup | None = None
     step_group: ProcessGroup | None = None
     host_group: ProcessGroup | None = None
+    patience: timedelta = PATIENCE
+
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        """Itself: what a copy of an objective is told stays this process, and its groups."""
+        return self
 
 
 #: one process, with the whole model
@@ -85,6 +91,6 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
     if device_type != "cpu":
         host, _ = distributed.new_subgroups_by_enumeration(layout.tolist(), timeout=patience, backend="gloo")
     if n_replicas == 1:
-        return Ranks(rank, block_parallel, replica, n_replicas, block, None, block, host)
+        return Ranks(rank, block_parallel, replica, n_replicas, block, None, block, host, patience)
     step = distributed.new_group(timeout=patience)
-    return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host)
+    return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host, patience)

@@ -42,7 +42,7 @@ class AuxiliaryExits(nn.Module):
         self, path: Sequence[int], chunk_size: int, width: int, rank: int, weight: float, *, like: Tensor, seed: int
     ):
         super().__init__()
-        self.ends, self.weight = tuple(path[chunk_size - 1 : len(path) - 1 : chunk_size]), weight
+        self.ends, self.weight = segment_ends(path, chunk_size), weight
         generator = torch.Generator().manual_seed(mix_seeds(seed, _STREAM))
         down = torch.randn(len(self.ends), rank, width, generator=generator) * width**-0.5
         # One tensor for all ends, so that every step has a gradient for it, at whichever ends it takes these exits.
@@ -52,7 +52,8 @@ class AuxiliaryExits(nn.Module):
     def forward(self, state: Tensor, n: int) -> Tensor:
         """``state`` [..., C] after the block n, the end of a segment -> [..., C], what the head reads."""
         row = self.ends.index(n)
-        return state + state @ self.down[row].T @ self.up[row].T
+        down, up = (each[row].T.to(state) for each in (self.down, self.up))  # the model may have moved since they were made
+        return state + state @ down @ up
 
     def score(self, model: DepthHierarchy, states: Mapping[int, Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of some of these exits.
@@ -74,6 +75,11 @@ class AuxiliaryExits(nn.Module):
     def extra_repr(self) -> str:
         """Where they are, for ``print(objective)``."""
         return f"ends={self.ends}, rank={self.down.shape[1]}, weight={self.weight}"
+
+
+def segment_ends(path: Sequence[int], chunk_size: int) -> tuple[int, ...]:
+    """The last block of every segment but the last, of a path cut into segments of ``chunk_size`` blocks."""
+    return tuple(path[chunk_size - 1 : len(path) - 1 : chunk_size])
 
 
 def auxiliary_exits(objective: Objective, sweeps: Sweeps) -> AuxiliaryExits:
@@ -99,7 +105,7 @@ def auxiliary_exits(objective: Objective, sweeps: Sweeps) -> AuxiliaryExits:
             f"{smaller}leave auxiliary_exits out"
         )
     rank = getattr(getattr(model, "config", None), "exit_rank", 0) or DEFAULT_RANK
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.empty(0))
     exits = AuxiliaryExits(path, size, model.width, rank, sweeps.auxiliary_exits, like=like, seed=objective.seed)
     drawn = (objective.sub_networks(step * objective.micro_batches)[0].exits for step in range(_MANY))
     if all(set(exits.ends) <= set(of_path) for of_path in drawn):

@@ -14,23 +14,21 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
-from hbll_seq.distributed.blocks import blocks_of_rank
 from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
-from hbll_seq.engine.linearization.base import Diagonal, Identity, Zero
+from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.ahead import check_ahead
 from hbll_seq.objectives.auxiliary import auxiliary_exits
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.control import FidelityControl, exact_iterations
-from hbll_seq.objectives.depth_mix import whole
 from hbll_seq.objectives.options import DepthMix, Inference, Sweeps, Tree, VCycles
 from hbll_seq.objectives.registry import LAYER_INFERENCES, parse_inference, text_of
+from hbll_seq.objectives.spread import obstacle
 from hbll_seq.objectives.sweeps import DepthStep
 from hbll_seq.objectives.tree import free_energy, node_noise, run_tree, tree_losses
 from hbll_seq.tree.inference import TreePass
@@ -70,8 +68,8 @@ class LocalObjective(Objective):
         ahead: each rank works on a later batch than the next one, on states that are a step old, so that none waits for
             another: ``forward`` is given the batch that the last rank gets ``placement.lead`` calls later, with that batch's
             ``step``, and before the first step ``placement.lead`` batches without gradient
-            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, of which
-            each rank's needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
+            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, each of
+            which needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
 
     Attributes:
         inference: with every default written out.
@@ -126,32 +124,16 @@ class LocalObjective(Objective):
 
     def _placed(self, ranks: Ranks, ahead: bool) -> Placement:
         """The segments of the main path on ranks. Raises ValueError for what cannot be spread."""
-        inference, tree, trained = self.inference, self.model.tree, self.trained_paths()
-
-        def refuse(what: str, why: str, remedy: str) -> None:
-            raise ValueError(f"{ranks.n_ranks} ranks with {what}: {why}; {remedy}")
-
+        inference = self.inference
         if not isinstance(inference, Sweeps):
-            refuse(f"inference={inference.name!r}", "the segments of sweeps alone are spread", "use 'sweeps'")
-        whole_model = "it needs all blocks on one rank"
-        if not isinstance(inference.linearization, (Identity, Zero)):
-            refuse(f"linearization={inference.linearization.name!r}", whole_model, "use 'identity' or 'zero'")
-        if inference.init == "tree":
-            refuse("init='tree'", whole_model, "use 'first' or 'input'")
-        if self.control is not None:
-            refuse("a control", whole_model, "give fixed iterations")
-        mixed = [tree.path_for_depth(k) for k in range(1, tree.N)] if trained == "default" else trained
-        leaving = [] if trained == "all" else [whole(path) for path in mixed if path != self.path[: len(path)]]
-        branches, others = split_off(self.path, leaving, tree.n_level)
-        if trained == "all" or others:
-            refuse(f"depths={text_of(self.depths)}", "it trains paths that leave the main one for long",
-                   "use default_paths='prefix' with 'octaves', 'all' or 'few'")  # fmt: skip
-        blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks)  # refuses fewer segments than ranks
-        if not ahead:
-            return RankPlacement(ranks)
-        ends = [path[-1] for path in mixed] if self.depths.name != "none" else []
-        check_ahead(inference, self.model.blocks, self.path, ends, branches, ranks.n_ranks)
-        return LaggedPlacement(ranks)
+            raise ValueError(f"{ranks.n_ranks} ranks with inference={inference.name!r}: the segments of sweeps alone are "
+                             "spread; use 'sweeps'")  # fmt: skip
+        if ahead and any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
+            raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
+                             "recurrence, or leave ahead out")  # fmt: skip
+        if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead):
+            raise ValueError(found.said(ranks.n_ranks))
+        return LaggedPlacement(ranks) if ahead else RankPlacement(ranks)
 
     def _resolved_tree(self, inference: Tree, path: Sequence[int] | None) -> Tree:
         """The tree's options with the model's noise scale, checked against the model."""
@@ -225,9 +207,9 @@ class LocalObjective(Objective):
         all losses are 0, and so are their gradients.
 
         Metrics of sweeps: ``ce`` in nats per target of the main path, ``ce_mix`` of the depth mix's exits, ``ce_auxiliary``
-        the mean of the auxiliary ones, ``residual`` of the main path's last iteration; with a control also
-        :meth:`FidelityControl.metrics`. Of the tree: see :func:`hbll_seq.objectives.tree.tree_losses` and, on request,
-        :func:`hbll_seq.objectives.tree.free_energy`.
+        the mean at the ends of segments, of auxiliary exits and of those that the mix has there, ``residual`` of the main
+        path's last iteration; with a control also :meth:`FidelityControl.metrics`. Of the tree: see
+        :func:`hbll_seq.objectives.tree.tree_losses` and, on request, :func:`hbll_seq.objectives.tree.free_energy`.
         """
         step = self.check(inputs, step, states)
         check_local_losses_can_run(self.model, inputs.device.type)
@@ -267,9 +249,10 @@ class LocalObjective(Objective):
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)
             losses = run.losses
         metrics = self._metrics(run.exits)
-        if self.auxiliary is not None:  # in every step, also in one in which all ends have exits of the mix
-            nats = [each.nats for each in run.auxiliary_exits]
-            metrics["ce_auxiliary"] = sum(nats) / len(nats) if nats else metrics["ce"]
+        if self.auxiliary is not None:  # at all ends, so that ranks whose batches have other draws of the mix have one mean
+            of_path = [each for each in run.exits if each.prefix == self.path[: len(each.prefix)]]
+            nats = [each.nats for each in (*run.auxiliary_exits, *of_path) if each.prefix[-1] in self.auxiliary.ends]
+            metrics["ce_auxiliary"] = sum(nats) / len(nats)
         if isinstance(inference, Sweeps) and inference.forward > 0:
             metrics["residual"] = residual if self.ranks.rank == 0 else torch.zeros_like(residual)  # all know it
         if has_probe:

@@ -71,8 +71,8 @@ def _draw(
     plot_training_curve(rows, evaluations, folder / CURVE)
     plot_perplexity_by_depth({split: last[split] for split in ("validation", "test")}, folder / BY_DEPTH)
     plot_tradeoff(last["test"], time_paths(model, {row["name"]: row["path"] for row in last["test"]}), folder / TRADEOFF)
-    of_tree = settings.objective == "tree"
-    weights = [1.0] * model.tree.n_nodes if of_tree else exit_weights(settings.depths(), model.tree)
+    of_tree, sweeps = settings.objective == "tree", settings.inference() if settings.objective == "sweeps" else None
+    weights = [1.0] * model.tree.n_nodes if of_tree else exit_weights(settings.depths(), model.tree, sweeps)
     if losses := losses_of_nodes(rows, weights):  # backprop has none, a path alone those of its blocks
         plot_tree(model.tree, losses, settings.objective, folder / TREE)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hbll_seq.distributed.lost import is_first_to_speak, is_lost
-from hbll_seq.distributed.ranks import PATIENCE, Ranks
+from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.utils.console import is_first_process
 from hbll_seq.utils.reading import quote, shorten
@@ -38,9 +38,9 @@ def one_voice(ranks: Ranks, checkpoints: Path) -> Iterator[None]:
         if ranks.n_ranks == 1:
             raise
         if is_lost(error):
-            minutes = PATIENCE.total_seconds() / 60
+            seconds = ranks.patience.total_seconds()
             error = RunFailed(
-                f"another process of this launch ended, or did not answer for {minutes:g} minutes ({shorten(error, 120)}): "
+                f"another process of this launch ended, or did not answer for {seconds:g} seconds ({shorten(error, 120)}): "
                 f"all stop. The last checkpoint in {checkpoints} stands; when its cause is mended, launch as many again with "
                 "--resume"
             )

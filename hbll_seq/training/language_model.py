@@ -5,6 +5,7 @@ The command line of ``train/lm.py`` and ``hbll-seq train``: :func:`main` reads i
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +161,8 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         if (warning := unused(settings, given)) and is_first_process():
             say(warning)
         accelerator = make_accelerator(settings)
-        ranks = make_ranks(settings.block_parallel, accelerator.device.type)
+        patience = timedelta(seconds=settings.rank_timeout)
+        ranks = make_ranks(settings.block_parallel, accelerator.device.type, patience)
         try:
             opened = data(where, recorded_tokenizer(origin["initial_model"]))
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it

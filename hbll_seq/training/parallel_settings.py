@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from hbll_seq.distributed.blocks import blocks_of_rank
-from hbll_seq.objectives.ahead import obstacle
-from hbll_seq.objectives.depth_mix import paths_of_mix
 from hbll_seq.objectives.options import Sweeps
+from hbll_seq.objectives.spread import Obstacle, obstacle
 from hbll_seq.tree.topology import DyadicTree
 
-#: linearizations whose answer a rank can give for its own blocks; the others learn from all
-_LINEARIZATIONS = ("zero", "identity")
+#: options of Python that have another name as a setting
+_SETTINGS = {"depths": "depth_mix", "ranks": "block_parallel"}
 
 
 def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
@@ -22,58 +19,49 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
         settings: a :class:`hbll_seq.training.settings.TrainingSettings`.
         decided: what became of those of its values that were left open.
     """
-
-    def refuse(what: str, why: str, remedy: str) -> None:
-        raise ValueError(f"block_parallel={settings.block_parallel} with {what}: {why}; {remedy}, or --block-parallel 1")
+    n_ranks, ahead = settings.block_parallel, settings.ahead
 
     def of(name: str) -> Any:
         return decided.get(name, getattr(settings, name))
 
-    if settings.block_parallel == 1:
+    if n_ranks == 1:
         raise ValueError("ahead=True with block_parallel=1: one rank has nobody to be ahead of; give --block-parallel 2, or "
                          "--no-ahead")  # fmt: skip
     if settings.objective != "sweeps":
-        refuse(f"objective={settings.objective!r}", "only the segments of sweeps can work on several ranks",
-               "use --objective sweeps")
-    if of("linearization") not in _LINEARIZATIONS:
-        refuse(f"linearization={of('linearization')!r}", "its maps are learned from the states of all blocks",
-               f"use --linearization {' or '.join(_LINEARIZATIONS)}")
-    if settings.control != "none":
-        refuse(f"control={settings.control!r}", "it compares gradients of all blocks, and no rank has them",
-               "use --control none")
-    if settings.init == "tree":
-        refuse("init='tree'", "the tree's jumps run through blocks of all ranks", "use --init first or input")
-    # of the mix "prefixes" every exit lies on the path itself
-    if of("depth_mix") not in ("none", "prefixes") and of("default_paths") == "spine":
-        refuse(f"default_paths='spine' and depth_mix={of('depth_mix')!r}",
-               "its short paths jump over blocks, and so over ranks", "use --default-paths prefix, or --depth-mix none")
-    length = 2**settings.n_level - 1 if settings.path_blocks is None else len(settings.path_blocks)
-    blocks_of_rank(length, of("chunk_size"), 0, settings.block_parallel)
-    if settings.ahead:
-        _check_ahead(settings, of)
-
-
-def _check_ahead(settings: Any, of: Callable[[str], Any]) -> None:
-    """Raises ValueError for what ranks that work ahead of each other cannot do, or would not train."""
-
-    def refuse(what: str, why: str, remedy: str) -> None:
-        given = f"block_parallel={settings.block_parallel} with ahead=True"
-        raise ValueError(f"{given} and {what}: {why}; {remedy}, or --no-ahead")
-
-    if settings.has_recurrence:
-        refuse(f"cell={settings.cell!r}", "ranks exchange estimates of recurrent blocks' states", "use --cell transformer")
-    if of("depth_mix") == "none" and not settings.auxiliary_exits:
-        refuse("depth_mix='none'", "every rank needs an exit of its own, and all but the last would never be trained",
-               "use --depth-mix octaves" if settings.path_blocks is None else "use --path full with --depth-mix octaves")
+        raise ValueError(f"block_parallel={n_ranks} with objective={settings.objective!r}: only the segments of sweeps can "
+                         "work on several ranks; use --objective sweeps, or --block-parallel 1")  # fmt: skip
     tree = DyadicTree(settings.n_level, of("default_paths"))
-    main = tree.path_for_depth(tree.n_nodes)
-    paths = paths_of_mix(of("depth_mix"), tree, main)
-    if paths == "default":
-        paths = [tree.path_for_depth(depth) for depth in range(1, tree.N)]
-    sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"),
-                    auxiliary_exits=settings.auxiliary_exits)  # fmt: skip
-    ends = [] if paths == "all" else [path[-1] for path in paths]  # the objective refuses all
-    if found := obstacle(sweeps, main, ends, settings.block_parallel):
-        values = {} if found.ranks is None else {"block_parallel": found.ranks}
-        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in {**values, **found.remedy}.items())
-        refuse(found.what, found.why, f"use {flags}")
+    path, mix = settings.path_blocks or tree.path_for_depth(tree.n_nodes), of("depth_mix")
+    sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"), settings.init,
+                    control=settings.control_object(), auxiliary_exits=settings.auxiliary_exits)  # fmt: skip
+    found = obstacle(sweeps, tree, path, mix, n_ranks, ahead)
+    if ahead and not (found and not found.of_ahead):
+        found = _of_ahead(settings, mix) or found
+    if found:
+        raise ValueError(_said(found, n_ranks))
+
+
+def _of_ahead(settings: Any, mix: str) -> Obstacle | None:
+    """What ranks that work ahead of each other cannot do, or would not train, that is seen by settings alone."""
+    if settings.has_recurrence:
+        return Obstacle({"cell": settings.cell}, "ranks exchange estimates of recurrent blocks' states",
+                        ({"cell": "transformer"},), True)  # fmt: skip
+    if mix == "none" and not settings.auxiliary_exits:
+        mixed = {"depths": "octaves"} if settings.path_blocks is None else {"path": "full", "depths": "octaves"}
+        why = "every rank needs an exit of its own, and all but the last would never be trained"
+        return Obstacle({"depths": "none"}, why, (mixed, {"auxiliary_exits": 1}), True)
+    return None
+
+
+def _said(found: Obstacle, n_ranks: int) -> str:
+    """A message by the names of settings."""
+    given = " and ".join(f"{_SETTINGS.get(name, name)}={_word(value)!r}" for name, value in found.given.items())
+    remedies = (" ".join(f"--{_SETTINGS.get(name, name).replace('_', '-')} {_word(value)}" for name, value in values.items())
+                for values in found.remedies)  # fmt: skip
+    without = "--no-ahead" if found.of_ahead else "--block-parallel 1"
+    ahead = "ahead=True and " if found.of_ahead else ""
+    return f"block_parallel={n_ranks} with {ahead}{given}: {found.why}; use {', or '.join(remedies)}, or {without}"
+
+
+def _word(value: Any) -> Any:
+    return "none" if value is None else value

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from hbll_seq.distributed.ranks import PATIENCE
 from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.linearization.low_rank import DEFAULT_RANK
 from hbll_seq.layers.residual import MLPS, NORMS
@@ -176,6 +177,8 @@ class TrainingSettings:
                                high=1024)
     block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
                                "data-parallel replicas", low=1, high=_MOST_BLOCKS)
+    rank_timeout: float = _run(PATIENCE.total_seconds(), "seconds that ranks of --block-parallel wait in a step for one that "
+                               "does not answer; one that died is noticed at once", above=0, high=86_400)
     cuda_graph: bool = _run(False, "replay forward and backward of a step as CUDA graphs, one for each draw of the depth "
                             "mix; for small models on a GPU, whose steps wait for Python")
     log_with: str | None = _run(None, "further trackers, comma-separated, any that Accelerate knows: tensorboard, wandb, ... "
@@ -245,7 +248,7 @@ class TrainingSettings:
         iterates = self.forward is not None or self.backward is not None
         learns = alone and iterates and self.n_embd >= DEFAULT_RANK
         linearization = self.linearization if self.linearization != "auto" else "low_rank" if learns else "identity"
-        asked = Sweeps(self.forward, self.backward, self.chunk_size, linearization, control=self._control())
+        asked = Sweeps(self.forward, self.backward, self.chunk_size, linearization, control=self.control_object())
         sweeps = asked.resolved("depth", len(self.path_blocks or range(1, 2**self.n_level)))
         decided = {
             "depth_mix": mix,
@@ -280,9 +283,10 @@ class TrainingSettings:
     def _made(self, kind: type, axis: str | None = None) -> Any:
         fields = [f for f in dataclasses.fields(self) if f.metadata["of"] and f.metadata["of"][:2] == (kind, axis)]
         values = {field.metadata["of"][2]: getattr(self, field.name) for field in fields}
-        return kind(**{**values, "control": self._control()} if "control" in values else values)
+        return kind(**{**values, "control": self.control_object()} if "control" in values else values)
 
-    def _control(self) -> Adaptive | None:
+    def control_object(self) -> Adaptive | None:
+        """What K and M of sweeps follow, None where they are fixed."""
         return None if self.control == "none" else self._made(Adaptive)
 
     def model_config(self, vocab_size: int) -> HBLLConfig:

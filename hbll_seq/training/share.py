@@ -106,12 +106,37 @@ class Share:
                     step(behind)
         self._is_filled = True
 
-    def empty(self) -> None:
-        """Drops what is under way between ranks that work ahead of each other. Every process must call it between the same
-        two steps."""
-        if isinstance(self.objective.placement, LaggedPlacement):
-            self.objective.placement.discard()
-        self._is_filled = False
+    def under_way(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """Where ranks work ahead of each other, the states that this one reads next, of all replicas [replicas, ..], by its
+        number; before the first step none. Every process must call it between the same two steps."""
+        placement = self.objective.placement
+        state = placement.coming() if isinstance(placement, LaggedPlacement) else None
+        return {} if state is None else {f"{self.ranks.rank}": self.of_replicas(accelerator, state)}
+
+    def taking_up(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Callable[[], None]:
+        """Checks what :meth:`under_way` of all ranks gave a checkpoint; takes this rank's part when called. Where there is
+        nothing, or other ranks have left it, the next step fills anew.
+
+        Args:
+            tensors: by rank.
+            shape: of a state without the replicas.
+
+        Raises:
+            CheckpointError: one does not fit.
+        """
+        if tensors.keys() != {f"{rank}" for rank in range(1, self.ranks.n_ranks)} or not tensors:
+            return lambda: None
+        like = next(self.model.parameters())
+        expected = torch.empty((self.ranks.n_replicas, *shape), dtype=like.dtype, device="meta")
+        check_module(dict.fromkeys(tensors, expected), dict(tensors), "what the checkpoint holds for ranks that go on ahead")
+
+        def take() -> None:
+            if self.ranks.rank > 0:
+                own = tensors[f"{self.ranks.rank}"][self.ranks.replica : self.ranks.replica + 1]
+                self.objective.placement.take_up(own.to(next(self.model.parameters()).device, copy=True))
+            self._is_filled = True
+
+        return take
 
     def agree(self, work: Callable[[], T]) -> T:
         """``work()``; with several ranks an error of one is raised on all."""

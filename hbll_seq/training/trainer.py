@@ -1,7 +1,7 @@
 """The training loop: optimizer steps, metrics, evaluation and checkpoints, such that a resumed run is the same run.
 
-Everything a step depends on is either in the checkpoint (weights, optimizer, carried states, random number generators) or
-a pure function of the step: the learning rate, the batch, and the noise of the objective.
+Everything a step depends on is either in the checkpoint (weights, optimizer, carried states, those under way between ranks,
+random number generators) or a pure function of the step: the learning rate, the batch, and the noise of the objective.
 """
 
 from __future__ import annotations
@@ -120,12 +120,10 @@ class Trainer:
         self.objective, self.optimizer = self.share.prepare(accelerator, make_optimizer(objective, settings))
         self.graphed = GraphedStep(self.objective, precision_name(accelerator)) if settings.cuda_graph else None
         self.metrics = lines_of(folder, METRICS, FLUSH_SECONDS)
-        first = settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step)
-        self.parts = [first, *added]
+        self.parts = [settings.max_steps or math.ceil(settings.epochs * windows.n_windows / self.windows_per_step), *added]
         self.total_steps = sum(self.parts)
-        self.done = 0
+        self.done, self.seconds = 0, 0.0  # seconds of training alone, over all sittings
         self.states: list[States] = [{} for _ in range(settings.grad_accum)]  # carried, of the rows of each micro batch
-        self.seconds = 0.0  # of training alone, over all sittings
         self._saved: int | None = None  # step of the newest checkpoint that is known to be good
         self._logged = (0, 0.0)  # steps and seconds at the last line of metrics.jsonl
 
@@ -156,8 +154,8 @@ class Trainer:
     def _checked(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Callable[[], None]:
         """Checks what a checkpoint holds for this process; takes it when called."""
         check_run_state(state)
-        step, rng = state["step"], state["rng"]
-        allowed = {"model", "optimizer"} | ({"carried"} if self.settings.carry_state else set())
+        step, rng, settings = state["step"], state["rng"], self.settings
+        allowed = {"model", "optimizer", *["carried"] * settings.carry_state, *["ahead"] * settings.ahead}
         if not {"model", "optimizer"} <= set(groups) <= allowed:
             raise CheckpointError(f"the checkpoint holds the files {quote(sorted(groups))}; this run takes "
                                   f"{', '.join(sorted(allowed))} and needs model and optimizer")
@@ -168,12 +166,14 @@ class Trainer:
         check_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
         if any(not 0 < count <= step for name, count in groups["optimizer"].items() if name.endswith("|step")):
             raise CheckpointError(f"the checkpoint of step {step} counts other steps in its optimizer")
-        states = self._own_states(groups.get("carried", {}))
+        states, shape = self._own_states(groups.get("carried", {})), (settings.batch_size, settings.context_length)
+        take_up = self.share.taking_up(groups.get("ahead", {}), (*shape, settings.n_embd))
 
         def take() -> None:
             load_module(self.plain_objective, groups["model"], "the checkpoint")
             load_optimizer(self.optimizer.optimizer, self.plain_objective, groups["optimizer"])
             self.states = states
+            take_up()
             # no step draws from them: with another number of processes any will do
             set_rng_state(rng[self.accelerator.process_index % len(rng)])
 
@@ -184,10 +184,11 @@ class Trainer:
         if self._saved == self.done:
             return
         rng, carried = gather_object([rng_state()]), self.share.gathered(self._all_states())
+        ahead = self.share.gathered(self.share.under_way(self.accelerator))
         groups = {
             "model": self.share.gathered(module_tensors(self.plain_objective)),
             "optimizer": self.share.gathered(optimizer_tensors(self.optimizer.optimizer, self.plain_objective)),
-            **({"carried": carried} if carried else {}),
+            **{name: found for name, found in (("carried", carried), ("ahead", ahead)) if found},
         }
         problem = [None]
         if self.accelerator.is_main_process:
@@ -204,7 +205,6 @@ class Trainer:
         if problem[0]:
             raise RunFailed(problem[0])
         self._saved = self.done
-        self.share.empty()  # and filled anew by the next step: a run that goes on from here does the same
 
     def _all_states(self) -> dict[str, torch.Tensor]:
         """Carried states of all replicas, [replicas * B, C] by micro batch and path, as a checkpoint names them."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.depth_dial import ms_per_token
+from hbll_seq.objectives.auxiliary import segment_ends
 from hbll_seq.objectives.depth_mix import sub_networks_of_step
-from hbll_seq.objectives.options import DepthMix
+from hbll_seq.objectives.options import DepthMix, Sweeps
 from hbll_seq.training.plots import draw_figure, finite_or_gap
 from hbll_seq.tree.topology import DyadicTree
 
@@ -80,13 +81,16 @@ def _tradeoff(figure, points: list[tuple[float, float, int]]) -> None:
     axes.grid(color="0.92")
 
 
-def exit_weights(mix: DepthMix, tree: DyadicTree) -> list[float]:
+def exit_weights(mix: DepthMix, tree: DyadicTree, sweeps: Sweeps | None = None) -> list[float]:
     """How much the losses of the exits after each block 1 .. N - 1 weigh in a step of sweeps along the full path; of a mix
-    that draws its paths, on average."""
+    that draws its paths, on average. With resolved ``sweeps`` their auxiliary exits count too."""
     weights, path = [0.0] * tree.n_nodes, tuple(range(1, tree.N))
+    ends = segment_ends(path, sweeps.chunk_size) if sweeps is not None and sweeps.auxiliary_exits else ()
     for seed in range(_STEPS):
-        for network in sub_networks_of_step(mix.name, mix.total_weight, tree, path, seed):
-            for n, weight in network.exits.items():
+        main, *others = sub_networks_of_step(mix.name, mix.total_weight, tree, path, seed)
+        auxiliary = {n: sweeps.auxiliary_exits for n in ends if n not in main.exits}
+        for exits in (main.exits, auxiliary, *(network.exits for network in others)):
+            for n, weight in exits.items():
                 weights[n - 1] += weight / _STEPS
     return weights
 

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from helpers.ahead_work import CASES, ROWS, TOKENS, alone, batch, inference_of, model_of, optimizer_of, run_on
+from helpers.ahead_work import (
+    CASES,
+    ROWS,
+    STEPS,
+    TOKENS,
+    alone,
+    batch,
+    inference_of,
+    model_of,
+    objective_of,
+    optimizer_of,
+    run_on,
+)
 
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.objectives.local import LocalObjective
@@ -60,6 +72,17 @@ def test_a_step_sends_one_state_forward_and_nothing_back(n_ranks, tmp_path_facto
             assert found[name][4] == 0
 
 
+def test_the_mean_of_auxiliary_exits_does_not_depend_on_whose_draw_has_one(tmp_path_factory):
+    """The two ranks' batches have draws of their own; block 4 has an auxiliary exit in some of them, in others the mix's."""
+    name = "auxiliary exits in some steps"
+    objective, _ = objective_of(name)
+    taken = [4 not in objective.sub_networks(step)[0].exits for step in range(STEPS + 1)]
+    assert {(False, False), (False, True), (True, False)} <= set(zip(taken, taken[1:]))  # of the last rank, of the first
+    first, last = (found[name][5] for found in found_by(2, tmp_path_factory))
+    assert set(last) == {0.0} and min(first) > 1.0
+    assert first[0] == pytest.approx(float(objective(batch(1), step=1).metrics["ce_auxiliary"]), rel=1e-12)
+
+
 def test_it_learns(tmp_path_factory):
     first, last = (found["learned"] for found in found_by(2, tmp_path_factory))
     assert set(first) == {0.0}  # the last rank alone knows them
@@ -93,7 +116,7 @@ def test_what_cannot_work_ahead_is_refused(shape, inference, options, named, rem
 def test_where_a_rank_would_never_be_trained_is_refused():
     """Of 31 blocks on four ranks the first has blocks 1 to 8, and every path of the mix ends behind them."""
     model = model_of({"n_level": 5, "default_paths": "prefix"})
-    with pytest.raises(ValueError, match="block 8, .*use 2 ranks and chunk_size=16"):
+    with pytest.raises(ValueError, match="block 8, .*use 2 ranks, chunk_size=16"):
         LocalObjective(model, inference_of(31, 8), ranks=Ranks(3, 4), ahead=True, depths="octaves")
     LocalObjective(model, inference_of(31, 16), ranks=Ranks(1, 2), ahead=True, depths="octaves")
 

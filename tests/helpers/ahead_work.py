@@ -31,6 +31,7 @@ CASES = {
     "all": ({**PREFIX, "n_level": 4}, {"depths": "all"}, 8, 2, 1),
     "exits on the path": ({"default_paths": "prefix"}, {"depths": "prefixes"}, 4, 2, 1),
     "auxiliary exits on 4 ranks": ({**PREFIX, "n_level": 4}, {"depths": "prefixes", "auxiliary_exits": 0.7}, 4, 4, 1),
+    "auxiliary exits in some steps": (PREFIX, {"depths": "few", "auxiliary_exits": 0.7}, 4, 2, 1),
     "six and one": (PREFIX, {"depths": "octaves"}, 6, 2, 1),
     "recomputed": (PREFIX, {"depths": "octaves", "recompute": True}, 4, 2, 1),
     "dropout": ({**PREFIX, "dropout": 0.3}, {"depths": "octaves", "seed": 5}, 4, 2, 1),
@@ -104,12 +105,14 @@ def part(model, objective, owned, tokens, number, begun):
             if objective.auxiliary is not None and last in objective.auxiliary.ends and last not in exits:
                 logits = model.head(objective.auxiliary(state, last))
                 loss = loss + objective.auxiliary.weight * cross_entropy(logits.flatten(0, 1), targets.flatten())
+    if objective.auxiliary is not None:  # its adapters have a gradient in every step
+        loss = loss + 0.0 * sum(p.sum() for p in objective.auxiliary.parameters())
     return loss + 0.0 * end.sum(), end.detach()  # a rank that no exit is on has gradients, of zero
 
 
 def simulated(
     objective, batch_of: Callable, n_ranks: int, n_steps: int, *, micro_batches: int = 1, size: int, optimizer,
-    before_update: Callable = lambda step: None, again: tuple[int, ...] = (),
+    before_update: Callable = lambda step: None,
 ):  # fmt: skip
     """Steps of ``n_ranks`` ranks, one after the other in this process.
 
@@ -118,7 +121,6 @@ def simulated(
         batch_of: of its number the tokens.
         size: blocks of a segment; rank r has segment r.
         before_update: is called with the step when all gradients are there.
-        again: steps before which the states under way are dropped and made anew, as after a checkpoint.
 
     Returns:
         The losses of each micro-batch by rank, and the gradients of each step.
@@ -132,7 +134,7 @@ def simulated(
 
     for step in range(n_steps):
         first = step * micro_batches
-        if step == 0 or step in again:
+        if step == 0:
             with torch.no_grad():
                 sent = [None] * n_ranks  # the states that each rank will read next
                 for back in range(n_ranks - 1, 0, -1):  # ranks that are ahead by as much or more make one pass
@@ -163,12 +165,14 @@ def alone(name):
 
 
 def spread(name, ranks):
-    """The same of this rank, with the blocks that are here; and what it has sent in each micro-batch."""
+    """The same of this rank, with the blocks that are here; and what it has sent in each micro-batch, its collectives, and
+    what it knows of the auxiliary exits."""
     micro_batches = CASES[name][-1]
     objective, named = objective_of(name, ranks=ranks, ahead=True)
     own = [p for name, p in named.items() if name.startswith("model.blocks.")]
     shared = [p for name, p in named.items() if not name.startswith("model.blocks.")]
     optimizer, traffic, losses, gradients, sent = optimizer_of(own + shared), objective.placement.traffic, [], [], []
+    nats = []
     with torch.no_grad():
         for number in range(objective.placement.lead):
             objective(batch(number), step=number)
@@ -180,11 +184,12 @@ def spread(name, ranks):
             (output.loss / micro_batches).backward()
             losses.append(float(output.loss.detach()))
             sent.append((traffic.messages - before[0], traffic.bytes - before[1]))
+            nats.append(float(output.metrics.get("ce_auxiliary", 0.0)))
         reduce_gradients(own, shared, ranks)
         gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
         optimizer.step()
     objective.placement.discard()
-    return losses, gradients, {name: p.detach() for name, p in named.items()}, sent, traffic.collectives
+    return losses, gradients, {name: p.detach() for name, p in named.items()}, sent, traffic.collectives, nats
 
 
 def learned(ranks):

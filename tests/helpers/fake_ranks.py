@@ -10,6 +10,7 @@ Environment: ``FAKE_FLOAT64``: everything in double precision. ``FAULT``: ``proc
 import os
 import signal
 import sys
+import time
 
 import torch
 from torch import distributed
@@ -67,6 +68,8 @@ def fail(step, model):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif kind == "hang":
+        time.sleep(8)
     elif kind == "raise":
         raise ValueError("something is wrong on this rank")
     elif kind == "nan":

@@ -3,6 +3,7 @@
 As a script: joins the group of the environment, calls one of the functions below by name, and saves what it returns.
 """
 
+import copy
 from datetime import timedelta
 
 import torch
@@ -22,7 +23,7 @@ def run_on(n, name, folder, *arguments):
 
 def standing(block_parallel):
     """Where each process stands, and whom its groups reach: the sums of the process numbers."""
-    ranks = make_ranks(int(block_parallel))
+    ranks = copy.deepcopy(make_ranks(int(block_parallel)))  # as a copy of an objective has it
     reached = []
     for group in (ranks.block_group, ranks.replica_group, ranks.step_group, ranks.host_group):
         number = torch.tensor(float(distributed.get_rank()))

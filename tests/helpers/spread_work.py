@@ -47,6 +47,7 @@ CASES = {
     "mix, exact": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps", {"depths": "octaves"}),
     "mix": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "octaves"}),
     "few": ({"default_paths": "prefix", "n_level": 4}, "sweeps:forward=1,backward=2,chunk_size=2", {"depths": "few"}),
+    "paths that jump from rank to rank": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "spine"}),
     "recomputed": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"recompute": True}),
     "dropout": ({"dropout": 0.3}, "sweeps:forward=1,backward=1,chunk_size=2", {"seed": 5}),
     "part of the blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {"path": (1, 2, 3, 4, 5, 6, 7, 8)}),

@@ -1,6 +1,9 @@
 """Auxiliary exits: every segment's end has an exit in every step; gradients are autograd's of the loss that they are said to
 add, and without them nothing changes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -8,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.auxiliary import segment_ends
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.objectives.options import Sweeps
 
@@ -148,6 +152,11 @@ def test_they_begin_as_the_plain_head_and_belong_to_the_objective_alone():
     assert torch.equal(before, torch.get_rng_state())  # drawn from the objective's seed
     again = LocalObjective(model, "sweeps:chunk_size=2,auxiliary_exits=1", seed=3)
     assert torch.equal(objective.auxiliary.down, again.auxiliary.down) and objective.auxiliary.down.any()
+    other = LocalObjective(model, "sweeps:chunk_size=2,auxiliary_exits=1", seed=4)
+    assert not torch.equal(objective.auxiliary.down, other.auxiliary.down)
+    assert objective.auxiliary.down.shape == (3, 3, 16)  # ends, the rank of the model's exit adapters, width
+    bare = LocalObjective(double_lm(exit_rank=0, n_embd=24)[0], "sweeps:chunk_size=2,auxiliary_exits=1")
+    assert bare.auxiliary.down.shape == (3, 16, 24)
     assert set(model.state_dict()) == names
     assert set(objective.state_dict()) == {f"model.{name}" for name in names} | {"auxiliary.down", "auxiliary.up"}
     assert {id(p) for p in objective.auxiliary.parameters()} <= {id(p) for p in objective.trained_parameters()}
@@ -160,6 +169,41 @@ def test_they_begin_as_the_plain_head_and_belong_to_the_objective_alone():
     assert objective.double().auxiliary.down.dtype == torch.float64
 
 
+def test_a_model_may_be_given_another_dtype_behind_the_objective():
+    """As it may where the maps of a linearization are learned."""
+    model, tokens = double_lm()
+    objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=1")
+    expected = objective(tokens).loss
+    model.float()
+    output = objective(tokens)
+    output.loss.backward()
+    assert abs(output.loss - expected) < 1e-4 and objective.auxiliary.up.grad.dtype == torch.float64
+    blocks = [torch.nn.Tanh() for _ in range(3)]
+    bare = LocalObjective(DepthHierarchy(blocks, torch.nn.Identity(), width=6), "sweeps:chunk_size=2,auxiliary_exits=1")
+    assert bare.auxiliary.down.dtype == torch.get_default_dtype()  # of a model without parameters
+
+
+def test_a_copy_is_the_same_objective():
+    model, tokens = double_lm()
+    objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=1", depths="octaves")
+    for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
+        assert torch.equal(other(tokens).loss, objective(tokens).loss)
+        assert other.auxiliary.down is not objective.auxiliary.down
+    again = LocalObjective(double_lm()[0], "sweeps:chunk_size=2,auxiliary_exits=1", depths="octaves", seed=4)
+    again.load_state_dict(objective.state_dict())
+    assert torch.equal(again(tokens).loss, objective(tokens).loss)
+
+
+def test_under_autocast_the_loss_is_that_of_full_precision_rounded():
+    model, tokens = double_lm()
+    objective = local(model.float(), "sweeps:chunk_size=2,auxiliary_exits=1")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = objective(tokens)
+    found = gradients(objective, output.loss)["auxiliary.up"]
+    expected = gradients(objective, objective(tokens).loss)["auxiliary.up"]
+    assert found.dtype == torch.float32 and (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_their_metric_is_their_own():
     model, tokens = double_lm()
     objective = local(model, "sweeps:chunk_size=2,auxiliary_exits=3", depths="octaves")
@@ -167,7 +211,9 @@ def test_their_metric_is_their_own():
     output, without = objective(tokens), plain(tokens)
     _, expected = slow_loss(objective, tokens, 0, detaches=False)
     assert len(expected) == 1  # of 2, 4, 6 and 7 those of 4 and 6 are the mix's, and the last is the path's own
-    assert abs(output.metrics.pop("ce_auxiliary") - sum(expected) / len(expected)) < 1e-12
+    expected += [model(tokens[:, :-1], tokens[:, :-1], path=range(1, 1 + n)).logits.flatten(0, 1) for n in (4, 6)]
+    expected[1:] = [cross_entropy(logits, tokens[:, 1:].flatten()) for logits in expected[1:]]
+    assert abs(output.metrics.pop("ce_auxiliary") - sum(expected) / 3) < 1e-12
     assert output.metrics == without.metrics
     with torch.no_grad():
         evaluated = objective(tokens)
@@ -175,9 +221,10 @@ def test_their_metric_is_their_own():
     few = local(model, "sweeps:chunk_size=4,auxiliary_exits=3", depths="few")
     taken = [objective_has_one(few, step) for step in range(12)]
     assert {True, False} == set(taken)
-    for step, has in enumerate(taken):  # a step that has none reports that of the whole path, so that every line has one
-        metrics = few(tokens, step=step).metrics
-        assert (metrics["ce_auxiliary"] != metrics["ce"]) == has
+    (plain,) = {float(few(tokens, step=step).metrics["ce_auxiliary"]) for step in range(12) if not taken[step]}
+    (own,) = {float(few(tokens, step=step).metrics["ce_auxiliary"]) for step in range(12) if taken[step]}
+    assert plain == pytest.approx(expected[1].item(), rel=1e-12)  # which the model's own exit behind block 4 has
+    assert abs(own - plain) > 1e-3
 
 
 def objective_has_one(objective, step):
@@ -207,6 +254,11 @@ def test_a_control_probes_the_main_path_without_them():
     sweeps = "sweeps:forward=1,backward=1,chunk_size=2,control=adaptive(every=1)"
     plain = LocalObjective(model, sweeps)(tokens).metrics["cosine"]
     assert local(model, f"{sweeps},auxiliary_exits=5")(tokens).metrics["cosine"] == plain < 1 - 1e-3
+
+
+@pytest.mark.parametrize("size, ends", [(1, (1, 2, 3, 4, 5, 6)), (2, (2, 4, 6)), (3, (3, 6)), (4, (4,)), (6, (6,)), (7, ())])
+def test_every_segment_but_the_last_has_an_end(size, ends):
+    assert segment_ends(range(1, 8), size) == ends
 
 
 @pytest.mark.parametrize("call, message", [

@@ -216,6 +216,14 @@ def test_what_fails_on_one_rank_ends_all(shape, tmp_path, process, real, kind, w
     assert ck.sound_checkpoints(folder / "checkpoints") == [0, 2, 4]
 
 
+def test_a_rank_that_hangs_is_waited_for_as_long_as_is_said(shape, tmp_path):
+    """The other one ends, and by that the one that hangs."""
+    options = [*shape, *parallel(2), "--rank-timeout", "4", "--output-dir", str(tmp_path / "run")]
+    codes, said = launch(2, options, FAULT="1:5:hang")
+    assert codes == [1, 1] and "".join(said).count("or did not answer for 4 seconds") == 1, said
+    assert ck.sound_checkpoints(tmp_path / "run" / "checkpoints") == [0, 2, 4]
+
+
 def test_a_checkpoint_that_does_not_fit_one_rank_changes_nothing(two, tmp_path):
     """What is wrong with a block's optimizer is seen by its rank alone."""
     folder = tmp_path / "run"

@@ -6,7 +6,7 @@ import kill_and_resume as kr
 import pytest
 
 from hbll_seq import HBLLConfig, HBLLForCausalLM
-from hbll_seq.objectives.options import DepthMix
+from hbll_seq.objectives.options import DepthMix, Sweeps
 from hbll_seq.training import plots, tree_plots
 from hbll_seq.training.run_record import PICTURES
 from hbll_seq.training.tree_plots import exit_weights, losses_of_nodes, pareto_front, time_paths
@@ -51,15 +51,19 @@ def test_the_losses_of_the_nodes_are_those_of_the_end():
         assert losses_of_nodes(odd, [1.0] * 3) == []
 
 
-@pytest.mark.parametrize("mix", ["octaves", "few", "none"])
-def test_a_nodes_loss_is_that_of_the_predictions_after_it(lm_options, tmp_path, blank_figures, mix):
-    """At the start every prediction costs log V: the weights of the mix are taken out."""
-    options = ["--depth-mix", mix, "--n-level", "3", "--max-steps", "40", "--lr", "1e-9", "--sample-tokens", "0"]
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("mix, auxiliary", [("octaves", 0.0), ("few", 0.0), ("none", 0.0), ("few", 3.0)])
+def test_a_nodes_loss_is_that_of_the_predictions_after_it(lm_options, tmp_path, blank_figures, monkeypatch, mix, auxiliary):
+    """At the start every prediction costs log V: the weights of the mix, and of auxiliary exits, are taken out."""
+    options = ["--depth-mix", mix, "--n-level", "3", "--max-steps", "40", "--lr", "1e-9", "--sample-tokens", "0",
+               "--auxiliary-exits", str(auxiliary), "--chunk-size", "2"]  # fmt: skip
+    folder, drawn = tmp_path / "run", []
+    monkeypatch.setattr("hbll_seq.training.export.plot_tree", lambda tree, losses, *args: drawn.append(losses))
     assert kr.load_script().main([*lm_options, *options, "--eval-every", "0", "--output-dir", str(folder)]) == 0
     tree = DyadicTree(3, "spine" if mix == "none" else "prefix")
-    weights = exit_weights(DepthMix(mix), tree)
+    weights = exit_weights(DepthMix(mix), tree, Sweeps(chunk_size=2, auxiliary_exits=auxiliary))
     losses = losses_of_nodes(kr.lines(folder), weights, share=1.0)
+    assert drawn == [losses_of_nodes(kr.lines(folder), weights)]
+    assert [n for n in (2, 4, 6) if losses[n - 1]] == ([] if mix == "none" else [2, 4, 6] if auxiliary else [4, 6])
     few = 0.5 if mix == "few" else 0.01  # which draws its paths, here in 40 steps
     assert losses[6] == pytest.approx(math.log(4096), rel=0.01)
     assert all(loss == 0 or loss == pytest.approx(math.log(4096), rel=few) for loss in losses)

@@ -64,3 +64,33 @@ def test_every_rank_refuses_another_models_checkpoint(objective, change, words):
     for rank in range(2):
         with pytest.raises(CheckpointError, match=words):
             Share(copy.deepcopy(objective), Ranks(rank, 2), 4).part_of({"model": model, "optimizer": {}})
+
+
+def ahead_of(objective, rank):
+    inference = "sweeps:forward=6,backward=0,chunk_size=2,linearization=zero"
+    return Share(LocalObjective(objective.model, inference, ranks=Ranks(rank, 3, 1, 2), ahead=True), Ranks(rank, 3, 1, 2), 2)
+
+
+def test_a_rank_takes_up_the_state_that_it_was_about_to_read(objective):
+    """That of its own replica; the first rank reads none, and its next step fills nothing either."""
+    states = {f"{rank}": torch.randn(2, 4, 3, 8) for rank in (1, 2)}
+    for rank in range(3):
+        share, passes = ahead_of(copy.deepcopy(objective), rank), []
+        share.taking_up({}, (4, 3, 8))()  # an older checkpoint's
+        share.taking_up({"1": states["1"]}, (9, 9, 9))()  # that of other ranks
+        share.taking_up(states, (4, 3, 8))()
+        share.fill(passes.append)
+        found = share.objective.placement.coming()
+        assert passes == [] and (found is None if rank == 0 else torch.equal(found, states[f"{rank}"][1:]))
+        other = ahead_of(copy.deepcopy(objective), rank)
+        other.taking_up({"1": states["1"]}, (4, 3, 8))()
+        other.fill(passes.append)
+        assert passes == list(range(2 - rank)) and other.objective.placement.coming() is None
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 9), (4, 2, 8), (3, 3, 8), (4, 3)])
+def test_a_state_of_another_shape_is_refused(objective, shape):
+    for rank in range(3):
+        states = {"1": torch.zeros(2, 4, 3, 8), "2": torch.zeros(2, *shape)}
+        with pytest.raises(CheckpointError, match="for ranks that go on ahead: '2' is "):
+            ahead_of(copy.deepcopy(objective), rank).taking_up(states, (4, 3, 8))

@@ -83,9 +83,10 @@ class PoolingHead(nn.Module):
 
 
 class FullAttentionBlock(TransformerBlock):
-    """A :class:`TransformerBlock` in which every state sees every other one, and none is turned: positions are the embedding's.
+    """A :class:`TransformerBlock` in which every state sees every other one, and none is turned.
 
-    It reads all states of an input at once. There is nothing to carry on from, and no token after token.
+    Positions are the embedding's. It reads all states of an input at once: there is nothing to carry on from, and no token
+    after token.
 
     Args:
         width, n_head, mlp_ratio, norm, dropout, mlp, qk_norm: see :class:`TransformerBlock`.
@@ -106,7 +107,7 @@ class FullAttentionBlock(TransformerBlock):
 
     def initial_state(self, start: Tensor | None = None) -> KVState:
         """Raises ValueError: there is no state to begin with."""
-        raise ValueError("a FullAttentionBlock reads all states at once: it has no state to begin with; call it on all of them")
+        raise ValueError("a FullAttentionBlock reads all states at once: it has no state to begin with; call it on them all")
 
     def step(self, x_t: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         """Raises ValueError: what is read first depends on what is read last."""

@@ -130,9 +130,10 @@ class HBLLImageConfig(HierarchyConfig):
         names = self.class_names
         if names is None:
             return
-        if not isinstance(names, (list, tuple)) or len(names) != self.n_classes or not all(isinstance(n, str) for n in names):
-            raise ValueError(f"class_names={quote(names)}: must be a text for each of the n_classes={self.n_classes} classes, "
-                             "or null where they have no names")
+        is_list = isinstance(names, (list, tuple)) and len(names) == self.n_classes
+        if not is_list or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"class_names={quote(names)}: must be a text for each of the n_classes={self.n_classes} classes"
+                             ", or null where they have no names")
         object.__setattr__(self, "class_names", tuple(names))
 
 
@@ -166,8 +167,7 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
         """Images as the embedding reads them: of the model's dtype, with values of 0 to 1.
 
         Raises:
-            ValueError: they have another shape or dtype, are on another device, or hold other values (which are looked at on a
-                CPU alone).
+            ValueError: they have another shape or dtype, are on another device, or hold other values (looked at on a CPU alone).
         """
         check_inputs("inputs", inputs, self)
         config, shape = self.config, tuple(inputs.shape)
@@ -183,8 +183,8 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
         if inputs.dtype == torch.uint8:
             return inputs.to(dtype) / 255
         if not inputs.is_floating_point():
-            remedy = " or of uint8, 0 to 255: inputs.to(torch.uint8)" if holds_whole_numbers(inputs) else ""
-            raise ValueError(f"inputs of {inputs.dtype}: must be of floating point, 0 to 1,{remedy or ' or of uint8, 0 to 255'}")
+            remedy = ": inputs.to(torch.uint8)" if holds_whole_numbers(inputs) else ""
+            raise ValueError(f"inputs of {inputs.dtype}: must be of floating point, 0 to 1, or of uint8, 0 to 255{remedy}")
         if inputs.device.type == "cpu":
             low, high = inputs.aminmax()
             if not (LEAST <= low and high <= MOST):

@@ -184,7 +184,7 @@ class DepthMethod(Method):
                              "carried; leave the method out, or carry no state")  # fmt: skip
         self.objective(self._small_model())
 
-    def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+    def paths(self, model: DepthHierarchy) -> dict[str, tuple[int, ...]]:
         """The paths that it trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
         if self.one_depth is not None:
             return {f"depth {self.one_depth}": model.resolve_path(depth=self.one_depth)}

@@ -167,7 +167,7 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
         """Images as the embedding reads them: of the model's dtype, with values of 0 to 1.
 
         Raises:
-            ValueError: they have another shape or dtype, are on another device, or hold other values (looked at on a CPU alone).
+            ValueError: they have another shape or dtype, are on another device, or hold other values (seen on a CPU alone).
         """
         check_inputs("inputs", inputs, self)
         config, shape = self.config, tuple(inputs.shape)
@@ -189,8 +189,8 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
             low, high = inputs.aminmax()
             if not (LEAST <= low and high <= MOST):
                 raise ValueError(
-                    f"inputs from {float(low):.4g} to {float(high):.4g}: pixels must be of 0 to 1; divide those of 0 to 255 by "
-                    "255, and leave normalising to the model (pixel_mean, pixel_std)"
+                    f"inputs from {float(low):.4g} to {float(high):.4g}: pixels must be of 0 to 1; divide those of 0 to "
+                    "255 by 255, and leave normalising to the model (pixel_mean, pixel_std)"
                 )
         return inputs.to(dtype)
 
@@ -242,8 +242,8 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
         size = config.image_size
         about = (
             f"A classifier of images of {size} x {size} pixels with {n_parameters:,} parameters: patches of "
-            f"{config.patch_size} x {config.patch_size} pixels,\na tree of {config.n_layer} attention blocks, and one head for "
-            f"{config.n_classes} classes. One set of weights gives networks of 1 to {config.n_layer} blocks."
+            f"{config.patch_size} x {config.patch_size} pixels,\na tree of {config.n_layer} attention blocks, and one head "
+            f"for {config.n_classes} classes. One set of weights gives networks of 1 to {config.n_layer} blocks."
         )
         example = f"torch.rand(2, {config.n_channels}, {size}, {size})"
         usage = f"import torch\n\nprint(model.predict({example}, depth={min(3, config.n_layer)}))  # your own images, 0 to 1"

@@ -64,15 +64,16 @@ def options() -> Parser:
     """What the command line takes."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", default="uoft-cs/cifar10", help="folder with train/CLASS/*.png and test/CLASS/*.png, or with CIFAR's binary "
-        f"files; a Hub id; or {GENERATED!r} (default: uoft-cs/cifar10)")  # fmt: skip
+    add("--data", default="uoft-cs/cifar10", help="folder with train/CLASS/*.png and test/CLASS/*.png, or with CIFAR's "
+        f"binary files; a Hub id; or {GENERATED!r} (default: uoft-cs/cifar10)")  # fmt: skip
     add("--cache", type=Path, help="folder that keeps images that were read (default: that of train/lm.py)")
-    add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is stored)")
+    add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
+        "stored)")
     add("--depth-mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
     add("--missing", type=float, default=0.0, help="share of the patches that every image lacks (default: 0)")
     add("--wrong-labels", type=float, default=0.0, help="share of the training images with a wrong label (default: 0)")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="training images are shifted by up to 4 pixels "
-        "and mirrored at random (default: on)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="training images are shifted by up to 4 "
+        "pixels and mirrored at random (default: on)")
     add("--train-images", type=int, help="use only so many (default: all that are not held out)")
     add("--validation-images", type=int, default=5000, help="hold out so many of the training images (default: 5000)")
     add("--n-level", type=int, default=3, help="levels D: 2**D - 1 blocks (default: 3)")
@@ -84,8 +85,8 @@ def options() -> Parser:
     add("--batch-size", type=int, default=256, help="images of a step (default: 256, the paper's)")
     add("--epochs", type=int, default=20, help="passes over the images (default: 20; the paper: 500)")
     add("--warmup-steps", type=int, default=100, help="of linear warm-up (default: 100)")
-    add("--lrs", "--lr", dest="lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that every method "
-        "tries (default: 5e-4 1e-3 2e-3; the paper: 5e-4)")
+    add("--lrs", "--lr", dest="lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that every "
+        "method tries (default: 5e-4 1e-3 2e-3; the paper: 5e-4)")
     add("--seeds", type=int, nargs="+", default=[0], help="the first one tunes the learning rate (default: 0)")
     add("--eval-every", type=int, help="steps between two evaluations on validation images (default: a fifth of the run)")
     add("--alignment-every", type=int, default=250, help="steps between two comparisons of the gradient with the exact one "

@@ -41,8 +41,8 @@ def divide(train: Images, test: Images, n_train: int | None, n_validation: int) 
     """
     n = len(train.labels)
     if not 1 <= n_validation < n:
-        raise ValueError(f"validation-images={n_validation} of {n} training images: choose 1 to {n - 1}; without any, nothing "
-                         "can choose between learning rates")  # fmt: skip
+        raise ValueError(f"validation-images={n_validation} of {n} training images: choose 1 to {n - 1}; without any, "
+                         "nothing can choose between learning rates")  # fmt: skip
     n_train = n - n_validation if n_train is None else n_train
     if not 1 <= n_train <= n - n_validation:
         raise ValueError(f"train-images={n_train}: of {n} images {n_validation} are held out; choose at least 1 and at most "
@@ -88,8 +88,8 @@ class ImageTask(Classes):
         """A new model of a method for these images; sizes: of its configuration."""
         return HBLLForImageClassification(HBLLImageConfig(
             image_size=self.data["train"][0].shape[-1], patch_size=self.patch_size, pooling=self.pooling,
-            n_classes=len(self.classes), n_level=n_level, pixel_mean=self.mean, pixel_std=self.std, class_names=self.classes, **sizes,
-            **dict(method.config),
+            n_classes=len(self.classes), n_level=n_level, pixel_mean=self.mean, pixel_std=self.std, class_names=self.classes,
+            **sizes, **dict(method.config),
         ))  # fmt: skip
 
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -109,8 +109,8 @@ class ImageTask(Classes):
     def evaluate(
         self, model: DepthHierarchy, split: str, n_batches: int | None = None, *, paths: Mapping[str, Sequence[int]]
     ) -> list[dict]:
-        """A row per path; of the first batches of ``BATCH`` images. ``top5``, where there are ``MANY_CLASSES``: the percentage
-        of images whose class is among the five most likely."""
+        """A row per path; of the first batches of ``BATCH`` images. ``top5``, where there are ``MANY_CLASSES``: the
+        percentage of images whose class is among the five most likely."""
         pixels, labels = self.data[split]
         totals = {name: torch.zeros(3, dtype=torch.float64) for name in paths}
         n = 0
@@ -136,7 +136,7 @@ def _figures(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def generated(n: int, seed: int, n_classes: int = 10, size: int = 32) -> Images:
-    """Stripes of random phase and contrast in noise, whose direction and colour are the class: for a first look and for tests.
+    """Stripes of random phase and contrast in noise, whose direction and colour are the class: for a first look and tests.
 
     Args:
         n: images, the classes in turn.

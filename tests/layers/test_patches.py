@@ -66,7 +66,7 @@ def test_a_patch_is_its_own_pixels_normalised(has_token):
     pixels = torch.rand(2, 2, 8, 12, dtype=torch.float64)
     states = embed(pixels)
     assert states.shape == (2, 6 + has_token, 16)
-    patch = torch.stack(((pixels[0, 0, 4:, 4:8] - 0.5) / 0.5, (pixels[0, 1, 4:, 4:8] - 0.25) / 2))  # second row, second column
+    patch = torch.stack(((pixels[0, 0, 4:, 4:8] - 0.5) / 0.5, (pixels[0, 1, 4:, 4:8] - 0.25) / 2))  # in the second row
     expected = embed.projection.weight @ patch.flatten() + embed.projection.bias + embed.positions[4]
     torch.testing.assert_close(states[0, 4 + has_token], expected)
     if has_token:

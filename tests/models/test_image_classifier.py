@@ -1,4 +1,4 @@
-"""The image classifier: exact sweeps are backprop, every depth classifies, what was saved loads, what cannot be read is named."""
+"""The image classifier: exact sweeps are backprop, every depth classifies, what was saved loads, refusals name the cause."""
 
 import json
 from dataclasses import replace
@@ -218,8 +218,8 @@ def test_what_was_saved_loads_bit_for_bit(tmp_path, pooling):
         path = model.tree.path_for_depth(depth)
         assert torch.equal(loaded(inputs, path), model(inputs, path))  # normalising too: nothing else is needed
     card, told = (tmp_path / "m" / CARD).read_text(), json.loads((tmp_path / "m" / CONFIG).read_text())
-    for text in ("pipeline_tag: image-classification", "HBLLForImageClassification.from_pretrained", "depth=3", "animals", "87.5",
-                 "Trained paths: the default path of every depth"):  # fmt: skip
+    for text in ("pipeline_tag: image-classification", "HBLLForImageClassification.from_pretrained", "depth=3", "animals",
+                 "87.5", "Trained paths: the default path of every depth"):  # fmt: skip
         assert text in card
     assert told["model_type"] == "hbll-image-classifier" and told["class_names"] == list(names)
     half = HBLLForImageClassification.from_pretrained(tmp_path / "m", dtype="bfloat16")

@@ -50,7 +50,8 @@ from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.values import as_whole
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-METHODS = ["backprop-1", "backprop-2", "backprop-3", "backprop-7", "tree", "sweeps", "mix", "backprop-mix"]
+#: beside backprop-N of 1 to D blocks and of all
+METHODS = ["tree", "sweeps", "mix", "backprop-mix"]
 GENERATED = "generated"
 #: what a short run changes of the defaults
 QUICK = dict(data=GENERATED, epochs=2, train_images=2000, validation_images=500, batch_size=50, patch_size=8, n_embd=32,
@@ -67,8 +68,8 @@ def options() -> Parser:
     add("--data", default="uoft-cs/cifar10", help="folder with train/CLASS/*.png and test/CLASS/*.png, or with CIFAR's "
         f"binary files; a Hub id; or {GENERATED!r} (default: uoft-cs/cifar10)")  # fmt: skip
     add("--cache", type=Path, help="folder that keeps images that were read (default: that of train/lm.py)")
-    add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
-        "stored)")
+    add("--methods", nargs="+", help=f"what is compared (default: backprop-N of 1 to D and of all blocks, "
+        f"{' '.join(METHODS)}; with --report-only all that is stored)")
     add("--depth-mix", choices=MIXES, default=DEFAULT_MIX, help=f"what mix and backprop-mix train (default: {DEFAULT_MIX})")
     add("--missing", type=float, default=0.0, help="share of the patches that every image lacks (default: 0)")
     add("--wrong-labels", type=float, default=0.0, help="share of the training images with a wrong label (default: 0)")
@@ -115,6 +116,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         as_whole(name.replace("_", "-"), getattr(args, name), 1)
     if args.threads is not None:
         torch.set_num_threads(as_whole("threads", args.threads, 1))
+    if args.methods is None and not args.report_only:
+        depths = dict.fromkeys([*range(1, args.n_level + 1), 2**args.n_level - 1])
+        args.methods = [*(f"backprop-{depth}" for depth in depths), *METHODS]
     if args.output is None:
         changes = [f"{word}-{share:g}" for word, share in (("missing", args.missing), ("wrong", args.wrong_labels)) if share]
         name = "-".join(["cifar", Path(args.data).name, *changes, *(["quick"] if args.quick else [])])
@@ -162,7 +166,7 @@ def error_rate(run: dict) -> float:
 
 def new_comparison(args: argparse.Namespace) -> tuple[Comparison, list[DepthMethod]]:
     """A comparison that makes what is missing, and its methods; all arguments are checked before the first run."""
-    methods = methods_of(args, args.n_level, args.methods or METHODS)
+    methods = methods_of(args, args.n_level, args.methods)
     task = task_of(args)
     shape = shape_of(args, task)
     for method in methods:

@@ -136,7 +136,8 @@ def _figures(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def generated(n: int, seed: int, n_classes: int = 10, size: int = 32) -> Images:
-    """Stripes of random phase and contrast in noise, whose direction and colour are the class: for a first look and tests.
+    """Stripes of random phase and contrast in noise on a ground; the class is their direction and the colours. For a first look
+    and for tests.
 
     Args:
         n: images, the classes in turn.
@@ -152,5 +153,5 @@ def generated(n: int, seed: int, n_classes: int = 10, size: int = 32) -> Images:
     stripes = (2 * math.pi * (along / 8 + phase)).sin() * (0.3 + 0.7 * contrast)
     colour = 0.5 + 0.5 * torch.stack([(angle + 2 * math.pi * k / 3).cos() for k in range(3)], dim=1)
     noise = torch.randn(n, 3, size, size, generator=generator)
-    pixels = 128 + 60 * stripes[:, None] * colour[:, :, None, None] + 40 * noise
+    pixels = 128 + 60 * (colour[:, :, None, None] - 0.5) + 60 * stripes[:, None] * colour[:, :, None, None] + 40 * noise
     return Images(pixels.round().clamp(0, 255).byte(), labels, tuple(f"class {k}" for k in range(n_classes)))

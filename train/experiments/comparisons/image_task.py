@@ -136,8 +136,8 @@ def _figures(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def generated(n: int, seed: int, n_classes: int = 10, size: int = 32) -> Images:
-    """Stripes of random phase and contrast in noise on a ground; the class is their direction and the colours. For a first look
-    and for tests.
+    """Stripes of random phase and contrast in noise on a ground; the class is their direction and the colours. For a first
+    look and for tests.
 
     Args:
         n: images, the classes in turn.

@@ -116,15 +116,12 @@ class HBLLImageConfig(HierarchyConfig):
 
     def _check_pixels(self, name: str, low: float, high: float) -> None:
         given = getattr(self, name)
-        values = [given] * self.n_channels if number_or_none(given) is not None else given
-        if (
-            not isinstance(values, (list, tuple))
-            or len(values) != self.n_channels
-            or not all(low <= (number_or_none(value) or 0.0) <= high for value in values)
-        ):
+        listed = given if isinstance(given, (list, tuple)) else [given] * self.n_channels
+        values = [number_or_none(value) for value in listed]
+        if len(values) != self.n_channels or not all(value is not None and low <= value <= high for value in values):
             raise ValueError(f"{name}={quote(given)}: must be a number in [{low:g}, {high:g}], or one for each of the "
                              f"n_channels={self.n_channels} channels")
-        object.__setattr__(self, name, tuple(map(float, values)))
+        object.__setattr__(self, name, tuple(values))
 
     def _check_class_names(self) -> None:
         names = self.class_names

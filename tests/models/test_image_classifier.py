@@ -189,6 +189,8 @@ def test_inputs_that_cannot_be_read_are_named():
         (dict(pooling="max"), "pooling='max': allowed are mean, token"),
         (dict(pixel_mean=(0.5, 0.5)), r"pixel_mean=\(0.5, 0.5\): must be a number in .*n_channels=3"),
         (dict(pixel_mean=128), "pixel_mean=128"),
+        (dict(pixel_mean="0.5"), "pixel_mean='0.5'"),
+        (dict(pixel_mean=(0.5, None, 0.5)), "pixel_mean="),
         (dict(pixel_std=0.0), "pixel_std=0.0"),
         (dict(pixel_std=(0.2, "x", 0.2)), "pixel_std="),
         (dict(class_names=("a", "b")), "class_names=.*n_classes=10"),

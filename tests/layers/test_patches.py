@@ -46,6 +46,7 @@ def test_it_is_attention_written_out(options):
     hidden = nn.functional.silu(gate) * value if options else nn.functional.gelu(hidden, approximate="tanh")
     expected = mixed + block.mlp_out(hidden)
     torch.testing.assert_close(block(x)[0], expected)
+    torch.testing.assert_close(block.leave(x, *block.enter(x, torch.arange(7)), None), expected)
     order = torch.randperm(7)
     torch.testing.assert_close(block(x[:, order])[0], expected[:, order])
 

@@ -21,6 +21,7 @@ from hbll_seq.models.hub import HubMixin
 from hbll_seq.models.model_card import CardText
 from hbll_seq.tree.topology import PATH_FAMILIES
 from hbll_seq.utils.checks import as_classes, check_inputs, holds_whole_numbers
+from hbll_seq.utils.console import warn_user
 from hbll_seq.utils.modules import evaluation_mode
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.values import as_whole, check_choice, number_or_none
@@ -218,7 +219,8 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
     def predict(
         self, inputs: Tensor, depth: int | None = None, path: Sequence[int] | None = None, batch_size: int = 256
     ) -> Tensor:
-        """The most likely class of every image, [B] of int64, evaluated in batches without dropout.
+        """The most likely class of every image, [B] of int64, evaluated in batches without dropout. A path that the config
+        says was not trained warns.
 
         Args:
             inputs: see :meth:`pixels`.
@@ -230,6 +232,9 @@ class HBLLForImageClassification(HubMixin, DepthHierarchy):
         """
         batch_size, path = as_whole("batch_size", batch_size, 1), self.resolve_path(depth, path)
         check_inputs("inputs", inputs, self)
+        if not self.config.is_trained(path):
+            warn_user(f"depth {len(path)} (path {quote(list(path))}) of this model was not trained; expect worse "
+                      f"predictions; trained: {self.config.trained_depths}; choose one of these")  # fmt: skip
         with evaluation_mode(self):
             return torch.cat([self.run(batch, path).argmax(-1) for batch in inputs.split(batch_size)])
 

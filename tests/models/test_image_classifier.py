@@ -240,6 +240,14 @@ def test_a_folder_is_read_by_its_own_class_and_whole(tmp_path):
         HBLLForImageClassification.from_pretrained(tmp_path)
 
 
+def test_a_path_that_was_not_trained_warns():
+    inputs, _ = batch_of(1, torch.float32)
+    model = model_of(replace(TINY, trained_paths=((4,), (4, 6))))
+    model.predict(inputs, depth=2)  # a warning would be an error here
+    with pytest.warns(UserWarning, match=r"depth 3 \(path \[4, 6, 7\]\).*was not trained.*trained: 1 blocks \[4\], 2 blocks"):
+        model.predict(inputs, depth=3)
+
+
 def test_trained_paths_are_those_of_the_objective():
     model = model_of()
     for inference, depths, trained in (("tree", "none", "all"), ("sweeps", "octaves", "default"), ("sweeps", "none", None)):

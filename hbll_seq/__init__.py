@@ -25,6 +25,7 @@ _PUBLIC = {
     "models.config": ("HBLLConfig",),
     "models.generate": ("generate",),
     "models.hierarchy": ("DepthHierarchy",),
+    "models.image_classification": ("HBLLForImageClassification", "HBLLImageConfig"),
     "models.recurrent": ("RecurrentLM", "RecurrentModel"),
     "models.sequence_classification": ("HBLLClassifierConfig", "HBLLForSequenceClassification"),
     "objectives.backprop": ("BackpropObjective",),

@@ -16,6 +16,8 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM as HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig as HBLLConfig
 from hbll_seq.models.generate import generate as generate
 from hbll_seq.models.hierarchy import DepthHierarchy as DepthHierarchy
+from hbll_seq.models.image_classification import HBLLForImageClassification as HBLLForImageClassification
+from hbll_seq.models.image_classification import HBLLImageConfig as HBLLImageConfig
 from hbll_seq.models.recurrent import RecurrentLM as RecurrentLM
 from hbll_seq.models.recurrent import RecurrentModel as RecurrentModel
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig as HBLLClassifierConfig

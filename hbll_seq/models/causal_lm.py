@@ -89,7 +89,7 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
     """
 
     config_class = HBLLConfig
-    has_tokenizer = has_path_table = True
+    has_tokenizer = has_path_table = labels_are_inputs = True
     auto_classes = {"AutoConfig": "HBLLTransformersConfig", "AutoModelForCausalLM": "HBLLTransformersForCausalLM"}
 
     def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):

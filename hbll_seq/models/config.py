@@ -92,8 +92,61 @@ def check_size(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name}={quote(value)}: must be a whole number of at least {low}{limit}{meaning}")
 
 
+class HierarchyConfig(ModelConfig):
+    """What the configurations of hierarchies over depth share: a tree of blocks, and which of its paths were trained.
+
+    Attributes:
+        n_level, default_paths, trained_paths: see :class:`HBLLConfig`.
+    """
+
+    n_level: int
+    default_paths: str
+    trained_paths: str | tuple[tuple[int, ...], ...] | None
+
+    @property
+    def n_layer(self) -> int:
+        """Number of blocks of the tree, ``2**n_level - 1``."""
+        return 2**self.n_level - 1
+
+    @property
+    def full_path(self) -> tuple[int, ...]:
+        """The numbers of all blocks that the model holds."""
+        return tuple(range(1, self.n_layer + 1))
+
+    def _check_trained_paths(self) -> None:
+        paths = self.trained_paths
+        if paths is None or isinstance(paths, str) and paths in TRAINED:
+            return
+        if not isinstance(paths, (list, tuple)) or not paths:
+            raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
+                             "paths, or null where nobody knows")
+        tree = DyadicTree(self.n_level, self.default_paths)
+        try:
+            object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
+        except ValueError as error:
+            raise ValueError(f"trained_paths: {error}") from None
+
+    def is_trained(self, path: tuple[int, ...]) -> bool:
+        """Whether ``path`` is one of ``trained_paths``, or nobody has said which were."""
+        if self.trained_paths == "default":
+            return path == DyadicTree(self.n_level, self.default_paths).path_for_depth(len(path))
+        return self.trained_paths in (None, "all") or path in self.trained_paths
+
+    @property
+    def trained_depths(self) -> str:
+        """``trained_paths`` in words, for people; empty where nobody has said."""
+        paths = self.trained_paths
+        if paths is None:
+            return ""
+        if isinstance(paths, str):
+            which = "every dyadic path" if paths == "all" else "the default path of every depth"
+            return f"{which}, 1 to {len(self.full_path)} blocks"
+        named = [f"{len(path)} blocks" + f" {list(path)}" * (len(path) < 8) for path in sorted(paths, key=len)]
+        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+
+
 @dataclass(frozen=True)
-class HBLLConfig(ModelConfig):
+class HBLLConfig(HierarchyConfig):
     """Shape and noise scale of a hierarchical language model.
 
     Attributes:
@@ -157,14 +210,9 @@ class HBLLConfig(ModelConfig):
         return migration.config(values)
 
     @property
-    def n_layer(self) -> int:
-        """Number of blocks of the tree, ``2**n_level - 1``."""
-        return 2**self.n_level - 1
-
-    @property
     def full_path(self) -> tuple[int, ...]:
-        """The numbers of all blocks that the model holds."""
-        return self.blocks or tuple(range(1, self.n_layer + 1))
+        """See :attr:`HierarchyConfig.full_path`."""
+        return self.blocks or super().full_path
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -210,37 +258,6 @@ class HBLLConfig(ModelConfig):
                 object.__setattr__(self, "blocks", DyadicTree(self.n_level).validate_path(self.blocks))
             except ValueError as error:
                 raise ValueError(f"blocks: {error}; or null for all") from None
-
-    def _check_trained_paths(self) -> None:
-        paths = self.trained_paths
-        if paths is None or isinstance(paths, str) and paths in TRAINED:
-            return
-        if not isinstance(paths, (list, tuple)) or not paths:
-            raise ValueError(f"trained_paths={quote(paths)}: must be {' or '.join(map(repr, TRAINED))}, a non-empty list of "
-                             "paths, or null where nobody knows")
-        tree = DyadicTree(self.n_level, self.default_paths)
-        try:
-            object.__setattr__(self, "trained_paths", tuple(tree.validate_path(path) for path in paths))
-        except ValueError as error:
-            raise ValueError(f"trained_paths: {error}") from None
-
-    def is_trained(self, path: tuple[int, ...]) -> bool:
-        """Whether ``path`` is one of ``trained_paths``, or nobody has said which were."""
-        if self.trained_paths == "default":
-            return path == DyadicTree(self.n_level, self.default_paths).path_for_depth(len(path))
-        return self.trained_paths in (None, "all") or path in self.trained_paths
-
-    @property
-    def trained_depths(self) -> str:
-        """``trained_paths`` in words, for people; empty where nobody has said."""
-        paths = self.trained_paths
-        if paths is None:
-            return ""
-        if isinstance(paths, str):
-            which = "every dyadic path" if paths == "all" else "the default path of every depth"
-            return f"{which}, 1 to {len(self.full_path)} blocks"
-        named = [f"{len(path)} blocks" + f" {list(path)}" * (len(path) < 8) for path in sorted(paths, key=len)]
-        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 
     def _check_cells(self) -> None:
         if isinstance(self.cell, list):  # as JSON and YAML give it

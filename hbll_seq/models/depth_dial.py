@@ -117,7 +117,7 @@ def check_held(model: DepthHierarchy, path: Path) -> Path:
 
 
 def _holds(model: DepthHierarchy, path: Path) -> bool:
-    return model.config.blocks is None or set(path) <= set(model.config.blocks)
+    return set(path) <= set(model.config.full_path)
 
 
 def default_paths(model: DepthHierarchy) -> list[Path]:

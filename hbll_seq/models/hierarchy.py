@@ -34,6 +34,9 @@ class DepthHierarchy(nn.Module):
         ValueError: the number of blocks is not ``2**D - 1``, something is no module, or a family is unknown.
     """
 
+    #: whether labels are inputs that come later, as a language model's are: no block may then read what was corrected by them
+    labels_are_inputs = False
+
     def __init__(
         self,
         blocks: Iterable[nn.Module],

@@ -147,7 +147,7 @@ class LocalObjective(Objective):
             raise ValueError(
                 "free_energy=True with sigma=0: F is an expectation over noisy Gaussian states; give a sigma above 0"
             )
-        if config is not None and not inference.clean_inputs:
+        if self.model.labels_are_inputs and not inference.clean_inputs:
             raise ValueError(
                 "clean_inputs=False: a language model whose blocks read corrected states reads its next token; leave it True"
             )

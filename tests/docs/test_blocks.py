@@ -82,6 +82,7 @@ READ = {
     "accelerate launch train/lm.py --preset mingru-small --output-dir runs/rnn",
     "accelerate launch train/lm.py --preset wikitext-103 --output-dir runs/wt103",
     "python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16",
+    "python train/experiments/cifar.py --data FOLDER --epochs 20 --missing 0.5",
     "python train/experiments/compare.py --quick --output quick.json",
     "python train/experiments/compare.py --methods mix --lrs 1.5e-3 3e-3 --seeds 0 1 --output new.json",
 }  # fmt: skip

@@ -2,11 +2,11 @@
 
     fit        one training loop for all of them, and the alignment of a gradient with the exact one
     methods    ways to train: over depth (``depth_methods``) and over time (``time_methods``)
-    tasks      what is learned: batches, and the figures of a model
+    tasks      what is learned: batches, and the figures of a model; images are in ``image_task``
     runs       one run of a method on a task: what the file of results stores
     results    that file, the learning rates that its runs decide, and what is run
     words      reads the names that older files of results use
-    report     tables
+    report     tables; of images ``image_report``
     plots      figures
     program    what every script does around its main: mistakes and exit codes
     fused      torch's fused recurrent layers as a baseline of speed; ``fused_bptt`` trains with one

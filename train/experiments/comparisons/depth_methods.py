@@ -32,7 +32,7 @@ _UNUSED = ("damping", "tolerance", "clip")
 #: what each kind takes; another option would be ignored, and two names mean one method
 KINDS = {
     "backprop": {"depth": int, **_MIXED},
-    "tree": {"state_weight": float, "recompute": flag, **_TIME},
+    "tree": {"state_weight": float, "clean_inputs": flag, "recompute": flag, **_TIME},
     "sweeps": {"rank": int, **{key: kind for key, kind in types_of(Sweeps).items() if key not in _UNUSED}, **_TIME, **_MIXED},
     "v_cycles": {**types_of(VCycles), **_MIXED},
 }  # fmt: skip
@@ -164,6 +164,8 @@ class DepthMethod(Method):
             found |= {**_named(inference, "cycles", "backward"), "linearization": "identity", "init": "first"}
         elif isinstance(inference, Tree):
             found |= _named(inference, "state_weight")
+            if not inference.clean_inputs:
+                found["clean_inputs"] = False
         if self.kind in ("sweeps", "tree") and self.is_recurrent:
             time = _named(objective.time, "forward", "backward", "linearization", "chunk_size")
             found |= {f"time_{key}": value for key, value in time.items()}
@@ -184,7 +186,7 @@ class DepthMethod(Method):
                              "carried; leave the method out, or carry no state")  # fmt: skip
         self.objective(self._small_model())
 
-    def paths(self, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
+    def paths(self, model: DepthHierarchy) -> dict[str, tuple[int, ...]]:
         """The paths that it trains, by name: one, or the default path of every depth up to 7 and 2**k - 1."""
         if self.one_depth is not None:
             return {f"depth {self.one_depth}": model.resolve_path(depth=self.one_depth)}

@@ -56,13 +56,12 @@ def report_depth(runs: Runs, metric: str, how: str = "") -> str:
         metric: the figure's name in a row.
         how: the networks were evaluated, where that is to be told.
     """
-    depths = sorted({row["depth"] for of_method in runs.values() for run in of_method for row in run["test"]})
-    single = {depth: f"backprop-{depth}" for depth in depths}
-    others = [name for name in runs if name not in single.values()]
-    last = f"backprop-{depths[-1]}"
+    single, others = _columns(runs)
+    depths = list(single)
+    last = single[depths[-1]]
     n_seeds = max(map(len, runs.values()))
     over = f"mean and standard deviation over {n_seeds} seeds" if n_seeds > 1 else "one seed"
-    lines = [f"test {metric}, {over}{how}", *_by_depth(runs, metric, single, others), "", *_costs(runs), ""]
+    lines = [f"test {metric}, {over}{how}", *rows_by_depth(runs, metric), "", *_costs(runs), ""]
     whole = {name: of_method for name, of_method in runs.items() if deepest(of_method[0], "test")["depth"] == depths[-1]}
     if shown := at_equal_time(whole, last, metric, lambda row: row.get(f"depth {depths[-1]}")):
         lines += [*shown, ""]
@@ -81,7 +80,17 @@ def report_depth(runs: Runs, metric: str, how: str = "") -> str:
     return "\n".join(lines)
 
 
-def _by_depth(runs: Runs, metric: str, single: Mapping[int, str], others: Sequence[str]) -> list[str]:
+def _columns(runs: Runs) -> tuple[dict[int, str], list[str]]:
+    """The methods that are models of one depth each, by depth, which share a column; and all others."""
+    depths = sorted({row["depth"] for of_method in runs.values() for run in of_method for row in run["test"]})
+    single = {depth: f"backprop-{depth}" for depth in depths}
+    return single, [name for name in runs if name not in single.values()]
+
+
+def rows_by_depth(runs: Runs, metric: str) -> list[str]:
+    """A line for each depth and one above them: a figure of the test by method."""
+    single, others = _columns(runs)
+
     def cell(name: str, depth: int) -> str:
         rows = (row for run in runs.get(name, ()) for row in run["test"])
         return told([row[metric] for row in rows if row["depth"] == depth])

@@ -14,12 +14,12 @@ import torch
 
 from comparisons.depth_methods import DepthMethod
 from comparisons.fit import Alignment, Fitted, fit
+from comparisons.image_task import ImageTask
 from comparisons.methods import Method
 from comparisons.tasks import Classes, LanguageTask
 from comparisons.time_methods import TimeMethod
 from comparisons.turns import Training
 from hbll_seq.layers.cells import make_cell
-from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.recurrent import RecurrentLM
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLForSequenceClassification
 from hbll_seq.objectives.backprop import BackpropObjective
@@ -66,13 +66,12 @@ class DepthShape:
 
 
 def depth_training(
-    method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape
+    method: DepthMethod, lr: float, seed: int, task: LanguageTask | ImageTask, shape: DepthShape
 ) -> tuple[Training, TrainingSettings]:
     """What :func:`train_depth` trains, with its settings."""
     method, device = replace(method, n_level=shape.n_level, cell=shape.cell), a_device()
     torch.manual_seed(seed)
-    width = dict(n_embd=shape.n_embd, n_head=shape.n_head, context_length=task.context_length)
-    model = HBLLForCausalLM(method.model_config(task.vocab_size, **width)).to(device)
+    model = task.model(method, shape.n_level, n_embd=shape.n_embd, n_head=shape.n_head).to(device)
     objective = method.objective(model, seed).to(device)
     settings = TrainingSettings(max_steps=shape.steps, lr=lr, warmup_steps=shape.warmup_steps)
 
@@ -84,7 +83,9 @@ def depth_training(
     return Training(model, objective, make_optimizer(objective, settings), batch, settings.clip, carry), settings
 
 
-def train_depth(method: DepthMethod, lr: float, seed: int, task: LanguageTask, shape: DepthShape) -> dict[str, Any]:
+def train_depth(
+    method: DepthMethod, lr: float, seed: int, task: LanguageTask | ImageTask, shape: DepthShape
+) -> dict[str, Any]:
     """Trains a model of this shape by a method once, and evaluates the method's paths.
 
     Where the task carries states, every method starts a window from those that it made itself of the window before, and so

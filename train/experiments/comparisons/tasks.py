@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from comparisons.depth_methods import DepthMethod
 from comparisons.words import current_setting
 from hbll_seq.chains.time_tree import RecurrentTree
 from hbll_seq.data.tasks import SPLITS, count_correct
@@ -63,6 +65,11 @@ class LanguageTask(Task):
 
     vocab_size: int
     context_length: int
+
+    def model(self, method: DepthMethod, n_level: int, **sizes: Any) -> HBLLForCausalLM:
+        """A new model over depth of a method for this task; sizes: of its configuration."""
+        method = replace(method, n_level=n_level)
+        return HBLLForCausalLM(method.model_config(self.vocab_size, context_length=self.context_length, **sizes))
 
 
 # ------------------------------------------------------------------------------------------------------------ over depth

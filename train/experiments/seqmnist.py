@@ -2,6 +2,7 @@
 
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --quick      # a minute or so, too short to mean much
+    python train/experiments/seqmnist.py --table                        # all that is stored, beside the paper's figures
 
 The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5;
 --n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options
@@ -42,6 +43,7 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 import torch
 
 from comparisons.digits import check_choosing, load_digits, steps_of
+from comparisons.digits_table import error_rate, report_digits, stored_files
 from comparisons.methods import check_rate, distinct
 from comparisons.program import as_program
 from comparisons.report import report_classes
@@ -103,6 +105,8 @@ def options() -> Parser:
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--threads", type=int, help="CPU threads (default: as torch is set up)")
     add("--report-only", action="store_true", help="run nothing: print what the file of results holds")
+    add("--table", type=Path, nargs="?", const=RESULTS, metavar="FOLDER", help="run nothing: print one table of all files of "
+        "results in a folder, of every N and cell, beside the paper's figures (default folder: train/results)")  # fmt: skip
     return parser
 
 
@@ -178,11 +182,6 @@ class DigitsComparison(Comparison):
         return found
 
 
-def error_rate(run: dict) -> float:
-    """What decides between learning rates, in percent of the validation images."""
-    return 100.0 - run["validation"]["deployed"]
-
-
 def new_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[TimeMethod]]:
     """A comparison that makes what is missing, and its methods; all arguments are checked before the first run."""
     if args.threads is not None and args.threads < 1:
@@ -227,6 +226,9 @@ def stored_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
     args = parse(argv)
+    if args.table is not None:
+        print(report_digits(stored_files(args.table)))
+        return
     comparison, methods = (stored_comparison if args.report_only else new_comparison)(args)
     setting = comparison.results.setting
     check_choosing("--lr", args.lr, setting["validation_images"])

@@ -284,13 +284,14 @@ def test_the_table_of_every_n_and_cell_on_tiny_digits(digits, tmp_path, capsys):
         more = ["--methods", "bptt", "sweeps", "tree:consistency=1", "--seeds", "0", *(["1"] if cell == "gru" else [])]
         seqmnist.main([*argv, *more, "--permuted", "--n", str(n), "--cell", cell,
                        "--output", str(tmp_path / f"psmnist-{n}-{cell}.json")])  # fmt: skip
-    seqmnist.main([*argv, "--n", "4", "--methods", "bptt", "--lr", "1e-3", "3e-3", "--validation-images", "40", "--seeds", "0",
-                   "--output", str(tmp_path / "smnist-4-gru.json")])  # fmt: skip
+    two_rates = ["--lr", "1e-3", "3e-3", "--validation-images", "40", "--seeds", "0"]
+    seqmnist.main([*argv, "--n", "4", "--methods", "bptt", *two_rates, "--output", str(tmp_path / "smnist-4-gru.json")])
     (tmp_path / "psmnist-8-gru-quick.json").write_text("no table reads short trials")
     capsys.readouterr()
     seqmnist.main(["--table", str(tmp_path)])
     shown = capsys.readouterr().out
-    rows = {(row[0], row[1], row[2], row[-1]): row for row in map(str.split, shown.splitlines()) if row and "sMNIST" in row[0]}
+    found = [line.split() for line in shown.splitlines() if line.lstrip().startswith(("sMNIST", "psMNIST"))]
+    rows = {(row[0], row[1], row[2], row[-1]): row for row in found}
     assert len(rows) == 10
     runs = runs_of(tmp_path / "psmnist-4-gru.json")
     deployed = [runs["bptt", 2e-3, seed]["test"]["deployed"] for seed in (0, 1)]

@@ -12,10 +12,10 @@ from torch import nn
 
 from comparisons.depth_methods import DepthMethod
 from comparisons.digits import ClassesByDepth
-from comparisons.equal_time import at_equal_time, told_step_time
+from comparisons.equal_time import told_step_time
 from comparisons.fit import fit
 from comparisons.paper import MLP
-from comparisons.report import WALL, join_paired, paired
+from comparisons.report import WALL, at_equal_cost, join_paired, paired
 from comparisons.runs import Length, stored_run, title
 from comparisons.statistics import told
 from comparisons.words import describe
@@ -161,7 +161,7 @@ def _printed(n_layers: int, units: int, name: str) -> str:
 
 
 def _beside_backprop(network: tuple[int, int], runs: Mapping[str, Sequence[dict]]) -> list[str]:
-    """Differences at equal steps and at equal time."""
+    """Differences at equal steps, at equal time and at equal work."""
     reference = runs.get("backprop", ())
     if not reference:
         return [f"{network[0]} layers of {network[1]} units: no run of backprop to compare with"]
@@ -169,5 +169,4 @@ def _beside_backprop(network: tuple[int, int], runs: Mapping[str, Sequence[dict]
              for name, of_method in runs.items() if name != "backprop")  # fmt: skip
     lines = [f"{network[0]} layers of {network[1]} units, all blocks, minus backprop in points, at equal steps: "
              + join_paired(pairs, "+.2f", "no other method")]  # fmt: skip
-    timed = at_equal_time(runs, "backprop", "accuracy", lambda value: value) if len(runs) > 1 else []
-    return [*lines, *timed]
+    return lines + (at_equal_cost(runs, "backprop", "accuracy", lambda value: value) if len(runs) > 1 else [])

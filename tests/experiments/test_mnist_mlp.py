@@ -16,7 +16,7 @@ from comparisons.runs import Length
 
 #: where the digits lie when they are at hand: a folder of idx files.
 MNIST = Path(os.environ.get("HBLL_MNIST", Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"))
-TREE = "tree"
+TREE = "tree:state_weight=0.001"
 
 
 @pytest.fixture(scope="module")

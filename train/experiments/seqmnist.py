@@ -29,7 +29,6 @@ New names in version 0.2: --methods (was --sides), --forward (--sweeps), --backw
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,10 +46,9 @@ from comparisons.digits_table import error_rate, report_digits, stored_files
 from comparisons.methods import check_rate, distinct
 from comparisons.program import as_program
 from comparisons.report import report_classes
-from comparisons.results import Comparison, Results
+from comparisons.results import Comparison, Results, stored_setting
 from comparisons.runs import Length, train_classifier
 from comparisons.time_methods import DEFAULTS, INITS, TimeMethod, defaults_of
-from comparisons.words import current_setting
 from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
 from hbll_seq.objectives.options import AXES
@@ -217,7 +215,7 @@ def new_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[Tim
 
 def stored_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[TimeMethod]]:
     """A comparison that only finds what the file of results holds, and its methods."""
-    setting = current_setting(json.loads(args.output.read_text(encoding="utf-8"))["setting"])
+    setting = stored_setting(args.output)
     args.n_steps, args.cell = setting["n_steps"], setting["cell"]
     results = Results(args.output, setting, "time")
     return DigitsComparison(results, None, error_rate), methods_of(args, results.methods())

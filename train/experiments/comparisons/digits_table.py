@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from comparisons.paper import DIGITS_OVER_TIME, EPOCHS
 from comparisons.report import join_paired, paired
-from comparisons.results import Results
+from comparisons.results import Results, stored_setting
 from comparisons.statistics import told
 
 
@@ -45,7 +44,7 @@ def stored_files(folder: Path) -> list[File]:
 
 
 def _read(path: Path) -> File:
-    results = Results(path, json.loads(path.read_text(encoding="utf-8"))["setting"], "time")
+    results = Results(path, stored_setting(path), "time")
     return File(path.stem, results.setting, {name: _at_best_rate(results.runs, name) for name in results.methods()})
 
 

@@ -8,6 +8,7 @@ import pytest
 from pages import ROOT
 
 sys.path.insert(0, str(ROOT / "train" / "experiments"))
+from comparisons.statistics import told  # noqa: E402
 from comparisons.words import current_points, current_run  # noqa: E402
 
 ROWS = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")]
@@ -25,6 +26,15 @@ def of(name: str, method: str, lr: float, figure: str) -> list[float]:
     """A figure of the test split on the deepest path, by seed."""
     found = sorted((run for run in runs(name) if (run["method"], run["lr"]) == (method, lr)), key=lambda run: run["seed"])
     return [run["test"][figure] if isinstance(run["test"], dict) else run["test"][-1][figure] for run in found]
+
+
+SEEDS = ("one seed", "two seeds", "three seeds")
+
+
+def test_every_row_of_the_table_says_on_how_many_seeds_it_rests():
+    """But for those of seconds, which are no figures of training."""
+    for line in ROWS[1:]:
+        assert line.startswith("| seconds") or any(seeds in line for seeds in SEEDS), line
 
 
 def row(beginning: str) -> str:
@@ -53,13 +63,13 @@ def test_segments_that_hear_of_the_next_one_alone():
     (alone,) = of(name, FOUR.replace("backward=1", "backward=0"), 3e-3, "perplexity")
     (full,) = of("compare-engine-15", "backprop-15", 1.5e-3, "perplexity")
     told = [", ".join(f"{value:.2f}" for value in values) for values in (ours, mix)]
-    assert f"| {told[0]} | with the same mix {told[1]}; full path alone {full:.2f} |" in text
+    assert f"| {told[0]} | with the same mix {told[1]}; full path alone {full:.2f} (one seed) |" in text
     method = FOUR.replace("backward=1", "backward=0").replace("zero,", "zero,auxiliary_exits=1,")
     (auxiliary,) = of(name, method, 3e-3, "perplexity")
-    assert f"hear nothing {alone:.2f}, with auxiliary exits {auxiliary:.2f}" in text
+    assert f"hear nothing {alone:.2f}, with auxiliary exits {auxiliary:.2f} (one seed each)" in text
     assert all(a < 1.02 * b for a, b in zip(ours, mix))
     mix, eight = (runs("compare-engine-31-octaves")[n]["test"][-1]["perplexity"] for n in (0, 1))
-    assert f"eight segments are {100 * (eight / mix - 1):.1f}% behind" in text
+    assert f"eight segments are {100 * (eight / mix - 1):.1f}% behind (one seed)" in text
     backprop, _, hearing = stored(name)["step_times"].values()
     assert f"{hearing / backprop:.2f} times the seconds" in text
 
@@ -75,12 +85,11 @@ def test_step_times_by_turns_with_the_mix():
 
 
 def test_all_depths_with_the_same_mix():
-    methods = (f"backprop:{MIX}", f"sweeps:forward=1,backward=1,chunk_size=4,{MIX}")
-    both = [run["test"] for run in runs("compare-engine-octaves") if run["seed"] == 0 and run["method"] in methods]
-    assert len(both) == 2
-    for test in both:
-        first, last = (test[i]["perplexity"] for i in (0, -1))
-        assert f"{first:.2f}, {last:.2f}" in row("all depths from one model")
+    for method in (f"backprop:{MIX}", f"sweeps:forward=1,backward=1,chunk_size=4,{MIX}"):
+        tests = [run["test"] for run in runs("compare-engine-octaves") if run["method"] == method]
+        assert len(tests) == 3
+        first, last = (told([test[i]["perplexity"] for test in tests]) for i in (0, -1))
+        assert f"{first}, {last}" in row("all depths from one model")
 
 
 @pytest.mark.parametrize("method", ["bptt", "sweeps", "truncated:window=16"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comparisons import fit as fitting
-from comparisons.equal_time import at_equal_time, figure_at, first_seen, told_step_time, until_reached
+from comparisons.equal_time import WORK, at_equal_time, figure_at, first_seen, told_step_time, until_reached
 from comparisons.fit import fit, usual_step
 from comparisons.report import report_time
 from comparisons.results import Results
@@ -40,8 +40,19 @@ def test_the_cheapest_method_sets_the_time_and_seeds_are_paired():
     head, bptt, sweeps = at_equal_time(runs, "bptt", "accuracy", plain)
     assert "10.0 processor seconds" in head and "when sweeps was through" in head
     assert bptt.split() == ["bptt", "62", "±", "2.828"]
-    assert "minus bptt's: +30.000, +26.000 (mean +28.000, 95% interval +2.588 to +53.412)" in sweeps
+    assert "minus bptt's: +30.000, +26.000 (mean +28.000, 95% interval +2.588 to +53.412, p = 0.045)" in sweeps
     assert "step time / bptt's: 0.50, 0.50 (mean 0.50" in sweeps
+
+
+def test_equal_work_counts_block_evaluations():
+    """Sweeps cost 20 evaluations a step where backprop costs 10, whatever the seconds: at its end they are half through."""
+    runs = {"backprop": [run(work=10.0), run(1, work=10.0)], "sweeps": [run(0, 0.01, work=20.0), run(1, 0.01, work=20.0)]}
+    head, own, other = at_equal_time(runs, "backprop", "accuracy", plain, WORK)
+    assert "at equal work, 400.0 block evaluations of training, when backprop was through" in head
+    assert own.split()[:2] == ["backprop", "90"] and other.split()[:2] == ["sweeps", "60"]
+    assert "minus backprop's: -30.000, -30.000" in other and "work of a step / backprop's: 2.00, 2.00" in other
+    (line,) = at_equal_time({"bptt": [run()], "sweeps": [run(work=1.0)]}, "bptt", "accuracy", plain, WORK)
+    assert line == "no work is stored of bptt: nothing at equal work"
 
 
 def test_perplexities_are_compared_by_ratios_and_one_seed_is_called_that():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from comparisons.depth_methods import DepthMethod
-from comparisons.results import Comparison, Results, tune
+from comparisons.results import Comparison, Results, stored_setting, tune
 
 
 def test_tuning_goes_past_the_edge_and_stops():
@@ -26,6 +26,16 @@ def test_a_shared_results_file_keeps_what_the_other_process_added(tmp_path):
     assert one.find("sweeps", 1.0, 0, "K = 4") is None  # another default since then
     one.add({"method": "sweeps", "lr": 1.0, "seed": 0, "description": "K = 4"})
     assert [one.find("sweeps", 1.0, 0, f"K = {k}")["description"] for k in (3, 4)] == ["K = 3", "K = 4"]
+
+
+@pytest.mark.parametrize("text", ['[{"objective": "tree"}]', "{}", "cut off {"])
+def test_a_file_of_another_form_is_named(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    for read in (lambda path: Results(path, {"a": 1}, "depth"), stored_setting):
+        with pytest.raises(ValueError, match="r.json holds no runs with their setting.*give another --output"):
+            read(tmp_path / "r.json")
+    Results(tmp_path / "s.json", {"mix": "all"}, "depth").add({"method": "tree", "lr": 1.0, "seed": 0})
+    assert stored_setting(tmp_path / "s.json") == {"depth_mix": "all"}
 
 
 def test_a_comparison_makes_what_is_missing_at_the_best_rate_and_finds_it_again(tmp_path):

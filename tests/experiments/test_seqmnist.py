@@ -10,8 +10,9 @@ from helpers.digits import synthetic
 import seqmnist
 from comparisons.results import Results
 from comparisons.runs import Length, train_classifier
+from comparisons.statistics import told
 from comparisons.tasks import Classes
-from comparisons.time_methods import TimeMethod
+from comparisons.time_methods import DEFAULTS, TimeMethod
 from hbll_seq import HBLLClassifierConfig, HBLLForSequenceClassification, RecurrentBackpropObjective, RecurrentTree
 from hbll_seq.data.mnist import load_mnist
 
@@ -195,8 +196,9 @@ def test_stored_runs_are_still_those_of_the_methods_that_they_name(path):
     runs = Results(path, stored["setting"], "time").runs
     assert runs
     for run, old in zip(runs, stored["runs"], strict=True):
-        for name in (run["method"], old["side"]):
-            method = TimeMethod.named(name)
+        n_steps, cell = stored["setting"]["n_steps"], stored["setting"]["cell"]
+        for name in (run["method"], old.get("side", run["method"])):
+            method = TimeMethod.named(name, {**DEFAULTS["sweeps"], "chunk_size": max(1, n_steps // 8)}, cell, n_steps)
             assert (method.name, method.description) == (run["method"], run["description"])
         assert [old[key] for key in ("lr", "seed", "test")] == [run[key] for key in ("lr", "seed", "test")]
 
@@ -270,3 +272,58 @@ def test_default_sweeps_follow_length_and_cell(digits, tmp_path, cell, lineariza
                    "--seeds", "0", "--data", str(digits), "--output", str(output)])  # fmt: skip
     described = json.loads(output.read_text())["runs"][0]["description"]
     assert "'chunk_size': 2," in described and f"'linearization': '{linearization}'" in described
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def test_the_table_of_every_n_and_cell_on_tiny_digits(digits, tmp_path, capsys):
+    """Made as a reader would make it: a file for each N and cell, and then one table of all of them."""
+    argv = ["--data", str(digits), "--hidden", "8", "--steps", "3", "--batch-size", "32", "--threads", "1"]
+    for cell, n in (("gru", 2), ("gru", 4), ("elman", 4)):
+        more = ["--methods", "bptt", "sweeps", "tree:consistency=1", "--seeds", "0", *(["1"] if cell == "gru" else [])]
+        seqmnist.main([*argv, *more, "--permuted", "--n", str(n), "--cell", cell,
+                       "--output", str(tmp_path / f"psmnist-{n}-{cell}.json")])  # fmt: skip
+    two_rates = ["--lr", "1e-3", "3e-3", "--validation-images", "40", "--seeds", "0"]
+    seqmnist.main([*argv, "--n", "4", "--methods", "bptt", *two_rates, "--output", str(tmp_path / "smnist-4-gru.json")])
+    (tmp_path / "psmnist-8-gru-quick.json").write_text("no table reads short trials")
+    capsys.readouterr()
+    seqmnist.main(["--table", str(tmp_path)])
+    shown = capsys.readouterr().out
+    found = [line.split() for line in shown.splitlines() if line.lstrip().startswith(("sMNIST", "psMNIST"))]
+    rows = {(row[0], row[1], row[2], row[-1]): row for row in found}
+    assert len(rows) == 10
+    runs = runs_of(tmp_path / "psmnist-4-gru.json")
+    deployed = [runs["bptt", 2e-3, seed]["test"]["deployed"] for seed in (0, 1)]
+    row = rows["psMNIST", "gru", "4", "bptt"]
+    assert row[7:11] == ["2", f"{sum(deployed) / 2:.2f}", "±", f"{abs(deployed[0] - deployed[1]) / 2**0.5:.2f}"]
+    assert row[-2] == "98.4" and rows["psMNIST", "gru", "4", "tree:consistency=1"][-4:-1] == ["98.5", "/", "98.7"]
+    tree = runs_of(tmp_path / "psmnist-4-elman.json")["tree:consistency=1", 2e-3, 0]["test"]
+    assert rows["psMNIST", "elman", "4", "tree:consistency=1"][7:11] == ["1", *(f"{tree[k]:.2f}" for k in
+                                                                                ("deployed", "tree", "top"))]  # fmt: skip
+    tuned = runs_of(tmp_path / "smnist-4-gru.json")
+    best = max(tuned, key=lambda key: tuned[key]["validation"]["deployed"])
+    assert float(rows["sMNIST", "gru", "4", "bptt"][6]) == pytest.approx(best[1])
+    differences = [runs["sweeps", 2e-3, s]["test"]["deployed"] - runs["bptt", 2e-3, s]["test"]["deployed"] for s in (0, 1)]
+    assert "  psmnist-4-gru: sweeps " + ", ".join(f"{value:+.2f}" for value in differences) + " (mean " in shown
+    assert "sMNIST gru N = 2, 8, 16, 32, 64, 128, 256; " in shown and "psMNIST elman N = 2, 8," in shown
+
+
+def test_the_table_of_nothing_says_so(tmp_path):
+    with pytest.raises(ValueError, match="holds no file \\[p\\]smnist-N-CELL.json: make one without --table"):
+        seqmnist.main(["--table", str(tmp_path)])
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_the_stored_table_holds_the_stored_figures(path, capsys):
+    seqmnist.main(["--table"])
+    shown = capsys.readouterr().out
+    assert f"  {path.stem}: " in shown
+    stored = json.loads(path.read_text())
+    runs = [run for run in Results(path, stored["setting"], "time").runs if run["method"] == "bptt"]
+    tuning = [run for run in runs if run["seed"] == runs[0]["seed"]]
+    best = max(tuning, key=lambda run: run["validation"]["deployed"] if len(tuning) > 1 else 0)["lr"]
+    cell = told([run["test"]["deployed"] for run in runs if run["lr"] == best])
+    n, of_cell = (str(stored["setting"][name]) for name in ("n_steps", "cell"))
+    rows = [line for line in shown.splitlines() if line.split()[-1:] == ["bptt"] and line.split()[1:3] == [of_cell, n]]
+    assert any(f" {cell} " in line for line in rows)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from comparisons.statistics import mean, paired_interval, spread, t_quantile, told, told_paired
+from comparisons.statistics import mean, paired_interval, paired_test, spread, t_quantile, told, told_paired
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,28 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says():
     assert sum(i.low <= 5.0 <= i.high for i in found) / len(found) == pytest.approx(0.95, abs=0.012)
 
 
+def test_the_paired_test_is_the_intervals_other_side():
+    """The null lies at the end of the 95% interval just when p is 0.05; and of no difference p is uniform."""
+    values = [1.0, 2.0, 6.0, 4.5]
+    found = paired_interval(values)
+    for end in (found.low, found.high):
+        assert paired_test(values, end) == pytest.approx(0.05, abs=1e-9)
+    assert paired_test(values, found.mean) == pytest.approx(1.0)
+    assert paired_test([1.0, 3.0], 0.0) == pytest.approx(1 - 2 / math.pi * math.atan(2.0))  # one degree of freedom: Cauchy
+    assert paired_test([2.0, 2.0], 2.0) == 1.0 and paired_test([2.0, 2.0], 1.0) == 0.0 and paired_test([2.0], 1.0) is None
+    rng = random.Random(1)
+    found = [paired_test([rng.gauss(5.0, 2.0) for _ in range(3)], 5.0) for _ in range(4000)]
+    assert [sum(p < level for p in found) / len(found) for level in (0.05, 0.5)] == pytest.approx([0.05, 0.5], abs=0.02)
+
+
 def test_one_seed_is_called_that_and_shows_no_spread():
     assert spread([3.0]) is None and paired_interval([3.0]) is None
     assert told([3.0]) == "3.00" and told_paired([1.5]) == "1.500 (one seed)"
     assert told([]) == "-" and told_paired([]) == ""
     assert told([1.0, 3.0]) == "2.00 ± 1.41"
-    assert told_paired([1.0, 1.1], ".2f") == "1.00, 1.10 (mean 1.05, 95% interval 0.41 to 1.69)"
+    assert told_paired([1.0, 1.1], ".2f") == "1.00, 1.10 (mean 1.05, 95% interval 0.41 to 1.69, p = 0.5)"
+    assert told_paired([1.0, 1.1], "+.1f").endswith("p = 0.03)")  # a sign: differences, tested against 0
+    assert told_paired([5.0, 5.001, 5.002]).endswith("p < 0.001)")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --permuted --n 16
     python train/experiments/seqmnist.py --data FOLDER_OF_IDX_FILES --quick      # a minute or so, too short to mean much
+    python train/experiments/seqmnist.py --table                        # all that is stored, beside the paper's figures
 
 The 784 pixels of a digit are read in N steps of ceil(784 / N), with zeros before the first (the paper's task, method.md 1.5;
 --n 784 reads one pixel a step); --permuted, in one fixed order that is not that of the image. Methods, with options
@@ -28,8 +29,6 @@ New names in version 0.2: --methods (was --sides), --forward (--sweeps), --backw
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,15 +41,14 @@ if __name__ == "__main__":  # before torch loads OpenMP, see train/lm.py
 
 import torch
 
+from comparisons.digits import check_choosing, load_digits, steps_of
+from comparisons.digits_table import error_rate, report_digits, stored_files
 from comparisons.methods import check_rate, distinct
 from comparisons.program import as_program
 from comparisons.report import report_classes
-from comparisons.results import Comparison, Results
+from comparisons.results import Comparison, Results, stored_setting
 from comparisons.runs import Length, train_classifier
-from comparisons.tasks import Classes
 from comparisons.time_methods import DEFAULTS, INITS, TimeMethod, defaults_of
-from comparisons.words import current_setting
-from hbll_seq.data.mnist import load_mnist
 from hbll_seq.layers.cells import CELL_KINDS
 from hbll_seq.models.sequence_classification import HBLLClassifierConfig
 from hbll_seq.objectives.options import AXES
@@ -105,6 +103,8 @@ def options() -> Parser:
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--threads", type=int, help="CPU threads (default: as torch is set up)")
     add("--report-only", action="store_true", help="run nothing: print what the file of results holds")
+    add("--table", type=Path, nargs="?", const=RESULTS, metavar="FOLDER", help="run nothing: print one table of all files of "
+        "results in a folder, of every N and cell, beside the paper's figures (default folder: train/results)")  # fmt: skip
     return parser
 
 
@@ -130,40 +130,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> Classes:
-    """Pixels and labels by split.
-
-    Raises:
-        ValueError: they cannot be had, or there are fewer than were asked for.
-    """
-    train, test = (load_mnist(args.data, split) for split in ("train", "test"))
-    digest = hashlib.sha256()
-    for pixels, labels in (train, test):
-        digest.update((pixels * 255).round().byte().numpy())
-        digest.update(labels.numpy())
-    (pixels, labels), n_held = train, args.validation_images
-    if not 0 <= n_held < len(labels):
-        raise ValueError(f"validation-images={n_held} of {len(labels)} training images: choose 0 to {len(labels) - 1}")
-    rest = len(labels) - n_held
-    n_train = rest if args.train_images is None else args.train_images
-    if not 1 <= n_train <= rest:
-        raise ValueError(
-            f"train-images={n_train}: of {len(labels)} images {n_held} are held out; choose at least 1 and at most {rest}"
-        )
-    data = {"train": (pixels[:n_train], labels[:n_train]), "test": test}
-    if n_held:
-        data["validation"] = (pixels[rest:], labels[rest:])
-    return Classes(data, digest.hexdigest()[:16])
-
-
 def length_of(args: argparse.Namespace, n_train: int) -> Length:
     """Steps of a run. Raises ValueError when a value is out of range."""
-    if not 1 <= args.batch_size <= n_train:
-        raise ValueError(f"batch-size={args.batch_size} of {n_train} training images: choose 1 to {n_train}")
-    if args.epochs is not None and args.epochs < 1:
-        raise ValueError(f"epochs={args.epochs}: must be a whole number of at least 1")
-    steps = args.steps if args.epochs is None else args.epochs * (n_train // args.batch_size)
-    return Length(steps=steps, **{name: getattr(args, name) for name in Length.__dataclass_fields__ if name != "steps"})
+    others = {name: getattr(args, name) for name in Length.__dataclass_fields__ if name != "steps"}
+    return Length(steps=steps_of(args, n_train), **others)
 
 
 def default_sweeps(args: argparse.Namespace) -> dict[str, object]:
@@ -210,11 +180,6 @@ class DigitsComparison(Comparison):
         return found
 
 
-def error_rate(run: dict) -> float:
-    """What decides between learning rates, in percent of the validation images."""
-    return 100.0 - run["validation"]["deployed"]
-
-
 def new_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[TimeMethod]]:
     """A comparison that makes what is missing, and its methods; all arguments are checked before the first run."""
     if args.threads is not None and args.threads < 1:
@@ -224,7 +189,7 @@ def new_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[Tim
                                   permutation_seed=PERMUTATION_SEED if args.permuted else None)  # fmt: skip
     for method in methods:
         method.check()
-    task = load(args)
+    task = load_digits(args.data, args.train_images, args.validation_images)
     n_train = len(task.data["train"][1])
     length = length_of(args, n_train)
     setting = {**config.to_dict(), **asdict(length), "data": task.fingerprint, "train_images": n_train,
@@ -250,7 +215,7 @@ def new_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[Tim
 
 def stored_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[TimeMethod]]:
     """A comparison that only finds what the file of results holds, and its methods."""
-    setting = current_setting(json.loads(args.output.read_text(encoding="utf-8"))["setting"])
+    setting = stored_setting(args.output)
     args.n_steps, args.cell = setting["n_steps"], setting["cell"]
     results = Results(args.output, setting, "time")
     return DigitsComparison(results, None, error_rate), methods_of(args, results.methods())
@@ -259,11 +224,12 @@ def stored_comparison(args: argparse.Namespace) -> tuple[DigitsComparison, list[
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
     args = parse(argv)
+    if args.table is not None:
+        print(report_digits(stored_files(args.table)))
+        return
     comparison, methods = (stored_comparison if args.report_only else new_comparison)(args)
     setting = comparison.results.setting
-    if len(args.lr) > 1 and not setting["validation_images"]:
-        raise ValueError(f"--lr of {len(args.lr)} rates with validation-images=0: nothing can choose between them; hold "
-                         "images out, such as 5000, or give one rate")  # fmt: skip
+    check_choosing("--lr", args.lr, setting["validation_images"])
     rate = partial(comparison.tuned_rate, rates=args.lr, seed=args.seeds[0])
     print(report_classes(comparison.at_rates(methods, rate, args.seeds), setting))
 

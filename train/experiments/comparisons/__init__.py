@@ -11,8 +11,10 @@
     program    what every script does around its main: mistakes and exit codes
     fused      torch's fused recurrent layers as a baseline of speed; ``fused_bptt`` trains with one
     turns      steps of several methods timed by turns
-    equal_time figures at equal time, and ``statistics`` of few seeds
+    equal_time figures at equal time and equal work, and ``statistics`` of few seeds
     code_text  the source of SymPy as a text
+    digits     MNIST with images held out; ``mlp`` sigmoid MLPs on it, ``digits_table`` all that is stored of it over time
+    paper      the figures that the paper prints
     gpu_*      the cells, steps and report of ``gpu.py``
     parallel_* methods, processes and report of ``bench_parallel.py``; ``group`` starts its processes, ``wire`` counts what
                they send and slows it down

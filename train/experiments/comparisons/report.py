@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from comparisons.equal_time import at_equal_time, told_step_time, until_reached
+from comparisons.equal_time import TIME, WORK, Figure, at_equal_time, told_step_time, until_reached
 from comparisons.results import deepest
 from comparisons.statistics import told, told_paired
 
@@ -45,6 +45,11 @@ def join_paired(parts: Iterable[tuple[str, Sequence[float]]], form: str, missing
     return "; ".join(f"{name} {told_paired(values, form)}" for name, values in parts if values) or missing
 
 
+def at_equal_cost(runs: Runs, reference: str, metric: str, figure: Figure) -> list[str]:
+    """Lines at equal time and at equal work; arguments: see :func:`at_equal_time`."""
+    return [line for cost in (TIME, WORK) for line in at_equal_time(runs, reference, metric, figure, cost)]
+
+
 # ------------------------------------------------------------------------------------------------------------ over depth
 
 
@@ -63,7 +68,7 @@ def report_depth(runs: Runs, metric: str, how: str = "") -> str:
     over = f"mean and standard deviation over {n_seeds} seeds" if n_seeds > 1 else "one seed"
     lines = [f"test {metric}, {over}{how}", *rows_by_depth(runs, metric), "", *_costs(runs), ""]
     whole = {name: of_method for name, of_method in runs.items() if deepest(of_method[0], "test")["depth"] == depths[-1]}
-    if shown := at_equal_time(whole, last, metric, lambda row: row.get(f"depth {depths[-1]}")):
+    if shown := at_equal_cost(whole, last, metric, lambda row: row.get(f"depth {depths[-1]}")):
         lines += [*shown, ""]
     lines += _ratios_by_depth(runs, metric, single, others)
     if metric == "perplexity":
@@ -125,9 +130,9 @@ def _ratios_by_depth(runs: Runs, metric: str, single: Mapping[int, str], others:
             both = paired(runs[name], runs.get(own, ()), lambda a, b: (at(a, depth), at(b, depth)))  # noqa: B023
             both = [ours / theirs for ours, theirs in both if ours is not None and theirs]
             if both:
-                ratios[depth] = sum(both) / len(both)
+                ratios[depth] = told(both, ".3f")
         if len(ratios) > 1:
-            by_depth = ", ".join(f"{depth}: {ratio:.3f}" for depth, ratio in ratios.items())
+            by_depth = ", ".join(f"{depth}: {ratio}" for depth, ratio in ratios.items())
             lines.append(f"{name}, ratio to the model of each depth: {by_depth}")
     return lines
 
@@ -141,13 +146,9 @@ def _bits_per_token(runs: Runs, last: str) -> list[str]:
 
     own = ((name, [f"{bits(run):.4f}" for run in of_method]) for name, of_method in runs.items())
     lines = ["bits per token on each method's deepest path, by seed: " + join(own, "")]
-    parts = []
-    for name, of_method in runs.items():
-        more = paired(of_method, runs.get(last, ()), lambda run, reference: bits(run) - bits(reference))
-        if more and not name.removeprefix("backprop-").isdigit():
-            mean = f" (mean {sum(more) / len(more):+.4f})" if len(more) > 1 else ""
-            parts.append(f"{name} " + ", ".join(f"{value:+.4f}" for value in more) + mean)
-    return [*lines, f"bits minus {last}'s at equal steps: " + ("; ".join(parts) or "no run of both")]
+    others = (name for name in runs if not name.removeprefix("backprop-").isdigit())
+    more = ((name, paired(runs[name], runs.get(last, ()), lambda run, other: bits(run) - bits(other))) for name in others)
+    return [*lines, f"bits minus {last}'s at equal steps: " + join_paired(more, "+.4f", "no run of both")]
 
 
 # ------------------------------------------------------------------------------------------------------------- over time
@@ -155,14 +156,15 @@ def _bits_per_token(runs: Runs, last: str) -> list[str]:
 
 def report_time(runs: Runs, metric: str, unit: str) -> str:
     """Figures by method, what they cost, the figures at equal time, and one last line with the difference to BPTT."""
-    lines = [f"test {metric} of the deployed network ({unit}), by seed", WALL,
-             f"{'method':>58}  {'lr':>6}  {metric:>17}  {'s/step':>7}  "
+    lines = [f"test {metric} of the deployed network ({unit}), by seed, mean and standard deviation", WALL,
+             f"{'method':>58}  {'lr':>6}  {'by seed':>25}  {metric:>17}  {'s/step':>7}  "
              "cosine to BPTT's gradient: lowest; last, by seed"]  # fmt: skip
     for name, of_method in runs.items():
-        values = ", ".join(f"{run['test'][0][metric]:.4f}" for run in of_method)
+        figures = [run["test"][0][metric] for run in of_method]
+        values = f"{', '.join(f'{value:.4f}' for value in figures):>25}  {told(figures, '.4f'):>17}"
         by_seed = [cosines([run]) for run in of_method if run["alignment"]]
         shown = f"{min(map(min, by_seed)):.3f}; {', '.join(f'{c[-1]:.3f}' for c in by_seed)}" if by_seed else ""
-        lines.append(f"{name:>58}  {of_method[0]['lr']:>6.2g}  {values:>17}  {told_step_time(of_method):>7}  {shown}")
+        lines.append(f"{name:>58}  {of_method[0]['lr']:>6.2g}  {values}  {told_step_time(of_method):>7}  {shown}")
     lines += _times(runs, "bptt", metric)
 
     def difference(run: dict, reference: dict) -> float:

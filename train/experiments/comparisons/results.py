@@ -16,6 +16,22 @@ from comparisons.words import current_run, current_setting
 from hbll_seq.utils.atomic import atomic_write
 
 
+def stored_setting(path: Path) -> dict:
+    """What the runs of a file of results have in common, in today's words. Raises ValueError where it is no such file."""
+    return current_setting(_read_file(path)["setting"])
+
+
+def _read_file(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and {"setting", "runs"} <= data.keys():
+            return data
+    except ValueError:
+        pass
+    raise ValueError(f"{path} holds no runs with their setting, as a comparison stores them: move it away, or give another "
+                     "--output") from None  # fmt: skip
+
+
 class Results:
     """The JSON file: the setting of the comparison, one entry per finished run, and where they were taken the times of a step
     by turns (``turns.py``). Processes may share it.
@@ -38,7 +54,7 @@ class Results:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        data = json.loads(self.path.read_text(encoding="utf-8"))
+        data = _read_file(self.path)
         stored = current_setting(data["setting"])
         names = dict.fromkeys([*self.setting, *stored])  # what came later is None, or left out where it is as before
         changed = [k for k in names if stored.get(k) != self.setting.get(k)]

@@ -35,13 +35,13 @@ def a_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _stored(method: Method, lr: float, seed: int, fitted: Fitted, **figures: Any) -> dict[str, Any]:
+def stored_run(method: Method, lr: float, seed: int, fitted: Fitted, **figures: Any) -> dict[str, Any]:
     return {"method": method.name, "description": method.description, "lr": lr, "seed": seed,
             "seconds": round(fitted.seconds, 2), "step_seconds": round(fitted.step_seconds, 6), "curve": fitted.curve,
             "alignment": fitted.alignment, "evaluations": fitted.evaluations, **figures}  # fmt: skip
 
 
-def _title(method: Method, lr: float, seed: int) -> str:
+def title(method: Method, lr: float, seed: int) -> str:
     return f"{method.name} lr={lr:g} seed={seed}"
 
 
@@ -104,11 +104,11 @@ def train_depth(
         objective, optimizer, training.batch, shape.steps,
         rate=partial(learning_rate, peak=lr, total=shape.steps, warmup=shape.warmup_steps, floor=settings.min_lr_ratio),
         clip=training.clip, carry=training.carry, evaluate=evaluate, evaluate_every=shape.eval_every,
-        title=_title(method, lr, seed),
+        title=title(method, lr, seed),
         alignment=_alignment(method, objective, optimizer, seed, shape.alignment_every) if method.is_iterative else None,
     )  # fmt: skip
     rows = {split: task.evaluate(model, split, shape.eval_batches, paths=paths) for split in ("validation", "test")}
-    return _stored(method, lr, seed, fitted, work=method.work(), **rows)
+    return stored_run(method, lr, seed, fitted, work=method.work(), **rows)
 
 
 def _alignment(
@@ -177,11 +177,11 @@ def train_time(method: TimeMethod, lr: float, seed: int, task: LanguageTask, sha
         objective, training.optimizer, training.batch, shape.steps,
         rate=partial(learning_rate, peak=lr, total=shape.steps, warmup=shape.warmup_steps, floor=settings.min_lr_ratio),
         clip=training.clip, carry=training.carry, evaluate=evaluate, evaluate_every=shape.eval_every,
-        title=_title(method, lr, seed),
+        title=title(method, lr, seed),
         alignment=Alignment(shape.alignment_every, list(model.parameters()), pair) if method.is_iterative else None,
     )  # fmt: skip
     rows = {split: task.evaluate(model, split, shape.eval_batches) for split in ("validation", "test")}
-    return _stored(method, lr, seed, fitted, **rows)
+    return stored_run(method, lr, seed, fitted, **rows)
 
 
 # --------------------------------------------------------------------------------------------------------------- classes
@@ -234,10 +234,10 @@ def train_classifier(
         lambda step: task.batch(step, length.batch_size, seed), length.steps,
         rate=partial(learning_rate, peak=lr, total=length.steps, warmup=length.warmup_steps, floor=0.0), clip=length.clip,
         evaluate=(lambda: task.evaluate(model, "validation")["deployed"]) if "validation" in task.data else None,
-        evaluate_every=length.eval_every, title=_title(method, lr, seed),
+        evaluate_every=length.eval_every, title=title(method, lr, seed),
         alignment=Alignment(length.alignment_every, list(model.parameters()), pair) if method.is_iterative else None,
     )  # fmt: skip
     tree = objective.tree if method.kind == "tree" else None  # the tree of sweeps is not trained to classify
     figures = {split: task.evaluate(model, split, tree=tree) for split in ("validation", "test") if split in task.data}
     finite = first_not_finite(module_tensors(model)) is None
-    return model.cpu().eval(), _stored(method, lr, seed, fitted, finite=finite, **figures)
+    return model.cpu().eval(), stored_run(method, lr, seed, fitted, finite=finite, **figures)

@@ -1,4 +1,4 @@
-"""What a few seeds say: mean, spread, and an interval for the mean of paired figures."""
+"""What a few seeds say: mean, spread, and an interval and a test for the mean of paired figures."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ def paired_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return Interval(middle, middle - half, middle + half, len(values))
 
 
+def paired_test(values: Sequence[float], null: float) -> float | None:
+    """Probability of a mean at least so far from ``null`` if that were the true one: the paired t-test, two-sided, under the
+    assumption of :func:`paired_interval`; None of fewer than two values.
+
+    Args:
+        values: one a seed, such as differences or ratios.
+        null: their mean if there is nothing to be seen: 0 of differences, 1 of ratios.
+    """
+    deviation = spread(values)
+    if deviation is None:
+        return None
+    distance = abs(mean(values) - null)
+    if deviation == 0:
+        return 1.0 if distance == 0 else 0.0
+    return 1.0 - _within(distance * math.sqrt(len(values)) / deviation, len(values) - 1)
+
+
 def t_quantile(confidence: float, freedom: int) -> float:
     """How far from 0 Student's t with so many degrees of freedom stays with this probability, on either side.
 
@@ -95,9 +112,16 @@ def told(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def told_paired(values: Sequence[float], form: str = ".3f") -> str:
-    """All figures of paired seeds, and what they say of the mean: an interval, or that there is one seed alone."""
+    """All figures of paired seeds, and what they say of the mean: an interval and a test, or that there is one seed alone.
+
+    Args:
+        values: differences, which are tested against 0, or ratios, which are tested against 1.
+        form: of a figure; with a sign ("+.2f") they are differences.
+    """
     shown = ", ".join(f"{value:{form}}" for value in values)
     found = paired_interval(values)
     if found is None:
         return f"{shown} (one seed)" if values else ""
-    return f"{shown} (mean {found.mean:{form}}, 95% interval {found.low:{form}} to {found.high:{form}})"
+    p = paired_test(values, 0.0 if form.startswith("+") else 1.0)
+    chance = "p < 0.001" if p < 1e-3 else f"p = {p:.2g}"
+    return f"{shown} (mean {found.mean:{form}}, 95% interval {found.low:{form}} to {found.high:{form}}, {chance})"

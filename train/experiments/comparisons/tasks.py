@@ -261,7 +261,7 @@ class Classes(Task):
 
     def to(self, device: str) -> Classes:
         """The same data on a device."""
-        return Classes({s: (values.to(device), labels.to(device)) for s, (values, labels) in self.data.items()})
+        return type(self)({s: (values.to(device), labels.to(device)) for s, (values, labels) in self.data.items()})
 
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """See :meth:`Task.batch`; of the sequences that :meth:`indices` names."""

@@ -106,6 +106,8 @@ DEFAULT_MIX = "octaves"
 MIX_WEIGHTS = {"octaves": 9.0, "all": 9.0, "few": 9.0}
 #: mixes of short paths that branch off the full one; they belong with ``default_paths="prefix"`` and exit adapters
 OF_PREFIXES = ("octaves", "all", "few")
+#: mixes whose exits are at the ends of paths of ``default_paths="prefix"``
+ON_PREFIXES = (*OF_PREFIXES, "prefixes")
 
 
 def paths_of_mix(mix: str, tree: DyadicTree, path: tuple[int, ...]) -> str | tuple[tuple[int, ...], ...]:

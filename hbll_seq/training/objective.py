@@ -7,6 +7,7 @@ from hbll_seq.evaluation.perplexity import default_paths
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
+from hbll_seq.objectives.depth_mix import paths_of_mix
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training.settings import TrainingSettings
 
@@ -37,8 +38,9 @@ def make_objective(
 
 
 def evaluated_paths(settings: TrainingSettings, model: HBLLForCausalLM) -> dict[str, tuple[int, ...]]:
-    """The paths that the run evaluates, by name: those of every depth, or the one that alone is trained."""
-    if settings.objective != "tree" and settings.depths().name == "none":
-        path = model.resolve_path(path=settings.path_blocks)
-        return {f"depth {len(path)}": path}
+    """The paths that the run evaluates, by name: those of every depth, or where a mix trains fewer, those that it trains."""
+    if settings.objective != "tree":
+        trained = paths_of_mix(settings.depths().name, model.tree, model.resolve_path(path=settings.path_blocks))
+        if isinstance(trained, tuple):
+            return {f"depth {len(path)}": path for path in sorted(trained, key=len)}
     return default_paths(model)

@@ -25,7 +25,7 @@ from hbll_seq.models.config import CELLS, HBLLConfig
 from hbll_seq.models.exits import EXIT_BY
 from hbll_seq.objectives.axes import AXES
 from hbll_seq.objectives.control import CONTROLS, Adaptive
-from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES
+from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES, ON_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.graph_settings import check_cuda_graph
 from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
@@ -48,8 +48,9 @@ LEFT_OPEN = {
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
 _MOST_ROUNDS, _MOST_WINDOWS, _WIDEST, _MOST_BLOCKS = 10_000, 2**20, 2**16, 2**10 - 1
-#: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes
-_EXIT_RANK, _OF_PREFIXES = 16, " or ".join((", ".join(OF_PREFIXES[:-1]), OF_PREFIXES[-1]))
+#: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes, and of those with such paths
+_EXIT_RANK = 16
+_OF_PREFIXES, _ON_PREFIXES = (f"{', '.join(names[:-1])} or {names[-1]}" for names in (OF_PREFIXES, ON_PREFIXES))
 #: over depth; the blocks of these models do not tell the diagonal of their Jacobian
 _LINEARIZATIONS = tuple(kind.name for kind in AXES["depth"].linearizations if kind is not Diagonal)
 
@@ -103,7 +104,7 @@ class TrainingSettings:
     exit_by: str = _model("jump", "what has an exit adapter of its own: jump, each length of the head's jump, or depth, each "
                           "number of blocks", choices=EXIT_BY)
     default_paths: str = _model("auto", "which blocks a depth runs: spine, the paper's, or prefix, which leaves the full "
-                                f"path as late as it can; auto: prefix with --depth-mix {_OF_PREFIXES}, else spine",
+                                f"path as late as it can; auto: prefix with --depth-mix {_ON_PREFIXES}, else spine",
                                 choices=("auto", *PATH_FAMILIES))
 
     objective: str = _objective("sweeps", "sweeps: local losses from adjoints composed along the path; tree: the paper's "
@@ -254,7 +255,7 @@ class TrainingSettings:
             "depth_mix": mix,
             "depth_mix_weight": DepthMix(mix, self.depth_mix_weight).total_weight,
             "exit_rank": _EXIT_RANK if mix in OF_PREFIXES else 0,
-            "default_paths": "prefix" if mix in OF_PREFIXES else "spine",
+            "default_paths": "prefix" if mix in ON_PREFIXES else "spine",
             "linearization": linearization,
             "forward": sweeps.forward,
             "backward": sweeps.backward,

@@ -223,6 +223,7 @@ def test_learning_rate_is_warm_up_then_cosine_to_the_floor():
         ({"objective": "backprop"}, "none", 1.0, 0, "spine"),
         ({"path": "4,6,7"}, "none", 1.0, 0, "spine"),  # depth=3 of the exported model is the path that was trained
         ({"depth_mix": "spine"}, "spine", 1.0, 0, "spine"),
+        ({"depth_mix": "prefixes", "n_level": 4}, "prefixes", 1.0, 0, "prefix"),
         ({"depth_mix": "few", "exit_by": "depth"}, "few", 9.0, 16, "prefix"),
         ({"objective": "backprop", "depth_mix": "all", "depth_mix_weight": 2.0}, "all", 2.0, 16, "prefix"),
     ],
@@ -240,9 +241,11 @@ def test_what_is_left_open_follows_from_objective_path_and_mix(given, mix, weigh
     assert model.config.exit_by == fresh.exit_by == given.get("exit_by", "jump")
     assert (model.config.exit_rank, model.config.default_paths) == (rank, family)
     objective, paths = make_objective(fresh, model, 0), evaluated_paths(fresh, model)
-    if mix in ("octaves", "none") and fresh.objective != "tree":
+    if mix in ("octaves", "none", "spine", "prefixes") and fresh.objective != "tree":
         read = {r.path[: r.path.index(n) + 1] for r in objective.sub_networks(0) for n in r.exits}
         assert set(paths.values()) == read
+        if mix == "prefixes":  # and a depth names what was trained
+            assert all(model.resolve_path(depth=len(path)) == path for path in paths.values())
 
 
 def test_what_was_asked_for_is_asked_for_whatever_else_changes():

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import cifar
+from comparisons import paper
 from comparisons.depth_methods import DepthMethod
-from comparisons.image_report import PAPER, paper_of, report_images
+from comparisons.image_report import paper_of, report_images
 from comparisons.image_task import ImageTask, divide, generated
 from comparisons.runs import DepthShape, train_depth
 from hbll_seq.data.images import Images
@@ -228,6 +229,6 @@ def test_the_paper_s_figures_stand_beside_those_of_cifar_alone():
     assert "50% of the patches missing" in harmed and "paper, 50% missing: 82.51 / 83.12" in harmed
     harmed = report_images(runs, {**setting, "paper": "CIFAR-10", "wrong_labels": 0.4})
     assert "40% of the training labels wrong" in harmed and "paper, 40% wrong: 71.85 / 72.70" in harmed
-    assert all(math.isfinite(value) for table in PAPER.values() for pair in table.values() for value in pair)
+    assert all(math.isfinite(value) for table in paper.IMAGES.values() for pair in table.values() for value in pair)
     ten = "airplane automobile bird cat deer dog frog horse ship truck".split()
     assert paper_of(ten) == "CIFAR-10" and paper_of(ten[:9]) is None and paper_of(list(map(str, range(10)))) is None

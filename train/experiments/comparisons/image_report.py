@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from comparisons import paper
 from comparisons.report import Runs, report_depth, rows_by_depth
 
-#: the paper's test figures in percent, backprop and hierarchy, by blocks: accuracy, of CIFAR-100 top-5 accuracy
-PAPER = {
-    "CIFAR-10": {1: (77.99, 78.58), 2: (84.53, 86.19), 3: (86.86, 87.57), 7: (88.98, 87.30)},
-    "CIFAR-100": {1: (82.62, 82.43), 2: (85.55, 86.20), 3: (85.95, 85.76), 7: (85.96, 86.09)},
-}
-#: the paper's Table 3, accuracy on CIFAR-10 by the share of missing inputs and of wrong labels
-PAPER_MISSING = {0.5: (82.51, 83.12), 0.8: (69.75, 74.77)}
-PAPER_WRONG = {0.2: (79.55, 80.17), 0.4: (71.85, 72.70)}
 #: three classes of each, by which the images are known to be CIFAR's
 _KNOWN = {"CIFAR-10": (10, {"airplane", "frog", "truck"}), "CIFAR-100": (100, {"apple", "pickup_truck", "worm"})}
 
@@ -50,10 +43,11 @@ def _papers(setting: Mapping) -> list[str]:
     if name is None:
         return []
     figure = "accuracy" if name == "CIFAR-10" else "top-5 accuracy"
-    by_depth = [f"{depth}: {ours:.2f} / {tree:.2f}" for depth, (ours, tree) in PAPER[name].items()]
-    told = [f"paper, all images, 500 epochs, {figure} by blocks, backprop / hierarchy: {', '.join(by_depth)}"]
+    by_depth = [f"{depth}: {ours:.2f} / {tree:.2f}" for depth, (ours, tree) in paper.IMAGES[name].items()]
+    told = [f"paper, all images, {paper.EPOCHS['images']} epochs, {figure} by blocks, backprop / hierarchy: "
+            f"{', '.join(by_depth)}"]  # fmt: skip
     if name == "CIFAR-10":
-        table = {**{f"{share:.0%} missing": pair for share, pair in PAPER_MISSING.items() if missing},
-                 **{f"{share:.0%} wrong": pair for share, pair in PAPER_WRONG.items() if wrong}}  # fmt: skip
+        table = {**{f"{share:.0%} missing": pair for share, pair in paper.MISSING.items() if missing},
+                 **{f"{share:.0%} wrong": pair for share, pair in paper.WRONG.items() if wrong}}  # fmt: skip
         told += [f"paper, {what}: {ours:.2f} / {tree:.2f}" for what, (ours, tree) in table.items()]
     return ["", *told]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: epochs of its runs, by table
-EPOCHS = {"language": 10, "digits over time": 200, "digits over depth": 100}
+EPOCHS = {"language": 10, "digits over time": 200, "digits over depth": 100, "images": 500}
 
 #: perplexity on WikiText-103 by blocks: backprop (a model for each depth), the tree; width 768, context 1,024
 LANGUAGE = {1: (32.78, 34.22), 2: (23.41, 24.08), 3: (20.99, 21.98), 7: (18.17, 22.22)}
@@ -37,3 +37,12 @@ DIGITS_OVER_TIME = {
 
 #: speed of training by the tree, of BPTT's with a GRU that is as little fused, by N; a GPU, hidden width 2,048
 SPEEDUP = {2: 0.47, 4: 0.28, 8: 0.39, 16: 0.37, 32: 0.86, 64: 1.67, 128: 2.58, 256: 3.6}
+
+#: test figures of images in percent by blocks, backprop and the tree: accuracy, of CIFAR-100 top-5 accuracy
+IMAGES = {
+    "CIFAR-10": {1: (77.99, 78.58), 2: (84.53, 86.19), 3: (86.86, 87.57), 7: (88.98, 87.30)},
+    "CIFAR-100": {1: (82.62, 82.43), 2: (85.55, 86.20), 3: (85.95, 85.76), 7: (85.96, 86.09)},
+}
+#: its table 3, accuracy on CIFAR-10 by the share of missing inputs and of wrong labels
+MISSING = {0.5: (82.51, 83.12), 0.8: (69.75, 74.77)}
+WRONG = {0.2: (79.55, 80.17), 0.4: (71.85, 72.70)}

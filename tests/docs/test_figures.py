@@ -289,3 +289,39 @@ def test_recurrent_presets():
     for run in found:
         if run["preset"] not in ("small", "hybrid-small"):
             assert f"{run['test']['7']:.1f}" in text
+
+
+IMAGES = {"all images": "cifar-10", "half of the patches missing": "cifar-10-missing-0.5",
+          "a fifth of the labels wrong": "cifar-10-wrong-0.2"}  # fmt: skip
+
+
+def test_images_at_every_depth():
+    """And the rows of the paper's table of images beside ours."""
+    text = section("results.md", "24.")
+    for title, name in IMAGES.items():
+        found = {run["method"]: {row_["depth"]: row_["accuracy"] for row_ in run["test"]} for run in stored(name)["runs"]}
+        assert len({run["seed"] for run in stored(name)["runs"]}) == 1  # the page says one seed
+        for depth in (7, 3, 2, 1):
+            backprop = found.get(f"backprop-{depth}", {}).get(depth)
+            cells = [backprop, *(found.get(method, {}).get(depth) for method in ("tree", LIGHT_TREE, "sweeps"))]
+            shown = " | ".join("" if value is None else f"{value:.2f}" for value in cells)
+            if any(value is not None for value in cells):
+                assert f"| {title} | {depth} | {shown} |" in text
+
+
+LIGHT_TREE = "tree:state_weight=0.001"
+
+
+def test_ranks_ahead_of_each_other_lose_nothing():
+    text = section("results.md", "21.")
+    for run in stored("ahead")["runs"]:
+        shown = " | ".join(f"{value:.2f}" for value in run["test_perplexity"].values())
+        assert f"| {run['shape']} | {run['form']} | {run['clip']:g} | {shown} |" in text
+
+
+def test_the_large_preset_rehearsed():
+    text, found = section("results.md", "25."), stored("rehearse")
+    for name, run in found["runs"].items():
+        steps = ", ".join(f"{value:.1f}" for value in run["seconds_a_step"])
+        assert f"| `{name}` | {run['seconds']:.0f} | {steps} | {run['peak_memory_gib']:.1f} |" in text
+        assert f"{run['parameters']:,} parameters" in text

@@ -70,6 +70,8 @@ def test_segments_that_hear_of_the_next_one_alone():
     assert all(a < 1.02 * b for a, b in zip(ours, mix))
     mix, eight = (runs("compare-engine-31-octaves")[n]["test"][-1]["perplexity"] for n in (0, 1))
     assert f"eight segments are {100 * (eight / mix - 1):.1f}% behind (one seed)" in text
+    code = [of("compare-engine-code-15", method, 3e-3, "perplexity")[0] for method in (FOUR, f"backprop:{MIX}")]
+    assert f"on SymPy's source {code[0]:.2f} and {code[1]:.2f}, one seed" in text
     backprop, _, hearing = stored(name)["step_times"].values()
     assert f"{hearing / backprop:.2f} times the seconds" in text
 
@@ -139,7 +141,7 @@ def test_segments_beside_backprop():
     cells = [", ".join(f"{value:.2f}" for value in of("compare-engine-31", method, 1.5e-3, "perplexity"))
              for method in ("backprop-31", exact)]  # fmt: skip
     assert f"`sweeps` (exact) | {' | '.join(cells)} | 1.000 |" in text
-    names = ("octaves", "15-octaves", "15-octaves-gpu", "31-octaves")
+    names = ("octaves", "15-octaves", "15-octaves-gpu", "31-octaves", "code-15")
     for test in [run["test"] for name in names for run in runs(f"compare-engine-{name}")]:
         assert "| " + " | ".join(f"{row['perplexity']:.2f}" for row in test) + " |" in text
 

@@ -98,8 +98,9 @@ def rehearse(objective: str, folder: Path, args: argparse.Namespace) -> dict:
     seconds, memory = run(command, folder / f"{objective}.log")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     model = HBLLForCausalLM.from_pretrained(output)
-    texts = {depth: model.generate(PROMPT, depth=depth, max_new_tokens=5, seed=0) for depth in (1, 3, model.tree.n_nodes)}
-    assert all(text.startswith(PROMPT) and len(text) > len(PROMPT) for text in texts.values())
+    trained = [depth for depth in (1, 3, model.tree.n_nodes) if model.config.is_trained(model.resolve_path(depth))]
+    texts = [model.generate(PROMPT, depth=depth, max_new_tokens=5, seed=0) for depth in trained]
+    assert texts and all(text.startswith(PROMPT) and len(text) > len(PROMPT) for text in texts)
     ends = [0.0, *(line["seconds"] for line in lines)]
     return {
         "seconds": round(seconds, 1),

@@ -125,7 +125,7 @@ def _read_folders(folder: Path, classes: Sequence[str], paths: Sequence[Sequence
 
 
 def _pixels(source, name: str) -> np.ndarray:
-    """[H, W, 3] of an image file or of Pillow's image. Raises ValueError where it is none, or has more than a byte a pixel."""
+    """[H, W, 3] of an image file or of Pillow's image. Raises ValueError where it is none, or of more than a byte a pixel."""
     from PIL import Image  # not needed for anything else
 
     try:

@@ -26,7 +26,11 @@ def crop_and_flip(images: Tensor, seed: int, padding: int = 4) -> Tensor:
 
     Returns:
         Images of the same shape and dtype.
+
+    Raises:
+        ValueError: the padding is below 0.
     """
+    padding = as_whole("padding", padding, 0)
     n, _, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
     down, right = torch.randint(2 * padding + 1, (2, n), generator=generator).to(images.device)
@@ -43,16 +47,19 @@ def hide_patches(images: Tensor, share: float, patch_size: int, fill: Tensor, se
     """Images with this share of their patches missing: a draw of its own for every image.
 
     Args:
-        images: [B, C, H, W].
+        images: [B, C, H, W] of floating point.
         share: of the patches that are missing, 0 to 1; their number is rounded.
         patch_size: height and width of a patch in pixels; must divide H and W.
         fill: [C], what a missing pixel is: the mean, which a model's normalisation makes zero.
         seed: of the draw.
 
     Raises:
-        ValueError: the share is out of range, or the patches do not fit.
+        ValueError: the share is out of range, the patches do not fit, or the images are of whole numbers.
     """
     check_share("share", share)
+    patch_size = as_whole("patch_size", patch_size, 1)
+    if not images.is_floating_point():  # a mean of 0 to 1 would become black
+        raise ValueError(f"images of {images.dtype}: must be of floating point, as ``fill`` is; images.float() / 255")
     n, _, height, width = images.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"patch_size={patch_size} with images of {height} x {width} pixels: must divide both")

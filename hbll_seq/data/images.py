@@ -70,8 +70,9 @@ def load_images(
         cache_dir: default $HBLL_CACHE, else $XDG_CACHE_HOME/hbll_seq, else ~/.cache/hbll_seq.
 
     Raises:
-        ValueError: the split is unknown, there are no such images, a file is no image or cut short, the images have several
-            sizes, a class has no image, or train and test have different classes.
+        ValueError: the split is unknown, there are no such images, a file is no image, cut short, or of more than a byte
+            a pixel, the images have several sizes, a class has no image, labels are no classes, or train and test have
+            different classes.
     """
     check_choice("split", split, SPLITS)
     folder = possible_name(source)
@@ -119,19 +120,21 @@ def _files_of(folder: Path) -> list[Path]:
 def _read_folders(folder: Path, classes: Sequence[str], paths: Sequence[Sequence[Path]]) -> Images:
     labelled = [(path, label) for label, of_class in enumerate(paths) for path in of_class]
     bar = tqdm(labelled, "reading images", leave=False, disable=None, delay=2)
-    pixels = _stacked((_pixels(path), str(path)) for path, _ in bar)
+    pixels = _stacked((_pixels(path, str(path)), str(path)) for path, _ in bar)
     return Images(pixels, torch.tensor([label for _, label in labelled]), tuple(classes))
 
 
-def _pixels(path: Path) -> np.ndarray:
-    """[H, W, 3] of an image file. Raises ValueError where it is none."""
+def _pixels(source, name: str) -> np.ndarray:
+    """[H, W, 3] of an image file or of Pillow's image. Raises ValueError where it is none, or of more than a byte a pixel."""
     from PIL import Image  # not needed for anything else
 
     try:
-        with Image.open(path) as image:
+        with source if isinstance(source, Image.Image) else Image.open(source) as image:
+            if image.mode.startswith(("I", "F")):  # convert would cut off what is above 255
+                raise ValueError(f"it is of mode {image.mode}, grey of more than 8 bits")
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for files that are broken
-        raise ValueError(f"{quote(str(path))} is no image that can be read ({shorten(error)}): fetch or convert it again, or "
+        raise ValueError(f"{quote(name)} is no image that can be read ({shorten(error)}): fetch or convert it again, or "
                          "take it out") from None
 
 
@@ -186,11 +189,18 @@ def _of_hub(source: str, split: str) -> Images:
         raise ValueError(f"{quote(source)} has the columns {', '.join(dataset.features)}: there must be img or image, and "
                          "label or fine_label; choose another data set")
     image, label = columns
+    labels = dataset[label][:]
+    if not labels or not all(type(each) is int for each in labels):
+        raise ValueError(f"{quote(source)}: the column {label} is no class number ({quote(labels[:3])}, ..); choose another "
+                         "data set, or write its images to class folders")
+    names = tuple(getattr(dataset.features[label], "names", None) or map(str, range(max(labels) + 1)))
+    if min(labels) < 0 or max(labels) >= len(names):
+        raise ValueError(f"{quote(source)}: the split {split} has classes {min(labels)} to {max(labels)} of {len(names)}; "
+                         "choose a data set whose labels are not kept back")
     bar = tqdm(dataset[image], "reading images", leave=False, disable=None, delay=2)
-    pixels = _stacked((np.asarray(each.convert("RGB")), f"{source}, image {i}") for i, each in enumerate(bar))
-    labels = torch.tensor(dataset[label])
-    names = getattr(dataset.features[label], "names", None) or map(str, range(int(labels.max()) + 1))
-    return Images(pixels, labels, tuple(names))
+    named = ((each, f"{source}, image {i}") for i, each in enumerate(bar))
+    pixels = _stacked((_pixels(each, name), name) for each, name in named)
+    return Images(pixels, torch.tensor(labels), names)
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache

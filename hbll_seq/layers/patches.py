@@ -53,8 +53,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` [B, C, H, W] -> [B, T, D]."""
-        size = self.patch_size
-        patches = rearrange((pixels - self.mean) / self.std, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
+        size, mean, std = self.patch_size, self.mean.to(pixels), self.std.to(pixels)  # loaded weights may have another dtype
+        patches = rearrange((pixels - mean) / std, "b c (h p) (w q) -> b (h w) (c p q)", p=size, q=size)
         states = self.projection(patches) + self.positions
         return torch.cat((self.token.expand(len(states), 1, -1), states), dim=1) if self.has_token else states
 

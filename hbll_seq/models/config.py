@@ -96,11 +96,13 @@ class HierarchyConfig(ModelConfig):
     """What the configurations of hierarchies over depth share: a tree of blocks, and which of its paths were trained.
 
     Attributes:
-        n_level, default_paths, trained_paths: see :class:`HBLLConfig`.
+        n_level, default_paths, exit_rank, exit_by, trained_paths: see :class:`HBLLConfig`.
     """
 
     n_level: int
     default_paths: str
+    exit_rank: int
+    exit_by: str
     trained_paths: str | tuple[tuple[int, ...], ...] | None
 
     @property
@@ -112,6 +114,11 @@ class HierarchyConfig(ModelConfig):
     def full_path(self) -> tuple[int, ...]:
         """The numbers of all blocks that the model holds."""
         return tuple(range(1, self.n_layer + 1))
+
+    def _check_exits(self) -> None:
+        if self.exit_by != "jump" and not self.exit_rank:
+            raise ValueError(f"exit_by={self.exit_by!r} with exit_rank=0: there is no exit adapter; give an exit_rank, "
+                             "such as 16, or leave exit_by out")
 
     def _check_trained_paths(self) -> None:
         paths = self.trained_paths
@@ -239,9 +246,7 @@ class HBLLConfig(HierarchyConfig):
         choices = {"norm": NORMS, "mlp": MLPS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
-        if self.exit_by != "jump" and not self.exit_rank:
-            raise ValueError(f"exit_by={self.exit_by!r} with exit_rank=0: there is no exit adapter; give an exit_rank, "
-                             "such as 16, or leave exit_by out")
+        self._check_exits()
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, 1e6), ("rope_base", 1.0, 1e12)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:

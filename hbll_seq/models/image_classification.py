@@ -104,6 +104,7 @@ class HBLLImageConfig(HierarchyConfig):
         choices = {"norm": NORMS, "mlp": MLPS, "pooling": POOLINGS, "default_paths": PATH_FAMILIES, "exit_by": EXIT_BY}
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed)
+        self._check_exits()
         if not isinstance(self.qk_norm, bool):
             raise ValueError(f"qk_norm={quote(self.qk_norm)}: must be true or false")
         for name, low, high in (("dropout", 0.0, 1.0), ("sigma", 0.0, 1e6)):

@@ -73,5 +73,11 @@ def test_shares_out_of_range(share):
 def test_other_arguments_out_of_range():
     with pytest.raises(ValueError, match="patch_size=3 with images of 8 x 8 pixels: must divide both"):
         hide_patches(torch.zeros(1, 3, 8, 8), 0.5, 3, torch.zeros(3), 0)
+    with pytest.raises(ValueError, match="padding=-1"):
+        crop_and_flip(torch.zeros(1, 3, 8, 8), 0, padding=-1)
+    with pytest.raises(ValueError, match="patch_size=0"):
+        hide_patches(torch.zeros(1, 3, 8, 8), 0.5, 0, torch.zeros(3), 0)
+    with pytest.raises(ValueError, match="images of torch.uint8: .*images.float.. / 255"):  # a mean of 0.5 would be black
+        hide_patches(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0.5, 4, torch.full((3,), 0.5), 0)
     with pytest.raises(ValueError, match="n_classes=1"):
         with_wrong_labels(torch.zeros(4, dtype=torch.int64), 0.5, 1, 0)

@@ -187,3 +187,28 @@ def test_what_the_hub_lacks_is_named(monkeypatch):
     monkeypatch.setattr(module, "load_hub_dataset", lambda name, **options: dataset)
     with pytest.raises(ValueError, match="'me/none' has the columns text, label: there must be img or image"):
         load_images("me/none")
+
+
+@pytest.mark.parametrize(
+    "feature, labels, message",
+    [
+        (datasets.ClassLabel(names=list(CLASSES)), [-1, 0], "classes -1 to 0 of 3"),  # answers are kept back
+        (datasets.Value("string"), ["ant", "bee"], "label is no class number"),
+        (datasets.Value("float32"), [0.0, 1.0], "label is no class number"),
+        (datasets.Value("int64"), [-1, 0], "classes -1 to 0 of 1"),
+    ],
+)
+def test_labels_of_the_hub_that_are_no_classes_are_named(monkeypatch, feature, labels, message):
+    features = datasets.Features({"img": datasets.Image(), "label": feature})
+    dataset = datasets.Dataset.from_dict({"img": [Image.fromarray(p) for p in pictures(2)], "label": labels}, features)
+    monkeypatch.setattr(module, "load_hub_dataset", lambda name, **options: dataset)
+    with pytest.raises(ValueError, match=f"'me/pictures'.*{message}"):
+        load_images("me/pictures", "test")
+
+
+def test_images_of_more_than_a_byte_a_pixel_are_refused_rather_than_cut_off(folder):
+    path, _ = folder
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(deep).save(path / "train" / "ant" / "0.png")  # Pillow makes white of nearly all of it
+    with pytest.raises(ValueError, match="0.png' is no image that can be read .*of mode I;16.*convert it again"):
+        load_images(str(path), "train")

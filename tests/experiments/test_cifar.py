@@ -128,13 +128,39 @@ def test_held_out_images_are_none_that_are_trained_on_and_of_all_classes():
     train = generated(80, 0)
     images = Images(torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 3, 8, 8), train.labels.sort().values,
                     train.classes)  # fmt: skip
-    found = divide(images, generated(40, 1), 50, 20)
+    test = generated(40, 1, size=8)
+    found = divide(images, test, 50, 20)
     numbers = {split: set(found[split].pixels[:, 0, 0, 0].tolist()) for split in ("train", "validation")}
     assert len(numbers["train"]) == 50 and len(numbers["validation"]) == 20 and not numbers["train"] & numbers["validation"]
     assert len(found["validation"].labels.unique()) > 5  # a folder comes class after class
-    more = divide(images, generated(40, 1), 60, 20)
+    more = divide(images, test, 60, 20)
     assert torch.equal(more["validation"].pixels, found["validation"].pixels)
     assert torch.equal(more["train"].pixels[:50], found["train"].pixels)
+
+
+def test_test_images_of_another_size_or_order_of_classes_are_refused_before_anything_runs():
+    train, test = generated(80, 0), generated(40, 1)
+    with pytest.raises(ValueError, match="test images of 16 x 16 pixels.*32 x 32"):
+        divide(train, generated(40, 1, size=16), 50, 20)
+    with pytest.raises(ValueError, match="test has the classes class 9, .*class 0, "):
+        divide(train, test._replace(classes=test.classes[::-1]), 50, 20)
+
+
+def test_a_model_that_is_broken_is_no_good_by_top_five_either():
+    images = {split: generated(n, n, 25) for split, n in (("train", 50), ("validation", 25), ("test", 100))}
+    task = ImageTask(images, 16)
+    model = task.model(DepthMethod.named("sweeps"), 1, n_embd=8, n_head=2)
+    for value in (0.0, math.nan):  # every class as likely as any other
+        torch.nn.init.constant_(model.head.projection.bias, value)
+        (row,) = task.evaluate(model, "test", paths={"depth 1": (1,)})
+        assert row["top5"] == pytest.approx(20.0) and row["accuracy"] == pytest.approx(4.0)
+
+
+def test_a_file_of_another_form_is_named(tmp_path):
+    for text in ('{"runs": []}', "[]", "{"):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(ValueError, match="r.json holds no runs with their setting"):
+            cifar.main(["--report-only", "--output", str(tmp_path / "r.json")])
 
 
 def test_wrong_labels_are_those_of_training_images_alone():

@@ -137,6 +137,26 @@ def test_the_table_has_the_papers_figures_beside_ours():
     assert "2 layers of 7 units: no run of backprop to compare with" in lines
 
 
+def test_a_model_of_fewer_blocks_is_not_compared_on_all_blocks():
+    def run(depth, accuracy):
+        return {"seed": 0, "lr": 1e-3, "work": 9.0, "step_seconds": 0.01, "test": {depth: accuracy}, "curve": [[10, 1.0]],
+                "evaluations": [[10, accuracy]]}  # fmt: skip
+
+    runs = {"backprop": [run("7", 95.0)], "backprop-3": [run("3", 90.0)], TREE: [run("7", 96.0)]}
+    shown = report_mlp({(8, 100): runs}, {"steps": 10, "batch_size": 2, "train_images": 20})
+    below = shown[shown.index("8 layers of 100 units, all blocks, minus backprop") :]
+    assert f"equal steps: {TREE} +1.00 (one seed)" in below and "backprop-3" not in below
+
+
+def test_runs_without_held_out_images_are_reported(digits, tmp_path, capsys):
+    argv = arguments(digits, tmp_path / "mlp.json", "--layers", "2", "--steps", "2", "--lrs", "1e-2", "--seeds", "0",
+                     "--methods", "backprop", "--validation-images", "0")  # fmt: skip
+    mnist_mlp.main(argv)
+    shown = capsys.readouterr().out
+    mnist_mlp.main(["--report-only", "--output", str(tmp_path / "mlp.json")])
+    assert capsys.readouterr().out == shown
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

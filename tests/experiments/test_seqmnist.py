@@ -80,7 +80,7 @@ def test_a_comparison_runs_is_resumed_and_ends_with_the_difference(digits, tmp_p
         seqmnist.main(argv)
 
 
-def test_learning_rates_are_chosen_on_held_out_images(digits, tmp_path):
+def test_learning_rates_are_chosen_on_held_out_images(digits, tmp_path, capsys):
     output = tmp_path / "results.json"
     argv = [*TINY, "--data", str(digits), "--output", str(output), "--methods", "bptt", "one-step:lr=3e-3", "--seeds", "0"]
     with pytest.raises(ValueError, match="--lr of 2 rates with validation-images=0.*such as 5000"):
@@ -93,6 +93,13 @@ def test_learning_rates_are_chosen_on_held_out_images(digits, tmp_path):
     assert [lr for name, lr, _ in runs if name.startswith("one-step")] == [3e-3]
     run = runs["bptt", 1e-3, 0]
     assert set(run["validation"]) == {"deployed"} and [step for step, _ in run["evaluations"]] == [4, 6]
+    best = min(tried, key=lambda lr: -runs["bptt", lr, 0]["validation"]["deployed"])
+    table = capsys.readouterr().out
+    assert f"{best:.2g}" in next(line for line in table.splitlines() if line.split()[:1] == ["bptt"]).split()
+    seqmnist.main(["--report-only", "--output", str(output)])  # at the rates that were chosen, whatever the default is
+    assert capsys.readouterr().out == table
+    seqmnist.main(["--report-only", "--output", str(output), "--lr", "1e-3", "--methods", "bptt"])
+    assert " 0.001 " in capsys.readouterr().out
 
 
 def test_steps_come_from_epochs_and_quick_is_short(digits, tmp_path, monkeypatch):

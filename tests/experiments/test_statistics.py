@@ -55,6 +55,14 @@ def test_one_seed_is_called_that_and_shows_no_spread():
     assert told_paired([5.0, 5.001, 5.002]).endswith("p < 0.001)")
 
 
+def test_seeds_that_agree_to_the_digit_prove_nothing():
+    """Accuracies of 10,000 images are multiples of 0.01, so that two seeds often agree; the spread is then no zero."""
+    for values in ([0.1, 0.1], [97.1 - 97.0, 96.5 - 96.4], [0.0, 0.0, 0.0]):
+        shown = told_paired(values, "+.2f")
+        assert shown == ", ".join(f"{value:+.2f}" for value in values) + \
+            f" (mean {values[0]:+.2f}, the same of all seeds: no interval)"  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

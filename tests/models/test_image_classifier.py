@@ -197,6 +197,7 @@ def test_inputs_that_cannot_be_read_are_named():
         (dict(trained_paths=[[1, 4]]), "trained_paths: path=.*0 -> 1|trained_paths"),
         (dict(dropout=1.0), r"dropout=1.0: must be a number in \[0, 1\)"),
         (dict(qk_norm=1), "qk_norm=1"),
+        (dict(exit_by="depth"), "exit_by='depth' with exit_rank=0: there is no exit adapter"),
         (dict(default_paths="x"), "default_paths='x'"),
     ],
 )
@@ -226,6 +227,15 @@ def test_what_was_saved_loads_bit_for_bit(tmp_path, pooling):
     assert told["model_type"] == "hbll-image-classifier" and told["class_names"] == list(names)
     half = HBLLForImageClassification.from_pretrained(tmp_path / "m", dtype="bfloat16")
     assert half(inputs).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_read_as_they_were_saved(tmp_path, dtype):
+    model, (inputs, _) = model_of(replace(TINY, pixel_mean=(0.1, 0.2, 0.3))).to(dtype), batch_of(dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = HBLLForImageClassification.from_pretrained(tmp_path)
+    for given in (inputs, (255 * inputs).byte()):
+        assert loaded(given).dtype == dtype and torch.equal(loaded(given), model(given))
 
 
 def test_a_folder_is_read_by_its_own_class_and_whole(tmp_path):

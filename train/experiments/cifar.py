@@ -23,7 +23,6 @@ Results are added to a JSON file run by run, and a run that is in the file is no
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -41,7 +40,7 @@ from comparisons.image_report import paper_of, report_images
 from comparisons.image_task import BATCH, ImageTask, divide, generated
 from comparisons.methods import check_rate, distinct
 from comparisons.program import as_program
-from comparisons.results import Comparison, Results, deepest
+from comparisons.results import Comparison, Results, deepest, stored_setting
 from comparisons.runs import DepthShape, a_device, train_depth
 from hbll_seq.data.images import load_images
 from hbll_seq.layers.patches import POOLINGS
@@ -181,7 +180,7 @@ def new_comparison(args: argparse.Namespace) -> tuple[Comparison, list[DepthMeth
 
 def stored_comparison(args: argparse.Namespace) -> tuple[Comparison, list[DepthMethod]]:
     """A comparison that only finds what the file of results holds, and its methods."""
-    setting = json.loads(args.output.read_text(encoding="utf-8"))["setting"]
+    setting = stored_setting(args.output)
     args.depth_mix = setting["depth_mix"]
     results = Results(args.output, setting, "depth")
     return Comparison(results, None, error_rate), methods_of(args, setting["n_level"], args.methods or results.methods())

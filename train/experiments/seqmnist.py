@@ -62,6 +62,7 @@ PERMUTATION_SEED = 0
 #: what a short run changes of the defaults
 QUICK = dict(hidden=32, steps=60, seeds=[0])
 EPOCHS = 5
+RATE = 2e-3
 
 
 def options() -> Parser:
@@ -76,8 +77,8 @@ def options() -> Parser:
     add("--methods", nargs="+", help=f"what is compared (default: {' '.join(METHODS)}; with --report-only all that is "
         "stored)")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="of weights and order; the first one tunes (default: 0 1)")
-    add("--lr", type=float, nargs="+", default=[2e-3], help="learning rates that every method without one of its own tries "
-        "(default: 2e-3)")  # fmt: skip
+    add("--lr", type=float, nargs="+", help="learning rates that every method without one of its own tries (default: "
+        "2e-3; with --report-only the best of those that are stored)")  # fmt: skip
     add("--train-images", type=int, help="use only the first so many (default: all that are not held out)")
     add("--validation-images", type=int, default=0, help="hold out so many, the last ones of the training set (default: 0)")
     length = parser.add_mutually_exclusive_group()
@@ -118,7 +119,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if "--quick" in argv:
         parser.set_defaults(**QUICK)
     args = parser.parse_args(argv)
-    for lr in args.lr:
+    if args.lr is None and not args.report_only:
+        args.lr = [RATE]
+    for lr in args.lr or ():
         check_rate("--lr", lr)
     if args.output is None:
         name = f"{'p' * args.permuted}smnist-{args.n_steps}-{args.cell}{'-quick' * args.quick}"
@@ -229,8 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     comparison, methods = (stored_comparison if args.report_only else new_comparison)(args)
     setting = comparison.results.setting
-    check_choosing("--lr", args.lr, setting["validation_images"])
-    rate = partial(comparison.tuned_rate, rates=args.lr, seed=args.seeds[0])
+    if args.lr is None:  # report what is stored
+        rate = partial(comparison.stored_rate, seed=args.seeds[0])
+    else:
+        check_choosing("--lr", args.lr, setting["validation_images"])
+        rate = partial(comparison.tuned_rate, rates=args.lr, seed=args.seeds[0])
     print(report_classes(comparison.at_rates(methods, rate, args.seeds), setting))
 
 

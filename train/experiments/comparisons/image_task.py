@@ -37,8 +37,14 @@ def divide(train: Images, test: Images, n_train: int | None, n_validation: int) 
     order that is shuffled once, since those of a folder come class after class.
 
     Raises:
-        ValueError: there are fewer than were asked for.
+        ValueError: there are fewer than were asked for, or those of the test have another size or other classes.
     """
+    if test.classes != train.classes:
+        ours, theirs = (", ".join(part.classes[:20]) for part in (train, test))
+        raise ValueError(f"test has the classes {theirs}, training images have {ours}: give both the same in the same order")
+    sizes = [" x ".join(map(str, part.pixels.shape[2:])) for part in (test, train)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"test images of {sizes[0]} pixels, training images of {sizes[1]}: resize all of them to one size")
     n = len(train.labels)
     if not 1 <= n_validation < n:
         raise ValueError(f"validation-images={n_validation} of {n} training images: choose 1 to {n - 1}; without any, "
@@ -130,9 +136,9 @@ class ImageTask(Classes):
 
 def _figures(logits: Tensor, answers: Tensor) -> Tensor:
     """Sums over a batch: nats, images that are classified right, and those whose class is among the first five."""
-    ranks = (logits > logits.gather(1, answers[:, None])).sum(1)
+    among = (logits.topk(min(5, logits.shape[1])).indices == answers[:, None]).any(1)  # not by rank: NaN has none
     nats = F.cross_entropy(logits.float(), answers, reduction="sum")
-    return torch.stack((nats.double(), (logits.argmax(1) == answers).sum().double(), (ranks < 5).sum().double())).cpu()
+    return torch.stack((nats.double(), (logits.argmax(1) == answers).sum().double(), among.sum().double())).cpu()
 
 
 def generated(n: int, seed: int, n_classes: int = 10, size: int = 32) -> Images:

@@ -112,7 +112,8 @@ def told(values: Sequence[float], form: str = ".2f") -> str:
 
 
 def told_paired(values: Sequence[float], form: str = ".3f") -> str:
-    """All figures of paired seeds, and what they say of the mean: an interval and a test, or that there is one seed alone.
+    """All figures of paired seeds, and what they say of the mean: an interval and a test, or that there is one seed alone, or
+    that all agree: their spread is then below what the figures resolve, and no zero.
 
     Args:
         values: differences, which are tested against 0, or ratios, which are tested against 1.
@@ -122,6 +123,8 @@ def told_paired(values: Sequence[float], form: str = ".3f") -> str:
     found = paired_interval(values)
     if found is None:
         return f"{shown} (one seed)" if values else ""
+    if found.high - found.low <= 1e-9 * max(map(abs, values)):  # a rounding error apart
+        return f"{shown} (mean {found.mean:{form}}, the same of all seeds: no interval)"
     p = paired_test(values, 0.0 if form.startswith("+") else 1.0)
     chance = "p < 0.001" if p < 1e-3 else f"p = {p:.2g}"
     return f"{shown} (mean {found.mean:{form}}, 95% interval {found.low:{form}} to {found.high:{form}}, {chance})"

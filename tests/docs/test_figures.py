@@ -293,6 +293,7 @@ def test_recurrent_presets():
             assert f"{run['test']['7']:.1f}" in text
 
 
+LIGHT_TREE = "tree:state_weight=0.001"
 IMAGES = {"all images": "cifar-10", "half of the patches missing": "cifar-10-missing-0.5",
           "a fifth of the labels wrong": "cifar-10-wrong-0.2"}  # fmt: skip
 
@@ -305,13 +306,10 @@ def test_images_at_every_depth():
         assert len({run["seed"] for run in stored(name)["runs"]}) == 1  # the page says one seed
         for depth in (7, 3, 2, 1):
             backprop = found.get(f"backprop-{depth}", {}).get(depth)
-            cells = [backprop, *(found.get(method, {}).get(depth) for method in ("tree", LIGHT_TREE, "sweeps"))]
+            cells = [backprop, *(found.get(method, {}).get(depth) for method in ("tree", LIGHT_TREE, "sweeps", "mix"))]
             shown = " | ".join("" if value is None else f"{value:.2f}" for value in cells)
             if any(value is not None for value in cells):
                 assert f"| {title} | {depth} | {shown} |" in text
-
-
-LIGHT_TREE = "tree:state_weight=0.001"
 
 
 def test_ranks_ahead_of_each_other_lose_nothing():

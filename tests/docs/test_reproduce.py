@@ -150,3 +150,33 @@ def test_sigmoid_mlps_in_the_results():
             beside = told_paired(pairs, "+.2f") if name != "backprop" and pairs else "-"
             cells = [f"{layers}", f"`{name}`", f"{of_method[0]['lr']:g}", f"{len(of_method)}", *figures, beside]
             assert f"| {' | '.join(cells)} |" in section
+
+
+@pytest.mark.parametrize("depth", paper.IMAGES["CIFAR-10"])
+def test_images_by_depth(depth):
+    cells = row(f"CIFAR-10, {depth} block")
+    tree, backprop = (accuracy("cifar-10", method, depth) for method in ("tree", f"backprop-{depth}"))
+    assert cells[OURS] == f"{tree:.2f} / {backprop:.2f} (one seed)"
+    backprop, tree = paper.IMAGES["CIFAR-10"][depth]
+    assert cells[THEIRS] == f"{tree:.2f} / {backprop:.2f}"
+
+
+HARMED = [
+    (0.5, "of the input missing", paper.MISSING, "cifar-10-missing-0.5"),
+    (0.2, "of the labels wrong", paper.WRONG, "cifar-10-wrong-0.2"),
+]
+
+
+@pytest.mark.parametrize("share, kind, table, name", HARMED)
+def test_harmed_images(share, kind, table, name):
+    cells = row(f"CIFAR-10, {share:.0%} {kind}")
+    told = [f"{accuracy(name, 'tree', n):.2f} / {accuracy(name, f'backprop-{n}', n):.2f}" for n in (7, 3)]
+    assert cells[OURS] == f"{told[0]}; 3 blocks {told[1]} (one seed)"
+    backprop, tree = table[share]
+    assert cells[THEIRS] == f"{tree:.2f} / {backprop:.2f}"
+
+
+def accuracy(name: str, method: str, depth: int) -> float:
+    runs = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["runs"]
+    (run,) = [run for run in runs if run["method"] == method]
+    return next(row_["accuracy"] for row_ in run["test"] if row_["depth"] == depth)

@@ -314,14 +314,14 @@ def test_images_at_every_depth():
 
 def test_ranks_ahead_of_each_other_lose_nothing():
     text = section("results.md", "21.")
-    for run in stored("ahead")["runs"]:
+    for run in stored("ahead")["rows"]:
         shown = " | ".join(f"{value:.2f}" for value in run["test_perplexity"].values())
         assert f"| {run['shape']} | {run['form']} | {run['clip']:g} | {shown} |" in text
 
 
 def test_the_large_preset_rehearsed():
     text, found = section("results.md", "25."), stored("rehearse")
-    for name, run in found["runs"].items():
+    for name, run in found["objectives"].items():
         steps = ", ".join(f"{value:.1f}" for value in run["seconds_a_step"])
         assert f"| `{name}` | {run['seconds']:.0f} | {steps} | {run['peak_memory_gib']:.1f} |" in text
         assert f"{run['parameters']:,} parameters" in text

@@ -11,7 +11,7 @@ import rehearse
 def test_a_quick_rehearsal(tmp_path, capsys):
     output = tmp_path / "rehearse.json"
     found = rehearse.main(["--quick", "--steps", "2", "--threads", "1", "--objectives", "tree", "--output", str(output)])
-    row = found["runs"]["tree"]
+    row = found["objectives"]["tree"]
     assert json.loads(output.read_text()) == found
     assert len(row["nats_a_token"]) == 2 and row["nats_a_token"][0] == pytest.approx(5.99, abs=0.1)
     assert 0.1 < row["peak_memory_gib"] < 4 and min(row["seconds_a_step"]) > 0

@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         rows = write_rows(folder, 400 if args.quick else None, 20 if args.quick else 100)
         runs = {objective: rehearse(objective, folder, args) for objective in args.objectives}
     found = {"setting": {"preset": "wikitext-103", "quick": args.quick, "steps": args.steps, "threads": args.threads,
-                         "precision": "bfloat16", "torch": torch.__version__, "rows": rows}, "runs": runs}  # fmt: skip
+                         "precision": "bfloat16", "torch": torch.__version__, "rows": rows}, "objectives": runs}  # fmt: skip
     atomic_write(output, json.dumps(found, indent=1) + "\n")
     for objective, row in runs.items():
         print(f"{objective}: {row['seconds']:.0f} s in all, steps of {row['seconds_a_step']} s, "

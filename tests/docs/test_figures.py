@@ -8,6 +8,7 @@ import pytest
 from pages import ROOT
 
 sys.path.insert(0, str(ROOT / "train" / "experiments"))
+import rehearse  # noqa: E402
 from comparisons.statistics import told  # noqa: E402
 from comparisons.words import current_points, current_run  # noqa: E402
 
@@ -276,7 +277,8 @@ def test_on_a_gpu():
         told = [f"{value:.2f}" for value in (*at, at[3] / at[2], few)]
         assert f"| {width}, {blocks} | {' | '.join(told)} |" in text
     for name, row_ in stored("wikitext-103-h100")["objectives"].items():
-        assert f"{row_['tokens_per_s']:,}" in text and f"`{name.split(',')[0]}`" in text
+        assert f"| {row_['tokens_per_s']:,} | {rehearse.hours(row_['tokens_per_s']):.1f}" in text
+        assert f"`{name.split(',')[0]}`" in text
 
 
 def test_recurrent_presets():
@@ -312,11 +314,15 @@ def test_images_at_every_depth():
                 assert f"| {title} | {depth} | {shown} |" in text
 
 
-def test_ranks_ahead_of_each_other_lose_nothing():
+def test_ranks_ahead_of_each_other_beside_those_that_wait():
     text = section("results.md", "21.")
     for run in stored("ahead")["rows"]:
         shown = " | ".join(f"{value:.2f}" for value in run["test_perplexity"].values())
         assert f"| {run['shape']} | {run['form']} | {run['clip']:g} | {shown} |" in text
+    norms = [run["gradient_norm_at_the_end"] for run in stored("ahead")["rows"] if run["form"] != "ahead" or run["clip"] == 1]
+    _, four, four_ahead, _, two, two_ahead = norms
+    told = f"({four_ahead:.2f} in place of {four:.2f}, and {two_ahead:.2f} in place of {two:.2f})"
+    assert told in " ".join(text.split())
 
 
 def test_the_large_preset_rehearsed():
@@ -325,3 +331,6 @@ def test_the_large_preset_rehearsed():
         steps = ", ".join(f"{value:.1f}" for value in run["seconds_a_step"])
         assert f"| `{name}` | {run['seconds']:.0f} | {steps} | {run['peak_memory_gib']:.1f} |" in text
         assert f"{run['parameters']:,} parameters" in text
+    tree = stored("wikitext-103-h100")["objectives"]["tree"]["tokens_per_s"]
+    assert f"take {rehearse.hours(tree):.1f} hours by the tree" in text
+    assert f"take {rehearse.hours(tree, 8):.1f} hours if" in text

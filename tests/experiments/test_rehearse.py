@@ -30,7 +30,7 @@ def test_the_files_are_those_of_the_hub(tmp_path):
 
 
 def test_hours():
-    assert rehearse.hours(103_227_021 * 1.19 * 10 / 3600) == pytest.approx(1.0)
+    assert rehearse.hours(103_227_021 * 1.17 * 10 / 3600) == pytest.approx(1.0)
     assert rehearse.hours(1000.0, 8) == pytest.approx(rehearse.hours(1000.0) / 8)
 
 

@@ -29,7 +29,7 @@ from statistics import median
 
 import torch
 
-from comparisons.program import as_program
+from comparisons.program import as_program, check_stored
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -162,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measures every setting, prints the table and writes it as JSON."""
     args = parse(argv)
     if args.report_only:
-        if not args.output.is_file():
-            raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
+        check_stored(args.output)
         rows = json.loads(args.output.read_text(encoding="utf-8"))["rows"]
     else:
         torch.set_num_threads(args.threads)

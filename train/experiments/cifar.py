@@ -39,7 +39,7 @@ from comparisons.depth_methods import DepthMethod
 from comparisons.image_report import paper_of, report_images
 from comparisons.image_task import BATCH, ImageTask, divide, generated
 from comparisons.methods import check_rate, distinct
-from comparisons.program import as_program
+from comparisons.program import as_program, check_stored
 from comparisons.results import Comparison, Results, deepest, stored_setting
 from comparisons.runs import DepthShape, a_device, train_depth
 from hbll_seq.data.images import load_images
@@ -122,8 +122,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         changes = [f"{word}-{share:g}" for word, share in (("missing", args.missing), ("wrong", args.wrong_labels)) if share]
         name = "-".join(["cifar", Path(args.data).name, *changes, *(["quick"] if args.quick else [])])
         args.output = RESULTS / f"{name}.json"
-    if args.report_only and not args.output.is_file():
-        raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
+    if args.report_only:
+        check_stored(args.output)
     return args
 
 

@@ -37,7 +37,7 @@ import torch
 from comparisons.digits import ClassesByDepth, check_choosing, load_digits, steps_of
 from comparisons.methods import check_rate, distinct
 from comparisons.mlp import MLPMethod, error_rate, report_mlp, train_mlp
-from comparisons.program import as_program
+from comparisons.program import as_program, check_stored
 from comparisons.results import Comparison, Results, stored_setting
 from comparisons.runs import Length
 from hbll_seq.utils.arguments import Parser
@@ -101,8 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.output = RESULTS / f"mnist-mlp{'-quick' * args.quick}.json"
     if args.epochs is None and args.steps is None:
         args.epochs = EPOCHS
-    if args.report_only and not args.output.is_file():
-        raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
+    if args.report_only:
+        check_stored(args.output)
     return args
 
 

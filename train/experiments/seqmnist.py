@@ -44,7 +44,7 @@ import torch
 from comparisons.digits import check_choosing, load_digits, steps_of
 from comparisons.digits_table import error_rate, report_digits, stored_files
 from comparisons.methods import check_rate, distinct
-from comparisons.program import as_program
+from comparisons.program import as_program, check_stored
 from comparisons.report import report_classes
 from comparisons.results import Comparison, Results, stored_setting
 from comparisons.runs import Length, train_classifier
@@ -128,8 +128,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.output = RESULTS / f"{name}.json"
     if args.epochs is None and args.steps is None:
         args.epochs = EPOCHS
-    if args.report_only and not args.output.is_file():
-        raise ValueError(f"there is no results file {args.output}: leave --report-only out to make it, or name --output")
+    if args.report_only:
+        check_stored(args.output)
     return args
 
 

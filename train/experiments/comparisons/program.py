@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hbll_seq.utils.console import say
@@ -23,3 +24,9 @@ def as_program(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def check_stored(path: Path) -> None:
+    """Raises ValueError where there is no file of results to report on."""
+    if not path.is_file():
+        raise ValueError(f"there is no results file {path}: leave --report-only out to make it, or name --output")

@@ -1,4 +1,5 @@
-"""Images and their classes: CIFAR from the Hub, from its binary files, or any folder of class folders; kept in the cache.
+"""Images and their classes: CIFAR from the Hub, from its binary files, or any folder of class folders, which is kept in the
+cache.
 
 Shapes: n images, C = 3 channels, H x W pixels.
 """

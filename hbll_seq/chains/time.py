@@ -97,7 +97,9 @@ class KnownJacobians(Jacobians):
             self._diagonal = clipped(self.jacobian, self.clip)
         return self._diagonal
 
-    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor:
+    def vjp(
+        self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True, later: bool = False
+    ) -> Tensor:
         """See :meth:`Jacobians.vjp`; a new tensor."""
         here = behind(rows, self.first)
         return self.jacobian.between(here.start, here.stop, here.step).vjp(cotangents)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from hbll_seq.utils.modules import plain_module
+from hbll_seq.utils.reading import quote
 
 
 class RemoteBlock(nn.Module):
@@ -38,12 +39,31 @@ class RemoteBlock(nn.Module):
         return f"{self.n}"
 
 
-def segments_of_rank(n_segments: int, rank: int, n_ranks: int) -> range:
-    """Rank r of R holds the segments r S // R to (r + 1) S // R - 1 of S: their numbers differ by one at most."""
+def segments_of_rank(n_segments: int, rank: int, n_ranks: int, shares: Sequence[int] | None = None) -> range:
+    """Rank r of R holds the segments r S // R to (r + 1) S // R - 1 of S: their numbers differ by one at most.
+
+    Args:
+        n_segments, rank, n_ranks: S, r and R.
+        shares: how many each rank holds instead, from the first rank on.
+
+    Raises:
+        ValueError: ``shares`` are not R numbers of at least 1 that add up to S.
+    """
+    if shares is not None:
+        if len(shares) != n_ranks or min(shares) < 1 or sum(shares) != n_segments:
+            given = quote(",".join(map(str, shares)))
+            raise ValueError(
+                f"block_shares={given} with block_parallel={n_ranks}: must be {n_ranks} numbers of at least 1 that add up to "
+                f"the {n_segments} segments of the path; change them or --chunk-size, or leave --block-shares out for equal "
+                "ones"
+            )
+        return range(sum(shares[:rank]), sum(shares[: rank + 1]))
     return range(rank * n_segments // n_ranks, (rank + 1) * n_segments // n_ranks)
 
 
-def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -> range:
+def blocks_of_rank(
+    path_length: int, chunk_size: int, rank: int, n_ranks: int, shares: Sequence[int] | None = None
+) -> range:
     """The positions on the path, from 0, of the blocks that a rank holds.
 
     A path of N blocks is cut into S = ceil(N / c) segments of c blocks from its beginning; a rank holds whole ones, see
@@ -53,9 +73,10 @@ def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -
         path_length: N.
         chunk_size: c.
         rank, n_ranks: r and R.
+        shares: segments that each rank holds, as equal as they go where None.
 
     Raises:
-        ValueError: there are fewer segments than ranks.
+        ValueError: there are fewer segments than ranks, or ``shares`` do not fit them.
     """
     n_segments = -(-path_length // chunk_size)
     if n_segments < n_ranks:
@@ -66,7 +87,7 @@ def blocks_of_rank(path_length: int, chunk_size: int, rank: int, n_ranks: int) -
             f"{n_segments} segments, and every rank needs one at least; {smaller}a larger --n-level, or --block-parallel "
             f"{n_segments} or fewer"
         )
-    own = segments_of_rank(n_segments, rank, n_ranks)
+    own = segments_of_rank(n_segments, rank, n_ranks, shares)
     return range(own.start * chunk_size, min(own.stop * chunk_size, path_length))
 
 

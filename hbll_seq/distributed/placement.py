@@ -32,7 +32,7 @@ class Traffic:
 
 
 class RankPlacement(Placement):
-    """Segments of a chain over the ranks of a replica: rank r of R has the segments r S // R to (r + 1) S // R - 1.
+    """Segments of a chain over the ranks of a replica: see :func:`hbll_seq.distributed.blocks.segments_of_rank`.
 
     All ranks solve the same chain at the same time, each with its own segments. What the engine does with the ends of all of
     them it does on every rank, which costs little and saves the way back.
@@ -70,8 +70,8 @@ class RankPlacement(Placement):
 
     def own(self, n_segments: int, rank: int | None = None) -> range:
         """See :meth:`Placement.own`; those of this rank, or of another."""
-        rank, n_ranks = self.ranks.rank if rank is None else rank, self.ranks.n_ranks
-        return segments_of_rank(n_segments, rank, n_ranks)
+        rank = self.ranks.rank if rank is None else rank
+        return segments_of_rank(n_segments, rank, self.ranks.n_ranks, self.ranks.shares)
 
     def rank_of(self, segment: int, n_segments: int) -> int:
         """The rank that has a segment."""

@@ -32,6 +32,7 @@ class Ranks:
         step_group: all processes, for the collectives of a step; None where it is alone.
         host_group: as ``block_group``, for tensors on the CPU.
         patience: how long a collective of these groups waits for one that does not answer.
+        shares: how many segments of the main path each rank holds; None: as equal as they go.
     """
 
     rank: int = 0
@@ -43,6 +44,7 @@ class Ranks:
     step_group: ProcessGroup | None = None
     host_group: ProcessGroup | None = None
     patience: timedelta = PATIENCE
+    shares: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo: dict) -> Ranks:
         """Itself: what a copy of an objective is told stays this process, and its groups."""
@@ -53,7 +55,12 @@ class Ranks:
 ALONE = Ranks()
 
 
-def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelta = PATIENCE) -> Ranks:
+def make_ranks(
+    block_parallel: int,
+    device_type: str = "cpu",
+    patience: timedelta = PATIENCE,
+    shares: tuple[int, ...] | None = None,
+) -> Ranks:
     """Where this process of the launch stands; every process must call it.
 
     With ``block_parallel`` 1 each process is a replica, and no group is made.
@@ -62,6 +69,7 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
         block_parallel: R, ranks that hold the blocks of one model between them.
         device_type: where the tensors of collectives lie, ``"cpu"`` or ``"cuda"``.
         patience: how long a collective of the ranks waits for one that does not answer.
+        shares: see :class:`Ranks`.
 
     Raises:
         ValueError: the number of processes is no multiple of R.
@@ -91,6 +99,6 @@ def make_ranks(block_parallel: int, device_type: str = "cpu", patience: timedelt
     if device_type != "cpu":
         host, _ = distributed.new_subgroups_by_enumeration(layout.tolist(), timeout=patience, backend="gloo")
     if n_replicas == 1:
-        return Ranks(rank, block_parallel, replica, n_replicas, block, None, block, host, patience)
+        return Ranks(rank, block_parallel, replica, n_replicas, block, None, block, host, patience, shares)
     step = distributed.new_group(timeout=patience)
-    return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host, patience)
+    return Ranks(rank, block_parallel, replica, n_replicas, block, data, step, host, patience, shares)

@@ -7,6 +7,7 @@ iterations the adjoints of the last m segments are exact.
 Where a product can make the gradients of the transition's parameters too (``makes_gradients``), a segment's last walk is also
 the one that makes them: an exact segment's the one that shows it exact, that of all others one behind the M iterations. With
 c = 1 a walk ends where it begins: nothing would be saved, and the gradients are left to the backward call of the step.
+Where other ranks wait for what a walk ends in, the gradients come behind it (``weights_later.py``).
 
 Shapes: N transitions, S segments of c; states are [...]. Row i of a stacked tensor belongs to transition i + 1.
 """
@@ -73,6 +74,7 @@ class _Backward:
         self.size, self.n_segments = iterations.segments(n_steps)
         self.high, self.own = self.n_segments, self.placement.own(self.n_segments)
         self.walks_make_gradients = self.is_fused and (self.size > 1 or n_steps == 1)
+        self.leaves_gradients = self.walks_make_gradients and jacobians.leaves_gradients
         self.diagonal = jacobians.diagonal() if composer.needs_diagonal else None
         # A guess of diagonal Jacobians leaves nothing to correct.
         is_diagonal = composer.needs_diagonal and jacobians.is_diagonal
@@ -117,16 +119,20 @@ class _Backward:
         else:
             ended, products = self._walk(range(1, self.high), n_final=1, exchanges=True)
             self.ends = self._exchange(ended, products, number)
+            self.jacobians.make_gradients()
         self.high -= 1
 
     def _pass_back(self, last: int, before: int) -> None:
         """Walks the segment ``last``, whose adjoint is exact, and gives the one ``before`` it what it ends in. Where that one
         is elsewhere it does not wait for the gradients of parameters."""
         waits_elsewhere = self.placement.is_spread and last in self.own and before not in self.own
-        ended, _ = self._walk(range(last, self.high), n_final=0 if waits_elsewhere else 1, exchanges=True)
+        walks_again = waits_elsewhere and not self.jacobians.leaves_gradients
+        ended, _ = self._walk(range(last, self.high), n_final=0 if walks_again else 1, exchanges=True)
         ended = self.placement.pass_on(ended, last, before, self.n_segments)
-        if waits_elsewhere:
+        if walks_again:
             self._walk(range(last, self.high), n_final=1, exchanges=False)
+        elif waits_elsewhere:
+            self.jacobians.make_gradients()
         if before in self.own:
             self.ends = ended + self.adjoints[self._row(before)]
 
@@ -187,7 +193,8 @@ class _Backward:
             if p == 0 and low == 0:  # no segment waits for what the first one would send
                 first, state, n_final = size, state[1:], min(n_final, len(state) - 1)
             rows = slice(first, stop, size)
-            state = self.jacobians.vjp(rows, state, n_final if self.walks_make_gradients else 0)
+            later = exchanges and self.leaves_gradients
+            state = self.jacobians.vjp(rows, state, n_final if self.walks_make_gradients else 0, later=later)
             if self.diagonal is not None:
                 diagonal = self.diagonal[first - here : stop - here : size]
                 products.append(diagonal if not products else products[-1][-len(diagonal) :] * diagonal)

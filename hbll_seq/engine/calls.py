@@ -15,6 +15,8 @@ class Calls(ABC):
 
     #: whether :meth:`diagonal` is there: gated recurrent cells have it, Transformer blocks do not.
     has_diagonal = False
+    #: whether products compute the inside of a transition again
+    recomputes = False
 
     @abstractmethod
     def apply(self, indices: Sequence[Hashable], states: Sequence[Tensor]) -> list[Tensor]:
@@ -43,6 +45,8 @@ class Recomputed(Calls):
 
     Alive at any time are the states between transitions and the inside of the one in flight (docs/method.md 2.5).
     """
+
+    recomputes = True
 
     def __init__(self, calls: Calls):
         self.calls, self.has_diagonal = calls, calls.has_diagonal

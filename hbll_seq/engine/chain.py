@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.gradients import hooks_left_out
 from hbll_seq.engine.placement import HERE, Placement
+from hbll_seq.engine.weights_later import WeightsLater, add_gradients
 
 
 class Jacobians(ABC):
@@ -31,11 +33,15 @@ class Jacobians(ABC):
     n_steps: int | None = None
     #: whether a product can make the gradients of the transition's parameters as well
     makes_gradients = False
+    #: whether a product can leave them to :meth:`make_gradients`, for less than a product more
+    leaves_gradients = False
     #: whether the Jacobians are diagonal
     is_diagonal = False
 
     @abstractmethod
-    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor | None:
+    def vjp(
+        self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True, later: bool = False
+    ) -> Tensor | None:
         """``J_n^T cotangent`` of these transitions, [R, ...] -> [R, ...].
 
         Args:
@@ -44,7 +50,11 @@ class Jacobians(ABC):
             n_final: of the last so many rows no other product will be asked for, so that their cotangents are their adjoints:
                 where ``makes_gradients`` says so, their parameters' gradients are made too.
             wanted: whether the products of these rows are, or their gradients alone; then all are final, and it returns None.
+            later: whether the gradients are left to :meth:`make_gradients`, where ``leaves_gradients`` says so.
         """
+
+    def make_gradients(self) -> None:
+        """Makes the gradients of parameters that products have left."""
 
     def diagonal(self) -> Tensor:
         """Diagonals of all Jacobians, [S c, ...] of S segments, those behind the N-th being of no use; where
@@ -175,6 +185,10 @@ class CalledRows(Linearized):
         self.input_gradient: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self.attached: dict[int, Tensor] = {}
+        # Those that nobody waits for make their gradients at once: what is left takes memory.
+        waited_for = self.placement.is_spread and 0 not in self.placement.own(-(-chain.n_steps // chunk_size))
+        self.leaves_gradients = waited_for and self.differentiates and not self.calls.recomputes
+        self._weights, self._left = WeightsLater(), {}
         self._diagonal: Tensor | None = None
 
     def call(self, rows: slice, states: Tensor) -> Tensor:
@@ -185,7 +199,7 @@ class CalledRows(Linearized):
             reads[0] = self.s0
         # The calls without gradient shared this autocast region: older torch would hand out their gradient-free casts.
         torch.clear_autocast_cache()
-        with torch.set_grad_enabled(self.differentiates):
+        with torch.set_grad_enabled(self.differentiates), self._weights if self.leaves_gradients else nullcontext():
             outputs = _of_one_dtype(self.calls.apply(indices, reads), reads, self.placement)
         self._inputs.update(zip(numbers, reads))
         self.attached.update(zip(numbers, outputs))
@@ -209,23 +223,31 @@ class CalledRows(Linearized):
             self._diagonal = torch.stack([*found, *[torch.ones_like(found[0])] * self.n_missing])
         return self._diagonal
 
-    def vjp(self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True) -> Tensor | None:
+    def vjp(
+        self, rows: slice, cotangents: Tensor, n_final: int = 0, wanted: bool = True, later: bool = False
+    ) -> Tensor | None:
         """See :meth:`Jacobians.vjp`. The first row's product is wanted wherever s_0 has a gradient."""
         numbers, _ = self._numbers(rows)
         n_inner = len(cotangents) - n_final
         products = list(cotangents)  # what is not there passes its cotangent on
         if inner := numbers[:n_inner]:
             outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
-            products[: len(inner)] = torch.autograd.grad(
-                outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
-            )
+            with self._weights.left_out():
+                products[: len(inner)] = torch.autograd.grad(
+                    outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
+                )
         for j, i in enumerate(numbers[n_inner:], start=n_inner):
-            self._finish(i, products, j, wanted if i else self.s0.requires_grad)
+            self._finish(i, products, j, wanted if i else self.s0.requires_grad, later)
         if not wanted:
             return None
         return products[0][None] if len(products) == 1 else torch.stack(products)
 
-    def _finish(self, row: int, products: list[Tensor], j: int, wanted: bool) -> None:
+    def make_gradients(self) -> None:
+        """See :meth:`Jacobians.make_gradients`."""
+        for row in list(self._left):
+            add_gradients(self._left.pop(row), self.calls.parameters(self.indices[row]), self.gradients[row])
+
+    def _finish(self, row: int, products: list[Tensor], j: int, wanted: bool, later: bool) -> None:
         """Turns the adjoint ``products[j]`` of a row into its last product, if it is wanted, and its parameters' gradients;
         its graph is freed."""
         parameters = self.calls.parameters(self.indices[row])
@@ -233,7 +255,8 @@ class CalledRows(Linearized):
         asked = [read, *parameters] if wanted else parameters
         if not asked:
             return
-        with hooks_left_out(parameters):
+        kept = self._weights.kept(self._left.setdefault(row, [])) if later else nullcontext()
+        with hooks_left_out(parameters), kept:
             found = list(torch.autograd.grad(output, asked, products[j], allow_unused=True))
         if wanted:
             product = found.pop(0)

@@ -131,7 +131,7 @@ class LocalObjective(Objective):
         if ahead and any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
                              "recurrence, or leave ahead out")  # fmt: skip
-        if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead):
+        if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead, ranks.shares):
             raise ValueError(found.said(ranks.n_ranks))
         return LaggedPlacement(ranks) if ahead else RankPlacement(ranks)
 

@@ -46,7 +46,13 @@ def _said(name: str, value: Any) -> str:
 
 
 def obstacle(
-    sweeps: Sweeps, tree: DyadicTree, path: Sequence[int], mix: str, n_ranks: int, ahead: bool = False
+    sweeps: Sweeps,
+    tree: DyadicTree,
+    path: Sequence[int],
+    mix: str,
+    n_ranks: int,
+    ahead: bool = False,
+    shares: Sequence[int] | None = None,
 ) -> Obstacle | None:
     """The first thing that stands in the way of spreading sweeps over ranks, None where nothing does.
 
@@ -58,9 +64,10 @@ def obstacle(
         n_ranks: R.
         ahead: whether the ranks are to work ahead of each other. Without a mix none of them but the last has an exit, and who
             asks for that is let.
+        shares: segments that each rank holds, None for equal ones.
 
     Raises:
-        ValueError: there are fewer segments than ranks.
+        ValueError: there are fewer segments than ranks, or ``shares`` do not fit them.
     """
     path, whole_model = tuple(path), "it needs all blocks on one rank"
     if not isinstance(sweeps.linearization, (Identity, Zero)):
@@ -74,9 +81,12 @@ def obstacle(
     if not are_short:
         return Obstacle({"default_paths": tree.family, "depths": mix}, "it trains paths that leave the main one for long",
                         ({"default_paths": "prefix", "depths": "octaves"}, {"depths": "none"}))  # fmt: skip
-    blocks_of_rank(len(path), sweeps.chunk_size, 0, n_ranks)  # refuses fewer segments than ranks
+    blocks_of_rank(len(path), sweeps.chunk_size, 0, n_ranks, shares)  # refuses segments that do not fit the ranks
     if not ahead:
         return None
+    if shares is not None:
+        why = "a rank that goes on ahead holds one segment, or as many as the others"
+        return Obstacle({"shares": shares}, why, ({"shares": None},), True)
     return _of_passes(sweeps, len(path), n_ranks) or _of_mix(sweeps, path, mix, trained, branches, n_ranks)
 
 

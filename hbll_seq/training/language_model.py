@@ -162,7 +162,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
             say(warning)
         accelerator = make_accelerator(settings)
         patience = timedelta(seconds=settings.rank_timeout)
-        ranks = make_ranks(settings.block_parallel, accelerator.device.type, patience)
+        ranks = make_ranks(settings.block_parallel, accelerator.device.type, patience, settings.shares)
         try:
             opened = data(where, recorded_tokenizer(origin["initial_model"]))
             accelerator.wait_for_everyone()  # every process has looked at the folder before one changes it

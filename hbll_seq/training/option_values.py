@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
+import numbers as abstract
 import os
 import types
 import typing
@@ -18,6 +18,8 @@ from hbll_seq.utils.values import check_choice
 PATHS = ("data", "tokenizer", "init_from", "cache_dir", "output_dir")
 _NO_FILES = {"data": ("bundled", "wikitext-2", "wikitext-103"), "tokenizer": ("default", "train", "model"),
              "init_from": ("bundled",)}
+#: settings that are lists, written with commas
+_LISTS = ("path", "cell", "block_shares")
 PRECISIONS = ("auto", "float32", "bfloat16")
 _PRECISION_ALIASES = {"fp32": "float32", "no": "float32", "bf16": "bfloat16"}
 _FLOAT16_NAMES = ("float16", "fp16", "half")
@@ -33,21 +35,21 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     error = ValueError(f"{name}={quote(value)}: must be {wanted}{' or none' if optional else ''}")
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
-    if kind is str and name in ("path", "cell"):
+    if kind is str and name in _LISTS:
         value = _listed(value, error)
     if kind is str:
         if not isinstance(value, str):
             raise error
         if not value:
             raise ValueError(f"{name}='': must not be empty{'; none leaves it out' if optional else ''}")
-        if name in ("path", "cell"):
+        if name in _LISTS:
             return value.replace(" ", "").strip("[]()")
         return _precision(value) if name == "precision" else str(value)  # not a subclass, which YAML could not write
     if kind is bool:
         if not isinstance(value, bool):
             raise error
         return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+    if isinstance(value, bool) or not isinstance(value, (abstract.Real, str)):
         raise error
     try:
         number = float(value)
@@ -66,6 +68,14 @@ def _listed(value: Any, error: ValueError) -> Any:
     if any(isinstance(item, int) and abs(item) > _MOST for item in items):
         raise error
     return ",".join(map(str, items))
+
+
+def numbers(name: str, value: str | None, allowed: str) -> tuple[int, ...] | None:
+    """A list of numbers as :func:`coerce` leaves it, None for none. Raises ValueError where it holds another word."""
+    try:
+        return value if value is None else tuple(map(int, value.split(",")))
+    except ValueError:
+        raise ValueError(f"{name}={quote(value)}: must be {allowed}") from None
 
 
 def expand_path(name: str, value: str) -> str:

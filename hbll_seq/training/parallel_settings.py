@@ -7,9 +7,10 @@ from typing import Any
 from hbll_seq.objectives.options import Sweeps
 from hbll_seq.objectives.spread import Obstacle, obstacle
 from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.utils.reading import quote
 
 #: options of Python that have another name as a setting
-_SETTINGS = {"depths": "depth_mix", "ranks": "block_parallel"}
+_SETTINGS = {"depths": "depth_mix", "ranks": "block_parallel", "shares": "block_shares"}
 
 
 def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
@@ -24,6 +25,9 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
     def of(name: str) -> Any:
         return decided.get(name, getattr(settings, name))
 
+    if n_ranks == 1 and settings.block_shares is not None:
+        raise ValueError(f"block_shares={quote(settings.block_shares)} with block_parallel=1: one rank holds all segments; "
+                         "give --block-parallel, or leave --block-shares out")  # fmt: skip
     if n_ranks == 1:
         raise ValueError("ahead=True with block_parallel=1: one rank has nobody to be ahead of; give --block-parallel 2, or "
                          "--no-ahead")  # fmt: skip
@@ -34,7 +38,7 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
     path, mix = settings.path_blocks or tree.path_for_depth(tree.n_nodes), of("depth_mix")
     sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"), settings.init,
                     control=settings.control_object(), auxiliary_exits=settings.auxiliary_exits)  # fmt: skip
-    found = obstacle(sweeps, tree, path, mix, n_ranks, ahead)
+    found = obstacle(sweeps, tree, path, mix, n_ranks, ahead, settings.shares)
     if ahead and not (found and not found.of_ahead):
         found = _of_ahead(settings, mix) or found
     if found:
@@ -64,4 +68,6 @@ def _said(found: Obstacle, n_ranks: int) -> str:
 
 
 def _word(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return "none" if value is None else value

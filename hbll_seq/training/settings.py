@@ -28,7 +28,7 @@ from hbll_seq.objectives.control import CONTROLS, Adaptive
 from hbll_seq.objectives.depth_mix import DEFAULT_MIX, MIX_WEIGHTS, MIXES, OF_PREFIXES, ON_PREFIXES
 from hbll_seq.objectives.options import DepthMix, Sweeps, Tree
 from hbll_seq.training.graph_settings import check_cuda_graph
-from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path
+from hbll_seq.training.option_values import PATHS, PRECISIONS, check_range, coerce, expand_path, numbers
 from hbll_seq.training.parallel_settings import check_block_parallel
 from hbll_seq.training.setting_fields import option_of as _of
 from hbll_seq.training.setting_fields import setting
@@ -178,6 +178,8 @@ class TrainingSettings:
                                high=1024)
     block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
                                "data-parallel replicas", low=1, high=_MOST_BLOCKS)
+    block_shares: str | None = _run(None, "segments of --chunk-size blocks that each rank of --block-parallel holds, such as "
+                                    "1,3; none: as equal as they go")
     rank_timeout: float = _run(PATIENCE.total_seconds(), "seconds that ranks of --block-parallel wait in a step for one that "
                                "does not answer; one that died is noticed at once", above=0, high=86_400)
     cuda_graph: bool = _run(False, "replay forward and backward of a step as CUDA graphs, one for each draw of the depth "
@@ -229,7 +231,7 @@ class TrainingSettings:
         if self.carry_state and self.objective == "tree":
             raise ValueError("carry_state=True with objective='tree': its jumps read no path whose state could be carried; "
                              "leave it out, or use --objective sweeps or backprop")
-        if self.block_parallel > 1 or self.ahead:
+        if self.block_parallel > 1 or self.ahead or self.block_shares is not None:
             check_block_parallel(self, self._decided())
         if self.cuda_graph:
             check_cuda_graph(self, self._decided())
@@ -299,12 +301,12 @@ class TrainingSettings:
     @property
     def path_blocks(self) -> tuple[int, ...] | None:
         """``path`` as block numbers, None for the full path."""
-        if self.path == "full":
-            return None
-        try:
-            return tuple(int(block) for block in self.path.split(","))
-        except ValueError:
-            raise ValueError(f"path={quote(self.path)}: must be 'full' or block numbers such as 4,6,7") from None
+        return numbers("path", None if self.path == "full" else self.path, "'full' or block numbers such as 4,6,7")
+
+    @property
+    def shares(self) -> tuple[int, ...] | None:
+        """``block_shares`` as numbers, None where they are equal."""
+        return numbers("block_shares", self.block_shares, "numbers such as 1,3, one for each rank, or none")
 
     @property
     def has_recurrence(self) -> bool:

@@ -54,7 +54,7 @@ class Share:
         self._whole: dict[str, Tensor] = {}  # what the objective holds of the whole model, without values
         if ranks.n_ranks > 1:
             self._whole = {name: tensor.to("meta") for name, tensor in module_tensors(objective).items()}
-            owned = blocks_of_rank(len(objective.path), chunk_size, ranks.rank, ranks.n_ranks)
+            owned = blocks_of_rank(len(objective.path), chunk_size, ranks.rank, ranks.n_ranks, ranks.shares)
             self.numbers = frozenset(numbers_kept(len(self.model.blocks), objective.path, owned))
             keep_own(self.model, objective.path, owned)
         trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}

@@ -35,6 +35,14 @@ def test_the_remedy_works():
     assert "--chunk-size" not in str(error.value)
 
 
+def test_shares_that_are_not_equal():
+    assert [blocks_of_rank(31, 8, r, 2, (1, 3)) for r in range(2)] == [range(0, 8), range(8, 31)]
+    assert [blocks_of_rank(7, 2, r, 3, (1, 2, 1)) for r in range(3)] == [range(0, 2), range(2, 6), range(6, 7)]
+    for shares in ((1, 2), (1, 2, 2), (0, 3, 1), (1, 1, 1, 1)):
+        with pytest.raises(ValueError, match=f"block_shares='{','.join(map(str, shares))}' with block_parallel=3: must be 3"):
+            blocks_of_rank(7, 2, 0, 3, shares)
+
+
 def test_a_rank_keeps_its_own_blocks_and_their_numbers():
     torch.manual_seed(0)
     config = HBLLConfig(vocab_size=16, n_level=3, n_embd=8, n_head=2, context_length=4)

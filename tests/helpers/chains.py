@@ -56,7 +56,7 @@ class ApartRows(CalledRows):
 
     makes_gradients = False
 
-    def vjp(self, rows, cotangents, n_final=0, wanted=True):
+    def vjp(self, rows, cotangents, n_final=0, wanted=True, later=False):
         return super().vjp(rows, cotangents).clone()  # what autograd returns may be what it was given
 
     def backward(self, adjoints, tensors):

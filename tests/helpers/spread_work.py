@@ -3,6 +3,8 @@
 As a script: joins the group of the environment, does the cases that are named, and saves what each found.
 """
 
+import copy
+import dataclasses
 
 import torch
 from torch import distributed
@@ -19,6 +21,14 @@ VOCABULARY, ROWS, TOKENS = 11, 3, 7
 CASES = {
     "exact": ({}, "sweeps", {}),
     "exact, a segment each": ({}, "sweeps:chunk_size=2", {}),
+    "unequal shares": ({}, "sweeps:chunk_size=2", {"shares": {2: (1, 3), 4: (1, 1, 1, 1)}}),
+    "unequal shares of a mix": (
+        {"default_paths": "prefix", "n_level": 4}, "sweeps:chunk_size=2",
+        {"depths": "octaves", "shares": {2: (6, 2), 4: (1, 2, 4, 1)}}
+    ),
+    "unequal shares, K = M = 1": (
+        {"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {"shares": {2: (3, 5), 4: (1, 4, 1, 2)}}
+    ),
     "single blocks, exact": ({}, "sweeps:forward=6,backward=7,chunk_size=1", {}),
     "K = M = 1": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
     "K = M = 1, 15 blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
@@ -71,7 +81,8 @@ FROZEN = ("blocks.6.", "blocks.0.", "head.projection")
 
 def steps(name, ranks=ALONE, n_steps=2):
     """Losses, node losses, metrics, gradients and carried states of some steps, as this rank has them."""
-    shape, inference, options = CASES[name]
+    shape, inference, options = copy.deepcopy(CASES[name])
+    ranks = dataclasses.replace(ranks, shares=options.pop("shares", {}).get(ranks.n_ranks))
     torch.manual_seed(0)
     recurrent = "cell" in shape
     config = HBLLConfig(**{"vocab_size": VOCABULARY, "n_level": 3, "n_embd": 8, "n_head": 2, "context_length": 8, **shape})
@@ -84,7 +95,8 @@ def steps(name, ranks=ALONE, n_steps=2):
     for parameter in objective.auxiliary.parameters() if objective.auxiliary else ():
         torch.nn.init.normal_(parameter, std=0.3)
     if ranks.n_ranks > 1:
-        keep_own(model, path, blocks_of_rank(len(path), objective.inference.chunk_size, ranks.rank, ranks.n_ranks))
+        size = objective.inference.chunk_size
+        keep_own(model, path, blocks_of_rank(len(path), size, ranks.rank, ranks.n_ranks, ranks.shares))
         traffic = objective.placement.traffic
     tokens = torch.randint(VOCABULARY, (n_steps, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     for step in range(n_steps):

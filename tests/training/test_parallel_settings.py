@@ -13,6 +13,7 @@ def made(**values):
     {}, {"chunk_size": 1, "block_parallel": 7}, {"linearization": "zero"}, {"path": "4,6,7", "chunk_size": 2},
     {"cell": "gru", "carry_state": True}, {"depth_mix": "octaves", "forward": 1, "backward": 1},
     {"depth_mix": "none", "default_paths": "spine"}, {"n_level": 1, "block_parallel": 1}, {"chunk_size": 4},
+    {"chunk_size": 2, "block_shares": "1,3"}, {"chunk_size": 2, "block_shares": [3, 1]},
 ])  # fmt: skip
 def test_what_can_be_spread(values):
     settings = made(**values)
@@ -43,6 +44,19 @@ def test_what_cannot_be_spread_is_refused(values, named, remedy):
     made(**{**values, "block_parallel": 1})
 
 
+@pytest.mark.parametrize("values, words", [
+    ({"block_shares": "1,3"}, "must be 2 numbers of at least 1 that add up to the 2 segments"),
+    ({"block_shares": "1,1", "block_parallel": 1}, "block_shares='1,1' with block_parallel=1: one rank holds all segments"),
+    ({"block_shares": "1,x"}, "block_shares='1,x': must be numbers such as 1,3"),
+    ({"block_shares": 2}, "block_shares='2' with block_parallel=2: must be 2 numbers"),
+])  # fmt: skip
+def test_shares_that_do_not_fit_are_refused(values, words):
+    with pytest.raises(ValueError) as error:
+        made(**values)
+    assert words in str(error.value)
+    made(**{**values, "block_shares": None})
+
+
 AHEAD = {"ahead": True, "chunk_size": 4, "forward": 1, "backward": 0, "linearization": "zero"}
 
 
@@ -57,6 +71,7 @@ AHEAD = {"ahead": True, "chunk_size": 4, "forward": 1, "backward": 0, "lineariza
     ({"depth_mix": "none"}, "depth_mix='none'", {"depth_mix": "octaves"}),
     ({"path": "1,2,3,4,5,6"}, "depth_mix='none'", {"path": "full"}),
     ({"cell": "gru"}, "cell='gru'", {"cell": "transformer"}),
+    ({"block_shares": "1,1"}, "block_shares='1,1'", {"block_shares": "none"}),
 ])  # fmt: skip
 def test_what_cannot_work_ahead_is_refused(values, named, remedy):
     """The remedy that is told works."""

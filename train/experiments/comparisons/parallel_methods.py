@@ -6,8 +6,9 @@
     interleaved:m=4       1F1B with two stages for each process, s and s + R
     zero-bubble:m=4       the same stages; the backward of inputs goes before that of weights
     zbv:m=4               the same with stages s and 2 R - 1 - s
-    exact                 ours, a segment for each rank, K = M = S - 1
-    local                 ours with A = 0, K = S - 1, M = 0: segments learn from exits on their own blocks alone
+    exact                 ours, a segment for each rank, K = M = S - 1; shares=1+3: of S = 4 segments so many on each
+    local                 ours with A = 0, K = S - 1, M = 0: segments learn from exits on their own blocks alone; c=19: of 19
+                          blocks
     ahead                 the same, each rank a batch ahead of the next one, on states that are a step old
     ours:K=1,M=1,...      ours with these options of sweeps; segments=S (default R), depths=MIX
 
@@ -92,6 +93,7 @@ class Method:
         if kind not in KINDS:
             raise ValueError(f"method {name!r}: allowed are {', '.join(KINDS)}; options follow a colon, as in 1f1b:m=4")
         allowed = {"m"} if kind in PIPELINES else {"depths"} if kind in OURS else set()
+        allowed |= {"shares"} if kind == "exact" else {"c"} if kind in ("local", "ahead") else set()
         if kind != "ours" and (unknown := options.keys() - allowed):
             raise ValueError(f"method {name!r}: {kind} has no option {min(unknown)!r}; it has {', '.join(allowed) or 'none'}")
         if kind in PIPELINES and not (options.get("m", "").isdecimal() and int(options["m"]) > 0):
@@ -103,10 +105,15 @@ class Method:
         """Whether its gradients are backprop's whatever the number of ranks."""
         return self.kind not in ("local", "ahead", "ours")
 
+    @property
+    def shares(self) -> tuple[int, ...] | None:
+        """Segments of each rank, None for as equal as they go."""
+        return tuple(map(int, self.options["shares"].split("+"))) if "shares" in self.options else None
+
     def inference(self, n_blocks: int, n_ranks: int) -> str:
         """Sweeps of one of ours, as text. Raises ValueError where so many blocks are not cut into so many segments."""
-        options = {_SHORT.get(name, name): value for name, value in self.options.items() if name != "depths"}
-        segments = int(options.pop("segments", n_ranks))
+        options = {_SHORT.get(name, name): value for name, value in self.options.items() if name not in ("depths", "shares")}
+        segments = int(options.pop("segments", sum(self.shares or (n_ranks,))))
         size = -(-n_blocks // segments)
         if -(-n_blocks // size) != segments and "chunk_size" not in options:
             raise ValueError(f"method {self.name!r}: {n_blocks} blocks are {-(-n_blocks // size)} segments of {size}, not "
@@ -131,7 +138,7 @@ class Method:
             from comparisons.parallel_ours import Ours
 
             return Ours(shape, self.inference(shape.blocks, n_ranks), self.options.get("depths"), n_ranks, recompute,
-                        ahead=self.kind == "ahead")  # fmt: skip
+                        ahead=self.kind == "ahead", shares=self.shares)  # fmt: skip
         if shape.batch_size % n_ranks:
             raise ValueError(f"batch_size={shape.batch_size} with {n_ranks} ranks: {self.kind} gives each the same rows")
         return Replica(shape, self.kind, n_ranks, recompute, hooked)

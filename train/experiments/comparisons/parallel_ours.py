@@ -23,8 +23,9 @@ class Ours(Training):
         n_ranks: int,
         recompute: bool = False,
         ahead: bool = False,
+        shares: tuple[int, ...] | None = None,
     ):
-        ranks = make_ranks(n_ranks, shape.device) if n_ranks > 1 else ALONE
+        ranks = make_ranks(n_ranks, shape.device, shares=shares) if n_ranks > 1 else ALONE
         self.objective = LocalObjective(
             shape.model(), inference, ranks=ranks, depths=depths, recompute=recompute, ahead=ahead
         )

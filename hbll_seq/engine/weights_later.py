@@ -1,0 +1,121 @@
+"""The two halves of a backward pass apart: products by a transition's input now, those by its weights later.
+
+A segment on another rank waits for the adjoint that comes out of this one, and not for this one's gradients. So a rank makes
+first what it has to send, and its weights' gradients while the others go on (Qi et al. 2023, arXiv 2401.10241, split the
+passes of a pipeline in this way).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _Kept(NamedTuple):
+    """What the gradients of a linear layer's weight [O, I] and bias [O] are made of."""
+
+    weight: Tensor
+    bias: Tensor | None
+    read: Tensor  # [..., I]
+    gradient: Tensor  # [..., O], of what it made
+
+
+class WeightsLater(TorchFunctionMode):
+    """Linear layers (``torch.nn.functional.linear`` of a weight that is a leaf) called inside leave the gradients of their
+    weights to be made later, where they are asked to. All else is differentiated as always.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._kept: list[_Kept] | None = None
+        self._leaves_weights = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
+        if func is F.linear and torch.is_grad_enabled():
+            x, weight, bias = _arguments(*args, **(kwargs or {}))
+            if _is_trained(weight) and (bias is None or _is_trained(bias)):
+                return _Linear.apply(self, x, weight, bias)
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, a backward pass makes no gradients of these weights."""
+        self._leaves_weights = True
+        try:
+            yield
+        finally:
+            self._leaves_weights = False
+
+    @contextlib.contextmanager
+    def kept(self, into: list[_Kept]) -> Iterator[None]:
+        """Inside, a backward pass adds to ``into`` what these weights' gradients are made of, for :func:`add_gradients`."""
+        self._kept = into
+        try:
+            with self.left_out():
+                yield
+        finally:
+            self._kept = None
+
+    def takes(self, weight: Tensor, bias: Tensor | None, read: Tensor, gradient: Tensor) -> bool:
+        """Whether the gradients of a layer are not to be made now."""
+        if self._kept is not None:
+            self._kept.append(_Kept(weight, bias, read, gradient))
+        return self._leaves_weights
+
+
+def add_gradients(kept: list[_Kept], parameters: Sequence[Tensor], gradients: list[Tensor | None]) -> None:
+    """Adds what was left to the gradients of parameters, in their order, None for one without any; ``kept`` is emptied."""
+    number = {id(p): i for i, p in enumerate(parameters)}
+    while kept:
+        weight, bias, read, gradient = kept.pop()
+        for parameter, made in ((weight, _by_weight), (bias, _by_bias)):
+            i = number.get(id(parameter))
+            if i is not None:
+                new = made(read, gradient).to(parameter.dtype)
+                gradients[i] = new if gradients[i] is None else gradients[i] + new
+
+
+def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _is_trained(weight: Tensor) -> bool:
+    return weight.is_leaf and weight.requires_grad
+
+
+def _by_weight(read: Tensor, gradient: Tensor) -> Tensor:
+    return _rows(gradient).T @ _rows(read).to(gradient.dtype)
+
+
+def _by_bias(read: Tensor, gradient: Tensor) -> Tensor:
+    return _rows(gradient).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """``x W^T + b``, [..., I] -> [..., O]."""
+
+    @staticmethod
+    def forward(ctx, owner: WeightsLater, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.owner, ctx.has_bias = owner, bias is not None
+        ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *bias = ctx.saved_tensors
+        by_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        if ctx.owner.takes(weight, bias[0] if bias else None, x, gradient):
+            return None, by_x, None, None
+        by_bias = _by_bias(x, gradient).to(bias[0].dtype) if bias else None
+        return None, by_x, _by_weight(x, gradient).to(weight.dtype), by_bias

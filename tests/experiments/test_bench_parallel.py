@@ -80,12 +80,12 @@ def test_messages_arrive_late_and_one_after_the_other(monkeypatch, tmp_path):
 def test_measures_groups_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     """Losses are backprop's, refusals are told, and what is sent is what each method says that it sends."""
     output = tmp_path / "new" / "bench.json"
-    names = ["backprop", "ddp", "1f1b:m=1", "1f1b:m=2", "exact"]
+    names = ["backprop", "ddp", "1f1b:m=1", "1f1b:m=2", "exact", "exact:shares=1+2"]
     methods = run(output, "--methods", *names, "--link", "1", "1")
     assert list(methods) == names and json.loads(output.read_text())["points"][0]["methods"] == methods
     refused = methods["1f1b:m=1"]["refused"]
     assert "ValueError: Number of microbatches (1) must be greater than or equal to the number of stages (2)" in refused
-    for name in ("ddp", "1f1b:m=2", "exact"):
+    for name in ("ddp", "1f1b:m=2", "exact", "exact:shares=1+2"):
         row = methods[name]
         assert row["loss_difference"] < 1e-5 and len(row["losses"]) == 4 and row["exact"]
         assert abs(row["losses"][-1] - row["losses"][0]) > 1e-3  # there is something to differ
@@ -136,6 +136,8 @@ def test_presets_are_sweeps():
     assert inference("exact") == "sweeps:chunk_size=8,forward=3,backward=3"
     assert inference("local", 2) == "sweeps:chunk_size=16,forward=1,backward=0,linearization=zero"
     assert inference("ahead", 2) == inference("local", 2)
+    assert inference("local:c=19", 2) == "sweeps:chunk_size=19,forward=1,backward=0,linearization=zero"
+    assert inference("exact:shares=1+3", 2) == inference("exact", 4)
     assert inference("ours:K=1,M=2,segments=8") == "sweeps:chunk_size=4,forward=1,backward=2"
 
 
@@ -162,6 +164,10 @@ def test_table_has_the_median_of_rounds_and_tells_refusals():
         (["--methods", "1f1b"], "say how many micro-batches, as in 1f1b:m=4"),
         (["--methods", "ddp:m=4"], "ddp has no option 'm'"),
         (["--methods", "exact", "--ranks", "5", "--blocks", "7"], "7 blocks are 4 segments of 2, not 5"),
+        (["--methods", "exact:shares=1+0"], "shares are numbers above 0"),
+        (["--methods", "exact:shares=1+x"], "shares are numbers above 0"),
+        (["--methods", "exact:shares=1+1+2"], "3 shares for 2 ranks"),
+        (["--methods", "local:shares=1+1"], "local has no option 'shares'"),
         (["--blocks", "8"], r"blocks=8: .*2\*\*D - 1"),
         (["--width", "30"], "width=30 with heads=2"),
         (["--repeats", "0"], "repeats=0: must be at least 1"),

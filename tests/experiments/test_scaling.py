@@ -25,6 +25,10 @@ def test_spans_are_those_of_the_method():
         assert model.exact(N, r).seconds == N + (r - 1) / r * N + 2 * N / r
         assert model.local(N, r).seconds == N + 2 * N / r
         assert model.ahead(N, r).seconds == 3 * N / r
+    # 16 blocks' three units come as late as the other 48 blocks' products by their weights
+    assert model.exact(N, 2, (1, 3)).seconds == N + 48 + max(3 * 16 - 16, 48) == N + 96
+    assert model.exact(N, 2, (1, 3)).activation_bytes == 48 * 1000 + 4 * 10
+    assert model.of_method("exact:shares=1+3", N, 2) == model.exact(N, 2, (1, 3)) != model.of_method("exact", N, 2)
     assert model.sweeps(N, 8, 1, 1).seconds == 5 * N / 8
     assert model.sweeps(N, 8, 2, 0).seconds == 5 * N / 8
     assert model.sweeps(N, 2, 1, 1) == model.exact(N, 2)

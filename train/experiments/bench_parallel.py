@@ -13,7 +13,8 @@ and loss:
 
 Each method has processes of its own. In every round backprop on one process takes its steps while the others wait, and then
 the method takes its own: what else the machine does falls on both, and what is compared is their ratio. "backprop" itself is
-measured in this way too, so that its ratio shows the noise. Bytes are what operations return on a rank, beyond parameters,
+measured in this way too, so that its ratio shows the noise. All processes keep the memory that they let go of
+(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_). Bytes are what operations return on a rank, beyond parameters,
 their gradients and the state of AdamW (as in bench_depth.py), of forward and backward; for a pipeline with its buffers.
 "recomp." is the same with activation checkpointing, "w. grads" that with the parameters' gradients (.grad = None before).
 "core" is the share of a core that backprop had in its turns: well below 1 the machine was busy, and processes that wait for

@@ -21,6 +21,9 @@ from hbll_seq.utils.atomic import atomic_write
 
 _IMPORTED = ["comparisons.parallel_worker", "comparisons.parallel_ours", "comparisons.scaling_costs", "torch._dynamo",
              "torch.distributed.pipelining", "torch.distributed.fsdp"]  # fmt: skip
+#: of glibc: memory that is let go of stays with the process. What goes back to the system after a step comes again page by
+#: page, and a rank waits for the pages of another
+_KEPT = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 _GRACE = 5.0  # seconds that the others have to say what is wrong, once one has
 
 
@@ -37,6 +40,8 @@ def run_group(
     """
     # The server's imports need the path of the scripts, and its forks one thread.
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name, value in _KEPT.items():
+        os.environ.setdefault(name, value)
     here = str(Path(__file__).resolve().parents[1])
     if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, *paths]))

@@ -108,11 +108,16 @@ class Method:
     @property
     def shares(self) -> tuple[int, ...] | None:
         """Segments of each rank, None for as equal as they go."""
-        return tuple(map(int, self.options["shares"].split("+"))) if "shares" in self.options else None
+        given = self.options.get("shares")
+        if given is not None and not all(part.isdecimal() and int(part) for part in given.split("+")):
+            raise ValueError(f"method {self.name!r}: shares are numbers above 0, one for each rank, as in exact:shares=1+3")
+        return None if given is None else tuple(map(int, given.split("+")))
 
     def inference(self, n_blocks: int, n_ranks: int) -> str:
         """Sweeps of one of ours, as text. Raises ValueError where so many blocks are not cut into so many segments."""
         options = {_SHORT.get(name, name): value for name, value in self.options.items() if name not in ("depths", "shares")}
+        if self.shares is not None and len(self.shares) != n_ranks:
+            raise ValueError(f"method {self.name!r}: {len(self.shares)} shares for {n_ranks} ranks; give one for each")
         segments = int(options.pop("segments", sum(self.shares or (n_ranks,))))
         size = -(-n_blocks // segments)
         if -(-n_blocks // size) != segments and "chunk_size" not in options:

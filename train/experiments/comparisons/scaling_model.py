@@ -13,7 +13,8 @@ else is said; f(r) is at r rows.
                   stage = N / R (f + b), E on the first, H on the last; 2 (R - 1) + 2 (m - 1) messages, one reduction of
                   the tied matrix + U of the stage                          memory  min(m, R) / m of N A / R, head / m
     zero-bubble   m largest stage + (R - 1) / v (f + x - (b - x)) N / R, of v = 2 stages for each device
-    exact         N f + (R - 1) / R N x + N / R b + E + H + U / R, a segment for each rank; R messages each way
+    exact         N f + E + H + the latest of all ranks: n x of those behind it, its own n x, and its own n (b - x), of n
+                  blocks on each; U of a rank; R - 1 messages each way
     K, M          K N / R i + N / R f + M N / R x + N / R b, K + M + 3 all-gathers of a state; where K and M reach R - 1,
                   exact
     local         N f + N / R b; R messages
@@ -117,11 +118,12 @@ class Model:
         activations = alive * per * costs.saved_bytes + costs.head_bytes / m
         return Prediction(seconds + messages * traffic + tied + update, activations, held)
 
-    def exact(self, n: int, r: int) -> Prediction:
-        """Ours, a segment for each rank."""
-        work = self._at(self.rows)
-        span = n * work.forward + (r - 1) / r * n * work.product + n / r * work.backward
-        return self._ours(n, r, span, messages=2 * (r - 1), collectives=1)
+    def exact(self, n: int, r: int, shares: Sequence[int] | None = None) -> Prediction:
+        """Ours, a segment for each rank, or so many: a rank sends its product on, and then makes its weights' gradients."""
+        work, shares = self._at(self.rows), shares or [1] * r
+        blocks = [n * share / sum(shares) for share in shares]
+        ends = [sum(blocks[k:]) * work.product + blocks[k] * (work.backward - work.product) for k in range(r)]
+        return self._ours(n, r, n * work.forward + max(ends), messages=2 * (r - 1), collectives=1, most=max(blocks))
 
     def sweeps(self, n: int, r: int, forward: int, backward: int) -> Prediction:
         """Ours at K and M, a segment for each rank."""
@@ -142,15 +144,19 @@ class Model:
         hidden = min(work.embed, work.head) if r > 1 else 0.0
         return self._ours(n, r, n / r * (work.forward + work.backward) - hidden, messages=0, collectives=0)
 
-    def _ours(self, n: int, r: int, span: float, messages: int, collectives: int) -> Prediction:
+    def _ours(
+        self, n: int, r: int, span: float, messages: int, collectives: int, most: float | None = None
+    ) -> Prediction:
+        """``most``: blocks of the rank that has most, where they are not as many on each."""
         work, costs, wires = self._at(self.rows), self.costs, self.costs.wires
-        held, update = self._held(n / r)
+        most = n / r if most is None else most
+        held, update = self._held(most)
         sent = messages * wires.send(costs.state_bytes) + collectives * wires.gather(r, costs.state_bytes)
         if r > 1:
             sent += wires.reduction(r, 4 * costs.shared_parameters) + wires.reduction(r, 16)
         states = (r + 2) * costs.state_bytes if r > 1 else 0.0
         return Prediction(span + work.embed + work.head + update + sent,
-                          n / r * costs.saved_bytes + states + costs.head_bytes, held)  # fmt: skip
+                          most * costs.saved_bytes + states + costs.head_bytes, held)  # fmt: skip
 
     def of_method(self, name: str, n: int, r: int) -> Prediction | None:
         """The prediction for a method of ``bench_parallel.py``; None for one that is refused or not modelled."""
@@ -161,7 +167,9 @@ class Model:
             return self.backprop(n)
         if method.kind in PIPELINES:
             return self.pipeline(n, r, int(method.options["m"]), method.kind)
-        if method.kind in ("ddp", "fsdp", "exact"):
+        if method.kind == "exact" and "depths" not in method.options:
+            return self.exact(n, r, method.shares)
+        if method.kind in ("ddp", "fsdp"):
             return getattr(self, method.kind)(n, r)
         if "depths" in method.options or method.options.keys() - {"K", "M", "forward", "backward"}:
             return None  # further exits, or segments that are not one for each rank

@@ -106,7 +106,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, owner: WeightsLater, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.owner, ctx.has_bias = owner, bias is not None
+        ctx.owner, ctx.dtype, kind = owner, x.dtype, x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # what is kept is of that size
         ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
         return F.linear(x, weight, bias)
 
@@ -114,7 +116,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *bias = ctx.saved_tensors
-        by_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         if ctx.owner.takes(weight, bias[0] if bias else None, x, gradient):
             return None, by_x, None, None
         by_bias = _by_bias(x, gradient).to(bias[0].dtype) if bias else None

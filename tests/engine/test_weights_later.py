@@ -105,7 +105,7 @@ def test_lower_precision():
     later, left = WeightsLater(), []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = called(module, x, later)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16 and out.grad_fn.saved_tensors[0].dtype == torch.bfloat16
     with later.kept(left):
         by_x, *found = torch.autograd.grad(out.float().sum(), [x, *module.parameters()], allow_unused=True)
     add_gradients(left, list(module.parameters()), found)

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.models.hub import find_latest_run
+from hbll_seq.models.hub import HubMixin, find_latest_run
 from hbll_seq.models.hub_source import find_folder
-from hbll_seq.models.model_files import CONFIG_NAME
+from hbll_seq.models.image_classification import HBLLForImageClassification
+from hbll_seq.models.model_files import CONFIG_NAME, called, stored_kind
+from hbll_seq.models.sequence_classification import HBLLForSequenceClassification
 from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
 #: names that stand for a model wherever one is asked for
 NAMES = ("bundled", "latest")
+#: the kinds of models that ``info`` describes; the first is also what a config.json without a kind is of
+KINDS: tuple[type[HubMixin], ...] = (HBLLForCausalLM, HBLLForSequenceClassification, HBLLForImageClassification)
 
 
 def find_model(name: str) -> str:
@@ -36,9 +40,28 @@ def find_model(name: str) -> str:
     return name
 
 
-def open_model(name: str, device: str = "cpu") -> HBLLForCausalLM:
-    """The model of a name. Raises ValueError as :func:`find_model` and ``HBLLForCausalLM.from_pretrained``."""
-    return HBLLForCausalLM.from_pretrained(find_model(name), device=device)
+def open_model(name: str, device: str = "cpu", kind: type[HubMixin] = HBLLForCausalLM) -> Any:
+    """The model of a name, of one kind. Raises ValueError as :func:`find_model` and ``from_pretrained``."""
+    return kind.from_pretrained(find_model(name), device=device)
+
+
+def kind_of(name: str) -> type[HubMixin]:
+    """Which of ``KINDS`` the model of a name is; the first where its config.json cannot be read, and loading tells why.
+
+    Raises:
+        ValueError: it is of another kind; or as :func:`find_model`.
+    """
+    architectures, model_type = stored_kind(model_folder(name)) or (None, None)
+    if architectures is None and model_type is None:
+        return KINDS[0]
+    for kind in KINDS:
+        if architectures == [kind.__name__] or architectures is None and model_type == kind.config_class.model_type:
+            return kind
+    found, names = model_type if architectures is None else architectures, [kind.__name__ for kind in KINDS]
+    raise ValueError(
+        f"{called(name)}: {CONFIG_NAME} is for {quote(found)}: info describes {', '.join(names[:-1])} and {names[-1]}; name "
+        "a model of one of these, or load it by the class that wrote it"
+    )
 
 
 def model_folder(name: str) -> Path:

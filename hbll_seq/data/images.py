@@ -61,8 +61,10 @@ def load_images(
 ) -> Images:
     """The images of a split, in the order of their files: of a folder of class folders, class after class.
 
-    Reading tens of thousands of files takes seconds, so that what was read is kept in the cache, by the files' names, sizes
-    and times of change.
+    Reading tens of thousands of files takes seconds, so that what was read of class folders is kept in the cache, by the
+    files' paths, sizes and times of change. A file that was changed and kept both its size and its time is not noticed: the
+    images of before are returned. ``touch`` one file of the split, or delete the folder ``images`` of the cache, and all are
+    read again. Of CIFAR's binary files and of the Hub nothing is kept here.
 
     Args:
         source: a folder ``train/CLASS/*.png``, ``test/CLASS/*.png``; one of CIFAR's binary files; or a Hub id with columns

@@ -226,12 +226,6 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
         loss = total / self.n_scored(logits[:, :-1], targets)
         return CausalLMOutput(loss, logits)
 
-    def n_parameters(self, path: Sequence[int] | None = None) -> int:
-        """Number of parameters that ``path`` (default: full) uses, embedding and head included."""
-        parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
-        shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
-        return shared + 2 * self.config.exit_rank * self.config.n_embd
-
     def card_text(self) -> CardText:
         """See :meth:`HubMixin.card_text`."""
         n_layer, n_parameters = len(self.config.full_path), sum(p.numel() for p in self.parameters())

@@ -36,6 +36,11 @@ class ExitAdapters(nn.Module):
         self.down = nn.Parameter(torch.randn(n, rank, width) * width**-0.5)
         self.up = nn.Parameter(torch.zeros(n, width, rank))
 
+    @property
+    def n_parameters_each(self) -> int:
+        """Parameters of one correction."""
+        return self.down[0].numel() + self.up[0].numel()
+
     def row(self, path: Sequence[int]) -> int:
         """The number of the correction for a state after the blocks ``path``."""
         return (self.tree.N - path[-1]).bit_length() - 1 if self.by == "jump" else len(path) - 1

@@ -83,6 +83,17 @@ class DepthHierarchy(nn.Module):
             return self.tree.validate_path(path)
         return self.tree.path_for_depth(self.tree.n_nodes if depth is None else depth)
 
+    def n_parameters(self, path: Sequence[int] | None = None) -> int:
+        """Number of parameters that ``path`` (default: full) uses; embedding, head and its exit's correction included.
+
+        Raises:
+            ValueError: the path is not dyadic.
+        """
+        parts = [self.embed, self.head, *(self.blocks[n - 1] for n in self.resolve_path(path=path))]
+        shared = sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+        exits = getattr(self, "exits", None)  # of models that have a configuration
+        return shared + (0 if exits is None else exits.n_parameters_each)
+
     def state_width(self, prefix: Prefix) -> int:
         """Width of the state that a recurrent block keeps after these blocks.
 

@@ -248,6 +248,16 @@ def read_card(folder: Path) -> str:
     return read_bytes(folder / CARD_NAME, MAX_CARD).decode("utf-8", "replace")
 
 
+def stored_kind(folder: Path) -> tuple[Any, Any] | None:
+    """``architectures`` and ``model_type`` of a folder's config.json, as they stand there, None for one that is missing; None
+    alone where the file cannot be read or holds no object, of which loading the model tells."""
+    try:
+        values = parse_json(read_bytes(whole_folder(folder) / CONFIG_NAME, MAX_CONFIG))
+    except (OSError, ValueError):
+        return None
+    return (values.get("architectures"), values.get("model_type")) if isinstance(values, dict) else None
+
+
 def read_unchanged(folder: Path, read: Callable[[], T]) -> T:
     """What ``read`` makes of the folder's files, again where another process has written to it meanwhile.
 

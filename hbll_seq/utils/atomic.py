@@ -86,13 +86,13 @@ def atomic_folder(folder: Path, names: Sequence[str], keep: Collection[str] = ()
     aside = None
     with ExitStack() as locks:
         try:
-            if folder.is_dir():
+            if os.path.lexists(folder):  # one look: another save may make it before the next
+                if not folder.is_dir():
+                    raise NotADirectoryError("it is a file")
                 locks.enter_context(_locked(folder))
                 _roll_back(folder, names, keep)
                 aside = _make_aside(folder, folder, locks)
             else:
-                if os.path.lexists(folder):
-                    raise NotADirectoryError("it is a file")
                 made += [parent for parent in folder.absolute().parents if not parent.exists()]
                 aside = _make_beside(folder, made, locks)
             yield aside
@@ -100,8 +100,7 @@ def atomic_folder(folder: Path, names: Sequence[str], keep: Collection[str] = ()
                 path.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
                 fsync(path)
             fsync(aside)
-            if not folder.is_dir():
-                os.rename(aside, folder)
+            if aside.parent != folder and _becomes(aside, folder):
                 _flush_names(folder.absolute().parent)
             else:
                 if aside.parent != folder:  # another save has made it meanwhile
@@ -164,6 +163,20 @@ def _roll_back(folder: Path, names: Sequence[str], keep: Collection[str]) -> Non
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     _flush_names(folder)
+
+
+def _becomes(aside: Path, folder: Path) -> bool:
+    """Make ``aside`` the folder, by one rename; gives whether it is, and not where another save has made the folder. Only the
+    rename can tell: the other one may come between a look and it."""
+    if folder.is_dir():  # an empty one too, which the rename would take the place of
+        return False
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        if folder.is_dir():
+            return False
+        raise
+    return True
 
 
 def _replace(folder: Path, aside: Path, names: Sequence[str], keep: Collection[str]) -> None:

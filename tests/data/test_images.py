@@ -1,6 +1,7 @@
 """Images from folders, CIFAR's binary files and the Hub: the same pixels from all of them, kept once, mistakes named."""
 
 import os
+import shutil
 
 import datasets
 import numpy as np
@@ -116,6 +117,26 @@ def test_images_are_read_once_until_a_file_changes(folder, monkeypatch, own_cach
     Image.fromarray(made["test"][0]).save(changed)
     os.utime(changed, (1, 1))
     assert load_images(str(path), "train").fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("remedy", ["touch", "delete"])
+def test_a_change_that_keeps_size_and_time_is_not_noticed_until_the_user_says_so(tmp_path, own_cache, remedy):
+    """As the docstring says, with its two remedies."""
+    assert remedy in load_images.__doc__
+    for split in ("train", "test"):
+        for name, pixels in zip(("ant", "bee"), pictures(2)):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / split / name / "0.bmp")  # of one size, whatever it shows
+    first, path = load_images(str(tmp_path), "train"), tmp_path / "train" / "bee" / "0.bmp"
+    info, (other,) = path.stat(), pictures(1, seed=1)
+    Image.fromarray(other).save(path)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert path.stat().st_size == info.st_size and load_images(str(tmp_path), "train").fingerprint == first.fingerprint
+    if remedy == "touch":
+        (tmp_path / "train" / "ant" / "0.bmp").touch()  # of any file
+    else:
+        shutil.rmtree(own_cache / "images")
+    assert np.array_equal(load_images(str(tmp_path), "train").pixels[1].permute(1, 2, 0), other)
 
 
 def test_a_broken_entry_is_read_again_and_a_cache_that_cannot_be_written_is_done_without(folder, own_cache, capsys):

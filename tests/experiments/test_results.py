@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from comparisons.depth_methods import DepthMethod
-from comparisons.results import Comparison, Results, stored_setting, tune
+from comparisons.digits_table import error_rate, stored_files
+from comparisons.results import Comparison, Results, StoredMethod, stored_setting, tune
 
 
 def test_tuning_goes_past_the_edge_and_stops():
@@ -61,3 +62,37 @@ def test_a_comparison_makes_what_is_missing_at_the_best_rate_and_finds_it_again(
     assert comparison.rate(own, [1.0, 2.0], 0) == 16.0
     with pytest.raises(ValueError, match="no run of sweeps:forward=9.*--report-only"):
         stored.at_rates([DepthMethod.named("sweeps:forward=9")], lambda method: stored.rate(method, [1.0], 0), [0])
+
+
+def stored_runs(tmp_path, *rows):
+    """A file of runs of sMNIST by (method, description, rate, seed, accuracy on the held-out sequences or None)."""
+    setting = {"permutation_seed": 0, "cell": "gru", "n_steps": 4}
+    results = Results(tmp_path / "psmnist-4-gru.json", setting, "time")
+    for name, description, lr, seed, accuracy in rows:
+        held_out = {} if accuracy is None else {"validation": {"deployed": accuracy}}
+        results.add({"method": name, "description": description, "lr": lr, "seed": seed, **held_out})
+    return results
+
+
+def test_of_rates_that_are_as_good_the_methods_own_first_one_is_taken(tmp_path):
+    """Not one that another seed, or the same name with older defaults, has tried before."""
+    old, new = ("bptt", "as it was"), ("bptt", "as it is")
+    results = stored_runs(tmp_path, (*old, 4.0, 0, None), (*new, 1.0, 0, None), (*new, 4.0, 1, None), (*new, 2.0, 0, None),
+                          (*new, 4.0, 0, None), (*new, 1.0, 1, None))  # fmt: skip
+    comparison = Comparison(results, None, error_rate)
+    assert [comparison.stored_rate(StoredMethod(*which), 0) for which in (old, new)] == [4.0, 1.0]
+    assert comparison.stored_rate(StoredMethod(*new), 1) == 4.0 and comparison.stored_rate(StoredMethod(*new), 2) is None
+    (file,) = stored_files(tmp_path)  # the table's
+    assert [(run["lr"], run["seed"], run["description"]) for run in file.runs["bptt"]] == [(1.0, 0, "as it is"),
+                                                                                          (1.0, 1, "as it is")]  # fmt: skip
+
+
+def test_the_table_takes_each_method_at_the_rate_that_its_own_first_seed_found_best(tmp_path):
+    one, two = ("bptt", "B"), ("tree", "T")
+    stored_runs(tmp_path, (*one, 1.0, 3, 80.0), (*one, 2.0, 3, 90.0), (*one, 4.0, 3, 85.0), (*two, 1.0, 1, 70.0),
+                (*two, 2.0, 1, 60.0), (*one, 2.0, 0, 10.0), (*one, 1.0, 0, 99.0), (*two, 1.0, 3, 1.0),
+                (*two, 2.0, 3, 95.0))  # fmt: skip
+    (file,) = stored_files(tmp_path)
+    assert list(file.runs) == ["bptt", "tree"]
+    assert [(run["lr"], run["seed"]) for run in file.runs["bptt"]] == [(2.0, 0), (2.0, 3)]
+    assert [(run["lr"], run["seed"]) for run in file.runs["tree"]] == [(1.0, 1), (1.0, 3)]

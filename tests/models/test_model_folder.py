@@ -1,17 +1,14 @@
 """Saving over a model: the whole old or the whole new one loads, whatever ends the save, and damage is found by its sums."""
 
-import builtins
 import errno
-import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 
 import pytest
+from helpers.file_calls import intercepted
 from helpers.language_models import tiny_lm
 
 from hbll_seq import HBLLClassifierConfig, HBLLForCausalLM, HBLLForSequenceClassification, Tokenizer
@@ -51,37 +48,6 @@ def visible(folder):
 
 
 # ------------------------------------------------------------------------------------- every point of a save
-
-CALLS = [(os, name) for name in ("replace", "rename", "link", "mkdir", "unlink", "rmdir", "fsync", "chmod", "open")]
-CALLS += [(builtins, "open"), (io, "open")]
-
-
-@contextmanager
-def intercepted(before):
-    """``before()`` is called before every file operation."""
-    originals = [(module, name, getattr(module, name)) for module, name in CALLS]
-    busy = []
-
-    def wrap(function):
-        def call(*args, **kwargs):
-            if not busy:
-                busy.append(True)
-                try:
-                    before()
-                finally:
-                    busy.clear()
-            return function(*args, **kwargs)
-
-        return call
-
-    try:
-        for module, name, function in originals:
-            setattr(module, name, wrap(function))
-        yield
-    finally:
-        for module, name, function in originals:
-            setattr(module, name, function)
-
 
 def old_with_tokenizer(folder):
     tiny_lm(0, TOKENIZER).save_pretrained(folder, note="old")
@@ -256,25 +222,6 @@ def test_a_readme_written_after_a_kill_stays(tmp_path):
     (folder / CARD_NAME).write_text("# Mine")
     tiny_lm(2).save_pretrained(folder)
     assert (folder / CARD_NAME).read_text() == "# Mine" and load(folder)[:2] == seen(tiny_lm(2))[:2]
-
-
-def test_two_saves_at_once_wait_for_each_other(tmp_path):
-    """Into a folder that is there, and one that is not: the last model is whole, and nothing is left over."""
-    for folder in (tmp_path / "new", tmp_path / "new"):
-        errors, models = [], [tiny_lm(seed, n_embd=4 + 4 * (seed % 2)) for seed in range(6)]
-
-        def save(model):
-            try:
-                model.save_pretrained(folder)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=save, args=(model,)) for model in models]
-        [thread.start() for thread in threads]
-        [thread.join(60) for thread in threads]
-        assert not errors
-        assert load(folder)[:2] in [seen(model)[:2] for model in models]
-        assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["new", *FILES[:2], *FILES[3:5]])
 
 
 def test_what_a_living_save_writes_is_not_swept(tmp_path, monkeypatch):

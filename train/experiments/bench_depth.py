@@ -1,7 +1,7 @@
 """Peak memory and time of one training step by number of blocks: backprop, composed sweeps and the tree.
 
-    python train/experiments/bench_depth.py                                              # some minutes on one core
-    python train/experiments/bench_depth.py --blocks 7 15 --batch-size 1 --repeats 1     # seconds
+    python train/experiments/bench_depth.py              # some minutes on one core
+    python train/experiments/bench_depth.py --quick      # seconds: too short to mean much
 
 A step is the objective's forward and ``loss.backward()`` of a language model. Three numbers of bytes are measured, all
 beyond what lies there before the step (parameters, buffers, the batch):
@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from comparisons.depth_methods import DepthMethod
-from comparisons.program import as_program
+from comparisons.program import as_program, parse_benchmark
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
@@ -48,12 +48,12 @@ from hbll_seq.training.plots import new_figure, save_figure
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: "segments" are the default sweeps, whose segments are exact; "sweeps" are passes over single blocks
 KINDS = ("backprop", "segments", "sweeps", "tree")
 #: kind of method, and whether the inside of a block is computed again in the backward pass
 FORMS = [(kind, recompute) for kind in KINDS for recompute in (False, True)]
 BAR_BLOCKS = 31  # the depth that the last line reports beside the deepest one
+QUICK = dict(blocks=[7, 15], batch_size=1, repeats=1)
 COMPARED = ("activation_bytes", "step_bytes", "kept_bytes", "seconds", "span", "work")
 MIB = 2**20
 
@@ -110,9 +110,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (default: 4096)")
     add("--repeats", type=int, default=3, help="timed steps after one warm-up; their median is reported (default: 3)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--output", type=Path, default=RESULTS / "bench_depth.json",
-        help="JSON file of results, a figure goes beside it (default: train/results/bench_depth.json)")  # fmt: skip
-    args = parser.parse_args(argv)
+    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--output", type=Path, help="JSON file of results, a figure goes beside it "
+        "(default: train/results/bench_depth.json, or bench_depth-quick.json)")  # fmt: skip
+    args = parse_benchmark(parser, argv, "bench_depth", QUICK)
     for n_blocks in args.blocks:
         if n_blocks < 1 or (n_blocks + 1) & n_blocks:
             raise ValueError(f"blocks={n_blocks}: a tree needs 2**D - 1 blocks, such as 7, 15 or 31")
@@ -263,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(_HEADER)
     rows = [row for n_blocks in args.blocks for row in measure(n_blocks, args, device)]
-    setting = {k: v for k, v in vars(args).items() if k != "output"} | {"device": device, "torch": torch.__version__}
+    setting = {k: v for k, v in vars(args).items() if k not in ("output", "quick")}
+    setting |= {"device": device, "torch": torch.__version__}
     atomic_write(args.output, json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
     plot(rows, args.output.with_suffix(".png"))
     print(report_line(rows))

@@ -1,8 +1,8 @@
 """Tokens a second of cached greedy generation: this library by depth, beside transformers' GPT-2 of equal width and layers.
 
-    python train/experiments/bench_generation.py                                         # minutes on one core
-    python train/experiments/bench_generation.py --widths 128 --batches 1 --repeats 1    # seconds
-    python train/experiments/bench_generation.py --report-only                           # the stored run
+    python train/experiments/bench_generation.py                  # minutes on one core
+    python train/experiments/bench_generation.py --quick          # seconds: too short to mean much
+    python train/experiments/bench_generation.py --report-only    # the stored run
 
 It needs transformers (``pip install "hbll-seq[hf]"``). Models have random weights and equal sizes; no text ends early. One
 round runs every form once, so that what else the machine does falls on all of them alike; medians over the rounds are
@@ -29,7 +29,7 @@ from statistics import median
 
 import torch
 
-from comparisons.program import as_program, check_stored
+from comparisons.program import as_program, check_stored, parse_benchmark
 from hbll_seq.generation.decoding import generate_ids
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -37,10 +37,10 @@ from hbll_seq.models.config import HBLLConfig
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 N_LEVEL = 3
 HEAD_WIDTH = 32
 PEERS = ("generate", "forward loop")
+QUICK = dict(widths=[128], batches=[1], repeats=1)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,10 +54,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (default: 4096)")
     add("--repeats", type=int, default=5, help="rounds after one warm-up; medians are reported (default: 5)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--output", type=Path, default=RESULTS / "bench_generation.json",
-        help="JSON file of results (default: train/results/bench_generation.json)")  # fmt: skip
+    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--output", type=Path, help="JSON file of results (default: train/results/bench_generation.json, or "
+        "bench_generation-quick.json)")  # fmt: skip
     add("--report-only", action="store_true", help="run nothing: print what the file of results holds")
-    args = parser.parse_args(argv)
+    args = parse_benchmark(parser, argv, "bench_generation", QUICK)
     for name in ("new_tokens", "prompt_tokens", "vocab_size", "repeats", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     else:
         torch.set_num_threads(args.threads)
         rows = [row for width in args.widths for batch in args.batches for row in measure(width, batch, args)]
-        setting = {k: v for k, v in vars(args).items() if k not in ("output", "report_only")}
+        setting = {k: v for k, v in vars(args).items() if k not in ("output", "quick", "report_only")}
         setting |= {"torch": torch.__version__, "transformers": version("transformers"), "load": os.getloadavg()[0]}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.output, json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")

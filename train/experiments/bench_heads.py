@@ -1,7 +1,7 @@
 """Time of the heads of a training step: the scores of 1, 4 and 7 exits and all their gradients.
 
-    python train/experiments/bench_heads.py                                                      # a minute
-    python train/experiments/bench_heads.py --exits 2 --repeats 1 --n-embd 16 --vocab-size 50    # seconds
+    python train/experiments/bench_heads.py            # a minute
+    python train/experiments/bench_heads.py --quick    # seconds: too short to mean much
 
     one by one     each exit is scored alone
     together       all go through the head as one batch (what objectives do)
@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from comparisons.program import as_program
+from comparisons.program import as_program, parse_benchmark
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
@@ -31,7 +31,7 @@ from hbll_seq.utils import fast_products
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+QUICK = dict(exits=[2], repeats=1, n_embd=16, vocab_size=50)
 WAYS = {"one by one": DepthHierarchy.score_exits, "together": HBLLForCausalLM.score_exits}
 
 
@@ -46,8 +46,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--context-length", type=int, default=128, help="tokens of each (default: 128)")
     add("--repeats", type=int, default=15, help="of which the median is taken (default: 15)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--output", type=Path, default=RESULTS / "bench_heads.json", help="JSON file of results")
-    args = parser.parse_args(argv)
+    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--output", type=Path, help="JSON file of results (default: train/results/bench_heads.json, or "
+        "bench_heads-quick.json)")  # fmt: skip
+    args = parse_benchmark(parser, argv, "bench_heads", QUICK)
     for name in ("vocab_size", "batch_size", "context_length", "repeats", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         for (name, products), of_form in seconds.items():
             rows.append({"exits": n_exits, "form": name, "products": products, "ms": 1e3 * statistics.median(of_form[1:])})
             print(f"{n_exits} exits  {name:<10}  {products:>7} products  {rows[-1]['ms']:>8.2f} ms", flush=True)
-    setting = {k: v for k, v in vars(args).items() if k != "output"} | {"torch": torch.__version__}
+    setting = {k: v for k, v in vars(args).items() if k not in ("output", "quick")} | {"torch": torch.__version__}
     result = {"setting": setting, "processor": torch.backends.cpu.get_cpu_capability(), "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(args.output, json.dumps(result, indent=1) + "\n")

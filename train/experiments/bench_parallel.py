@@ -46,12 +46,11 @@ from comparisons.group import run_group
 from comparisons.parallel_methods import Method, Shape
 from comparisons.parallel_report import lines_of_agreement, plot, table_of
 from comparisons.parallel_worker import BOARD, Plan
-from comparisons.program import as_program
+from comparisons.program import as_program, parse_benchmark
 from comparisons.wire import Link, Wire
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 __doc__ = __doc__.format(methods=parallel_methods.__doc__.split("\n\n")[1])
 METHODS = ("backprop", "ddp", "fsdp", "1f1b:m=1", "1f1b:m=2", "1f1b:m=4", "1f1b:m=8", "gpipe:m=4", "interleaved:m=4",
            "zero-bubble:m=4", "zbv:m=4", "exact", "ours:K=1,M=1", "ours:K=1,M=0", "local",
@@ -83,10 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
     add("--output", type=Path, help="JSON file, written after every method and gone on with; a figure goes beside it "
         "(default: train/results/bench_parallel.json, or bench_parallel-quick.json)")  # fmt: skip
-    if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    args.output = args.output or RESULTS / f"bench_parallel{'-quick' if args.quick else ''}.json"
+    args = parse_benchmark(parser, argv, "bench_parallel", QUICK)
     for name in ("batch_size", "context_length", "vocab", "ranks", "steps", "repeats", "check_steps", "heads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")

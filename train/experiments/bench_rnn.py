@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from comparisons.fused import FusedMethod
 from comparisons.methods import distinct
 from comparisons.plots import plot_speedups
-from comparisons.program import as_program
+from comparisons.program import as_program, parse_benchmark
 from comparisons.report import crossover, speedup
 from comparisons.time_methods import TimeMethod
 from comparisons.words import current_points
@@ -51,7 +51,6 @@ from hbll_seq.objectives.recurrent import RecurrentObjective
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 N_PIXELS, N_CLASSES = 784, 10
 BASELINES = ("bptt", "one-step", "fused")
 OURS = ("sweeps", "tree")
@@ -110,10 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: a value is out of range, or there is no such method or device.
     """
     parser = options()
-    if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args(argv)
-    args.output = args.output or RESULTS / f"bench_rnn{'-quick' if args.quick else ''}.json"
+    args = parse_benchmark(parser, argv, "bench_rnn", QUICK)
     check_numbers(args)
     for name in args.baselines:
         if name not in BASELINES:

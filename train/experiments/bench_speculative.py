@@ -1,7 +1,7 @@
 """Faster ways to generate: speculative decoding, and blocks side by side, beside plain decoding and smaller depths.
 
-    python train/experiments/bench_speculative.py                                                    # minutes
-    python train/experiments/bench_speculative.py --prompts 2 --tokens 20 --drafts 2 --windows 2   # seconds
+    python train/experiments/bench_speculative.py            # minutes
+    python train/experiments/bench_speculative.py --quick    # seconds: too short to mean much
 
 Two tables. Speculation: ms a token, how many times as fast as plain decoding, tokens a round, and the share of drafted
 tokens that were taken, of each drafter and length, of the depth chosen by the clock, and of the text's repetitions. All
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comparisons.program import as_program
+from comparisons.program import as_program, parse_benchmark
 from hbll_seq.data.sources import open_corpus
 from hbll_seq.generation.decoding import Decoding
 from hbll_seq.generation.draft_control import clock
@@ -34,7 +34,7 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+QUICK = dict(prompts=2, tokens=20, drafts=[2], windows=2)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -52,8 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--in-order", type=int, nargs="+", default=[3, 4, 5], help="blocks in order (default: 3 4 5)")
     add("--windows", type=int, default=32, help="windows of the split for perplexity (default: 32)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    add("--output", type=Path, default=RESULTS / "bench_speculative.json", help="JSON file of results")
-    args = parser.parse_args(argv)
+    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
+    add("--output", type=Path, help="JSON file of results (default: train/results/bench_speculative.json, or "
+        "bench_speculative-quick.json)")  # fmt: skip
+    args = parse_benchmark(parser, argv, "bench_speculative", QUICK)
     for name in ("prompts", "prompt_tokens", "tokens", "windows", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for temperature in args.temperatures:
         torch.manual_seed(0)
         result["speculation"] += speculation(model, prompts, temperature, args)
-    setting = {k: v for k, v in vars(args).items() if k != "output"} | {"torch": torch.__version__}
+    setting = {k: v for k, v in vars(args).items() if k not in ("output", "quick")} | {"torch": torch.__version__}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(args.output, json.dumps({"setting": setting, **result}, indent=1) + "\n")
     return result

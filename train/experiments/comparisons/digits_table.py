@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from comparisons.paper import DIGITS_OVER_TIME, EPOCHS
 from comparisons.report import join_paired, paired
-from comparisons.results import Results, stored_setting
+from comparisons.results import Comparison, Results, StoredMethod, stored_setting
 from comparisons.statistics import told
 
 
@@ -44,18 +44,15 @@ def stored_files(folder: Path) -> list[File]:
 
 
 def _read(path: Path) -> File:
+    """A file with the runs of each method at the rate that the method's first seed found best. A name whose defaults have
+    changed since stands for what it did last."""
     results = Results(path, stored_setting(path), "time")
-    return File(path.stem, results.setting, {name: _at_best_rate(results.runs, name) for name in results.methods()})
-
-
-def _at_best_rate(runs: Sequence[dict], method: str) -> list[dict]:
-    """The runs of a method at the rate that its first seed found best, one a seed. A name whose defaults have changed since
-    stands for what it did last."""
-    own = [run for run in runs if run["method"] == method]
-    own = [run for run in own if run["description"] == own[-1]["description"]]
-    tried = {run["lr"]: error_rate(run) for run in own if run["seed"] == own[0]["seed"]}
-    best = min(tried, key=tried.get)
-    return sorted((run for run in own if run["lr"] == best), key=lambda run: run["seed"])
+    comparison = Comparison(results, None, error_rate)
+    methods = [StoredMethod(*which) for which in {run["method"]: run["description"] for run in results.runs}.items()]
+    first_seeds = {StoredMethod(run["method"], run["description"]): run["seed"] for run in reversed(results.runs)}
+    seeds = sorted({run["seed"] for run in results.runs})
+    rate = lambda method: comparison.stored_rate(method, first_seeds[method])
+    return File(path.stem, results.setting, comparison.at_rates(methods, rate, seeds) if methods else {})
 
 
 def report_digits(files: Sequence[File]) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from comparisons.methods import Method
 from comparisons.words import current_run, current_setting
@@ -144,6 +145,13 @@ def deepest_loss(run: dict) -> float:
     return deepest(run)["loss"]
 
 
+class StoredMethod(NamedTuple):
+    """A method as a file of results has it: its name, and what it did (see :attr:`Method.description`)."""
+
+    name: str
+    description: str
+
+
 @dataclass
 class Comparison:
     """Makes or finds the runs of a comparison.
@@ -158,7 +166,7 @@ class Comparison:
     train: Callable[[Method, float, int], dict] | None
     loss: Callable[[dict], float] = deepest_loss
 
-    def run(self, method: Method, lr: float, seed: int) -> dict | None:
+    def run(self, method: Method | StoredMethod, lr: float, seed: int) -> dict | None:
         """The run, made now if it is not stored; None where nothing is to be made."""
         found = self.results.find(method.name, lr, seed, method.description)
         if found is None and self.train is not None:
@@ -175,11 +183,12 @@ class Comparison:
 
         return tune(loss_at, rates if method.lr is None else [method.lr])
 
-    def stored_rate(self, method: Method, seed: int) -> float | None:
-        """The learning rate of the lowest loss among the stored runs of this seed; None where there is none."""
-        rates = dict.fromkeys(run["lr"] for run in self.results.runs if run["method"] == method.name)
-        found = {lr: self.results.find(method.name, lr, seed, method.description) for lr in rates}
-        tried = {lr: self.loss(run) for lr, run in found.items() if run is not None}
+    def stored_rate(self, method: Method | StoredMethod, seed: int) -> float | None:
+        """The learning rate of the lowest loss among the method's stored runs of this seed, of equal ones the first; None
+        where there is none."""
+        which = method.name, method.description, seed
+        own = (run for run in self.results.runs if (run["method"], run.get("description"), run["seed"]) == which)
+        tried = {run["lr"]: self.loss(run) for run in own}
         return min(tried, key=tried.get) if tried else None
 
     def rate(self, method: Method, rates: Sequence[float], seed: int) -> float | None:
@@ -187,7 +196,10 @@ class Comparison:
         return self.stored_rate(method, seed) if self.train is None else self.tuned_rate(method, rates, seed)
 
     def at_rates(
-        self, methods: Sequence[Method], rate: Callable[[Method], float | None], seeds: Sequence[int]
+        self,
+        methods: Sequence[Method | StoredMethod],
+        rate: Callable[[Method | StoredMethod], float | None],
+        seeds: Sequence[int],
     ) -> dict[str, list[dict]]:
         """The runs of every method, by name: one per seed, at the method's learning rate, which is found first.
 

@@ -1,6 +1,8 @@
 """A rank of a run makes and reads its own blocks: never more of the model at once, and bit for bit what one process has."""
 
 import gc
+import hashlib
+import shutil
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ from helpers.live_bytes import LiveBytes
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.distributed.ranks import ALONE, Ranks
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.training.initial_model import read_initial_model, take_weights
 from hbll_seq.training.language_model_run import untrained
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.share import Share
 from hbll_seq.utils.tensors import module_tensors
 
-SHAPE = dict(max_steps=4, n_level=3, n_embd=32, n_head=2, context_length=8, chunk_size=1, batch_size=2, seed=5)
+SHAPE = dict(max_steps=4, n_level=3, n_embd=64, n_head=2, context_length=8, chunk_size=1, batch_size=2, seed=5)
 
 
 def settings_of(n_ranks, **changes):
@@ -81,3 +85,81 @@ def test_the_start_is_that_of_one_process_bit_for_bit(tokenizer, n_ranks, change
         assert trained == [n for n, p in whole.objective.named_parameters() if p.requires_grad and n in tensors]
         found.update(tensors)
     assert found.keys() == expected.keys()
+
+
+# ------------------------------------------------------------------------------------------------------ --init-from
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer, tmp_path_factory):
+    """A model of the shape above with other weights, in half precision."""
+    torch.manual_seed(9)
+    folder = tmp_path_factory.mktemp("initial") / "model"
+    HBLLForCausalLM(settings_of(1).model_config(tokenizer.vocab_size), tokenizer=tokenizer).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_a_rank_reads_its_own_blocks_of_the_initial_model_alone(one, tokenizer, model_folder, n_ranks):
+    expected = {f"model.{name}": t for name, t in module_tensors(HBLLForCausalLM.from_pretrained(model_folder)).items()}
+    largest = max(n_bytes([tensor]) for tensor in expected.values())
+    with LiveBytes() as live:
+        initial = read_initial_model(str(model_folder))
+    assert live.alive() == 0 and live.most <= 5 * largest, (live.most, largest)  # a tensor in the file, a copy, looks at it
+    gathered = set()
+    for rank in range(n_ranks):
+        with LiveBytes() as live:
+            share = started(tokenizer, Ranks(rank, n_ranks), initial)
+            kept = n_bytes(share.objective.parameters())
+        assert live.alive() == kept and live.most <= kept + 1.1 * largest_block(one)
+        found = module_tensors(share.objective)
+        assert all(torch.equal(tensor, expected[name].float()) for name, tensor in found.items())
+        gathered |= found.keys()
+    assert gathered == expected.keys()
+
+
+@pytest.mark.parametrize("name", [None, "bundled"])
+def test_the_fingerprint_is_that_of_the_loaded_model(model_folder, name):
+    """What checkpoints of older versions hold of it."""
+    name = name or str(model_folder)
+    found = hashlib.sha256()
+    for key, tensor in sorted(module_tensors(HBLLForCausalLM.from_pretrained(name)).items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
+    assert read_initial_model(name).fingerprint == found.hexdigest()
+
+
+def test_an_initial_model_of_another_shape_changes_nothing(tokenizer, model_folder):
+    """What another rank would have taken is missed too."""
+    initial = read_initial_model(str(model_folder))
+    others = [({"n_level": 4}, "lacks tensor"), ({"mlp_ratio": 2}, "of shape"), ({"exit_rank": 0}, "unexpected tensor")]
+    for changes, words in others:
+        for rank in range(2):
+            settings = settings_of(2, **changes)
+            own = [1, 2] if rank == 0 else [6, 7]
+            model = HBLLForCausalLM(settings.model_config(tokenizer.vocab_size), tokenizer=tokenizer, own=own)
+            before = {name: tensor.clone() for name, tensor in module_tensors(model).items()}
+            with pytest.raises(ValueError, match=f"init_from=.*{words}"):
+                take_weights(model, initial)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in module_tensors(model).items())
+
+
+def test_an_initial_model_that_is_damaged_or_changes_is_refused(tokenizer, model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    initial = read_initial_model(str(folder))
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="init_from=.*was written to"):
+        started(tokenizer, Ranks(1, 2), initial)
+    with pytest.raises(ValueError, match="init_from=.*model.safetensors is not the file that SHA256SUMS lists"):
+        read_initial_model(str(folder))
+    (folder / "SHA256SUMS").unlink()
+    file.write_bytes(whole[:-2] + b"\xc0\x7f")  # a NaN of bfloat16
+    with pytest.raises(ValueError, match="init_from=.*1 of .* values NaN"):
+        read_initial_model(str(folder))
+    file.write_bytes(whole)
+    (folder / "paths.json").write_text("{")
+    with pytest.raises(ValueError, match="init_from=.*paths.json"):
+        read_initial_model(str(folder))

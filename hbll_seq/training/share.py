@@ -21,8 +21,10 @@ from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.distributed.whole import gather_to_first
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
+from hbll_seq.training.checkpoint import TensorGroups
 from hbll_seq.training.checkpoint_contents import check_module, load_module
 from hbll_seq.training.devices import on_all
+from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
 
 T = TypeVar("T")
@@ -161,15 +163,15 @@ class Share:
         distributed.all_gather(rows, state.contiguous(), group=self.ranks.replica_group)
         return torch.cat(rows)
 
-    def part_of(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def part_of(self, groups: TensorGroups) -> TensorGroups:
         """What this rank takes of a checkpoint's model and optimizer. Raises CheckpointError for another model's."""
         if self.ranks.n_ranks == 1:
             return groups
         check_module(self._whole, groups["model"], "the checkpoint")
         foreign = self._whole.keys() - module_tensors(self.objective).keys()
-        part = {name: tensor for name, tensor in groups["model"].items() if name not in foreign}
-        states = {name: tensor for name, tensor in groups["optimizer"].items() if name.rpartition("|")[0] not in foreign}
-        return {**groups, "model": part, "optimizer": states}
+        part = {name: name for name in groups["model"] if name not in foreign}
+        states = {name: name for name in groups["optimizer"] if name.rpartition("|")[0] not in foreign}
+        return {**groups, "model": Entries(groups["model"], part), "optimizer": Entries(groups["optimizer"], states)}
 
     def holds(self, n: int) -> bool:
         """Whether block n is here."""

@@ -4,19 +4,27 @@ import gc
 import hashlib
 import shutil
 
+import kill_and_resume as kr
 import pytest
 import torch
 from helpers.live_bytes import LiveBytes
+from safetensors.torch import load_file
 
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.training import plots
+from hbll_seq.training.checkpoint_contents import optimizer_tensors
+from hbll_seq.training.devices import make_accelerator
 from hbll_seq.training.initial_model import read_initial_model, take_weights
 from hbll_seq.training.language_model_run import untrained
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.share import Share
+from hbll_seq.training.signals import StopSignal
+from hbll_seq.training.trainer import Trainer
 from hbll_seq.utils.tensors import module_tensors
 
+lm = kr.load_script()
 SHAPE = dict(max_steps=4, n_level=3, n_embd=64, n_head=2, context_length=8, chunk_size=1, batch_size=2, seed=5)
 
 
@@ -163,3 +171,49 @@ def test_an_initial_model_that_is_damaged_or_changes_is_refused(tokenizer, model
     (folder / "paths.json").write_text("{")
     with pytest.raises(ValueError, match="init_from=.*paths.json"):
         read_initial_model(str(folder))
+
+
+# --------------------------------------------------------------------------------------------------------- --resume
+
+
+@pytest.fixture(scope="module")
+def run_folder(lm_options, tmp_path_factory, blank_figure):
+    """A run of one process, with carried states and the moments of two steps."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    cells = "transformer,gru,transformer,transformer,transformer,gru,gru"
+    options = ["--n-level", "3", "--n-embd", "64", "--chunk-size", "1", "--vocab-size", "300", "--tokenizer", "train"]
+    quick = ["--max-steps", "2", "--eval-every", "0", "--sample-tokens", "0", "--final-eval-batches", "1"]
+    mixed = ["--cell", cells, "--carry-state", "--depth-mix", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_png", lambda figure: blank_figure)
+        assert lm.main([*lm_options, *options, *quick, *mixed, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_a_rank_takes_its_own_part_of_a_checkpoint_alone(run_folder, n_ranks):
+    file = run_folder / "checkpoints" / "step-00000002"
+    model, moments = (load_file(file / f"{name}.safetensors") for name in ("model", "optimizer"))
+    largest, gathered, states = max(map(n_bytes, ([tensor] for tensor in model.values()))), set(), set()
+    for rank in range(n_ranks):
+        with LiveBytes() as live:
+            settings, _, resumed = lm.resume_run({"output_dir": str(run_folder), "block_parallel": n_ranks}, None)
+        assert live.alive() == 0 and live.most <= 5 * largest, (live.most, largest)
+        accelerator, data = make_accelerator(settings), lm.data(settings)
+        _, objective = untrained(settings, data.tokenizer, Ranks(rank, n_ranks), {}, None)
+        share = Share(objective, Ranks(rank, n_ranks), settings.chunk_size)
+        trainer = Trainer(
+            accelerator, objective, data.train, settings, run_folder, {}, StopSignal(), lambda step: None, share=share
+        )
+        own = module_tensors(objective)
+        with LiveBytes() as live:
+            assert trainer.restore(resumed.tensors, resumed.state) == 2
+        found = optimizer_tensors(trainer.optimizer.optimizer, objective)
+        kept = n_bytes([*own.values(), *found.values(), *(t for carried in trainer.states for t in carried.values())])
+        assert live.alive() == kept and live.most <= kept + 5 * largest
+        assert all(torch.equal(tensor, model[name]) for name, tensor in own.items())
+        assert {name.rpartition("|")[0] for name in found} == {name for name, p in objective.named_parameters()}
+        assert all(torch.equal(tensor, moments[name]) for name, tensor in found.items())
+        gathered |= own.keys()
+        states |= {prefix for carried in trainer.states for prefix in carried}
+    assert gathered == model.keys() and states == {(1, 2), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7)}

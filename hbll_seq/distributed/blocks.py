@@ -46,26 +46,6 @@ class RemoteBlock(nn.Module):
         return f"{self.n}"
 
 
-def _without_values(module: nn.Module) -> dict[str, Tensor]:
-    # detached: a copy with a history would keep the values
-    return {name: tensor.detach().to("meta") for name, tensor in module_tensors(module).items()}
-
-
-def kind_of(block: nn.Module) -> type[nn.Module]:
-    """The class of a block, wherever it is held."""
-    return block.kind if isinstance(block, RemoteBlock) else type(plain_module(block))
-
-
-def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of ``module`` by name, those of other ranks' blocks in it included, on the meta
-    device."""
-    found = _without_values(module)
-    for place, block in module.named_modules():
-        if isinstance(block, RemoteBlock):
-            found.update({f"{place}.{name}": tensor for name, tensor in block.tensors.items()})
-    return found
-
-
 def segments_of_rank(n_segments: int, rank: int, n_ranks: int) -> range:
     """Rank r of R holds the segments r S // R to (r + 1) S // R - 1 of S: their numbers differ by one at most."""
     return range(rank * n_segments // n_ranks, (rank + 1) * n_segments // n_ranks)
@@ -140,3 +120,23 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
     for n in range(1, len(model.blocks) + 1):
         if n not in kept and not isinstance(model.blocks[n - 1], RemoteBlock):
             model.blocks[n - 1] = RemoteBlock(n, model.blocks[n - 1])
+
+
+def _without_values(module: nn.Module) -> dict[str, Tensor]:
+    # detached: a copy with a history would keep the values
+    return {name: tensor.detach().to("meta") for name, tensor in module_tensors(module).items()}
+
+
+def kind_of(block: nn.Module) -> type[nn.Module]:
+    """The class of a block, wherever it is held."""
+    return block.kind if isinstance(block, RemoteBlock) else type(plain_module(block))
+
+
+def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of ``module`` by name, those of other ranks' blocks in it included, on the meta
+    device."""
+    found = _without_values(module)
+    for place, block in module.named_modules():
+        if isinstance(block, RemoteBlock):
+            found.update({f"{place}.{name}": tensor for name, tensor in block.tensors.items()})
+    return found

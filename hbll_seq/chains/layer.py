@@ -21,14 +21,13 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix, number_of
 from hbll_seq.chains.time import KnownJacobians, TimeChain
-from hbll_seq.distributed.blocks import RemoteBlock
+from hbll_seq.distributed.blocks import kind_of
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Diagonal
 from hbll_seq.engine.solve import solve
 from hbll_seq.layers.recurrent import Jacobian, RecurrentCell
 from hbll_seq.layers.recurrent_block import RecurrentBlock
-from hbll_seq.utils.modules import plain_module
 
 
 class _Composed(torch.autograd.Function):
@@ -90,8 +89,7 @@ class GridCalls(BlockCalls):
 
     def remembers(self, index: Prefix | int) -> bool:
         """See :meth:`Calls.remembers`: recurrent blocks go on from their last estimate."""
-        block = plain_module(self.blocks[number_of(index) - 1])
-        return issubclass(block.kind if isinstance(block, RemoteBlock) else type(block), RecurrentBlock)
+        return issubclass(kind_of(self.blocks[number_of(index) - 1]), RecurrentBlock)
 
     def bind(self, index: Prefix | int) -> Callable[[Tensor], Tensor]:
         """See :meth:`BlockCalls.bind`: later evaluations change nothing for the one that is bound."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.tensors import module_tensors
 
 
 class RemoteBlock(nn.Module):
@@ -16,12 +17,19 @@ class RemoteBlock(nn.Module):
 
     Args:
         n: its number.
-        kind: the class of the block.
+        block: what it stands for. It is not kept.
+
+    Attributes:
+        kind: class of the block.
+        n_parameters: of the block.
+        tensors: its parameters and persistent buffers by name, on the meta device.
     """
 
-    def __init__(self, n: int, kind: type[nn.Module]):
+    def __init__(self, n: int, block: nn.Module):
         super().__init__()
-        self.n, self.kind = n, kind
+        self.n, self.kind = n, type(plain_module(block))
+        self.n_parameters = sum(p.numel() for p in block.parameters())
+        self.tensors = _without_values(block)
 
     def initial_state(self, start: Any = None) -> Any:
         """Raises ValueError: the block is elsewhere."""
@@ -115,9 +123,12 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
 
     Raises:
         ValueError: a parameter is in blocks of several ranks, or in a block and outside of all: there would be two of it,
-            which are trained apart. The model is unchanged.
+            which are trained apart; or the model was made without a block that is to be kept. The model is unchanged.
     """
     kept = numbers_kept(len(model.blocks), path, owned)
+    if lost := [n for n in kept if isinstance(model.blocks[n - 1], RemoteBlock)]:
+        raise ValueError(f"block {lost[0]} is to be kept by this rank, but the model was made without it: give the model's "
+                         f"class own={kept}, or leave own out")
     owners: dict[int, set[bool | None]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else None
@@ -128,5 +139,25 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
                 "trained apart; give each part its own, or use one rank"
             )
     for n in range(1, len(model.blocks) + 1):
-        if n not in kept:
-            model.blocks[n - 1] = RemoteBlock(n, type(plain_module(model.blocks[n - 1])))
+        if n not in kept and not isinstance(model.blocks[n - 1], RemoteBlock):
+            model.blocks[n - 1] = RemoteBlock(n, model.blocks[n - 1])
+
+
+def _without_values(module: nn.Module) -> dict[str, Tensor]:
+    # detached: a copy with a history would keep the values
+    return {name: tensor.detach().to("meta") for name, tensor in module_tensors(module).items()}
+
+
+def kind_of(block: nn.Module) -> type[nn.Module]:
+    """The class of a block, wherever it is held."""
+    return block.kind if isinstance(block, RemoteBlock) else type(plain_module(block))
+
+
+def whole_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of ``module`` by name, those of other ranks' blocks in it included, on the meta
+    device."""
+    found = _without_values(module)
+    for place, block in module.named_modules():
+        if isinstance(block, RemoteBlock):
+            found.update({f"{place}.{name}": tensor for name, tensor in block.tensors.items()})
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.distributed.blocks import RemoteBlock
 from hbll_seq.generation.text import TextGeneration
 from hbll_seq.layers.attention import TransformerBlock
 from hbll_seq.layers.cross_entropy import linear_cross_entropy, weighted_cross_entropy
@@ -75,6 +76,19 @@ def make_block(config: HBLLConfig, n: int) -> ResidualBlock:
     return TransformerBlock(config.n_embd, config.n_head, window=config.context_length, **heads, **common)
 
 
+def make_blocks(config: HBLLConfig, own: Collection[int] | None = None) -> list[nn.Module]:
+    """Blocks 1 .. ``config.n_layer``; for ``own`` see :class:`HBLLForCausalLM`."""
+    held = config.full_path
+
+    def block(n: int) -> nn.Module:
+        if n not in held:
+            return AbsentBlock(n, held)
+        made = make_block(config, n)  # another rank's too: the weights are those that one process draws
+        return made if own is None or n in own else RemoteBlock(n, made)
+
+    return [block(n) for n in range(1, config.n_layer + 1)]
+
+
 class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
     """A causal language model whose ``2**n_level - 1`` blocks can be run along any dyadic path.
 
@@ -83,6 +97,9 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
     Args:
         config: shape of the model.
         tokenizer: needed for text in and text out; saved and loaded with the model.
+        own: numbers of the blocks that this process holds of a model whose blocks lie on several
+            (:func:`hbll_seq.distributed.blocks.numbers_kept`). Each other one is made, for its random numbers, and dropped
+            before the next is. None holds all of them.
 
     Raises:
         ValueError: the tokenizer has more pieces than the configuration has tokens.
@@ -92,15 +109,16 @@ class HBLLForCausalLM(HubMixin, TextGeneration, DepthDial, DepthHierarchy):
     has_tokenizer = has_path_table = labels_are_inputs = True
     auto_classes = {"AutoConfig": "HBLLTransformersConfig", "AutoModelForCausalLM": "HBLLTransformersForCausalLM"}
 
-    def __init__(self, config: HBLLConfig, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, config: HBLLConfig, tokenizer: Tokenizer | None = None, *, own: Collection[int] | None = None
+    ):
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces but vocab_size={config.vocab_size}: "
                 f"set vocab_size to at least {tokenizer.vocab_size}, or choose a smaller tokenizer"
             )
         embed = TokenEmbedding(config.vocab_size, config.n_embd)
-        held = config.full_path
-        blocks = [make_block(config, n) if n in held else AbsentBlock(n, held) for n in range(1, config.n_layer + 1)]
+        blocks = make_blocks(config, own)
         super().__init__(
             blocks, LMHead(config, embed), embed, default_paths=config.default_paths, width=config.n_embd
         )

@@ -21,7 +21,6 @@ from torch import Tensor
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.models.config import ModelConfig
 from hbll_seq.models.hub_source import (
-    BUNDLED,
     HUB_ERRORS,
     as_device,
     as_dtype,
@@ -53,7 +52,6 @@ from hbll_seq.models.model_files import (
     TOKENIZER_NAME,
     WEIGHTS_NAME,
     ModelFiles,
-    called,
     find_latest_run,
     has_readme_of_user,
     read_unchanged,
@@ -63,7 +61,7 @@ from hbll_seq.models.save_checks import as_folder, have_values_of, refuse_run
 from hbll_seq.utils.atomic import atomic_folder
 from hbll_seq.utils.integrity import SUMS_NAME, format_sums
 from hbll_seq.utils.reading import quote, shorten, to_json
-from hbll_seq.utils.tensors import WithoutValues, first_not_finite, module_tensors, on_meta, tensors_to_save
+from hbll_seq.utils.tensors import WithoutValues, check_finite, module_tensors, on_meta, tensors_to_save
 
 __all__ = ["FILES", "METRICS_NAME", "POINTER_NAME", "HubMixin", "find_latest_run"]
 
@@ -192,7 +190,7 @@ class HubMixin:
             weights = tensors_to_save(self, fresh)
         except ValueError as error:
             raise ValueError(f"this {name} would not load again: {error}. Nothing was written") from None
-        _check_finite(weights, f"this {name}", "nothing was written; restore weights that are finite")
+        check_finite(weights, f"this {name}", "nothing was written; restore weights that are finite")
         return weights
 
     @classmethod
@@ -235,9 +233,7 @@ class HubMixin:
         source = as_source(pretrained_model_name_or_path)
         check_hub_options(revision=revision, token=token, local_files_only=local_files_only, cache_dir=cache_dir)
         check_hub_options(subfolder=subfolder)
-        if source == BUNDLED and dtype == "auto":
-            dtype = "float32"
-        device, dtype = as_device(device), as_dtype(dtype)
+        device, dtype = as_device(device), as_dtype(dtype, source)
         folder = find_folder(source, revision, token, cache_dir, local_files_only, subfolder)
         source = f"{source}/{subfolder}" if subfolder else source
         return read_unchanged(folder, lambda: cls._read(folder, source)).to(device=device, dtype=dtype).eval()
@@ -249,9 +245,7 @@ class HubMixin:
         config = files.config(cls.__name__, cls.config_class)
         tokenizer = files.tokenizer(config.vocab_size) if cls.has_tokenizer else None
         make = lambda: cls(config) if tokenizer is None else cls(config, tokenizer=tokenizer)
-        weights = files.weights(module_tensors(on_meta(make)))
-        remedy = "training broke down before it was saved; load an earlier checkpoint"
-        _check_finite(weights, f"{called(source)}: {WEIGHTS_NAME}", remedy)
+        weights = dict(files.weights(module_tensors(on_meta(make))))
         with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
             model = make()
         for name, own in module_tensors(model).items():
@@ -333,14 +327,6 @@ class HubMixin:
                     f"the Hub did not take {quote(repo_id)}: {shorten(error).rstrip('. ')}{upload_remedy(error)}"
                 ) from error
         return str(commit)
-
-
-def _check_finite(tensors: dict[str, Tensor], source: str, remedy: str) -> None:
-    name = first_not_finite(tensors)
-    if name is not None:
-        tensor = tensors[name]
-        count = tensor.numel() - int(torch.isfinite(tensor).sum())
-        raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
 
 
 def _portable(folder: Path) -> str:

@@ -105,10 +105,11 @@ def bundled_folder(revision: str | None = None, subfolder: str | None = None) ->
     return package_folder()
 
 
-def as_dtype(dtype: Any) -> torch.dtype | None:
-    """The dtype that a name or a torch.dtype stands for; None for "auto". Raises ValueError for what no weights have."""
+def as_dtype(dtype: Any, source: str = "") -> torch.dtype | None:
+    """The dtype that a name or a torch.dtype stands for; None for "auto", but of the bundled model float32. Raises ValueError
+    for what no weights have."""
     if isinstance(dtype, str) and dtype == "auto":
-        return None
+        return torch.float32 if source == BUNDLED else None
     names = {str(known).removeprefix("torch."): known for known in FLOATS}
     found = names.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in FLOATS:

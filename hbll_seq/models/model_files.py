@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +27,7 @@ from hbll_seq.utils.atomic import whole_folder
 from hbll_seq.utils.console import say
 from hbll_seq.utils.integrity import SUMS_NAME, read_sums, sha256
 from hbll_seq.utils.reading import open_regular, parse_json, possible_name, quote, read_bytes, shorten
-from hbll_seq.utils.tensors import check_found, listing
+from hbll_seq.utils.tensors import check_finite, check_found, listing
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 TOKENIZER_NAME, CARD_NAME, PATHS_NAME = "tokenizer.model", "README.md", "paths.json"
@@ -167,14 +167,17 @@ class ModelFiles:
             )
         return tokenizer
 
-    def weights(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights by name.
+    def weights(
+        self, expected: Mapping[str, Tensor], names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The weights by name, one after the other, once the file is known to hold all that it should.
 
         Args:
             expected: those that the model needs; without values.
+            names: those of them that are read; None is all.
 
         Raises:
-            ValueError: the file is damaged, or holds others.
+            ValueError: the file is damaged, holds others, or one that is read is NaN or infinite.
         """
         self._check_there(WEIGHTS_NAME)
         path, source = self.folder / WEIGHTS_NAME, f"{self.source}: {WEIGHTS_NAME}"
@@ -194,8 +197,12 @@ class ModelFiles:
                 slices = {name: file.get_slice(old) for name, old in in_file.items()}
                 dtypes = {name: _DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
                 check_found(source, {name: part.get_shape() for name, part in slices.items()}, dtypes, expected)
-                # Cloned: safetensors maps the file into memory, and a later change of the file must not reach the model.
-                return {name: file.get_tensor(in_file[name]).clone() for name in expected}
+                for name in expected if names is None else names:
+                    # Cloned: safetensors maps the file into memory, and a later change of the file must not reach the model.
+                    tensor = file.get_tensor(in_file[name]).clone()
+                    check_finite({name: tensor}, source, _BROKE_DOWN)
+                    yield name, tensor
+                    del tensor
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{source} ({size:,} bytes) is cut short or damaged ({shorten(error)}); {_REMEDY}") from None
 
@@ -234,6 +241,7 @@ class ModelFiles:
 
 
 _REMEDY = "copy or download it again, or load an earlier checkpoint"
+_BROKE_DOWN = "training broke down before it was saved; load an earlier checkpoint"
 _INTACT = f"load an intact copy; if you changed it on purpose, delete {SUMS_NAME}"
 
 
@@ -265,21 +273,21 @@ def read_unchanged(folder: Path, read: Callable[[], T]) -> T:
         ValueError: as ``read``; or the folder never stays as it is.
     """
     for _ in range(ATTEMPTS):
-        before = _state(folder)
+        before = folder_state(folder)
         try:
             result = read()
         except (OSError, ValueError) as error:
-            if before == _state(folder):
+            if before == folder_state(folder):
                 if isinstance(error, OSError):
                     raise ValueError(f"{called(folder)} cannot be read: {shorten(error)}. {WHAT_TO_LOAD}") from None
                 raise
         else:
-            if before == _state(folder):
+            if before == folder_state(folder):
                 return result
     raise ValueError(f"{called(folder)} is being written to all the time; load it when that has ended")
 
 
-def _state(folder: Path) -> list[Any]:
+def folder_state(folder: Path) -> list[Any]:
     """What changes when a file that counts is replaced or written to."""
     state: list[Any] = [folder := whole_folder(folder)]
     for name in FILES:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
+from hbll_seq.distributed.blocks import kind_of
 from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
@@ -34,7 +35,6 @@ from hbll_seq.objectives.tree import free_energy, node_noise, run_tree, tree_los
 from hbll_seq.tree.inference import TreePass
 from hbll_seq.tree.posterior import Gaussian
 from hbll_seq.utils.eager import eagerly
-from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.seeds import fork_rng_of
 from hbll_seq.utils.values import as_flag
@@ -128,7 +128,7 @@ class LocalObjective(Objective):
         if not isinstance(inference, Sweeps):
             raise ValueError(f"{ranks.n_ranks} ranks with inference={inference.name!r}: the segments of sweeps alone are "
                              "spread; use 'sweeps'")  # fmt: skip
-        if ahead and any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
+        if ahead and any(issubclass(kind_of(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
                              "recurrence, or leave ahead out")  # fmt: skip
         if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead, ranks.shares):
@@ -157,7 +157,7 @@ class LocalObjective(Objective):
         """Raises ValueError for a path or a model that they cannot train."""
         if len(self.path) < self.model.tree.n_nodes:
             raise ValueError(f"path={quote(path)} with inference='v_cycles': it needs the full path; use inference='sweeps'")
-        if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
+        if any(issubclass(kind_of(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError(
                 "inference='v_cycles' with recurrent blocks: its states come from evaluations without gradient, and each of "
                 "these is but one iteration over time; use inference='sweeps'"
@@ -311,7 +311,7 @@ class LocalObjective(Objective):
             with fork_rng_of(inputs), self._dropout_of_step(inputs, step):
                 return self._solve(inputs, labels, step, self.calls(step, states), inference, True, alone=True)[0].gradients
 
-        if any(isinstance(plain_module(block), RecurrentBlock) for block in self.model.blocks):
+        if any(issubclass(kind_of(block), RecurrentBlock) for block in self.model.blocks):
             # these are solved along time as well, a little further by every iteration over depth
             forward, backward = exact_iterations(inference.chunk_size, len(self.path))
             exact = replace(inference, forward=forward, backward=backward)

@@ -16,18 +16,19 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.integrity import SUMS_NAME, digest, read_sums, sha256
 from hbll_seq.utils.reading import check_regular, parse_json, quote, read_bytes, shorten
+from hbll_seq.utils.stored_tensors import StoredTensors
 from hbll_seq.utils.tensors import first_not_finite
 
 FORMAT = 2
@@ -37,7 +38,7 @@ _HALF_DONE = re.compile(re.escape(ASIDE) + r"(old-)?[0-9]{1,18}")  # being writt
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors")
 STATE = "state.json"
 _MAX_STATE = 1 << 26  # bytes of state.json; each process adds about 40,000 of its random generators
-TensorGroups = dict[str, dict[str, Tensor]]
+TensorGroups = dict[str, Mapping[str, Tensor]]
 
 
 class CheckpointError(ValueError):
@@ -157,7 +158,9 @@ def sweep(folder: str | os.PathLike) -> None:
 
 
 def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups, dict[str, Any]]:
-    """Tensors (on the CPU) and state of the checkpoint of ``step``, after checking every byte of it.
+    """Tensors and state of the checkpoint of ``step``, after checking every byte of it.
+
+    The tensors stay in their files: each is read, on the CPU, when it is asked for (:class:`StoredTensors`).
 
     A checkpoint of an older version, whose state.json no sum covers, is read too, and that is said on stderr.
 
@@ -177,8 +180,8 @@ def _load(path: Path, step: int) -> tuple[TensorGroups, dict[str, Any]]:
     for name, expected in state["files"].items():
         try:
             _check_file(path / name, expected)
-            tensors = load_file(path / name)
-            bad = first_not_finite(tensors)
+            tensors = StoredTensors(path / name)
+            bad = first_not_finite(tensors)  # reads all of them, one by one
         except CheckpointError as error:
             raise _damaged(path, f"{name} {error}") from None
         except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:  # the last two: odd tensor types

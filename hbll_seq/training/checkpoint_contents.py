@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from hbll_seq.utils.tensors import module_tensors
 ADAM_STATES = {"step", "exp_avg", "exp_avg_sq"}
 
 
-def load_module(module: nn.Module, tensors: dict[str, Tensor], where: str = "checkpoint") -> None:
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], where: str = "checkpoint") -> None:
     """Copy ``tensors`` into ``module``; names, shapes and types must be exactly the module's.
 
     Raises:
@@ -26,7 +28,7 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], where: str = "che
             target.copy_(tensors[name])
 
 
-def check_module(targets: dict[str, Tensor], tensors: dict[str, Tensor], where: str = "checkpoint") -> None:
+def check_module(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str = "checkpoint") -> None:
     """Raises CheckpointError unless ``tensors`` have exactly the names, shapes and types of ``targets``."""
     remedy = "it belongs to a model of another configuration"
     for problem, names in (("lacks", set(targets) - set(tensors)), ("holds unexpected", set(tensors) - set(targets))):
@@ -50,7 +52,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
     return tensors
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors` for an optimizer over the same parameters.
 
     Raises:
@@ -70,7 +72,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors:
     optimizer.state.update(state)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError where a state belongs to no parameter that ``optimizer`` trains, has another shape or type than
     its parameter, or a parameter has some of AdamW's states and not all."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

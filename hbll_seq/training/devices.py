@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TypeVar
@@ -126,21 +126,30 @@ def _in_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()  # asking Accelerate could start a new one
 
 
-def check_memory(config: HBLLConfig) -> None:
-    """Raises ValueError for a model whose weights, gradients and Adam's moments cannot fit this machine's memory."""
+def check_memory(config: HBLLConfig, own: Collection[int] | None = None, gathers: bool = False) -> None:
+    """Raises ValueError for a model whose weights, gradients and Adam's moments cannot fit this machine's memory.
+
+    Args:
+        config: of the model.
+        own: numbers of the blocks that this process holds; None is all of them.
+        gathers: whether it puts the weights and moments of the other ones together for a checkpoint.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows, and other systems that do not tell
         return
     attention = 2 + 2 * (config.n_kv_head or config.n_head) / config.n_head
-    matrices = sum((attention if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells)  # at least
-    n_parameters = int(matrices * config.n_embd**2) + config.vocab_size * config.n_embd
-    needed = n_parameters * (4 if torch.cuda.is_available() else 16)  # on a GPU the weights alone pass through here
+    matrices = [(attention if cell == "transformer" else 2) + 2 * config.mlp_ratio for cell in config.cells]  # at least
+    sizes = [int(size * config.n_embd**2) for size in matrices]
+    mine = sum(size for n, size in enumerate(sizes, start=1) if own is None or n in own) + config.vocab_size * config.n_embd
+    others = sum(sizes) + config.vocab_size * config.n_embd - mine
+    # on a GPU the weights alone pass through here; what is gathered has no gradients
+    needed = mine * (4 if torch.cuda.is_available() else 16) + others * 12 * gathers
     if needed > memory:
         raise ValueError(
             f"n_embd={config.n_embd} with n_level={config.n_level}, mlp_ratio={config.mlp_ratio} and a vocabulary of "
-            f"{config.vocab_size}: {n_parameters:,} parameters or more need {needed / 2**30:,.0f} GiB of memory, and this "
-            f"machine has {memory / 2**30:,.0f}; choose a smaller --n-embd or --n-level"
+            f"{config.vocab_size}: {mine + others * gathers:,} parameters or more need {needed / 2**30:,.0f} GiB of memory, "
+            f"and this machine has {memory / 2**30:,.0f}; choose a smaller --n-embd or --n-level"
         )
 
 

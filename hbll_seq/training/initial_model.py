@@ -8,17 +8,18 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import hashlib
 import typing
 from typing import Any, NamedTuple
 
 import torch
 
 from hbll_seq.data.tokenizer import Tokenizer
+from hbll_seq.distributed.blocks import whole_tensors
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
+from hbll_seq.models.stored_model import StoredModel
 from hbll_seq.training.checkpoint import CheckpointError
-from hbll_seq.training.checkpoint_contents import load_module
+from hbll_seq.training.checkpoint_contents import check_module
 from hbll_seq.training.option_values import coerce, expand_path
 from hbll_seq.training.settings import LEFT_OPEN, TrainingSettings
 from hbll_seq.utils.reading import quote, shorten
@@ -31,19 +32,20 @@ _KEYS = {"sha256": str, "vocab_size": int}  # of what a checkpoint holds of it, 
 
 
 class InitialModel(NamedTuple):
-    """``name``: folder or Hub id that it was read from; ``model``: on the CPU."""
+    """``name``: folder or Hub id that it is read from; ``stored``: what lies there."""
 
     name: str
-    model: HBLLForCausalLM
+    stored: StoredModel
+
+    @property
+    def model(self) -> HBLLForCausalLM:
+        """Its configuration and tokenizer; on the meta device."""
+        return self.stored.model
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of its weights, with their names, types and shapes."""
-        found = hashlib.sha256()
-        for name, tensor in sorted(module_tensors(self.model).items()):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return self.stored.fingerprint
 
     def record(self, settings: TrainingSettings) -> dict[str, Any]:
         """What checkpoints hold of it: a resume needs no more."""
@@ -62,7 +64,7 @@ def named_model(preset: dict[str, Any], given: dict[str, Any]) -> str | None:
 def read_initial_model(name: str) -> InitialModel:
     """The model of a folder or of the Hub. Raises ValueError where there is none that can be trained on."""
     try:
-        return InitialModel(name, HBLLForCausalLM.from_pretrained(name))
+        return InitialModel(name, StoredModel(HBLLForCausalLM, name))
     except ValueError as error:
         raise ValueError(f"init_from={quote(name)}: {shorten(error, 350)}") from None
 
@@ -103,19 +105,27 @@ def _tokenizer_setting(initial: InitialModel, given: dict[str, Any]) -> str:
 
 
 def take_weights(model: HBLLForCausalLM, initial: InitialModel) -> None:
-    """Copy the weights into ``model``, in its own dtypes.
+    """Copy the weights into ``model``, in its own dtypes; of a model that holds a rank's blocks alone, theirs.
 
     Raises:
-        ValueError: they are those of another shape, or the text is in another tokenizer.
+        ValueError: they are those of another shape, the text is in another tokenizer, or the files have changed since they
+            were checked.
     """
     size, wanted = model.tokenizer.vocab_size, initial.model.config.vocab_size
     if initial.model.tokenizer is None and size != wanted:
         raise ValueError(f"init_from={quote(initial.name)} brings no tokenizer and knows {wanted} pieces, but the text's "
                          f"tokenizer has {size}: give the one that the model was trained with by --tokenizer")
+    wanted, where = whole_tensors(model), f"init_from={quote(initial.name)}"
+    stored = {name: tensor.to(wanted[name].dtype) if name in wanted else tensor
+              for name, tensor in module_tensors(initial.model).items()}
+    check_module(wanted, stored, where)
     targets = module_tensors(model)
-    tensors = {name: tensor.to(targets[name].dtype) if name in targets else tensor
-               for name, tensor in module_tensors(initial.model).items()}
-    load_module(model, tensors, f"init_from={quote(initial.name)}")
+    try:
+        with torch.no_grad():
+            for name, tensor in initial.stored.weights(targets):
+                targets[name].copy_(tensor)
+    except ValueError as error:
+        raise ValueError(f"{where}: {shorten(error, 350)}") from None
 
 
 def check_record(state: dict[str, Any]) -> None:

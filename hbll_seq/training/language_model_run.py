@@ -20,6 +20,7 @@ from hbll_seq.data.sources import describe_source
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.data.tokens import load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
+from hbll_seq.distributed.blocks import blocks_of_rank, numbers_kept
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.evaluation.perplexity import evaluate_paths, format_table
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -171,13 +172,17 @@ def untrained(
     settings: TrainingSettings, tokenizer: Tokenizer, ranks: Ranks, origin: dict[str, Any],
     initial: InitialModel | None,
 ) -> tuple[HBLLForCausalLM, Objective]:
-    """The model that the settings name, with all its blocks, its weights those of their seed or of ``initial``, and the
-    objective around it."""
+    """The model that the settings name, with the blocks that this rank keeps, its weights those of their seed or of
+    ``initial``, and the objective around it."""
     set_seed(settings.seed)
     vocab_size = (origin.get("initial_model") or {}).get("vocab_size", tokenizer.vocab_size)
     config = settings.model_config(vocab_size)
-    check_memory(config)
-    model = HBLLForCausalLM(config, tokenizer=tokenizer)
+    path, own = settings.path_blocks or config.full_path, None
+    if ranks.n_ranks > 1:
+        owned = blocks_of_rank(len(path), settings.chunk_size, ranks.rank, ranks.n_ranks, ranks.shares)
+        own = numbers_kept(config.n_layer, path, owned)
+    check_memory(config, own, gathers=ranks.rank == ranks.replica == 0)
+    model = HBLLForCausalLM(config, tokenizer=tokenizer, own=own)
     objective = make_objective(settings, model, ranks.replica, ranks)
     model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained

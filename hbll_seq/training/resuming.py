@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from hbll_seq.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, sound_checkpoints
+from hbll_seq.training.checkpoint import CheckpointError, TensorGroups, list_checkpoints, load_checkpoint, sound_checkpoints
 from hbll_seq.training.option_values import PATHS, names_file
 from hbll_seq.training.presets import SETTINGS, check_keys, preset_fingerprint, read_preset, resolve
 from hbll_seq.training.run_record import CHECKPOINTS, finished_step
@@ -28,11 +26,11 @@ NEWEST = -1  # of the checkpoints
 class Resumed(NamedTuple):
     """A checkpoint that a run goes on from, by today's names.
 
-    tensors: file -> tensor name -> tensor.
+    tensors: file -> tensor name -> tensor; read when asked for.
     state: its state.json; ``settings`` there are resolved, ``asked`` is what had been left open.
     """
 
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: TensorGroups
     state: dict[str, Any]
 
 
@@ -145,7 +143,7 @@ def _stored_settings(state: dict[str, Any], where: str) -> dict[str, dict[str, A
     return {"settings": resolved, "asked": asked}
 
 
-def _by_todays_names(tensors: dict[str, dict[str, Tensor]], where: str) -> dict[str, dict[str, Tensor]]:
+def _by_todays_names(tensors: TensorGroups, where: str) -> TensorGroups:
     try:
         return migration.checkpoint_tensors(tensors)
     except ValueError as error:

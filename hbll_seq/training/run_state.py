@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def name_carried(micro: int, prefix: Prefix) -> str:
 
 
 def read_carried(
-    tensors: dict[str, Tensor], micro_batches: int, shape: tuple[int, ...], blocks: int
+    tensors: Mapping[str, Tensor], micro_batches: int, shape: tuple[int, ...], blocks: int
 ) -> list[tuple[int, Prefix, Tensor]]:
     """Inverse of :func:`name_carried` for all of a checkpoint's carried states.
 

@@ -14,15 +14,17 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, distributed, nn
 
-from hbll_seq.distributed.blocks import blocks_of_rank, keep_own, numbers_kept
+from hbll_seq.distributed.blocks import RemoteBlock, blocks_of_rank, keep_own, numbers_kept, whole_tensors
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
 from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.distributed.whole import gather_to_first
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
+from hbll_seq.training.checkpoint import TensorGroups
 from hbll_seq.training.checkpoint_contents import check_module, load_module
 from hbll_seq.training.devices import on_all
+from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
 
 T = TypeVar("T")
@@ -33,7 +35,8 @@ class Share:
     """The part of an objective's model that this process holds.
 
     Args:
-        objective: around the whole model, on the CPU; with several ranks it holds this rank's blocks alone afterwards.
+        objective: around the whole model, or one that was made with this rank's blocks alone, on the CPU; with several ranks
+            it holds these alone afterwards.
         ranks: where this process stands.
         chunk_size: blocks of a segment; ranks hold whole ones.
 
@@ -44,16 +47,17 @@ class Share:
         lead: micro-batches by which this rank is ahead of the last one of its model; 0 where all work on the same one.
 
     Raises:
-        ValueError: there are fewer segments than ranks.
+        ValueError: there are fewer segments than ranks; or as :func:`hbll_seq.distributed.blocks.keep_own`.
     """
 
     def __init__(self, objective: Objective, ranks: Ranks = ALONE, chunk_size: int = 1):
         self.objective, self.ranks, self.model = objective, ranks, objective.model
         self.lead, self._is_filled = objective.placement.lead, False
-        self.n_parameters = sum(p.numel() for p in self.model.parameters())
+        elsewhere = [block for block in self.model.blocks if isinstance(block, RemoteBlock)]
+        self.n_parameters = sum(p.numel() for p in self.model.parameters()) + sum(block.n_parameters for block in elsewhere)
         self._whole: dict[str, Tensor] = {}  # what the objective holds of the whole model, without values
         if ranks.n_ranks > 1:
-            self._whole = {name: tensor.to("meta") for name, tensor in module_tensors(objective).items()}
+            self._whole = whole_tensors(objective)
             owned = blocks_of_rank(len(objective.path), chunk_size, ranks.rank, ranks.n_ranks, ranks.shares)
             self.numbers = frozenset(numbers_kept(len(self.model.blocks), objective.path, owned))
             keep_own(self.model, objective.path, owned)
@@ -159,15 +163,15 @@ class Share:
         distributed.all_gather(rows, state.contiguous(), group=self.ranks.replica_group)
         return torch.cat(rows)
 
-    def part_of(self, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def part_of(self, groups: TensorGroups) -> TensorGroups:
         """What this rank takes of a checkpoint's model and optimizer. Raises CheckpointError for another model's."""
         if self.ranks.n_ranks == 1:
             return groups
         check_module(self._whole, groups["model"], "the checkpoint")
         foreign = self._whole.keys() - module_tensors(self.objective).keys()
-        part = {name: tensor for name, tensor in groups["model"].items() if name not in foreign}
-        states = {name: tensor for name, tensor in groups["optimizer"].items() if name.rpartition("|")[0] not in foreign}
-        return {**groups, "model": part, "optimizer": states}
+        part = {name: name for name in groups["model"] if name not in foreign}
+        states = {name: name for name in groups["optimizer"] if name.rpartition("|")[0] not in foreign}
+        return {**groups, "model": Entries(groups["model"], part), "optimizer": Entries(groups["optimizer"], states)}
 
     def holds(self, n: int) -> bool:
         """Whether block n is here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hbll_seq.chains.depth import Prefix
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.distributed.ranks import Ranks
-from hbll_seq.training.checkpoint import CheckpointError, save_checkpoint
+from hbll_seq.training.checkpoint import CheckpointError, TensorGroups, save_checkpoint
 from hbll_seq.training.checkpoint_contents import (
     check_module,
     check_optimizer,
@@ -139,7 +139,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
 
-    def restore(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> int:
+    def restore(self, groups: TensorGroups, state: dict[str, Any]) -> int:
         """Take up the run at a loaded checkpoint, and return its step.
 
         Raises:
@@ -151,7 +151,7 @@ class Trainer:
         self._logged, self._saved = (self.done, self.seconds), self.done
         return self.done
 
-    def _checked(self, groups: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> Callable[[], None]:
+    def _checked(self, groups: TensorGroups, state: dict[str, Any]) -> Callable[[], None]:
         """Checks what a checkpoint holds for this process; takes it when called."""
         check_run_state(state)
         step, rng, settings = state["step"], state["rng"], self.settings
@@ -214,7 +214,7 @@ class Trainer:
             for prefix, state in states.items()
         }
 
-    def _own_states(self, tensors: dict[str, torch.Tensor]) -> list[States]:
+    def _own_states(self, tensors: Mapping[str, torch.Tensor]) -> list[States]:
         """Inverse of :meth:`_all_states`: own rows, of own blocks. Raises CheckpointError where one does not fit."""
         states: list[States] = [{} for _ in range(self.settings.grad_accum)]
         n_rows, width = self.settings.batch_size, self.settings.n_embd

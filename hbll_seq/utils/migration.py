@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.stored_tensors import Entries
 
 T = TypeVar("T")
 
@@ -102,15 +103,16 @@ def model_tensors(source: str, names: Iterable[str], wanted: Iterable[str]) -> d
     return found
 
 
-def checkpoint_tensors(groups: Mapping[str, Mapping[str, T]]) -> dict[str, dict[str, T]]:
-    """File -> tensor name -> tensor of a checkpoint, by today's names; states of an optimizer go with their parameter.
+def checkpoint_tensors(groups: Mapping[str, Mapping[str, T]]) -> dict[str, Mapping[str, T]]:
+    """File -> tensor name -> tensor of a checkpoint, by today's names; states of an optimizer go with their parameter. No
+    tensor is read.
 
     Raises:
         ValueError: a tensor is there by its old and by its new name.
     """
-    found: dict[str, dict[str, T]] = {}
+    found: dict[str, Mapping[str, T]] = {}
     for group, tensors in groups.items():
-        found[group] = {_new_name(name, CHECKPOINT_TENSORS): tensor for name, tensor in tensors.items()}
+        found[group] = Entries(tensors, {_new_name(name, CHECKPOINT_TENSORS): name for name in tensors})
         if len(found[group]) < len(tensors):
             raise ValueError(f"{group} holds a tensor by its old and by its new name: go on from another checkpoint")
     return found

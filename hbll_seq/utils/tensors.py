@@ -62,6 +62,15 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def check_finite(tensors: Mapping[str, Tensor], source: str, remedy: str) -> None:
+    """Raises ValueError where a weight of ``source`` holds NaN or infinity."""
+    name = first_not_finite(tensors)
+    if name is not None:
+        tensor = tensors[name]
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(f"{source}: weight {name!r} has {count} of {tensor.numel()} values NaN or infinite; {remedy}")
+
+
 def _name(name: str) -> str:
     return shorten(repr(name[:100]), 60)
 

@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from hbll_seq.distributed.blocks import RemoteBlock, blocks_of_rank, keep_own, largest_chunk, numbers_kept
+from hbll_seq.distributed.blocks import (
+    RemoteBlock,
+    blocks_of_rank,
+    keep_own,
+    kind_of,
+    largest_chunk,
+    numbers_kept,
+    whole_tensors,
+)
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
+from hbll_seq.utils.tensors import module_tensors
 
 
 @pytest.mark.parametrize("length", range(1, 18))
@@ -60,6 +69,30 @@ def test_a_rank_keeps_its_own_blocks_and_their_numbers():
         parts[0](torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="block 1 is held by another rank"):
         parts[1](torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_model_made_with_a_ranks_blocks_is_the_whole_one_without_the_others():
+    config = HBLLConfig(vocab_size=16, n_level=3, n_embd=8, n_head=2, context_length=4, cell=("gru", *["transformer"] * 6))
+    torch.manual_seed(0)
+    whole, drawn = HBLLForCausalLM(config), torch.get_rng_state()
+    for kept in ([1], [2, 3, 7], [], range(1, 8)):
+        torch.manual_seed(0)
+        part = HBLLForCausalLM(config, own=kept)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        names = {name for name in whole.state_dict() if not name.startswith("blocks.") or int(name[7]) + 1 in kept}
+        assert part.state_dict().keys() == names
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in part.state_dict().items())
+        told, expected = whole_tensors(part), module_tensors(whole)
+        assert {n: (t.shape, t.dtype) for n, t in told.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+        assert all(tensor.is_meta for tensor in told.values())
+        assert [kind_of(block) for block in part.blocks] == [type(block) for block in whole.blocks]
+    owned = blocks_of_rank(7, 1, 0, 2)
+    with pytest.raises(ValueError, match=r"block 2 is to be kept .* own=\[1, 2, 3\]"):
+        keep_own(HBLLForCausalLM(config, own=[1, 3, 4]), range(1, 8), owned)
+    part = HBLLForCausalLM(config, own=[1, 2, 3, 4])
+    keep_own(part, range(1, 8), owned)
+    assert [n for n in range(1, 8) if not isinstance(part.blocks[n - 1], RemoteBlock)] == [1, 2, 3]
+    assert kind_of(part.blocks[3]) is kind_of(part.blocks[6]) is type(whole.blocks[6])
 
 
 def test_blocks_beside_the_path_stay_with_the_first_rank():

@@ -26,7 +26,7 @@ from hbll_seq.utils.seeds import mix_seeds
 class FakeObjective(Objective):
     def __init__(self, model, inference, *, time=None, ranks=ALONE, ahead=False, **options):
         super().__init__(model, **options)
-        own = blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks)
+        own = blocks_of_rank(len(self.path), inference.chunk_size, ranks.rank, ranks.n_ranks, ranks.shares)
         self.own, self.last = own, len(self.path) - 1
 
     def forward(self, inputs, labels=None, step=0, states=None):

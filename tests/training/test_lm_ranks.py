@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training.initial_model import read_initial_model
 from hbll_seq.utils.integrity import digest
 
 SCRIPT, STEPS = helpers.fake_ranks.__file__, 6
@@ -123,6 +124,17 @@ def test_blocks_beside_a_path_are_kept_and_not_trained(shape, tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
+def test_ranks_start_from_a_model_bit_for_bit(one, shape, tmp_path):
+    folder = tmp_path / "run"
+    options = [*shape, *parallel(2), "--max-steps", "1", "--eval-every", "0", "--init-from", str(one)]
+    run(2, [*options, "--output-dir", str(folder)])
+    found, wanted = tensors(folder, 0), load_file(one / "model.safetensors")
+    assert found.keys() == {f"model|model.{name}" for name in wanted}
+    assert all(torch.equal(found[f"model|model.{name}"], tensor) for name, tensor in wanted.items())
+    record = json.loads((folder / "checkpoints" / "step-00000001" / "state.json").read_text())["initial_model"]
+    assert record["sha256"] == read_initial_model(str(one)).fingerprint
+
+
 def test_resumed_on_as_many_ranks_bit_for_bit(two, shape, tmp_path):
     folder = tmp_path / "run"
     codes, said = launch(2, [*shape, *parallel(2), "--output-dir", str(folder)], FAULT="1:3:stop")
@@ -131,6 +143,14 @@ def test_resumed_on_as_many_ranks_bit_for_bit(two, shape, tmp_path):
     assert kr.differences(two, folder) == []
     found, wanted = tensors(folder), tensors(two)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_unequal_shares_and_other_ones_at_a_resume(one, shape, tmp_path):
+    options = [*parallel(2), "--output-dir", str(tmp_path / "run")]
+    codes, said = launch(2, [*shape, *options, "--block-shares", "2,5"], FAULT="1:3:stop")
+    assert codes == [143, 143], said
+    run(2, ["--resume", *options, "--block-shares", "6,1"])
+    assert_close(tmp_path / "run", one)
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -1,6 +1,7 @@
 """What a rank of a model holds, trains and takes of a checkpoint; no process group is needed to ask."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def test_ranks_divide_the_blocks_and_have_the_rest_in_common(objective, n_ranks)
         assert ids(share.shared) == ids(parameters.values()) - ids(share.own)
         assert share.n_parameters == sum(whole.values())
         assert {n for n in range(1, 8) if share.holds(n)} == {int(name.split(".")[2]) + 1 for name in own}
+
+
+def test_other_ranks_blocks_are_freed(objective):
+    """Also those of a model that was made whole: what the share keeps of them has no memory."""
+    held = {name: weakref.ref(p) for name, p in objective.named_parameters()}
+    share = Share(objective, Ranks(1, 2), 4)
+    assert {name for name, p in held.items() if p() is not None} == dict(share.objective.named_parameters()).keys()
 
 
 def test_a_rank_takes_its_part_of_a_checkpoint(objective):

@@ -22,8 +22,8 @@ class _Kept(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    read: Tensor  # [..., I]
-    gradient: Tensor  # [..., O], of what it made
+    read: Tensor  # [R, I]
+    gradient: Tensor  # [R, O], of what it made
 
 
 class WeightsLater(TorchFunctionMode):
@@ -40,7 +40,9 @@ class WeightsLater(TorchFunctionMode):
         if func is F.linear and torch.is_grad_enabled():
             x, weight, bias = _arguments(*args, **(kwargs or {}))
             if _is_trained(weight) and (bias is None or _is_trained(bias)):
-                return _Linear.apply(self, x, weight, bias)
+                # Of rows, since what a function makes must be no view: an activation in place could not write into it.
+                rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+                return _Linear.apply(self, rows, weight, bias).view(*x.shape[:-1], len(weight))
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
@@ -90,19 +92,15 @@ def _is_trained(weight: Tensor) -> bool:
 
 
 def _by_weight(read: Tensor, gradient: Tensor) -> Tensor:
-    return _rows(gradient).T @ _rows(read).to(gradient.dtype)
+    return gradient.T @ read.to(gradient.dtype)
 
 
 def _by_bias(read: Tensor, gradient: Tensor) -> Tensor:
-    return _rows(gradient).sum(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return gradient.sum(0)
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b``, [..., I] -> [..., O]."""
+    """``x W^T + b``, [R, I] -> [R, O]."""
 
     @staticmethod
     def forward(ctx, owner: WeightsLater, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

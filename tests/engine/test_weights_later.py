@@ -39,6 +39,18 @@ class Made(nn.Module):
         return F.linear(self.frozen(x), 2 * self.scale) + self.plain(x[0, 0])
 
 
+class NoWidth(nn.Module):
+    """A layer that makes nothing, and one that reads nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(0, 8)), nn.Parameter(torch.ones(8, 0))
+        self.bias = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x + F.linear(F.linear(x, self.first), self.second, self.bias)
+
+
 def block(**options):
     return TransformerBlock(8, 2, window=4, **options)
 
@@ -46,6 +58,8 @@ def block(**options):
 MODULES = {
     "attention": block, "swiglu": lambda: block(mlp="swiglu", norm="layernorm"), "normalised": lambda: block(qk_norm=True),
     "with a bias": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), "twice": Twice, "made": Made,
+    "in place": lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 8)),
+    "no width": NoWidth,
 }  # fmt: skip
 
 
@@ -105,9 +119,10 @@ def test_lower_precision():
     later, left = WeightsLater(), []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = called(module, x, later)
-    assert out.dtype == torch.bfloat16 and out.grad_fn.saved_tensors[0].dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16
     with later.kept(left):
         by_x, *found = torch.autograd.grad(out.float().sum(), [x, *module.parameters()], allow_unused=True)
+    assert [(kept.read.dtype, kept.gradient.dtype) for kept in left] == [(torch.bfloat16, torch.bfloat16)] * 2
     add_gradients(left, list(module.parameters()), found)
     for one, other in zip((by_x, *found), expected):
         assert one.dtype == other.dtype

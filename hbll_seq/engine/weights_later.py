@@ -67,7 +67,7 @@ class WeightsLater(TorchFunctionMode):
     def takes(self, weight: Tensor, bias: Tensor | None, read: Tensor, gradient: Tensor) -> bool:
         """Whether the gradients of a layer are not to be made now."""
         if self._kept is not None:
-            self._kept.append(_Kept(weight, bias, read, gradient))
+            self._kept.append(_Kept(weight, bias, read.detach(), gradient))  # without the graph that made it
         return self._leaves_weights
 
 
@@ -111,8 +111,8 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Of operations that autograd follows: a block may differentiate what it has made of a gradient."""
         x, weight, *bias = ctx.saved_tensors
         by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         if ctx.owner.takes(weight, bias[0] if bias else None, x, gradient):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 
@@ -27,8 +28,8 @@ class _Kept(NamedTuple):
 
 
 class WeightsLater(TorchFunctionMode):
-    """Linear layers (``torch.nn.functional.linear`` of a weight that is a leaf) called inside leave the gradients of their
-    weights to be made later, where they are asked to. All else is differentiated as always.
+    """Linear layers (``torch.nn.functional.linear`` of a weight [O, I] and a bias [O] that are leaves) called inside leave
+    the gradients of their weights to be made later, where they are asked to. All else is differentiated as always.
     """
 
     def __init__(self):
@@ -37,9 +38,9 @@ class WeightsLater(TorchFunctionMode):
         self._leaves_weights = False
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
-        if func is F.linear and torch.is_grad_enabled():
+        if func is F.linear and not types and torch.is_grad_enabled():  # types: tensors that know linear layers of their own
             x, weight, bias = _arguments(*args, **(kwargs or {}))
-            if _is_trained(weight) and (bias is None or _is_trained(bias)):
+            if _is_layer(weight, bias) and _is_differentiated_back_alone(x):
                 # Of rows, since what a function makes must be no view: an activation in place could not write into it.
                 rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
                 return _Linear.apply(self, rows, weight, bias).view(*x.shape[:-1], len(weight))
@@ -87,8 +88,20 @@ def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
     return input, weight, bias
 
 
+def _is_layer(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether both are of a layer's shapes, and trained; torch takes other shapes too."""
+    if weight.dim() != 2 or not _is_trained(weight):
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and _is_trained(bias))
+
+
 def _is_trained(weight: Tensor) -> bool:
-    return weight.is_leaf and weight.requires_grad
+    return weight.is_leaf and weight.requires_grad and weight.is_floating_point()
+
+
+def _is_differentiated_back_alone(x: Tensor) -> bool:
+    """Whether neither ``torch.func`` nor forward mode is at work, which do not know how this function is differentiated."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad.unpack_dual(x).tangent is None
 
 
 def _by_weight(read: Tensor, gradient: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hbll_seq.engine.adjoint import solve_adjoint
@@ -122,6 +123,52 @@ def test_nobody_asked_for_the_gradient_of_a_weight(module):
         found = list(torch.autograd.grad(made, trained[1:], allow_unused=True))
     add_gradients(left, trained[1:], found)
     torch.testing.assert_close(found, list(expected[1:]), rtol=1e-12, atol=1e-12)
+
+
+class Other(torch.Tensor):
+    """A weight of another kind, which stands for three times its values."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], 3 * args[1].as_subclass(torch.Tensor))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def tangent(x, weight):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(F.gelu(F.linear(forward_ad.make_dual(x, x), weight))).tangent
+
+
+PLAIN = {
+    "one output": (lambda x, w: F.linear(x, w) * x.sum(), (8,)),
+    "a bias of positions": (F.linear, (8, 8), (5, 8)),
+    "a bias of one number": (F.linear, (8, 8), (1,)),
+    "another kind of weight": (lambda x, w: F.linear(x, w).as_subclass(torch.Tensor), (8, 8)),
+    "complex numbers": (lambda x, w: F.linear(torch.complex(x, x**2), w).abs(), (8, 8)),
+    "row by row": (lambda x, w: torch.func.vmap(lambda row: F.linear(row, w))(x), (8, 8)),
+    "a gradient": (lambda x, w: torch.func.grad(lambda x: F.gelu(F.linear(x, w)).sum())(x), (8, 8)),
+    "a tangent": (tangent, (8, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # forward_ad calls it
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_no_plain_layer_is_differentiated_as_always(name):
+    torch.manual_seed(0)
+    function, *shapes = PLAIN[name]
+    dtype = torch.complex128 if name == "complex numbers" else torch.float64
+    trained = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    if name == "another kind of weight":
+        trained = [nn.Parameter(parameter.detach().as_subclass(Other)) for parameter in trained]
+    x, later, left = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), WeightsLater(), []
+    expected = torch.autograd.grad(function(x, *trained).sum(), [x, *trained])
+    with later:
+        made = function(x, *trained)
+    with later.kept(left):
+        by_x, *found = torch.autograd.grad(made.sum(), [x, *trained], allow_unused=True)
+    add_gradients(left, trained, found)
+    torch.testing.assert_close((by_x, *found), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lower_precision():

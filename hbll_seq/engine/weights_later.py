@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 
@@ -40,7 +41,7 @@ class WeightsLater(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         if func is F.linear and not types and torch.is_grad_enabled():  # types: tensors that know linear layers of their own
             x, weight, bias = _arguments(*args, **(kwargs or {}))
-            if _is_layer(weight, bias) and _is_differentiated_back_alone(x):
+            if _is_layer(weight, bias) and _is_differentiated_back_alone(x) and not _is_kept_by_others():
                 # Of rows, since what a function makes must be no view: an activation in place could not write into it.
                 rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
                 return _Linear.apply(self, rows, weight, bias).view(*x.shape[:-1], len(weight))
@@ -110,6 +111,16 @@ def _by_weight(read: Tensor, gradient: Tensor) -> Tensor:
 
 def _by_bias(read: Tensor, gradient: Tensor) -> Tensor:
     return gradient.sum(0)
+
+
+def _is_kept_by_others() -> bool:
+    """Whether hooks take what is saved for a backward pass, as activation checkpointing inside a block does: computed again,
+    a layer has to save the same; and what comes back is another tensor than the parameter."""
+    try:
+        with disable_saved_tensors_hooks("are there any?"):
+            return False
+    except RuntimeError:  # there are
+        return True
 
 
 class _Linear(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls, Recomputed
@@ -140,12 +141,23 @@ def tangent(x, weight):
         return forward_ad.unpack_dual(F.gelu(F.linear(forward_ad.make_dual(x, x), weight))).tangent
 
 
+def away(x, weight, bias):
+    with torch.autograd.graph.save_on_cpu():
+        return F.gelu(F.linear(x, weight, bias))
+
+
+def again(x, weight, bias):
+    return checkpoint(lambda x: F.gelu(F.linear(F.linear(x, weight, bias), weight)), x, use_reentrant=False)
+
+
 PLAIN = {
     "one output": (lambda x, w: F.linear(x, w) * x.sum(), (8,)),
     "a bias of positions": (F.linear, (8, 8), (5, 8)),
     "a bias of one number": (F.linear, (8, 8), (1,)),
     "another kind of weight": (lambda x, w: F.linear(x, w).as_subclass(torch.Tensor), (8, 8)),
     "complex numbers": (lambda x, w: F.linear(torch.complex(x, x**2), w).abs(), (8, 8)),
+    "kept elsewhere": (away, (8, 8), (8,)),
+    "computed again": (again, (8, 8), (8,)),
     "row by row": (lambda x, w: torch.func.vmap(lambda row: F.linear(row, w))(x), (8, 8)),
     "a gradient": (lambda x, w: torch.func.grad(lambda x: F.gelu(F.linear(x, w)).sum())(x), (8, 8)),
     "a tangent": (tangent, (8, 8)),

@@ -44,6 +44,7 @@ class WeightsLater(TorchFunctionMode):
             if _is_layer(weight, bias) and _is_differentiated_back_alone(x) and not _is_kept_by_others():
                 # Of rows, since what a function makes must be no view: an activation in place could not write into it.
                 rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+                rows = rows.to(_cast_to(rows))  # what is kept is of that size
                 return _Linear.apply(self, rows, weight, bias).view(*x.shape[:-1], len(weight))
         return func(*args, **(kwargs or {}))
 
@@ -123,22 +124,27 @@ def _is_kept_by_others() -> bool:
         return True
 
 
+def _cast_to(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would give a tensor which a layer reads."""
+    kind, casts = x.device.type, x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts and torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _Linear(torch.autograd.Function):
     """``x W^T + b``, [R, I] -> [R, O]."""
 
     @staticmethod
     def forward(ctx, owner: WeightsLater, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.owner, ctx.dtype, kind = owner, x.dtype, x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # what is kept is of that size
+        ctx.owner = owner
         ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
-        return F.linear(x, weight, bias)
+        # Cast here and not by autocast, which in older torch would hand out these gradient-free casts to who reads next.
+        return F.linear(x, *(None if t is None else t.to(_cast_to(t)) for t in (weight, bias)))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of operations that autograd follows: a block may differentiate what it has made of a gradient."""
         x, weight, *bias = ctx.saved_tensors
-        by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        by_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         if ctx.owner.takes(weight, bias[0] if bias else None, x, gradient):
             return None, by_x, None, None
         by_bias = _by_bias(x, gradient).to(bias[0].dtype) if bias else None

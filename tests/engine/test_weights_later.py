@@ -201,6 +201,19 @@ def test_lower_precision():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+def test_double_precision_stays_under_autocast():
+    """As torch leaves it."""
+    module, later, left = nn.Linear(8, 8).double(), WeightsLater(), []
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = called(module, x, later)
+    with later.kept(left):
+        by_x, *found = torch.autograd.grad(made.sum(), [x, *module.parameters()], allow_unused=True)
+    add_gradients(left, list(module.parameters()), found)
+    torch.testing.assert_close((by_x, *found), expected, rtol=1e-12, atol=1e-12)
+
+
 class Layers(Calls):
     def __init__(self, n):
         torch.manual_seed(0)

@@ -232,7 +232,7 @@ class CalledRows(Linearized):
         products = list(cotangents)  # what is not there passes its cotangent on
         if inner := numbers[:n_inner]:
             outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
-            with self._weights.left_out():
+            with self._weights.left_out(outputs) if self.leaves_gradients else nullcontext():
                 products[: len(inner)] = torch.autograd.grad(
                     outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
                 )
@@ -255,7 +255,7 @@ class CalledRows(Linearized):
         asked = [read, *parameters] if wanted else parameters
         if not asked:
             return
-        kept = self._weights.kept(self._left.setdefault(row, [])) if later else nullcontext()
+        kept = self._weights.kept(self._left.setdefault(row, []), output) if later else nullcontext()
         with hooks_left_out(parameters), kept:
             found = list(torch.autograd.grad(output, asked, products[j], allow_unused=True))
         if wanted:

@@ -36,7 +36,7 @@ class WeightsLater(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self._kept: list[_Kept] | None = None
-        self._leaves_weights = False
+        self._pass: int | None = None  # autograd's number of the backward pass that leaves them
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
         if func is F.linear and not types and torch.is_grad_enabled():  # types: tensors that know linear layers of their own
@@ -49,29 +49,40 @@ class WeightsLater(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, a backward pass makes no gradients of these weights."""
-        self._leaves_weights = True
+    def left_out(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the backward pass from ``outputs`` makes no gradients of these weights. One within that pass makes its own,
+        such as that of a block that finds the gradient of a fixed point."""
+
+        def begins(_: Tensor) -> None:
+            if self._pass is None:
+                self._pass = torch._C._current_graph_task_id()
+
+        handles = [output.register_hook(begins) for output in outputs]
         try:
             yield
         finally:
-            self._leaves_weights = False
+            self._pass = None
+            for handle in handles:
+                handle.remove()
 
     @contextlib.contextmanager
-    def kept(self, into: list[_Kept]) -> Iterator[None]:
-        """Inside, a backward pass adds to ``into`` what these weights' gradients are made of, for :func:`add_gradients`."""
+    def kept(self, into: list[_Kept], output: Tensor) -> Iterator[None]:
+        """Inside, the backward pass from ``output`` adds to ``into`` what these weights' gradients are made of, for
+        :func:`add_gradients`."""
         self._kept = into
         try:
-            with self.left_out():
+            with self.left_out([output]):
                 yield
         finally:
             self._kept = None
 
     def takes(self, weight: Tensor, bias: Tensor | None, read: Tensor, gradient: Tensor) -> bool:
         """Whether the gradients of a layer are not to be made now."""
+        if self._pass != torch._C._current_graph_task_id():
+            return False
         if self._kept is not None:
             self._kept.append(_Kept(weight, bias, read.detach(), gradient))  # without the graph that made it
-        return self._leaves_weights
+        return True
 
 
 def add_gradients(kept: list[_Kept], parameters: Sequence[Tensor], gradients: list[Tensor | None]) -> None:

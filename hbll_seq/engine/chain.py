@@ -120,6 +120,7 @@ class CallChain(Chain):
         indices: the names of f_1 .. f_N.
         differentiates: whether anybody will ask for gradients; None: where they are enabled now.
         placement: where its segments are: the calls of others are not made here.
+        passes_back: whether other places will wait for adjoints from here, where it is spread.
     """
 
     keeps_calls = True
@@ -130,12 +131,13 @@ class CallChain(Chain):
         indices: Sequence[Hashable],
         differentiates: bool | None = None,
         placement: Placement = HERE,
+        passes_back: bool = True,
     ):
         wanted = torch.is_grad_enabled() if differentiates is None else differentiates
         # Calls that remember take those without gradients for refinements of an estimate, and no final ones.
         self.differentiates = wanted or any(calls.remembers(index) for index in indices)
         self.calls, self.indices, self.n_steps = calls, list(indices), len(indices)
-        self.has_diagonal, self.placement = calls.has_diagonal, placement
+        self.has_diagonal, self.placement, self.passes_back = calls.has_diagonal, placement, passes_back
 
     def remembers(self, rows: slice) -> bool:
         """See :meth:`Chain.remembers`."""
@@ -186,7 +188,8 @@ class CalledRows(Linearized):
         self._inputs: dict[int, Tensor] = {}
         self.attached: dict[int, Tensor] = {}
         # Those that nobody waits for make their gradients at once: what is left takes memory.
-        waited_for = self.placement.is_spread and 0 not in self.placement.own(-(-chain.n_steps // chunk_size))
+        n_segments = -(-chain.n_steps // chunk_size)
+        waited_for = self.placement.is_spread and chain.passes_back and 0 not in self.placement.own(n_segments)
         self.leaves_gradients = waited_for and self.differentiates and not self.calls.recomputes
         self._weights, self._left = WeightsLater(), {}
         self._diagonal: Tensor | None = None
@@ -232,7 +235,7 @@ class CalledRows(Linearized):
         products = list(cotangents)  # what is not there passes its cotangent on
         if inner := numbers[:n_inner]:
             outputs, inputs = [self.attached[i] for i in inner], [self._inputs[i] for i in inner]
-            with self._weights.left_out():
+            with self._weights.left_out(outputs) if self.leaves_gradients else nullcontext():
                 products[: len(inner)] = torch.autograd.grad(
                     outputs, inputs, products[: len(inner)], retain_graph=True, allow_unused=True, materialize_grads=True
                 )
@@ -255,7 +258,7 @@ class CalledRows(Linearized):
         asked = [read, *parameters] if wanted else parameters
         if not asked:
             return
-        kept = self._weights.kept(self._left.setdefault(row, [])) if later else nullcontext()
+        kept = self._weights.kept(self._left.setdefault(row, []), output) if later else nullcontext()
         with hooks_left_out(parameters), kept:
             found = list(torch.autograd.grad(output, asked, products[j], allow_unused=True))
         if wanted:

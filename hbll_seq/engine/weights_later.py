@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 
@@ -22,51 +24,65 @@ class _Kept(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    read: Tensor  # [..., I]
-    gradient: Tensor  # [..., O], of what it made
+    read: Tensor  # [R, I]
+    gradient: Tensor  # [R, O], of what it made
 
 
 class WeightsLater(TorchFunctionMode):
-    """Linear layers (``torch.nn.functional.linear`` of a weight that is a leaf) called inside leave the gradients of their
-    weights to be made later, where they are asked to. All else is differentiated as always.
+    """Linear layers (``torch.nn.functional.linear`` of a weight [O, I] and a bias [O] that are leaves) called inside leave
+    the gradients of their weights to be made later, where they are asked to. All else is differentiated as always.
     """
 
     def __init__(self):
         super().__init__()
         self._kept: list[_Kept] | None = None
-        self._leaves_weights = False
+        self._pass: int | None = None  # autograd's number of the backward pass that leaves them
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence = (), kwargs: Mapping | None = None) -> Any:
-        if func is F.linear and torch.is_grad_enabled():
+        if func is F.linear and not types and torch.is_grad_enabled():  # types: tensors that know linear layers of their own
             x, weight, bias = _arguments(*args, **(kwargs or {}))
-            if _is_trained(weight) and (bias is None or _is_trained(bias)):
-                return _Linear.apply(self, x, weight, bias)
+            if _is_layer(weight, bias) and _is_differentiated_back_alone(x) and not _is_kept_by_others():
+                # Of rows, since what a function makes must be no view: an activation in place could not write into it.
+                rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+                rows = rows.to(_cast_to(rows))  # what is kept is of that size
+                return _Linear.apply(self, rows, weight, bias).view(*x.shape[:-1], len(weight))
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, a backward pass makes no gradients of these weights."""
-        self._leaves_weights = True
+    def left_out(self, outputs: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the backward pass from ``outputs`` makes no gradients of these weights. One within that pass makes its own,
+        such as that of a block that finds the gradient of a fixed point."""
+
+        def begins(_: Tensor) -> None:
+            if self._pass is None:
+                self._pass = torch._C._current_graph_task_id()
+
+        handles = [output.register_hook(begins) for output in outputs]
         try:
             yield
         finally:
-            self._leaves_weights = False
+            self._pass = None
+            for handle in handles:
+                handle.remove()
 
     @contextlib.contextmanager
-    def kept(self, into: list[_Kept]) -> Iterator[None]:
-        """Inside, a backward pass adds to ``into`` what these weights' gradients are made of, for :func:`add_gradients`."""
+    def kept(self, into: list[_Kept], output: Tensor) -> Iterator[None]:
+        """Inside, the backward pass from ``output`` adds to ``into`` what these weights' gradients are made of, for
+        :func:`add_gradients`."""
         self._kept = into
         try:
-            with self.left_out():
+            with self.left_out([output]):
                 yield
         finally:
             self._kept = None
 
     def takes(self, weight: Tensor, bias: Tensor | None, read: Tensor, gradient: Tensor) -> bool:
         """Whether the gradients of a layer are not to be made now."""
+        if self._pass != torch._C._current_graph_task_id():
+            return False
         if self._kept is not None:
-            self._kept.append(_Kept(weight, bias, read, gradient))
-        return self._leaves_weights
+            self._kept.append(_Kept(weight, bias, read.detach(), gradient))  # without the graph that made it
+        return True
 
 
 def add_gradients(kept: list[_Kept], parameters: Sequence[Tensor], gradients: list[Tensor | None]) -> None:
@@ -85,38 +101,61 @@ def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
     return input, weight, bias
 
 
+def _is_layer(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether both are of a layer's shapes, and trained; torch takes other shapes too."""
+    if weight.dim() != 2 or not _is_trained(weight):
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and _is_trained(bias))
+
+
 def _is_trained(weight: Tensor) -> bool:
-    return weight.is_leaf and weight.requires_grad
+    return weight.is_leaf and weight.requires_grad and weight.is_floating_point()
+
+
+def _is_differentiated_back_alone(x: Tensor) -> bool:
+    """Whether neither ``torch.func`` nor forward mode is at work, which do not know how this function is differentiated."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad.unpack_dual(x).tangent is None
 
 
 def _by_weight(read: Tensor, gradient: Tensor) -> Tensor:
-    return _rows(gradient).T @ _rows(read).to(gradient.dtype)
+    return gradient.T @ read.to(gradient.dtype)
 
 
 def _by_bias(read: Tensor, gradient: Tensor) -> Tensor:
-    return _rows(gradient).sum(0)
+    return gradient.sum(0)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def _is_kept_by_others() -> bool:
+    """Whether hooks take what is saved for a backward pass, as activation checkpointing inside a block does: computed again,
+    a layer has to save the same; and what comes back is another tensor than the parameter."""
+    try:
+        with disable_saved_tensors_hooks("are there any?"):
+            return False
+    except RuntimeError:  # there are
+        return True
+
+
+def _cast_to(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would give a tensor which a layer reads."""
+    kind, casts = x.device.type, x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts and torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T + b``, [..., I] -> [..., O]."""
+    """``x W^T + b``, [R, I] -> [R, O]."""
 
     @staticmethod
     def forward(ctx, owner: WeightsLater, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.owner, ctx.dtype, kind = owner, x.dtype, x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))  # what is kept is of that size
+        ctx.owner = owner
         ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
-        return F.linear(x, weight, bias)
+        # Cast here and not by autocast, which in older torch would hand out these gradient-free casts to who reads next.
+        return F.linear(x, *(None if t is None else t.to(_cast_to(t)) for t in (weight, bias)))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Of operations that autograd follows: a block may differentiate what it has made of a gradient."""
         x, weight, *bias = ctx.saved_tensors
-        by_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        by_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
         if ctx.owner.takes(weight, bias[0] if bias else None, x, gradient):
             return None, by_x, None, None
         by_bias = _by_bias(x, gradient).to(bias[0].dtype) if bias else None

@@ -105,7 +105,7 @@ class RecurrentLocalObjective(RecurrentObjective):
 
     Raises:
         ValueError: an argument is out of range, or does not fit the model, or cannot be spread over ranks. ``forward`` raises
-            it for a sequence with fewer segments than ranks.
+            it for a sequence with fewer segments than ranks, or other ones than their shares.
     """
 
     def __init__(self, model: RecurrentModel, inference: Inference | str = "sweeps", *, ranks: Ranks = ALONE):
@@ -160,7 +160,7 @@ class RecurrentLocalObjective(RecurrentObjective):
         return self._sweep_step(self.model.symbols(x[:, span.first : span.stop]), targets, s0, lengths, span)
 
     def _span(self, n_steps: int) -> Span:
-        """The steps that are here, of a sequence of so many. Raises ValueError where there are fewer segments than ranks."""
+        """The steps that are here, of a sequence of so many. Raises ValueError where its segments do not fit the ranks."""
         n_ranks, iterations = self.ranks.n_ranks, self.inference.iterations
         size, n_segments = iterations.segments(n_steps)
         if n_segments < n_ranks:
@@ -168,6 +168,13 @@ class RecurrentLocalObjective(RecurrentObjective):
             raise ValueError(
                 f"sequences of {n_steps} steps with chunk_size={iterations.chunk_size} on {n_ranks} ranks: {n_segments} "
                 f"segments, and every rank needs one at least; give longer sequences, {smaller}or fewer ranks"
+            )
+        shares = self.ranks.shares
+        if shares is not None and sum(shares) != n_segments:
+            most = sum(shares) * size
+            raise ValueError(
+                f"sequences of {n_steps} steps with chunk_size={size} are {n_segments} segments, and shares={shares} "
+                f"are {sum(shares)}; give sequences of {most - size + 1} to {most} steps, or ranks without shares"
             )
         own = self.placement.own(n_segments)
         return Span(own.start * size, min(own.stop * size, n_steps), n_steps)

@@ -138,8 +138,9 @@ class DepthStep:
             The chain's residual.
         """
         path, tree, iterations = network.path, self.model.tree, self.inference.iterations
-        chain = CallChain(self.calls, prefixes(path), self.keep_graph, self.placement)
         size, n_segments = iterations.segments(len(path))
+        passes_back = iterations.backward > 0 and size > 1  # a walk of one block ends where it begins
+        chain = CallChain(self.calls, prefixes(path), self.keep_graph, self.placement, passes_back)
         own = self.placement.own(n_segments)
         main = MainPath(tuple(path), size, n_segments, own, self.placement)
         init, start = "first", None

@@ -119,6 +119,18 @@ def test_fewer_segments_than_ranks_are_refused_on_every_rank(n_ranks, tmp_path_f
         fits(torch.zeros(2, 5, dtype=torch.int64))
 
 
+def test_shares_that_do_not_fit_a_sequence_are_refused():
+    """The message is of steps, and other sequences or ranks are its remedy."""
+    objective = lambda shares: RecurrentLocalObjective(
+        RecurrentLM(11, make_cell("gru", 5, WIDTH)), "sweeps:chunk_size=4", ranks=Ranks(0, 2, shares=shares)
+    )
+    with pytest.raises(ValueError, match=r"sequences of 12 steps .* 3 segments, and shares=\(1, 3\) are 4") as error:
+        objective((1, 3))._span(12)
+    assert "block" not in str(error.value) and "sequences of 13 to 16 steps" in str(error.value)
+    assert objective((1, 3))._span(13).stop == objective((1, 3))._span(16).stop == 4
+    assert objective(None)._span(12).stop == 4
+
+
 def test_what_needs_the_whole_sequence_is_refused():
     model, ranks = RecurrentLM(11, make_cell("gru", 5, WIDTH)), Ranks(0, 2)
     tree = RecurrentTree("gru", 5, WIDTH, 2)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls, Recomputed
@@ -39,6 +41,52 @@ class Made(nn.Module):
         return F.linear(self.frozen(x), 2 * self.scale) + self.plain(x[0, 0])
 
 
+class NoWidth(nn.Module):
+    """A layer that makes nothing, and one that reads nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(0, 8)), nn.Parameter(torch.ones(8, 0))
+        self.bias = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x + F.linear(F.linear(x, self.first), self.second, self.bias)
+
+
+class Energy(nn.Module):
+    """A step down the gradient of an energy, which is differentiated in its turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 16)
+
+    def forward(self, x):
+        energy = F.gelu(self.inner(x)).square().sum()
+        return x - torch.autograd.grad(energy, x, create_graph=True)[0] + self.inner(x).sum()
+
+
+class Implicit(nn.Module):
+    """A fixed point, whose gradient is found by backward passes inside a backward pass (deep equilibrium models)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        z = torch.tanh(self.inner(x.detach()) / 9 + x)
+        at = z.detach().requires_grad_()
+        again = torch.tanh(self.inner(at) / 9 + x.detach())
+
+        def solved(upstream):
+            y = upstream
+            for _ in range(3):
+                y = torch.autograd.grad(again, at, y, retain_graph=True)[0] + upstream
+            return y
+
+        z.register_hook(solved)
+        return z
+
+
 def block(**options):
     return TransformerBlock(8, 2, window=4, **options)
 
@@ -46,6 +94,8 @@ def block(**options):
 MODULES = {
     "attention": block, "swiglu": lambda: block(mlp="swiglu", norm="layernorm"), "normalised": lambda: block(qk_norm=True),
     "with a bias": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), "twice": Twice, "made": Made,
+    "in place": lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 8)),
+    "no width": NoWidth, "energy": Energy, "implicit": Implicit,
 }  # fmt: skip
 
 
@@ -73,10 +123,10 @@ def test_the_same_gradients_in_two_parts(module):
     trained = [p for p in module.parameters() if p.requires_grad]
     expected = torch.autograd.grad(called(module, x), [x, *trained], upstream, retain_graph=True)
     out = called(module, x, later)
-    with later.left_out():
+    with later.left_out([out]):
         (by_x,) = torch.autograd.grad(out, [x], upstream, retain_graph=True)
     torch.testing.assert_close(by_x, expected[0], rtol=1e-12, atol=1e-12)
-    with later.kept(left):
+    with later.kept(left, out):
         by_x, *found = torch.autograd.grad(out, [x, *trained], upstream, retain_graph=True, allow_unused=True)
     assert left and any(gradient is None for gradient in found) or isinstance(module, Twice)
     add_gradients(left, trained, found)
@@ -91,10 +141,68 @@ def test_nobody_asked_for_the_gradient_of_a_weight(module):
     x, later, left = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), WeightsLater(), []
     trained = [p for p in module.parameters() if p.requires_grad]
     expected = torch.autograd.grad(called(module, x).sum(), trained)
-    with later.kept(left):
-        found = list(torch.autograd.grad(called(module, x, later).sum(), trained[1:], allow_unused=True))
+    made = called(module, x, later).sum()
+    with later.kept(left, made):
+        found = list(torch.autograd.grad(made, trained[1:], allow_unused=True))
     add_gradients(left, trained[1:], found)
     torch.testing.assert_close(found, list(expected[1:]), rtol=1e-12, atol=1e-12)
+
+
+class Other(torch.Tensor):
+    """A weight of another kind, which stands for three times its values."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return F.linear(args[0], 3 * args[1].as_subclass(torch.Tensor))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def tangent(x, weight):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(F.gelu(F.linear(forward_ad.make_dual(x, x), weight))).tangent
+
+
+def away(x, weight, bias):
+    with torch.autograd.graph.save_on_cpu():
+        return F.gelu(F.linear(x, weight, bias))
+
+
+def again(x, weight, bias):
+    return checkpoint(lambda x: F.gelu(F.linear(F.linear(x, weight, bias), weight)), x, use_reentrant=False)
+
+
+PLAIN = {
+    "one output": (lambda x, w: F.linear(x, w) * x.sum(), (8,)),
+    "a bias of positions": (F.linear, (8, 8), (5, 8)),
+    "a bias of one number": (F.linear, (8, 8), (1,)),
+    "another kind of weight": (lambda x, w: F.linear(x, w).as_subclass(torch.Tensor), (8, 8)),
+    "complex numbers": (lambda x, w: F.linear(torch.complex(x, x**2), w).abs(), (8, 8)),
+    "kept elsewhere": (away, (8, 8), (8,)),
+    "computed again": (again, (8, 8), (8,)),
+    "row by row": (lambda x, w: torch.func.vmap(lambda row: F.linear(row, w))(x), (8, 8)),
+    "a gradient": (lambda x, w: torch.func.grad(lambda x: F.gelu(F.linear(x, w)).sum())(x), (8, 8)),
+    "a tangent": (tangent, (8, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # forward_ad calls it
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_no_plain_layer_is_differentiated_as_always(name):
+    torch.manual_seed(0)
+    function, *shapes = PLAIN[name]
+    dtype = torch.complex128 if name == "complex numbers" else torch.float64
+    trained = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    if name == "another kind of weight":
+        trained = [nn.Parameter(parameter.detach().as_subclass(Other)) for parameter in trained]
+    x, later, left = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), WeightsLater(), []
+    expected = torch.autograd.grad(function(x, *trained).sum(), [x, *trained])
+    with later:
+        made = function(x, *trained)
+    with later.kept(left, made):
+        by_x, *found = torch.autograd.grad(made.sum(), [x, *trained], allow_unused=True)
+    add_gradients(left, trained, found)
+    torch.testing.assert_close((by_x, *found), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lower_precision():
@@ -105,13 +213,27 @@ def test_lower_precision():
     later, left = WeightsLater(), []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = called(module, x, later)
-    assert out.dtype == torch.bfloat16 and out.grad_fn.saved_tensors[0].dtype == torch.bfloat16
-    with later.kept(left):
+    assert out.dtype == torch.bfloat16
+    with later.kept(left, out):
         by_x, *found = torch.autograd.grad(out.float().sum(), [x, *module.parameters()], allow_unused=True)
+    assert [(kept.read.dtype, kept.gradient.dtype) for kept in left] == [(torch.bfloat16, torch.bfloat16)] * 2
     add_gradients(left, list(module.parameters()), found)
     for one, other in zip((by_x, *found), expected):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_double_precision_stays_under_autocast():
+    """As torch leaves it."""
+    module, later, left = nn.Linear(8, 8).double(), WeightsLater(), []
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = called(module, x, later)
+    with later.kept(left, made):
+        by_x, *found = torch.autograd.grad(made.sum(), [x, *module.parameters()], allow_unused=True)
+    add_gradients(left, list(module.parameters()), found)
+    torch.testing.assert_close((by_x, *found), expected, rtol=1e-12, atol=1e-12)
 
 
 class Layers(Calls):
@@ -193,10 +315,11 @@ def test_below_exact_all_ranks_wait_for_an_exchange():
 
 
 def test_a_rank_that_nobody_waits_for_leaves_nothing():
-    def leaves(differentiates=True, placement=HERE, wraps=lambda calls: calls):
-        chain = CallChain(wraps(Layers(4)), range(4), differentiates, placement)
+    def leaves(differentiates=True, placement=HERE, wraps=lambda calls: calls, passes_back=True):
+        chain = CallChain(wraps(Layers(4)), range(4), differentiates, placement, passes_back)
         return chain.linearize(torch.ones(5, 8), 2).leaves_gradients
 
     first, last = Apart(range(0, 1), None), Apart(range(1, 2), None)
     assert leaves(placement=last)
     assert not leaves(placement=first) and not leaves() and not leaves(False, last) and not leaves(True, last, Recomputed)
+    assert not leaves(placement=last, passes_back=False)

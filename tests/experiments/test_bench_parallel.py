@@ -137,6 +137,7 @@ def test_presets_are_sweeps():
     assert inference("local", 2) == "sweeps:chunk_size=16,forward=1,backward=0,linearization=zero"
     assert inference("ahead", 2) == inference("local", 2)
     assert inference("local:c=19", 2) == "sweeps:chunk_size=19,forward=1,backward=0,linearization=zero"
+    assert inference("local:c=8", 2) == "sweeps:chunk_size=8,forward=3,backward=0,linearization=zero"  # K = S - 1
     assert inference("exact:shares=1+3", 2) == inference("exact", 4)
     assert inference("ours:K=1,M=2,segments=8") == "sweeps:chunk_size=4,forward=1,backward=2"
 

@@ -123,6 +123,9 @@ class Method:
         if -(-n_blocks // size) != segments and "chunk_size" not in options:
             raise ValueError(f"method {self.name!r}: {n_blocks} blocks are {-(-n_blocks // size)} segments of {size}, not "
                              f"{segments}; give another number of segments or blocks")  # fmt: skip
+        given = options.get("chunk_size", "")
+        if given.isdecimal() and int(given):  # sweeps refuse what is no such number
+            segments = -(-n_blocks // int(given))
         most = str(segments - 1)
         alone = {"forward": most, "backward": "0", "linearization": "zero"}
         preset = {"exact": {"forward": most, "backward": most}, "local": alone, "ahead": alone}.get(self.kind, {})

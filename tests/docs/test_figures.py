@@ -213,24 +213,41 @@ def test_the_bundled_model():
 def test_a_step_on_two_processes():
     text = section("results.md", "21.").replace("*", "")
     points = {point["width"]: point["methods"] for point in stored("bench_parallel")["points"]}
-    assert [len(methods) for methods in points.values()] == [8, 7]
+    assert [len(methods) for methods in points.values()] == [8, 8]
 
     def cell(width, name):
-        method = points[width].get(name)
-        if method is None:
-            return ""
+        method = points[width][name]
         ratios = sorted(b / s for b, s in zip(method["baseline_seconds"], method["seconds"]))
+        assert len(ratios) == 3 and method["steps"] == 10
         return f"{ratios[1]:.2f} ({ratios[0]:.2f}, {ratios[2]:.2f})"
 
     for name in points[256]:
         assert f"| {cell(128, name)} | {cell(256, name)} |" in text
     told = [[cell(width, name).split()[0] for width in (256, 128)]
-            for name in ("ahead", "ddp", "1f1b:m=4", "ahead:depths=prefixes")]  # fmt: skip
+            for name in ("ahead", "ddp", "1f1b:m=4", "ahead:depths=prefixes", "exact:shares=1+3",
+                         "zero-bubble:m=4")]  # fmt: skip
     text = " ".join(text.split())
     assert "{} and {} times as fast as one process, faster than data parallelism ({}, {})".format(*told[0], *told[1]) in text
-    assert "four micro-batches ({}, {})".format(*told[2]) in text
+    assert f"come {told[4][0]} times as fast on two processes at width 256" in text
+    assert f"as fast as 1F1B with four micro-batches ({told[2][0]})" in text and told[2][0] < told[4][0]
     assert "each with exits of its own, are {} and {} times as fast as one process".format(*told[3]) in text
-    assert f"**on two CPU processes {told[3][0]} times as fast** (width 256)" in (ROOT / "README.md").read_text("utf-8")
+    shown = (ROOT / "README.md").read_text("utf-8")
+    assert f"**on two CPU processes {told[3][0]} times as fast** (width 256)" in shown
+    assert f"and {told[4][0]} times with the exact gradient" in shown
+    assert f"data parallelism {told[1][0]}, pipelines of four micro-batches {told[2][0]} and {told[5][0]} |" in shown
+
+
+def test_four_ranks_are_counted():
+    text, (point,) = section("results.md", "21."), stored("bench_parallel-4")["points"]
+    base, methods = point["methods"]["backprop"], point["methods"]
+    assert len(methods) == 7 and point["ranks"] == 4
+    for method in methods.values():
+        cells = []
+        for name in ("activation_bytes", "recomputed_step_bytes"):
+            cells += [f"{max(method[name]) / 2**20:.1f}", f"{max(method[name]) / max(base[name]):.2f}"]
+        held = [f"{max(method[name]) / 2**20:.1f}" for name in ("parameter_bytes", "state_bytes")]
+        sent = f"{max(method['messages'])}, {max(method['collectives'])}"
+        assert f"| {' | '.join([*cells, *held, sent])} |" in text
 
 
 def test_predicted_speed_on_more_devices():
@@ -242,7 +259,7 @@ def test_predicted_speed_on_more_devices():
         at = {row["devices"]: row["speed"] for row in rows if row.get("width", 256) == 256 and "speed" in row}
         assert f"| {name} | {at[2]:.2f} | {at[4]:.2f} | {at[8]:.2f} |" in text and (at[8] < 4) == (method != "ahead")
     errors = [f"{100 * (each['predicted'] / each['measured'] - 1):+.0f}%" for each in found["check"]]
-    assert all(error in text for error in errors) and len(errors) == 13
+    assert all(error in text for error in errors) and len(errors) == 14
     costs = next(costs for name, costs in found["costs"].items() if name.startswith("width=256"))
     whole = costs["work"]["4"]
     costs = (whole["product"] / whole["forward"], whole["backward"] / whole["forward"])

@@ -9,6 +9,7 @@ from pages import ROOT
 
 sys.path.insert(0, str(ROOT / "train" / "experiments"))
 import rehearse  # noqa: E402
+from comparisons.digits_table import stored_files  # noqa: E402
 from comparisons.statistics import told  # noqa: E402
 from comparisons.words import current_points, current_run  # noqa: E402
 
@@ -108,6 +109,18 @@ LONG = "sweeps:forward=4,backward=3,chunk_size=8,linearization=shared_matrix,ini
 def test_long_memory(method):
     values = of("psmnist-64-gru", method, 2e-3, "deployed")
     assert len(values) == 2 and ", ".join(f"{value:.1f}" for value in values) in row("long memory")
+
+
+@pytest.mark.parametrize("n", [16, 64])
+def test_permuted_digits_with_tuned_rates(n):
+    (file,) = [each for each in stored_files(ROOT / "train" / "results") if each.name == f"psmnist-{n}-gru-tuned"]
+    text = section("results.md", "8.")
+    for name, runs in file.runs.items():
+        found = [[run["test"][read] for run in runs if read in run["test"]] for read in ("deployed", "tree", "top")]
+        cells = [told(values) + (" (one seed)" if len(values) == 1 else "") if values else "" for values in found]
+        assert f"| {n} | `{name}` | {runs[0]['lr']:g} | {' | '.join(cells)} |" in text
+    tried = {name: {run["lr"] for run in stored(file.name)["runs"] if run["method"] == name} for name in file.runs}
+    assert all(len(rates) >= 2 for rates in tried.values())
 
 
 def test_seconds_and_work():

@@ -60,12 +60,10 @@ def test_language_model_by_path(n_blocks):
     assert f"{sum(run['seconds'] for run in results.runs) / 60:.0f}" in cells[2]
 
 
-@pytest.mark.parametrize("name", ["psmnist-16-gru", "psmnist-64-gru"])
+@pytest.mark.parametrize("name", ["psmnist-16-gru-tuned", "psmnist-64-gru-tuned"])
 def test_digits_over_time(name):
     (file,) = [file for file in stored_files(RESULTS) if file.name == name]
     permuted, cell, n = file.task
-    long = f"sweeps:forward=4,backward=3,chunk_size={n // 8},linearization=shared_matrix,init=state"
-
     def cell_of(method: str, read: str) -> str:
         values = [run["test"][read] for run in file.runs[method]]
         return told(values) + (" (one seed)" if len(values) == 1 else "")
@@ -73,7 +71,7 @@ def test_digits_over_time(name):
     tree = "tree:consistency=4"
     parts = cell_of(tree, "deployed"), cell_of(tree, "tree"), cell_of("bptt", "deployed")
     cells = row(f"permuted MNIST over time, GRU, N = {n} ")
-    assert cells[OURS] == f"{' / '.join(parts)}; sweeps {cell_of(long, 'deployed')}"
+    assert cells[OURS] == f"{' / '.join(parts)}; sweeps {cell_of('sweeps', 'deployed')}"
     assert cells[THEIRS] == " / ".join(f"{value:.1f}" for value in paper.DIGITS_OVER_TIME[cell, permuted][n])
     runs = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["runs"]
     assert cells[2].startswith(f"{sum(run['seconds'] for run in runs) / 60:.0f}")
@@ -171,7 +169,9 @@ HARMED = [
 def test_harmed_images(share, kind, table, name):
     cells = row(f"CIFAR-10, {share:.0%} {kind}")
     told = [f"{accuracy(name, 'tree', n):.2f} / {accuracy(name, f'backprop-{n}', n):.2f}" for n in (7, 3)]
-    assert cells[OURS] == f"{told[0]}; 3 blocks {told[1]} (one seed)"
+    mix = ", 3 blocks ".join(f"{accuracy(name, 'mix', n):.2f}" for n in (7, 3))
+    assert cells[OURS] == f"{told[0]}; 3 blocks {told[1]}; sweeps with a mix {mix} (one seed)"
+    assert accuracy(name, "mix", 7) > accuracy(name, "backprop-7", 7)
     backprop, tree = table[share]
     assert cells[THEIRS] == f"{tree:.2f} / {backprop:.2f}"
 

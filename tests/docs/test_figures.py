@@ -78,6 +78,17 @@ def test_segments_that_hear_of_the_next_one_alone():
     assert f"{hearing / backprop:.2f} times the seconds" in text
 
 
+def test_eight_segments_alone():
+    text = " ".join(section("results.md", "18.").split())
+    ours, backprop = runs("compare-engine-31-prefixes")
+    last, other = (run["test"][-1]["perplexity"] for run in (ours, backprop))
+    assert f"end at {last:.2f}, backprop with the same mix at {other:.2f}, a ratio of {last / other:.3f}" in text
+    early = [dict(run["evaluations"])[2000]["depth 31"] for run in (ours, backprop)]
+    assert "after 2,000 steps on the validation text at {:.2f} and {:.2f}".format(*early) in text
+    octaves = runs("compare-engine-31-octaves")[0]["test"][-1]["perplexity"]
+    assert f"ends at {octaves:.2f} (above), {100 * (1 - octaves / last):.1f}% ahead" in text
+
+
 def test_step_times_by_turns_with_the_mix():
     text = section("results.md", "18.")
     seven, fifteen = (stored(f"compare-engine-{size}octaves")["step_times"].values() for size in ("", "15-"))
@@ -119,6 +130,9 @@ def test_permuted_digits_with_tuned_rates(n):
         found = [[run["test"][read] for run in runs if read in run["test"]] for read in ("deployed", "tree", "top")]
         cells = [told(values) + (" (one seed)" if len(values) == 1 else "") if values else "" for values in found]
         assert f"| {n} | `{name}` | {runs[0]['lr']:g} | {' | '.join(cells)} |" in text
+    by_seed = [[run["test"]["deployed"] for run in file.runs[name]] for name in ("sweeps", "bptt")]
+    told_by_seed = ["0.00" if abs(a - b) < 0.005 else f"{a - b:+.2f}" for a, b in zip(*by_seed)]
+    assert f"{' and '.join(told_by_seed)}" in text and f"with N = {n}" in " ".join(text.split())
     tried = {name: {run["lr"] for run in stored(file.name)["runs"] if run["method"] == name} for name in file.runs}
     assert all(len(rates) >= 2 for rates in tried.values())
 

@@ -38,7 +38,7 @@ CHECKPOINT_TENSORS = {f"model.{old}": f"model.{new}" for old, new in MODEL_TENSO
 LATER_SETTINGS = frozenset(
     {"block_parallel", "carry_state", "cell", "chunk_size", "default_paths", "free_energy", "init", "init_from"}
     | {"linearization", "mlp", "control", "control_every", "control_most", "control_tolerance", "n_kv_head", "qk_norm"}
-    | {"time_linearization", "auxiliary_exits", "ahead", "cuda_graph", "rank_timeout"}
+    | {"time_linearization", "auxiliary_exits", "ahead", "cuda_graph", "rank_timeout", "block_shares"}
     | set(SETTINGS_KEYS.values()) - {"context_length"}
 )
 

@@ -139,14 +139,13 @@ def test_sigmoid_mlps_in_the_results():
     text = (ROOT / "docs" / "results.md").read_text("utf-8")
     section = text[text.index("## 12. ") : text.index("## 13. ")].replace("*", "")
     for (layers, units), of_network in mlp_runs()[1].items():
-        assert units == 100
         for name, of_method in of_network.items():
             depths = (str(depth) for depth in (layers - 1, layers.bit_length() - 1, 1))
             figures = [told([run["test"][depth] for run in of_method if depth in run["test"]]) for depth in depths]
             backprop = of_network.get("backprop", ())
             pairs = paired(of_method, backprop, lambda run, other: last(run["test"]) - last(other["test"]))
             beside = told_paired(pairs, "+.2f") if name != "backprop" and pairs else "-"
-            cells = [f"{layers}", f"`{name}`", f"{of_method[0]['lr']:g}", f"{len(of_method)}", *figures, beside]
+            cells = [f"{layers}", f"{units}", f"`{name}`", f"{of_method[0]['lr']:g}", f"{len(of_method)}", *figures, beside]
             assert f"| {' | '.join(cells)} |" in section
 
 

@@ -179,8 +179,9 @@ def test_another_number_of_replicas_is_refused(two):
 
 
 @pytest.mark.parametrize("options", [
-    "", "--grad-accum 2", "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
+    "", "--grad-accum 2",
     *[pytest.param(options, marks=pytest.mark.slow) for options in (  # the objective's own tests have their like
+        "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
         "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero",
         "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
         "--recompute --dropout 0.1 --exit-by depth",

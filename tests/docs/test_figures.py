@@ -256,7 +256,7 @@ def test_a_step_on_two_processes():
     text = " ".join(text.split())
     assert "{} and {} times as fast as one process, faster than data parallelism ({}, {})".format(*told[0], *told[1]) in text
     assert f"come {told[4][0]} times as fast on two processes at width 256" in text
-    assert f"as fast as 1F1B with four micro-batches ({told[2][0]})" in text and told[2][0] < told[4][0]
+    assert f"near 1F1B with four micro-batches ({told[2][0]})" in text and float(told[4][0]) >= 1.1
     assert "each with exits of its own, are {} and {} times as fast as one process".format(*told[3]) in text
     shown = (ROOT / "README.md").read_text("utf-8")
     assert f"**on two CPU processes {told[3][0]} times as fast** (width 256)" in shown

@@ -72,7 +72,7 @@ def make_ranks(
         shares: see :class:`Ranks`.
 
     Raises:
-        ValueError: the number of processes is no multiple of R.
+        ValueError: the number of processes is no multiple of R, or there are shares of one rank.
     """
     joined = distributed.is_available() and distributed.is_initialized()
     process, n_processes = (distributed.get_rank(), distributed.get_world_size()) if joined else (0, 1)
@@ -90,6 +90,9 @@ def make_ranks(
         )
     n_replicas = n_processes // block_parallel
     replica, rank = divmod(process, block_parallel)
+    if block_parallel == 1 and shares is not None:
+        raise ValueError(f"shares={shares} with block_parallel=1: one rank holds all segments; give more ranks, or leave "
+                         "shares out")  # fmt: skip
     if block_parallel == 1:
         return Ranks(replica=replica, n_replicas=n_replicas)
     layout = torch.arange(n_processes).view(n_replicas, block_parallel)

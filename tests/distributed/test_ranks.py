@@ -7,6 +7,8 @@ from hbll_seq.distributed.ranks import ALONE, Ranks, make_ranks
 
 
 def test_a_process_alone_has_the_whole_model():
+    with pytest.raises(ValueError, match=r"shares=\(4,\) with block_parallel=1: .* leave shares out"):
+        make_ranks(1, shares=(4,))
     assert make_ranks(1) == ALONE == Ranks(0, 1, 0, 1, None, None, None, None)
     with pytest.raises(ValueError, match="block_parallel=2 with 1 process: .*--num_processes 2"):
         make_ranks(2)

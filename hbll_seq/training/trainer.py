@@ -33,17 +33,16 @@ from hbll_seq.training.checkpoint_contents import (
 from hbll_seq.training.devices import precision_name, track
 from hbll_seq.training.failures import RunFailed, append_line, check_finite, remedy_for
 from hbll_seq.training.graphed import GraphedStep
+from hbll_seq.training.optimizer import make_optimizer
 from hbll_seq.training.random_state import rng_state, set_rng_state
 from hbll_seq.training.run_record import CHECKPOINTS, METRICS, lines_of
 from hbll_seq.training.run_state import check_run_state, name_carried, read_carried
-from hbll_seq.training.schedule import learning_rate, rate_of_step
+from hbll_seq.training.schedule import rate_of_step
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.share import Share
 from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.utils.reading import quote, shorten
 from hbll_seq.utils.tensors import module_tensors
-
-__all__ = ["Stopped", "Trainer", "learning_rate", "make_optimizer"]
 
 States = dict[Prefix, torch.Tensor]
 #: seconds between two flushes of metrics.jsonl to the disk, beside the one before each checkpoint.
@@ -56,17 +55,6 @@ class Stopped(Exception):
     def __init__(self, step: int, signal_number: int):
         super().__init__(f"stopped by signal {signal_number} after step {step}")
         self.step, self.signal_number = step, signal_number
-
-
-def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of ``module``, with weight decay on matrices (embedding included) only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=betas)
 
 
 class Trainer:

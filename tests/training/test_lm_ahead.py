@@ -12,8 +12,8 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
 from hbll_seq.training import checkpoint as ck
 from hbll_seq.training.checkpoint_contents import load_module
+from hbll_seq.training.optimizer import make_optimizer
 from hbll_seq.training.schedule import rate_of_step
-from hbll_seq.training.trainer import make_optimizer
 from hbll_seq.utils.tensors import module_tensors
 
 SCRIPT, STEPS = helpers.fake_ranks.__file__, 6

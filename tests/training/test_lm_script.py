@@ -19,8 +19,9 @@ from hbll_seq.training import checkpoint as ck
 from hbll_seq.training import settings as st
 from hbll_seq.training import settings_read
 from hbll_seq.training.objective import evaluated_paths, make_objective
+from hbll_seq.training.optimizer import make_optimizer
 from hbll_seq.training.presets import read_preset, resolve
-from hbll_seq.training.trainer import learning_rate, make_optimizer
+from hbll_seq.training.schedule import learning_rate
 from hbll_seq.utils import migration
 from hbll_seq.utils.tensors import module_tensors
 
@@ -345,6 +346,23 @@ def test_weight_decay_falls_on_matrices_only():
     assert rest["weight_decay"] == 0.0 and {p.ndim for p in rest["params"]} == {1}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in matrices["params"] + rest["params"]}
+
+
+def test_the_fused_optimizer_takes_the_steps_of_the_plain_one():
+    settings, trained = st.TrainingSettings(max_steps=1, weight_decay=0.3, lr=1e-2), {}
+    for is_fused in (True, False):
+        torch.manual_seed(0)
+        model = HBLLForCausalLM(settings.model_config(50)).double()
+        optimizer = make_optimizer(model, settings)
+        assert optimizer.defaults["fused"]
+        for group in optimizer.param_groups:
+            group["fused"] = is_fused
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.arange(12).view(2, 6) + step).logits.square().mean().backward()
+            optimizer.step()
+        trained[is_fused] = [p.detach() for p in model.parameters()]
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-12, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------- bad input

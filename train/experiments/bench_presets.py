@@ -19,8 +19,8 @@ from comparisons.program import as_program
 from comparisons.turns import Training, seconds_by_turns
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.training.objective import make_objective
+from hbll_seq.training.optimizer import make_optimizer
 from hbll_seq.training.presets import PRESETS, read_preset, resolve
-from hbll_seq.training.trainer import make_optimizer
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 

@@ -45,8 +45,9 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
+from hbll_seq.training.optimizer import make_optimizer
+from hbll_seq.training.schedule import learning_rate
 from hbll_seq.training.settings import TrainingSettings
-from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.atomic import atomic_write
 

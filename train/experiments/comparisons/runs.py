@@ -25,8 +25,9 @@ from hbll_seq.models.sequence_classification import HBLLClassifierConfig, HBLLFo
 from hbll_seq.objectives.backprop import BackpropObjective
 from hbll_seq.objectives.base import Objective
 from hbll_seq.objectives.recurrent import RecurrentBackpropObjective
+from hbll_seq.training.optimizer import make_optimizer
+from hbll_seq.training.schedule import learning_rate
 from hbll_seq.training.settings import TrainingSettings
-from hbll_seq.training.trainer import learning_rate, make_optimizer
 from hbll_seq.utils.tensors import first_not_finite, module_tensors
 
 

@@ -156,5 +156,11 @@ def format_table(rows: list[dict]) -> str:
     return table(head, cells, ["d", ".4f", ".2f", ".2f", ".4f", "<"]).removesuffix("\n")
 
 
+def part_read(n_read: int, stream: TokenStream) -> str:
+    """How much of a stream an evaluation has read, in words: ``tokens`` of its rows, of those that can be predicted."""
+    n_all = stream.n_tokens - 1
+    return f"all {n_all:,} tokens" if n_read >= n_all else f"the first {n_read:,} of {n_all:,} tokens"
+
+
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf  # an untrained model must not end a run with OverflowError

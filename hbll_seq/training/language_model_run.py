@@ -22,7 +22,7 @@ from hbll_seq.data.tokens import load_tokenizer, load_tokens
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.distributed.blocks import blocks_of_rank, numbers_kept
 from hbll_seq.distributed.ranks import Ranks
-from hbll_seq.evaluation.perplexity import evaluate_paths, format_table
+from hbll_seq.evaluation.perplexity import evaluate_paths, format_table, part_read
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training.bundled import show_bundled
@@ -198,11 +198,13 @@ def evaluation(
     depths, printed and returned."""
     row: dict[str, Any] = {"step": step}
     for split in SPLITS if final else SPLITS[:1]:
+        windows = getattr(data, split)
         row[split] = evaluate_paths(
-            model, getattr(data, split), paths, batch_size=settings.eval_batch_size, carry_state=settings.carry_state,
+            model, windows, paths, batch_size=settings.eval_batch_size, carry_state=settings.carry_state,
             max_batches=settings.final_eval_batches if final else settings.eval_batches,
         )
-        tqdm.write(f"\n{split}, after {step} steps\n{format_table(row[split])}")
+        read = part_read(row[split][0]["tokens"], windows.stream)  # at the end more than before: other figures, the same model
+        tqdm.write(f"\n{split}, after {step} steps, on {read}\n{format_table(row[split])}")
     row["samples"], prompt = [], settings.sample_prompt or beginning_of(data)
     for path in dict.fromkeys([min(paths.values(), key=len), max(paths.values(), key=len)]):
         if settings.sample_tokens:

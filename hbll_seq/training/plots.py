@@ -19,6 +19,9 @@ def plot_training_curve(
 ) -> None:
     """Cross-entropy over steps, with the validation loss of every path, and the learning rate below.
 
+    Lines join evaluations of the same text alone: those on as many tokens as the first. Others (at the end of a run, as a
+    rule, on the whole split) are diamonds.
+
     Args:
         rows: lines of metrics.jsonl (``step``, ``ce``, ``lr``); where a figure is null or missing, the line has a gap.
         evaluations: lines of evaluations.jsonl (``step``, ``validation``: rows of ``evaluate_paths``).
@@ -37,16 +40,31 @@ def _training_curve(figure, rows, evaluations) -> None:
     top.plot(steps, losses, color="0.7", linewidth=0.8)
     top.plot(steps, smooth(losses), color="0.2", label="training")
     points = [(e["step"], row) for e in evaluations for row in e.get("validation", ())]
-    names = dict.fromkeys(row["name"] for _, row in points)
+    names, sizes = (list(dict.fromkeys(row.get(key) for _, row in points)) for key in ("name", "tokens"))
     for name, shade in zip(names, _shades(len(names))):
-        curve = [(step, finite_or_gap(row.get("loss"))) for step, row in points if row["name"] == name]
-        top.plot(*zip(*curve), marker="o", markersize=3, linewidth=1, color=shade, label=as_label(f"validation, {name}"))
+        for size in sizes:
+            curve = [(step, finite_or_gap(row.get("loss"))) for step, row in points
+                     if row["name"] == name and row.get("tokens") == size]  # fmt: skip
+            if not curve:
+                continue
+            if size == sizes[0]:
+                top.plot(*zip(*curve), marker="o", markersize=3, linewidth=1, color=shade,
+                         label=as_label(f"validation, {name}"))  # fmt: skip
+            else:
+                top.plot(*zip(*curve), marker="D", markersize=6, linestyle="none", color=shade, markeredgecolor="0.2")
+    for size in sizes[1:]:
+        top.plot([], [], marker="D", markersize=6, linestyle="none", color="1", markeredgecolor="0.2",
+                 label=f"on {_tokens(size)} (the lines: {_tokens(sizes[0])})")  # fmt: skip
     top.set_ylabel("nats per token")
     if steps or names:
         top.legend(fontsize="small")
     bottom.plot(steps, [finite_or_gap(row.get("lr")) for row in rows], color="0.2")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
+
+
+def _tokens(size: int | None) -> str:
+    return "other text" if size is None else f"{size:,} tokens"
 
 
 def plot_perplexity_by_depth(

@@ -43,6 +43,20 @@ def test_perplexity_per_word_is_shown_where_it_says_something():
     assert shown == ["812.50", "-", "-"]
 
 
+def test_the_log_says_how_much_each_evaluation_has_read(lm_options, tmp_path, capsys):
+    options = ["--max-steps", "2", "--eval-every", "1", "--eval-batches", "1", "--eval-batch-size", "1", "--sample-tokens", "0",
+               "--final-eval-batches", "none"]  # fmt: skip
+    assert lm.main([*lm_options, *options, "--output-dir", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    part, *_ = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    last = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    n_part, n_all, n_test = part["validation"][0]["tokens"], last["validation"][0]["tokens"], last["test"][0]["tokens"]
+    assert n_part < n_all
+    assert f"validation, after 1 steps, on the first {n_part:,} of {n_all:,} tokens\n" in printed
+    assert f"validation, after 2 steps, on all {n_all:,} tokens\n" in printed
+    assert f"test, after 2 steps, on all {n_test:,} tokens\n" in printed
+
+
 @pytest.mark.parametrize("options, given, named", [
     ({"objective": "tree"}, {"forward": 3, "chunk_size": 2}, "--forward, --chunk-size"),
     ({"objective": "backprop"}, {"linearization": "zero", "time_forward": 2}, "--linearization, --time-forward"),

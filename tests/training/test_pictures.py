@@ -69,6 +69,28 @@ def test_a_nodes_loss_is_that_of_the_predictions_after_it(lm_options, tmp_path, 
     assert all(loss == 0 or loss == pytest.approx(math.log(4096), rel=few) for loss in losses)
 
 
+def test_lines_join_evaluations_of_the_same_text_alone():
+    """The end reads more text than the run did: its loss is no turn of the curve."""
+    def evaluation(step, loss, tokens):
+        return {"step": step, "validation": [{"name": f"depth {k}", "loss": loss - k / 9, "tokens": tokens} for k in (1, 3)]}
+
+    def drawn(evaluations):
+        figure = plots.new_figure(7.0, 5.0)
+        plots._training_curve(figure, [{"step": 1, "ce": 8.0, "lr": 0.1}, {"step": 40, "ce": 5.0, "lr": 0.0}], evaluations)
+        lines = [line for line in figure.axes[0].lines if line.get_color() != "0.7" and len(line.get_xdata())]
+        labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        return [(list(line.get_xdata()), line.get_linestyle() != "None") for line in lines[1:]], labels
+
+    during = [evaluation(10, 7.0, 2048), evaluation(20, 6.5, 2048)]
+    lines, labels = drawn([*during, evaluation(40, 6.6, 9999)])
+    assert lines == [([10, 20], True), ([40], False)] * 2
+    assert labels == ["training", "validation, depth 1", "validation, depth 3", "on 9,999 tokens (the lines: 2,048 tokens)"]
+    lines, labels = drawn([*during, evaluation(40, 6.4, 2048)])
+    assert lines == [([10, 20, 40], True)] * 2 and len(labels) == 3
+    old = [{"step": step, "validation": [{"name": "depth 1", "loss": 5.0}]} for step in (1, 2)]  # without `tokens`
+    assert drawn(old)[0] == [([1, 2], True)] and drawn([*during, *old])[1][-1].startswith("on other text")
+
+
 def test_every_path_is_timed_and_longer_ones_take_longer():
     model = HBLLForCausalLM(HBLLConfig(vocab_size=64, n_level=4, n_embd=16, n_head=2, context_length=8)).train()
     found = time_paths(model, {"short": (8,), "long": tuple(range(1, 16))})

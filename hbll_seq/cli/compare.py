@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hbll_seq.cli import options
-from hbll_seq.cli.evaluate import figures
+from hbll_seq.cli.evaluate import figures, named, path_shown
 from hbll_seq.cli.output import Output
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.tree.topology import path_text
@@ -25,7 +25,7 @@ differ. The time of a token is that of one text on this machine, now, the
 reading of the prompt left out.
 """
 COLUMNS = ["model", "depth", "nats/token", "per token", "per word", "bits/byte", "parameters", "ms/token", "path"]
-FORMATS = ["<", "d", ".4f", ".2f", ".2f", ".4f", ",d", ".2f", "<"]
+FORMATS = ["<", ">", ".4f", ".2f", ".2f", ".4f", ",d", ".2f", "<"]
 
 
 def parser(prog: str) -> Parser:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def _on_text(args: argparse.Namespace, out: Output) -> None:
     from hbll_seq.cli.models import open_model
     from hbll_seq.cli.texts import measured_text
-    from hbll_seq.evaluation.perplexity import evaluate_paths
+    from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
     from hbll_seq.evaluation.text import split_windows, text_windows
     from hbll_seq.models.depth_dial import ms_per_token
 
@@ -71,6 +71,8 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
         args.data = "bundled"
     measured = measured_text(args, args.text)
     rows: list[dict[str, Any]] = []
+    shown: list[str] = []  # the path of each row
+    parts: dict[str, str] = {}  # model -> how much of the text it has read, where that is not all
     vocabularies = set()
     for name in args.models:
         model = open_model(name, args.device)
@@ -80,15 +82,22 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
             milliseconds = ms_per_token(model, tuple(row["path"]), args.timed_tokens) if args.time else None
             more = {"parameters": model.n_parameters(row["path"]), "ms_per_token": milliseconds}
             rows.append({"model": name, **row, **more})
+            shown.append(path_shown(model, row))
+        if row["tokens"] < windows.stream.n_tokens - 1:
+            parts[name] = part_read(row["tokens"], windows.stream)
         vocabularies.add(model.tokenizer.fingerprint)
     if args.json:
         out.json({"text": measured.name, "rows": rows})
         return
     if len(vocabularies) > 1:
         say("hbll-seq: these models have different tokenizers: compare bits per byte, not perplexity per token")
-    out.write(f"{measured.name}\n")
+    if len(set(parts.values())) > 1:  # windows or tokenizers differ
+        read = "; ".join(f"{name}: {part}" for name, part in parts.items())
+    else:
+        read = "".join(set(parts.values()))
+    out.write(f"{measured.name}{read and ': '}{read}\n")
     keys = ("parameters", "ms_per_token")
-    cells = [[row["model"], row["depth"], *figures(row), *(row[key] for key in keys), path_text(row["path"])] for row in rows]
+    cells = [[row["model"], named(row), *figures(row), *(row[key] for key in keys), path] for row, path in zip(rows, shown)]
     out.write(table(COLUMNS, cells, FORMATS))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hbll_seq.cli import options
 from hbll_seq.cli.output import Output
 from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.arguments import Parser
-from hbll_seq.utils.tables import table
+from hbll_seq.utils.tables import shown_per_word, table
 
 EXAMPLES = """\
   hbll-seq eval my.txt                              every depth, bundled model
@@ -18,11 +19,13 @@ EXAMPLES = """\
   hbll-seq eval my.txt --json | jq '.rows[].bits_per_byte'
 
 The text is one document, read in windows of the model's context. Per token and
-per word are perplexities; the end of a line counts as a word. Bits per byte
-compare models of any vocabulary.
+per word are perplexities; the end of a line counts as a word, and a dash is a
+figure above 10,000 per word, which says nothing. Bits per byte compare models
+of any vocabulary.
 """
 COLUMNS = ["depth", "nats/token", "per token", "per word", "bits/byte", "path"]
-FORMATS = ["d", ".4f", ".2f", ".2f", ".4f", "<"]
+BY_PATH = "path "  # how the names of rows begin that --path has named
+FORMATS = [">", ".4f", ".2f", ".2f", ".4f", "<"]
 
 
 def parser(prog: str) -> Parser:
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     """Print the table, or the JSON document. Raises ValueError for what cannot be read or evaluated."""
     from hbll_seq.cli.models import chosen_paths, open_model
     from hbll_seq.cli.texts import measured_text
-    from hbll_seq.evaluation.perplexity import evaluate_paths
+    from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
     from hbll_seq.evaluation.text import split_windows, text_windows
 
     measured = measured_text(args, args.file)
@@ -51,14 +54,26 @@ def run(args: argparse.Namespace, out: Output) -> None:
     rows = evaluate_paths(model, windows, paths, batch_size=args.batch_size, max_batches=args.max_batches,
                           progress=True)
     stream = windows.stream
+    n_all, n_read = stream.n_tokens - 1, rows[0]["tokens"]
     if args.json:
-        sizes = {"tokens": stream.n_tokens, "words": stream.n_words, "bytes": stream.n_bytes}
+        sizes = {"tokens": stream.n_tokens, "words": stream.n_words, "bytes": stream.n_bytes, "tokens_read": n_read}
         out.json({"model": args.model, "text": measured.name, **sizes, "rows": rows})
         return
-    out.write(f"{measured.name}: {stream.n_tokens - 1:,} tokens, {stream.n_words:,} words, {stream.n_bytes:,} bytes\n")
-    out.write(table(COLUMNS, [[row["depth"], *figures(row), path_text(row["path"])] for row in rows], FORMATS))
+    read = f"{n_all:,} tokens," if n_read == n_all else f"{part_read(n_read, stream)}; in all"
+    out.write(f"{measured.name}: {read} {stream.n_words:,} words, {stream.n_bytes:,} bytes\n")
+    out.write(table(COLUMNS, [[named(row), *figures(row), path_shown(model, row)] for row in rows], FORMATS))
 
 
-def figures(row: dict) -> list[float]:
+def named(row: dict) -> str:
+    """What the column of depths calls a row of ``evaluate_paths``: its depth, or the path that ``--path`` has named."""
+    return row["name"].removeprefix(BY_PATH) if row["name"].startswith(BY_PATH) else str(row["depth"])
+
+
+def path_shown(model: Any, row: dict) -> str:
+    """The path of a row in words, and whether this model was never trained along it."""
+    return path_text(row["path"]) + " (not trained)" * (not model.config.is_trained(tuple(row["path"])))
+
+
+def figures(row: dict) -> list[float | None]:
     """What a row of ``evaluate_paths`` says in numbers: nats per token, perplexity per token and word, bits per byte."""
-    return [row[key] for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte")]
+    return [row["loss"], row["perplexity"], shown_per_word(row["word_perplexity"]), row["bits_per_byte"]]

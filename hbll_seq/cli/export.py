@@ -31,9 +31,9 @@ def parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     """Write the folder. Raises ValueError where the path is not possible, or the folder is taken or cannot be written."""
-    from hbll_seq.cli.models import open_model
+    from hbll_seq.cli.models import open_model, path_of
 
     model = open_model(args.model)
-    path = model.resolve_path(args.depth, args.path)
+    path = path_of(model, args.depth, args.path)
     model.export_path(path, args.folder, overwrite=args.overwrite)
     say(f"hbll-seq: {len(path)} blocks ({','.join(map(str, path))}) of {args.model} written to {args.folder}")

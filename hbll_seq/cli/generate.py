@@ -56,13 +56,15 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs belongs to --json: give that too, or leave it out")
 
-    from hbll_seq.cli.models import open_model
+    from hbll_seq.cli.models import open_model, path_of
     from hbll_seq.cli.texts import prompt_text
 
     prompt = prompt_text(args.prompt)
     model = open_model(args.model, args.device)
     names = ("depth", "path", "truncate_prompt", "speculative", "in_order")
     chosen: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if isinstance(args.depth, str):
+        chosen |= {"depth": None, "path": path_of(model, args.depth)}
     if args.json:
         found = model.generate_detailed(prompt, sampling=sampling, alternatives=args.logprobs or 0, **chosen)
         texts = [_told(generation, model.tokenizer, args.logprobs is not None) for generation in found]

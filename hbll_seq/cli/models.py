@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hbll_seq.models.hub_source import find_folder
 from hbll_seq.models.image_classification import HBLLForImageClassification
 from hbll_seq.models.model_files import CONFIG_NAME, called, stored_kind
 from hbll_seq.models.sequence_classification import HBLLForSequenceClassification
+from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.console import say
 from hbll_seq.utils.reading import quote
 
@@ -83,6 +85,17 @@ def chosen_paths(model: HBLLForCausalLM, args: Any) -> dict[str, tuple[int, ...]
     Raises:
         ValueError: one of them is not possible in this model.
     """
-    named = {f"depth {k}": model.resolve_path(k) for k in args.depth or ()}
+    named = {f"depth {k}": path_of(model, k) for k in args.depth or ()}
     named |= {f"path {','.join(map(str, p))}": model.resolve_path(path=p) for p in args.path or ()}
+    for path in named.values():
+        model.warn_if_untrained(path)
     return named or None
+
+
+def path_of(model: HBLLForCausalLM, depth: int | str | None, path: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The path that ``--depth`` or ``--path`` names; which one a word has taken is told on stderr. Raises as
+    ``resolve_path``."""
+    found = model.resolve_path(depth, path)
+    if isinstance(depth, str):
+        say(f"hbll-seq: depth {depth} is depth {len(found)} ({path_text(found)})")
+    return found

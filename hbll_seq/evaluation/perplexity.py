@@ -20,7 +20,7 @@ from hbll_seq.tree.posterior import Categorical
 from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.console import ForgivingStream
 from hbll_seq.utils.modules import evaluation_mode
-from hbll_seq.utils.tables import table
+from hbll_seq.utils.tables import shown_per_word, table
 from hbll_seq.utils.values import as_flag, as_whole
 
 
@@ -140,18 +140,13 @@ def logits_of_paths(
         yield name, model.read_out(states[-1][1], path)
 
 
-#: perplexity per word of which a table shows a dash: such a model has not learnt yet which pieces make words, or the text has
-#: no words between blanks, and the figure says nothing
-MOST_PER_WORD = 10_000
-
-
 def format_table(rows: list[dict]) -> str:
     """The rows of :func:`evaluate_paths` as a table in plain text; a dash where a perplexity per word says nothing."""
     cells = []
     for row in rows:
-        per_word = row["word_perplexity"] if row["word_perplexity"] <= MOST_PER_WORD else None
         bits = row.get("bits_per_byte")  # older runs lack it
-        cells.append([row["depth"], row["loss"], row["perplexity"], per_word, bits, path_text(row["path"])])
+        cells.append([row["depth"], row["loss"], row["perplexity"], shown_per_word(row["word_perplexity"]), bits,
+                      path_text(row["path"])])  # fmt: skip
     head = ["depth", "nats/token", "perplexity", "per word", "bits/byte", "path"]
     return table(head, cells, ["d", ".4f", ".2f", ".2f", ".4f", "<"]).removesuffix("\n")
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from hbll_seq.tree.topology import path_text
 from hbll_seq.utils.reading import quote
+from hbll_seq.utils.tables import shown_per_word
 
 LIBRARY = "hbll_seq"
 MARKER = "<!-- Written by hbll_seq. Remove this line to keep your edits when a model is saved here again. -->"
@@ -198,6 +199,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any, column: str = "") -> str:
     if column == "path" and isinstance(value, (list, tuple)):  # (4, 6) -> 0-4-6-head
         value = path_text(value)
+    if column == "word_perplexity" and isinstance(value, float) and shown_per_word(value) is None:
+        return "-"
     if isinstance(value, float) and column in ("loss", "bits_per_byte", "perplexity", "word_perplexity"):
         return f"{value:.4f}" if column in ("loss", "bits_per_byte") else f"{value:.2f}"
     if isinstance(value, str) and os.path.isabs(value):  # paths of this machine do not belong on a card

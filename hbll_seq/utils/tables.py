@@ -6,6 +6,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
+#: perplexity per word of which a table shows a dash: such a model has not learnt yet which pieces make words, or the text has
+#: no words between blanks, and the figure says nothing
+MOST_PER_WORD = 10_000
+
+
+def shown_per_word(value: float | None) -> float | None:
+    """A perplexity per word as tables show it: None, which is a dash there, above ``MOST_PER_WORD``."""
+    return None if value is None or not value <= MOST_PER_WORD else value
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], formats: Sequence[str]) -> str:
     """Rows in columns below their names.
 

@@ -30,13 +30,15 @@ class Stdin:
 
 @pytest.fixture
 def cli(lm, capsys, monkeypatch, tmp_path):
-    """Runs a command: exit code, stdout, stderr. The folder of work holds runs/lm."""
+    """Runs a command and returns its stdout, or stderr where it fails; ``told`` is the last one's stderr. The folder of work
+    holds runs/lm."""
     monkeypatch.chdir(lm.parent.parent)
 
     def run(*argv, stdin=b"", code=0):
         monkeypatch.setattr(sys, "stdin", Stdin(stdin.encode() if isinstance(stdin, str) else stdin))
         ended = main([str(word) for word in argv])
         said = capsys.readouterr()
+        run.told = said.err
         assert ended == code, said.err
         assert code == 0 or said.out == ""
         return said.out if code == 0 else said.err

@@ -12,9 +12,11 @@ from hbll_seq.evaluation.perplexity import evaluate_paths
 from hbll_seq.evaluation.text import evaluate_text, split_windows
 from hbll_seq.generation.sampling import SamplingParams
 from hbll_seq.models.causal_lm import HBLLForCausalLM
-from hbll_seq.tree.topology import DyadicTree
+from hbll_seq.models.model_card import _table
+from hbll_seq.tree.topology import DyadicTree, path_text
 from hbll_seq.utils.arguments import Parser
 from hbll_seq.utils.options import option
+from hbll_seq.utils.tables import MOST_PER_WORD
 
 LM = ("--model", "runs/lm")
 TEXT = "The river runs to the sea .\n It was built in 1923 \u4e2d by the town of Ashford .\n"
@@ -135,6 +137,52 @@ def test_eval_of_a_split_by_name(cli, model, tmp_path, monkeypatch):
     assert told["text"] == "bundled validation" and told["words"] == 217_646
 
 
+def test_a_part_of_a_text_is_told_as_a_part(cli, tmp_path):
+    (tmp_path / "t.txt").write_text(TEXT * 40, encoding="utf-8")
+    argv = (tmp_path / "t.txt", "--depth", "1,3", "--batch-size", 1, "--max-batches", 2)
+    told = cli.json("eval", *argv, *LM)
+    n_all, n_read = told["tokens"] - 1, told["tokens_read"]
+    assert n_read == told["rows"][0]["tokens"] < n_all
+    part = f"the first {n_read:,} of {n_all:,} tokens"
+    head = cli("eval", *argv, *LM).splitlines()[0]
+    assert head.endswith(f"t.txt: {part}; in all {told['words']:,} words, {told['bytes']:,} bytes")
+    assert f"t.txt: {n_all:,} tokens, {told['words']:,} words" in cli("eval", *argv[:-2], *LM)
+    compared = cli("compare", "runs/lm", "runs/lm", "--no-time", "--text", *argv).splitlines()
+    assert compared[0].endswith(f"t.txt: {part}")
+    small = tmp_path / "small"
+    model_of(TOKENIZER, n_level=2, trained_paths="all", context_length=8).save_pretrained(small)
+    assert f"runs/lm: {part}; {small}: the first 16 of " in cli("compare", "runs/lm", small, "--no-time", "--text", *argv)
+
+
+def test_a_perplexity_per_word_that_says_nothing_is_a_dash_everywhere(cli, model):
+    rows = evaluate_text(model, TEXT)  # random weights
+    assert all(row["word_perplexity"] > MOST_PER_WORD for row in cli.json("eval", *LM, stdin=TEXT)["rows"])
+    for argv, column in ((("eval", *LM), 3), (("compare", "runs/lm", "--no-time", "--text", "-"), 4)):
+        assert [line.split()[column] for line in cli(*argv, stdin=TEXT).splitlines()[2:]] == ["-"] * 7
+    assert "| - |" in _table(rows) and f"{rows[0]['word_perplexity']:.2f}" not in _table(rows)
+    assert "812.50" in _table([{**rows[0], "word_perplexity": 812.5}])
+
+
+@pytest.mark.filterwarnings("always:.*was not trained")
+def test_rows_are_named_by_what_was_asked_for(cli, tmp_path):
+    model_of(TOKENIZER, default_paths="prefix", trained_paths="default").save_pretrained(tmp_path / "some")
+    argv = ("--depth", "3", "--path", "4,6,7")
+    for before in (("eval", "--model", tmp_path / "some"), ("compare", tmp_path / "some", "--no-time", "--text", "-")):
+        lines = cli(*before, *argv, stdin=TEXT).splitlines()[2:]
+        at = int(before[0] == "compare")
+        assert [line.split()[at] for line in lines] == ["3", "4,6,7"]
+        assert lines[0].endswith("0-1-2-4-head") and lines[1].endswith("0-4-6-7-head (not trained)")
+
+
+@pytest.mark.filterwarnings("always:.*was not trained")
+def test_an_untrained_path_is_told_before_it_is_measured(cli, tmp_path):
+    model_of(TOKENIZER, default_paths="prefix", trained_paths="default").save_pretrained(tmp_path / "some")
+    cli("eval", "--model", tmp_path / "some", "--path", "4,6,7", stdin=TEXT)
+    assert "warning: depth 3 (path [4, 6, 7]) of this model was not trained" in cli.told
+    cli("eval", "--model", tmp_path / "some", "--depth", "3", stdin=TEXT)
+    assert cli.told == ""
+
+
 def test_bits_per_byte_and_words_spread_all_nats(model):
     (row,) = evaluate_text(model, TEXT, {"full": model.resolve_path()})
     nats = row["loss"] * row["tokens"]
@@ -196,6 +244,10 @@ def test_paths_is_the_models_table(cli, measured):
 def test_depths_that_have_a_name(cli, measured):
     best = min(evaluate_text(measured, TEXT), key=lambda row: row["perplexity"])
     assert cli.json("generate", "The", "--model", "runs/measured", "--depth", "best")["path"] == best["path"]
+    fast = measured.resolve_path("fast")
+    written = cli("generate", "The", "--model", "runs/measured", "--depth", "fast", "--seed", 0, "--max-new-tokens", 4)
+    assert written == measured.generate("The", "fast", seed=0, max_new_tokens=4) + "\n"
+    assert cli.told == f"hbll-seq: depth fast is depth {len(fast)} ({path_text(fast)})\n"
     rows = cli.json("eval", "--model", "runs/measured", "--depth", "best,fast", stdin=TEXT)["rows"]
     assert [row["name"] for row in rows] == ["depth best", "depth fast"] and rows[0]["path"] == best["path"]
     assert "no validation perplexity is stored" in cli("generate", "The", *LM, "--depth", "best", code=2)

@@ -8,11 +8,12 @@ import torch
 
 from hbll_seq import HBLLConfig, HBLLForCausalLM
 from hbll_seq.data.tokenizer import Tokenizer
-from hbll_seq.evaluation.perplexity import MOST_PER_WORD, format_table
+from hbll_seq.evaluation.perplexity import format_table
 from hbll_seq.training import bundled
 from hbll_seq.training.presets import resolve
 from hbll_seq.training.settings import TrainingSettings
 from hbll_seq.training.settings_read import unused
+from hbll_seq.utils.tables import MOST_PER_WORD
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

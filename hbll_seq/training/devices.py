@@ -26,7 +26,7 @@ from accelerate.utils import (
 
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training.graph_settings import check_graph_device
-from hbll_seq.training.settings import TrainingSettings
+from hbll_seq.training.settings import MOST_THREADS, TrainingSettings
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.reading import quote, shorten
 
@@ -236,14 +236,25 @@ def precision_name(accelerator: Accelerator) -> str:
     return "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
 
 
-def default_threads() -> int:
-    """The cores that this process may use, divided by the processes on this machine.
+#: variables of a process that ``accelerate launch`` or ``torchrun`` has started
+_OF_LAUNCHERS = ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID")
 
-    ``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU, which would leave all cores but one idle.
+
+def default_threads() -> int:
+    """What OMP_NUM_THREADS says, else the cores that this process may use, divided by the processes on this machine.
+
+    A launcher sets OMP_NUM_THREADS=1 where nobody has set it, which would leave all cores but one idle: there a 1 does not
+    count, since nothing tells who has set it.
 
     Raises:
-        ValueError: the launcher's LOCAL_WORLD_SIZE is no such number.
+        ValueError: OMP_NUM_THREADS, or the launcher's LOCAL_WORLD_SIZE, is no such number.
     """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of each level, the outermost first
+    if asked and not (asked == "1" and any(name in os.environ for name in _OF_LAUNCHERS)):
+        if not (asked.isascii() and asked.isdigit() and 0 < int(asked[:9]) <= MOST_THREADS):
+            raise ValueError(f"OMP_NUM_THREADS={quote(os.environ['OMP_NUM_THREADS'])}: must be a number of threads from 1 to "
+                             f"{MOST_THREADS}; unset it, or give --threads")
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not (processes.isascii() and processes.isdigit() and int(processes) > 0):

@@ -48,6 +48,7 @@ LEFT_OPEN = {
 }
 #: of what would otherwise end in an endless loop or the machine's whole memory
 _MOST_ROUNDS, _MOST_WINDOWS, _WIDEST, _MOST_BLOCKS = 10_000, 2**20, 2**16, 2**10 - 1
+MOST_THREADS = 1024
 #: rank of the exit adapters where a mix of prefixes wants some; the names of these mixes, and of those with such paths
 _EXIT_RANK = 16
 _OF_PREFIXES, _ON_PREFIXES = (f"{', '.join(names[:-1])} or {names[-1]}" for names in (OF_PREFIXES, ON_PREFIXES))
@@ -174,8 +175,8 @@ class TrainingSettings:
     sample_tokens: int = _run(40, "tokens sampled at every evaluation; 0: none", low=0, high=100_000)
     save_every: int = _run(500, "steps between two checkpoints; 0: only at the end", low=0)
     keep_checkpoints: int = _run(2, "newest checkpoints that are kept", low=1)
-    threads: int | None = _run(None, "CPU threads of each process; none: the cores divided by the processes", low=1,
-                               high=1024)
+    threads: int | None = _run(None, "CPU threads of each process; none: OMP_NUM_THREADS (but not the 1 that launchers "
+                               "set), else the cores divided by the processes", low=1, high=MOST_THREADS)
     block_parallel: int = _run(1, "ranks that hold the blocks of one model between them; processes of the launch = this x "
                                "data-parallel replicas", low=1, high=_MOST_BLOCKS)
     block_shares: str | None = _run(None, "segments of --chunk-size blocks that each rank of --block-parallel holds, such as "

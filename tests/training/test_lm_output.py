@@ -9,6 +9,8 @@ from pathlib import Path
 import kill_and_resume as kr
 import pytest
 
+from hbll_seq.training import devices
+
 OPTIONS = ["--max-steps", "4", "--eval-every", "2", "--save-every", "2", "--sample-tokens", "2", "--keep-checkpoints", "9"]
 NOWHERE = dict.fromkeys(["MPLCONFIGDIR", "HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"], "/proc/none")
 
@@ -71,16 +73,45 @@ def test_help_and_settings_into_a_pipe_that_closes(monkeypatch):
     [
         ({"LOCAL_WORLD_SIZE": "0"}, ["LOCAL_WORLD_SIZE='0'", "unset it"]),
         ({"LOCAL_WORLD_SIZE": "two"}, ["LOCAL_WORLD_SIZE='two'", "--threads"]),
+        ({"OMP_NUM_THREADS": "two"}, ["OMP_NUM_THREADS='two'", "--threads"]),
         ({"ACCELERATE_USE_CPU": "maybe"}, ["cannot start in this environment", "maybe", "unset it"]),
         ({"ACCELERATE_USE_CPU": "true", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, ["cannot start in this environment", "RANK"]),
     ],
 )
 def test_half_a_launchers_environment(lm_options, tmp_path, monkeypatch, any_precision, capsys, variables, fragments):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     options = [*lm_options, *OPTIONS, "--threads", "none", "--output-dir", str(tmp_path / "run")]
     message = kr.fails(options, capsys, *fragments)
     assert len(message.splitlines()[-1]) <= 500 and not (tmp_path / "run").exists()
+
+
+def test_the_environment_says_how_many_threads(lm_options, tmp_path, monkeypatch, capsys):
+    """A launcher's own OMP_NUM_THREADS=1 does not count; --threads counts before all."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: range(12))
+    assert devices.default_threads() == 12
+    for value, threads in (("1", 1), ("3", 3), ("4,2", 4), ("", 12)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert devices.default_threads() == threads
+    for launcher in ("ACCELERATE_DYNAMO_MODE", "TORCHELASTIC_RUN_ID"):
+        with monkeypatch.context() as launched:
+            launched.setenv(launcher, "x")
+            launched.setenv("LOCAL_WORLD_SIZE", "2")
+            for value, threads in (("1", 6), ("3", 3)):
+                launched.setenv("OMP_NUM_THREADS", value)
+                assert devices.default_threads() == threads
+    for value in ("0", "-1", "x", "9" * 40):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(ValueError, match="from 1 to 1024; unset it, or give --threads"):
+            devices.default_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for more, threads in ((["none"], 3), (["1"], 1)):
+        options = [*lm_options, *OPTIONS, "--threads", *more, "--max-steps", "1", "--overwrite"]
+        assert kr.load_script().main([*options, "--output-dir", str(tmp_path / "run")]) == 0
+        assert f", {threads} threads)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backend", ["inductor", "nonsense"])

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     """Print the table or the texts. Raises ValueError for what cannot be read, evaluated or continued."""
     sampling = options.sampling_given(args)
     if args.prompt is not None:
-        for name in ("text", "data", "split"):
+        for name in ("text", "data", "split", "column"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--prompt and --{name} are both given: compare on one of them")
         _on_prompt(args, SamplingParams(**sampling), out)
@@ -62,9 +62,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _on_text(args: argparse.Namespace, out: Output) -> None:
     from hbll_seq.cli.models import open_model
-    from hbll_seq.cli.texts import measured_text
+    from hbll_seq.cli.texts import measured_text, windows_of
     from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
-    from hbll_seq.evaluation.text import split_windows, text_windows
     from hbll_seq.models.depth_dial import ms_per_token
 
     if args.text is None and args.data is None:
@@ -76,7 +75,7 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
     vocabularies = set()
     for name in args.models:
         model = open_model(name, args.device)
-        windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
+        windows = windows_of(model, measured)
         limits = {"batch_size": args.batch_size, "max_batches": args.max_batches, "progress": True}
         for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
             milliseconds = ms_per_token(model, tuple(row["path"]), args.timed_tokens) if args.time else None

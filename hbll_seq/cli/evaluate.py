@@ -43,14 +43,13 @@ def parser(prog: str) -> Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     """Print the table, or the JSON document. Raises ValueError for what cannot be read or evaluated."""
     from hbll_seq.cli.models import chosen_paths, open_model
-    from hbll_seq.cli.texts import measured_text
+    from hbll_seq.cli.texts import measured_text, windows_of
     from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
-    from hbll_seq.evaluation.text import split_windows, text_windows
 
     measured = measured_text(args, args.file)
     model = open_model(args.model, args.device)
     paths = chosen_paths(model, args)
-    windows = text_windows(model, measured.text) if measured.data is None else split_windows(model, *measured[2:])
+    windows = windows_of(model, measured)
     rows = evaluate_paths(model, windows, paths, batch_size=args.batch_size, max_batches=args.max_batches,
                           progress=True)
     stream = windows.stream

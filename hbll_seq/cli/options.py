@@ -52,6 +52,7 @@ def add_text_options(parser: Any) -> None:
     """A text to be measured on: a file, stdin, or a split of a data set; see :func:`hbll_seq.cli.texts.measured_text`."""
     parser.add_argument("--data", metavar="NAME", help="in place of FILE: bundled (WikiText-2), or what train --data takes")
     parser.add_argument("--split", choices=SPLITS, help="of --data (default: test)")
+    parser.add_argument("--column", metavar="NAME", help="of a table of --data, which one holds the text (default: text)")
     parser.add_argument("--max-batches", type=whole, metavar="N", help="stop after N batches (default: the whole text)")
     parser.add_argument("--batch-size", type=whole, default=16, metavar="N", help="windows of a batch (default: 16)")
 

@@ -40,12 +40,13 @@ def prompt_text(given: str | None) -> str:
 
 
 class Measured(NamedTuple):
-    """A text to be measured on. ``text`` is None where it is a split of ``data``."""
+    """A text to be measured on. ``text`` is None where it is a split of ``data``, whose ``column`` holds the text."""
 
     name: str
     text: str | None
     data: str | None = None
     split: str | None = None
+    column: str = "text"
 
 
 def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
@@ -58,9 +59,10 @@ def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
         if file is not None:
             raise ValueError(f"{quote(file)} and --data {quote(args.data)} are both given: choose one text")
         split = args.split or "test"
-        return Measured(f"{args.data} {split}", None, args.data, split)
-    if args.split is not None:
-        raise ValueError("--split belongs to --data: give --data bundled, say")
+        return Measured(f"{args.data} {split}", None, args.data, split, args.column or "text")
+    for name in ("split", "column"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} belongs to --data: give --data bundled, say")
     if file is None and is_terminal(sys.stdin):
         raise ValueError(_NO_TEXT)
     if file in (None, "-"):
@@ -75,6 +77,15 @@ def measured_text(args: argparse.Namespace, file: str | None) -> Measured:
     return Measured(name, text)
 
 
+def windows_of(model: Any, measured: Measured) -> Any:
+    """The text in windows of a model's context. Raises ValueError where it cannot be read or cut."""
+    from hbll_seq.evaluation.text import split_windows, text_windows
+
+    if measured.data is None:
+        return text_windows(model, measured.text)
+    return split_windows(model, measured.data, measured.split, column=measured.column)
+
+
 def _read_file(file: str) -> str:
     try:
         data = read_bytes(possible_name(file), MAX_TEXT)
@@ -87,4 +98,5 @@ def _decoded(data: Any, name: str) -> str:
     try:
         return data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); packed files and tables go by --data") from None
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it, e.g. with `iconv -f LATIN1 -t UTF-8`; packed "
+                         "files and tables go by --data") from None

@@ -331,5 +331,5 @@ def no_column(where: str, column: str, columns: Iterable[str]) -> ValueError:
     names = shorten(", ".join(quote(name) for name in itertools.islice(columns, 20)), 100)
     return ValueError(
         f"data {where} has no column {shorten(quote(column), 80)}; its columns are {names}: name the one that "
-        "holds the text, or give every row one"
+        "holds the text by --column (in Python column=), or give every row one"
     )

@@ -117,7 +117,7 @@ def resume_run(
     if preset is not None:
         _check_preset(preset, state, presets or Path(), where)
     settings = resolve(state["settings"], given, {"output_dir": str(folder)}).resolved()
-    _refuse_other_settings(dataclasses.asdict(settings), state["settings"], where)
+    _refuse_other_settings(dataclasses.asdict(settings), state["settings"], where, finished_step(folder) is not None)
     return settings, state["preset"], Resumed(tensors, state)
 
 
@@ -164,13 +164,16 @@ def _check_preset(preset: str, state: dict[str, Any], presets: Path, where: str)
                          f"made: {remedy}")
 
 
-def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+def _refuse_other_settings(now: dict[str, Any], stored: dict[str, Any], where: str, finished: bool) -> None:
     fixed = [field.name for field in dataclasses.fields(TrainingSettings) if field.metadata["resume"] == "fixed"]
     names = [name for name in fixed if now[name] != stored[name]]
     if names:
         pairs = ", ".join(f"{name}={quote(now[name])} (there {quote(stored[name])})" for name in names)
-        raise ValueError(f"other settings than {where}: {pairs}; leave them out, or start a new run in another "
-                         f"--output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
+        more = ""
+        if set(names) <= {"max_steps", "epochs"} and (now["max_steps"] or 0) >= (stored["max_steps"] or 0):
+            more = "more steps by --extend N, in place of --resume" + (", once the run is finished" if not finished else "")
+        raise ValueError(f"other settings than {where}: {pairs}; leave them out, {more and more + ', '}or start a new run in "
+                         f"another --output-dir. A resumed run may change {', '.join(sorted(FREE_ON_RESUME))}")
 
 
 # ---------------------------------------------------------------------------------------------------- where things lie

@@ -65,7 +65,8 @@ def check_folder(folder: Path, settings: TrainingSettings, *, resuming: bool, ov
         taken = record is not None and not is_untouched(folder)
         if taken and not resuming and not overwrite:
             if is_finished(folder):
-                raise ValueError(f"{where} holds a finished run: choose another --output-dir, or replace it by --overwrite")
+                raise ValueError(f"{where} holds a finished run: train it for more steps by --extend N, choose another "
+                                 "--output-dir, or replace it by --overwrite")
             steps = list_checkpoints(folder / CHECKPOINTS)
             at = f" (saved at step {steps[-1]})" if steps else ""
             raise ValueError(f"{where} already holds a run{at}: go on with it by --resume, replace it by --overwrite, or "

@@ -183,6 +183,19 @@ def test_an_untrained_path_is_told_before_it_is_measured(cli, tmp_path):
     assert cli.told == ""
 
 
+def test_a_table_whose_column_of_text_has_another_name(cli, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HBLL_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "test.jsonl"
+    rows.write_text("".join(json.dumps({"body": line}) + "\n" for line in TEXT.splitlines() * 30), encoding="utf-8")
+    argv = ("--data", rows, "--split", "test", "--depth", "1", "--max-batches", 1)
+    for command in (("eval", *LM), ("compare", "runs/lm", "--no-time")):
+        said = cli(*command, *argv, code=2)
+        assert "has no column 'text'; its columns are 'body': name the one that holds the text by --column" in said
+        told = cli.json(*command, *argv, "--column", "body")
+        windows = split_windows(model, str(rows), "test", column="body")
+        assert told["rows"][0]["loss"] == evaluate_paths(model, windows, {"depth 1": (4,)}, max_batches=1)[0]["loss"]
+
+
 def test_bits_per_byte_and_words_spread_all_nats(model):
     (row,) = evaluate_text(model, TEXT, {"full": model.resolve_path()})
     nats = row["loss"] * row["tokens"]

@@ -141,6 +141,17 @@ def test_what_cannot_be_extended_is_told(folder, stopped_run, tmp_path, monkeypa
     kr.fails(["--extend", "30", "--output-dir", str(folder)], capsys, "is being extended (saved at step 8)", "--resume")
 
 
+def test_more_steps_of_a_run_that_has_its_own_are_by_extend(folder, stopped_run, capsys):
+    said = kr.fails(["--resume", "--max-steps", "9", "--output-dir", str(folder)], capsys, "max_steps=9 (there 4)",
+                    "more steps by --extend N, in place of --resume, or start")  # fmt: skip
+    assert "once" not in said
+    kr.fails(["--resume", "--max-steps", "99", "--output-dir", str(stopped_run)], capsys,
+             "more steps by --extend N, in place of --resume, once the run is finished")  # fmt: skip
+    kr.fails(["--max-steps", "9", "--output-dir", str(folder)], capsys, "holds a finished run", "more steps by --extend N")
+    for other in (["--max-steps", "2"], ["--max-steps", "9", "--lr", "1"]):
+        assert "--extend" not in kr.fails(["--resume", *other, "--output-dir", str(folder)], capsys, "other settings")
+
+
 @pytest.mark.parametrize("extended", [3, [0], ["x"], [True]])
 def test_a_damaged_list_of_extensions_is_told(folder, capsys, extended):
     (folder / "metrics.json").unlink()

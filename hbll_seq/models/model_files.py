@@ -80,7 +80,8 @@ class ModelFiles:
 
     def _read_sums(self) -> dict[str, str] | None:
         if not os.path.lexists(self.folder / SUMS_NAME):
-            say(f"hbll_seq: {self.source} has no {SUMS_NAME}: its files are not checked for damage")
+            if self.has(CONFIG_NAME):  # else reading it tells the true error
+                say(f"hbll_seq: {self.source} has no {SUMS_NAME}: its files are not checked for damage")
             return None
         try:
             sums = read_sums(self.folder / SUMS_NAME)

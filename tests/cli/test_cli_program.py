@@ -81,6 +81,15 @@ def test_what_is_wrong_is_told_in_one_line(cli, argv, message):
     assert message in said and said.startswith("error: ") and said.count("\n") == 1 and len(said) < 1000
 
 
+def test_the_folder_of_an_unfinished_run_is_told_as_such_alone(cli, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for command in (["generate", "x", "--model"], ["eval", "x.txt", "--model"], ["paths"], ["info"]):
+        (tmp_path / "x.txt").write_text("x")
+        said = cli(*(tmp_path / word if word == "x.txt" else word for word in command), tmp_path / "run", code=2)
+        assert said.startswith("error: ") and said.count("\n") == 1
+        assert "holds a run that is not finished, and no config.json yet: go on with it by" in said
+
+
 def test_failures_and_interrupts_have_codes_of_their_own(cli, monkeypatch):
     def raising(error):
         def open_model(*_):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from hbll_seq.cli.output import Failure, Output
 from hbll_seq.utils.arguments import Parser, did_you_mean
 from hbll_seq.utils.console import forgiving_output, say
+from hbll_seq.utils.exhausted import disk_is_full, memory_is_full
 from hbll_seq.utils.reading import quote, shorten
 
 NAME = "hbll-seq"
@@ -81,8 +82,6 @@ def _run(argv: list[str], out: Output) -> int:
 
 def _told(error: BaseException) -> int:
     """Say what is wrong; returns the exit code."""
-    from hbll_seq.training.failures import disk_is_full, memory_is_full
-
     if memory_is_full(error):
         code, message = 1, f"the memory is full ({shorten(error)}); choose a smaller batch, or a smaller model"
     elif disk_is_full(error):

@@ -98,5 +98,5 @@ def _decoded(data: Any, name: str) -> str:
     try:
         return data if isinstance(data, str) else data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it, e.g. with `iconv -f LATIN1 -t UTF-8`; packed "
-                         "files and tables go by --data") from None
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it, e.g. with `iconv -f LATIN1 -t UTF-8`; "
+                         "packed files and tables go by --data") from None

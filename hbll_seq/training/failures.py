@@ -13,6 +13,7 @@ from hbll_seq.distributed.lost import is_first_to_speak, is_lost
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.training.json_lines import JsonLines
 from hbll_seq.utils.console import is_first_process
+from hbll_seq.utils.exhausted import disk_is_full
 from hbll_seq.utils.reading import quote, shorten
 
 
@@ -53,9 +54,7 @@ def speaks(error: BaseException | None) -> bool:
     return getattr(error, "speaks", is_first_process())
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # as torch says it, of a RuntimeError
 
 
 def check_finite(loss: float, norm: float, step: int, checkpoints: Path) -> None:
@@ -77,16 +76,6 @@ def append_line(file: JsonLines, row: dict[str, Any]) -> None:
         raise RunFailed(f"{file.path} cannot be written: {shorten(error)}; {remedy}") from None
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether a full disk (or quota, or limit of a file's size) is behind an error, at whatever distance."""
-    while error is not None:
-        # safetensors reports it as an error of its own, in the words of the operating system
-        if getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "File too large" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def remedy_for(error: BaseException) -> str:
     """What helps against a file that could not be written, by the kind of error."""
     if disk_is_full(error):
@@ -94,11 +83,6 @@ def remedy_for(error: BaseException) -> str:
     if getattr(error, "errno", None) in _FORBIDDEN:
         return "see that you may write there"
     return "see to the disk" if isinstance(error, OSError) else "mend what is named"
-
-
-def memory_is_full(error: BaseException) -> bool:
-    """Whether an allocation failed."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)
 
 
 def cannot_write(folder: Path, error: Exception, resuming: bool = False) -> Exception:

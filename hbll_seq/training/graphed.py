@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hbll_seq.objectives.base import Objective, ObjectiveOutput
-from hbll_seq.training.failures import memory_is_full
 from hbll_seq.utils.console import say
+from hbll_seq.utils.exhausted import memory_is_full
 from hbll_seq.utils.reading import shorten
 
 T = TypeVar("T")

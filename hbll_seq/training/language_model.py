@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.training.command_line import build_parser
 from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_main
-from hbll_seq.training.failures import RunFailed, disk_is_full, memory_is_full, one_voice, speaks
+from hbll_seq.training.failures import RunFailed, one_voice, speaks
 from hbll_seq.training.initial_model import (
     InitialModel,
     check_same_model,
@@ -43,6 +43,7 @@ from hbll_seq.training.signals import StopNow, StopSignal
 from hbll_seq.training.trainer import Stopped
 from hbll_seq.tree.topology import DyadicTree
 from hbll_seq.utils.console import forgiving_output, is_first_process, say
+from hbll_seq.utils.exhausted import disk_is_full, memory_is_full
 from hbll_seq.utils.reading import shorten
 
 EPILOG = """\

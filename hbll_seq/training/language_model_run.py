@@ -203,7 +203,7 @@ def evaluation(
             model, windows, paths, batch_size=settings.eval_batch_size, carry_state=settings.carry_state,
             max_batches=settings.final_eval_batches if final else settings.eval_batches,
         )
-        read = part_read(row[split][0]["tokens"], windows.stream)  # at the end more than before: other figures, the same model
+        read = part_read(row[split][0]["tokens"], windows.stream)  # at the end more than before
         tqdm.write(f"\n{split}, after {step} steps, on {read}\n{format_table(row[split])}")
     row["samples"], prompt = [], settings.sample_prompt or beginning_of(data)
     for path in dict.fromkeys([min(paths.values(), key=len), max(paths.values(), key=len)]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-
 #: perplexity per word of which a table shows a dash: such a model has not learnt yet which pieces make words, or the text has
 #: no words between blanks, and the figure says nothing
 MOST_PER_WORD = 10_000

@@ -43,6 +43,16 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_mistakes_of_a_command_line_need_no_torch():
+    """A mistake is told at once: torch takes seconds to load."""
+    wrong = [["generat", "x"], ["--verson"], ["eval", "--modle", "x"], ["generate", "x", "--top-k", "0"],
+             ["eval", "--split", "tset"], ["paths", "--timed-tokens", "0"]]  # fmt: skip
+    program = ("import sys\nfrom hbll_seq.cli import main\n"
+               f"codes = [main(argv) for argv in {wrong}]\nsys.exit(codes != [2] * {len(wrong)} or 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("argv,message", [
     (["genrate"], "error: there is no command 'genrate'; did you mean generate? (see hbll-seq --help)\n"),
     (["--verson"], "error: unrecognized arguments: --verson; did you mean --version? (see hbll-seq --help)\n"),

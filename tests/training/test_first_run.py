@@ -45,8 +45,8 @@ def test_perplexity_per_word_is_shown_where_it_says_something():
 
 
 def test_the_log_says_how_much_each_evaluation_has_read(lm_options, tmp_path, capsys):
-    options = ["--max-steps", "2", "--eval-every", "1", "--eval-batches", "1", "--eval-batch-size", "1", "--sample-tokens", "0",
-               "--final-eval-batches", "none"]  # fmt: skip
+    options = ["--max-steps", "2", "--eval-every", "1", "--eval-batches", "1", "--eval-batch-size", "1", "--sample-tokens",
+               "0", "--final-eval-batches", "none"]  # fmt: skip
     assert lm.main([*lm_options, *options, "--output-dir", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     part, *_ = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]

@@ -13,8 +13,8 @@ import torch
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.training import settings as st
 from hbll_seq.training.devices import check_memory
-from hbll_seq.training.failures import disk_is_full, memory_is_full
 from hbll_seq.training.presets import resolve
+from hbll_seq.utils.exhausted import disk_is_full, memory_is_full
 
 lm = kr.load_script()
 FIELDS = [field.name for field in dataclasses.fields(st.TrainingSettings)]

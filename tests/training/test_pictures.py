@@ -71,6 +71,7 @@ def test_a_nodes_loss_is_that_of_the_predictions_after_it(lm_options, tmp_path, 
 
 def test_lines_join_evaluations_of_the_same_text_alone():
     """The end reads more text than the run did: its loss is no turn of the curve."""
+
     def evaluation(step, loss, tokens):
         return {"step": step, "validation": [{"name": f"depth {k}", "loss": loss - k / 9, "tokens": tokens} for k in (1, 3)]}
 

@@ -65,8 +65,17 @@ def test_comparison_is_resumable_and_ends_with_the_ratio(tmp_path, capsys, monke
     monkeypatch.setattr(compare, "train_depth", lambda *a: pytest.fail("a finished run was done again"))
     compare.main(argv)
     assert capsys.readouterr().out == first
+    (tmp_path / "results.png").write_bytes(b"of another version of Matplotlib")
     compare.main([*argv, "--report-only"])
-    assert capsys.readouterr().out == first
+    said = capsys.readouterr()
+    assert said.out == first and "results.png stays as it is; --figure FILE draws one" in said.err
+    assert (tmp_path / "results.png").read_bytes() == b"of another version of Matplotlib"
+    compare.main([*argv, "--report-only", "--figure", str(tmp_path / "asked.png")])
+    (tmp_path / "results.png").unlink()
+    compare.main([*argv, "--report-only"])
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("asked.png", "results.png"))
+    said = capsys.readouterr()
+    assert said.out == first * 2 and "stays" not in said.err
     compare.main([*argv, "--report-only", "--methods", "sweeps", "mix"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "the file also holds, for --methods: tree backprop-1 backprop-3 backprop-mix"

@@ -100,10 +100,12 @@ def test_the_script_resumes_and_ends_with_the_difference(tmp_path, capsys, monke
     compare_rnn.main(argv)
     assert capsys.readouterr().out == first
     compare_rnn.main([*argv, "--report-only"])
-    assert capsys.readouterr().out == first
+    said = capsys.readouterr()
+    assert said.out == first and "results.png stays as it is" in said.err
     monkeypatch.setattr(compare_rnn, "METHODS", [])
+    (tmp_path / "results.png").unlink()
     compare_rnn.main([*argv, "--report-only"])  # all that is stored
-    assert capsys.readouterr().out == first
+    assert capsys.readouterr().out == first and (tmp_path / "results.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="other settings"):
         compare_rnn.main([*argv, "--hidden", "9"])
 

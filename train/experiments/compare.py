@@ -39,7 +39,7 @@ from comparisons.code_text import VOCAB_SIZE, code_folder
 from comparisons.depth_methods import DepthMethod
 from comparisons.methods import distinct
 from comparisons.plots import plot_depth
-from comparisons.program import as_program
+from comparisons.program import add_figure_options, as_program, figure_of
 from comparisons.report import report_depth
 from comparisons.results import Comparison, Results
 from comparisons.runs import DepthShape, depth_training, train_depth
@@ -112,7 +112,7 @@ def options() -> Parser:
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--time-rounds", type=int, default=0, help="take so many steps of all methods by turns once the runs are done, and "
         "store what a step took in place of each run's own times (100 are good; default: 0)")  # fmt: skip
-    add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
+    add_figure_options(parser)
     return parser
 
 
@@ -200,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     others = [name for name in results.methods() if name not in {method.name for method in methods}]
     if args.report_only and others:
         print(f"the file also holds, for --methods: {' '.join(others)}")
-    plot_depth(args.output.with_suffix(".png"), runs, task.metric)
+    if path := figure_of(args):
+        plot_depth(path, runs, task.metric)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ import torch
 from comparisons.fused_bptt import FUSED, FusedBPTT
 from comparisons.methods import distinct
 from comparisons.plots import plot_time
-from comparisons.program import as_program
+from comparisons.program import add_figure_options, as_program, figure_of
 from comparisons.report import report_time
 from comparisons.results import Comparison, Results
 from comparisons.runs import TimeShape, time_training, train_time
@@ -103,7 +103,7 @@ def options() -> Parser:
     add("--threads", type=int, help="CPU threads (default: all cores)")
     add("--time-rounds", type=int, default=0, help="take so many steps of all methods by turns once the runs are done, and "
         "store what a step took in place of each run's own times (100 are good; default: 0)")  # fmt: skip
-    add("--report-only", action="store_true", help="run nothing: print and draw what the file of results holds")
+    add_figure_options(parser)
     return parser
 
 
@@ -199,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if results.step_times:
         print(told_step_times(results.step_times))
     print(report_time(runs, task.metric, {"bytes": "bits per byte", "text": "bits per token"}.get(args.task, "%")))
-    plot_time(args.output.with_suffix(".png"), runs, task.metric)
+    if path := figure_of(args):
+        plot_time(path, runs, task.metric)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,23 @@ def parse_benchmark(
     return args
 
 
+def add_figure_options(parser: Parser) -> None:
+    """``--report-only`` and ``--figure``; see :func:`figure_of`."""
+    parser.add_argument("--report-only", action="store_true", help="run nothing: print what the file of results holds, and "
+                        "draw its figure where that is missing")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="PNG file of the figure (default: that beside the "
+                        "results; one that is there stays with --report-only)")
+
+
+def figure_of(args: argparse.Namespace) -> Path | None:
+    """Where the figure of a comparison goes; None where a report leaves the one that is there as it is."""
+    path = args.figure or args.output.with_suffix(".png")
+    if args.report_only and args.figure is None and path.exists():
+        say(f"{path} stays as it is; --figure FILE draws one")
+        return None
+    return path
+
+
 def check_stored(path: Path) -> None:
     """Raises ValueError where there is no file of results to report on."""
     if not path.is_file():

@@ -91,9 +91,9 @@ def blocks_of_rank(
         fits = path_length // n_ranks
         smaller = f"give a --chunk-size of at most {largest_chunk(path_length, n_ranks)}, " if fits else ""
         raise ValueError(
-            f"block_parallel={n_ranks} with chunk_size={chunk_size}: {path_length} blocks in segments of {chunk_size} are "
-            f"{n_segments} segments, and every rank needs one at least; {smaller}a larger --n-level, or --block-parallel "
-            f"{n_segments} or fewer"
+            f"block_parallel={n_ranks} with chunk_size={chunk_size}: {path_length} blocks make {n_segments} "
+            f"segment{'s' * (n_segments != 1)} of at most {chunk_size}, and every rank needs one at least; {smaller}a larger "
+            f"--n-level, or {'no --block-parallel' if n_segments == 1 else f'a --block-parallel of at most {n_segments}'}"
         )
     own = segments_of_rank(n_segments, rank, n_ranks, shares)
     return range(own.start * chunk_size, min(own.stop * chunk_size, path_length))

@@ -35,8 +35,11 @@ def test_ranks_share_a_path_by_whole_segments(length, chunk):
 
 
 def test_the_remedy_works():
-    with pytest.raises(ValueError, match="at most 2, a larger --n-level, or --block-parallel 2 or fewer"):
+    with pytest.raises(ValueError, match="7 blocks make 2 segments of at most 4, .* at most 2, a larger --n-level, or a "
+                       "--block-parallel of at most 2$"):  # fmt: skip
         blocks_of_rank(7, 4, 0, 4)
+    with pytest.raises(ValueError, match="3 blocks make 1 segment of at most 4, .*, or no --block-parallel$"):
+        blocks_of_rank(3, 4, 0, 2)
     assert [blocks_of_rank(7, 2, r, 4) for r in range(4)] == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
     assert largest_chunk(31, 8) == 4 and largest_chunk(7, 7) == 1
     with pytest.raises(ValueError) as error:

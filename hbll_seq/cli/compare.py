@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _on_text(args: argparse.Namespace, out: Output) -> None:
-    from hbll_seq.cli.models import open_model
+    from hbll_seq.cli.models import open_model, tell_untrained
     from hbll_seq.cli.texts import measured_text, windows_of
     from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
     from hbll_seq.models.depth_dial import ms_per_token
@@ -77,7 +77,9 @@ def _on_text(args: argparse.Namespace, out: Output) -> None:
         model = open_model(name, args.device)
         windows = windows_of(model, measured)
         limits = {"batch_size": args.batch_size, "max_batches": args.max_batches, "progress": True}
-        for row in evaluate_paths(model, windows, _paths_of(name, model, args), **limits):
+        paths = _paths_of(name, model, args)
+        tell_untrained(model, paths if args.depth or args.path else None)
+        for row in evaluate_paths(model, windows, paths, **limits):
             milliseconds = ms_per_token(model, tuple(row["path"]), args.timed_tokens) if args.time else None
             more = {"parameters": model.n_parameters(row["path"]), "ms_per_token": milliseconds}
             rows.append({"model": name, **row, **more})

@@ -42,13 +42,14 @@ def parser(prog: str) -> Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     """Print the table, or the JSON document. Raises ValueError for what cannot be read or evaluated."""
-    from hbll_seq.cli.models import chosen_paths, open_model
+    from hbll_seq.cli.models import chosen_paths, open_model, tell_untrained
     from hbll_seq.cli.texts import measured_text, windows_of
     from hbll_seq.evaluation.perplexity import evaluate_paths, part_read
 
     measured = measured_text(args, args.file)
     model = open_model(args.model, args.device)
     paths = chosen_paths(model, args)
+    tell_untrained(model, paths)
     windows = windows_of(model, measured)
     rows = evaluate_paths(model, windows, paths, batch_size=args.batch_size, max_batches=args.max_batches,
                           progress=True)

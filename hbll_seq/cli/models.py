@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,15 @@ def chosen_paths(model: HBLLForCausalLM, args: Any) -> dict[str, tuple[int, ...]
     """
     named = {f"depth {k}": path_of(model, k) for k in args.depth or ()}
     named |= {f"path {','.join(map(str, p))}": model.resolve_path(path=p) for p in args.path or ()}
-    for path in named.values():
-        model.warn_if_untrained(path)
     return named or None
+
+
+def tell_untrained(model: HBLLForCausalLM, paths: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Says on stderr which of the paths that were asked for this model was not trained along: their figures are worse."""
+    for name, path in (paths or {}).items():
+        if not model.config.is_trained(path):
+            say(f"hbll-seq: {name} ({path_text(path)}) was not trained; expect worse figures; "
+                f"trained: {model.config.trained_depths}")  # fmt: skip
 
 
 def path_of(model: HBLLForCausalLM, depth: int | str | None, path: Sequence[int] | None = None) -> tuple[int, ...]:

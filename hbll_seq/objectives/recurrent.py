@@ -167,7 +167,8 @@ class RecurrentLocalObjective(RecurrentObjective):
             smaller = f"a chunk_size of at most {largest_chunk(n_steps, n_ranks)}, " if n_steps >= n_ranks else ""
             raise ValueError(
                 f"sequences of {n_steps} steps with chunk_size={iterations.chunk_size} on {n_ranks} ranks: {n_segments} "
-                f"segment{'s' * (n_segments != 1)}, and every rank needs one at least; give longer sequences, {smaller}or fewer ranks"
+                f"segment{'s' * (n_segments != 1)}, and every rank needs one at least; give longer sequences, {smaller}"
+                "or fewer ranks"
             )
         shares = self.ranks.shares
         if shares is not None and sum(shares) != n_segments:

@@ -163,7 +163,6 @@ def test_a_perplexity_per_word_that_says_nothing_is_a_dash_everywhere(cli, model
     assert "812.50" in _table([{**rows[0], "word_perplexity": 812.5}])
 
 
-@pytest.mark.filterwarnings("always:.*was not trained")
 def test_rows_are_named_by_what_was_asked_for(cli, tmp_path):
     model_of(TOKENIZER, default_paths="prefix", trained_paths="default").save_pretrained(tmp_path / "some")
     argv = ("--depth", "3", "--path", "4,6,7")
@@ -174,11 +173,13 @@ def test_rows_are_named_by_what_was_asked_for(cli, tmp_path):
         assert lines[0].endswith("0-1-2-4-head") and lines[1].endswith("0-4-6-7-head (not trained)")
 
 
-@pytest.mark.filterwarnings("always:.*was not trained")
 def test_an_untrained_path_is_told_before_it_is_measured(cli, tmp_path):
     model_of(TOKENIZER, default_paths="prefix", trained_paths="default").save_pretrained(tmp_path / "some")
     cli("eval", "--model", tmp_path / "some", "--path", "4,6,7", stdin=TEXT)
-    assert "warning: depth 3 (path [4, 6, 7]) of this model was not trained" in cli.told
+    told = "hbll-seq: path 4,6,7 (0-4-6-7-head) was not trained; expect worse figures; trained: the default path of every "
+    assert cli.told.startswith(told) and cli.told.count("\n") == 1
+    cli("compare", tmp_path / "some", "--no-time", "--text", "-", "--path", "4,6,7", "--json", stdin=TEXT)
+    assert cli.told.startswith(told) and cli.told.count("\n") == 1
     cli("eval", "--model", tmp_path / "some", "--depth", "3", stdin=TEXT)
     assert cli.told == ""
 

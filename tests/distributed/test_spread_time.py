@@ -113,7 +113,7 @@ def test_collectives_of_a_step_do_not_depend_on_the_length(n_ranks, tmp_path_fac
 def test_fewer_segments_than_ranks_are_refused_on_every_rank(n_ranks, tmp_path_factory):
     said = {found["refused"] for found in found_by(n_ranks, tmp_path_factory)}
     size = {2: 3, 4: 1}[n_ranks]
-    assert len(said) == 1 and f"4 steps with chunk_size=4 on {n_ranks} ranks: 1 segments" in said.pop()
+    assert len(said) == 1 and f"4 steps with chunk_size=4 on {n_ranks} ranks: 1 segment," in said.pop()
     fits = objective_of("from zero", Ranks(0, n_ranks))
     with pytest.raises(ValueError, match=f"a chunk_size of at most {size}, or fewer ranks"):
         fits(torch.zeros(2, 5, dtype=torch.int64))

@@ -53,6 +53,7 @@ CASES = {
     ),
     "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
     "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
+    "damped, as many iterations as segments": ({}, "sweeps:forward=3,backward=3,chunk_size=2,damping=0.5", {}),
     "tolerance": ({}, "sweeps:forward=3,backward=1,chunk_size=2,tolerance=0.5", {}),
     "mix, exact": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps", {"depths": "octaves"}),
     "mix": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "octaves"}),

@@ -62,7 +62,7 @@ def segments_of_rank(n_segments: int, rank: int, n_ranks: int, shares: Sequence[
             given = quote(",".join(map(str, shares)))
             raise ValueError(
                 f"block_shares={given} with block_parallel={n_ranks}: must be {n_ranks} numbers of at least 1 that add up to "
-                f"the {n_segments} segments of the path; change them or --chunk-size, or leave --block-shares out for equal "
+                f"the {n_segments} segments of the path; change them or --chunk-size, or give --block-shares none for equal "
                 "ones"
             )
         return range(sum(shares[:rank]), sum(shares[: rank + 1]))

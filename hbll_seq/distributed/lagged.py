@@ -49,10 +49,11 @@ class LaggedPlacement(RankPlacement):
         self._coming: tuple[Any, Tensor] | None = None  # asked for, with the tensor that it goes into; None: it is there
         self._has_sent, self._arrived = False, None  # in this step
 
-    def check_alike(self, inputs: Tensor, shared: Sequence[Tensor]) -> None:
-        """Begins a step. Raises ValueError where the ranks do not begin with the same weights of what all of them hold or
-        are given batches of different shapes, asked once; and where a batch has another shape than those before it."""
-        super().check_alike(inputs, shared)
+    def check_alike(self, batch: Sequence[Tensor], shared: Sequence[Tensor], own: Sequence[Tensor], seed: int) -> None:
+        """Begins a step. See :meth:`RankPlacement.check_alike`, where of a batch the shapes alone must be the same. Raises
+        ValueError where a batch has another shape than those before it, too."""
+        super().check_alike(batch, shared, own, seed)
+        inputs = batch[0]
         self._shape = self._shape or tuple(inputs.shape)
         if tuple(inputs.shape) != self._shape:
             raise ValueError(
@@ -62,8 +63,8 @@ class LaggedPlacement(RankPlacement):
             )
         self._has_sent, self._arrived = False, None
 
-    def _alike(self, inputs: Tensor) -> tuple:
-        return tuple(inputs.shape), str(inputs.dtype)  # each has a batch of its own
+    def _alike(self, batch: Sequence[Tensor]) -> list[tuple]:
+        return [(tuple(t.shape), str(t.dtype)) for t in batch]  # each has a batch of its own
 
     def pass_on(self, state: Tensor, source: int, target: int, n_segments: int) -> Tensor:
         """See :meth:`Placement.pass_on`; of what the rank before has made of this batch a step ago. An adjoint, whose target

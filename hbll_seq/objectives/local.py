@@ -60,7 +60,8 @@ class LocalObjective(Objective):
             (K + 1) c and (M + 1) c of sweeps at least the path's length, the gradient of every parameter is backprop's.
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
-        recompute, seed, rank, micro_batches: see :class:`Objective`.
+        recompute, seed, rank, micro_batches: see :class:`Objective`; with several ``ranks`` of a model ``rank`` is the number
+            of its replica.
         ranks: where the blocks are. With several ranks the model holds those of this one alone
             (:func:`hbll_seq.distributed.blocks.keep_own`), all ranks call ``forward`` with the same batch, and each gets the
             part of the loss that is its blocks'. Metrics and node losses are zero where a rank does not know them: their sum
@@ -242,8 +243,10 @@ class LocalObjective(Objective):
         inference = self.inference if control is None else control.applied(self.inference)
         blocks = self.calls(step, states)
         if isinstance(self.placement, RankPlacement):
-            shared = [p for name, p in self.named_parameters() if not name.startswith("model.blocks.")]
-            self.placement.check_alike(inputs, shared)
+            own, shared = [], []
+            for name, p in self.named_parameters():
+                (own if name.startswith("model.blocks.") else shared).append(p)
+            self.placement.check_alike([inputs] if labels is None else [inputs, labels], shared, own, self.noise_seed)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)

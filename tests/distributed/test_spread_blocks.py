@@ -76,8 +76,10 @@ def test_a_rank_may_have_nothing_to_train(name, tmp_path_factory):
 
 
 def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):
-    for batches, weights, shared, foreign in (each["refused"] for each in found_by(2, tmp_path_factory)):
+    for batches, rows, labels, seeds, weights, shared, foreign in (each["refused"] for each in found_by(2, tmp_path_factory)):
         assert batches.startswith("the ranks of a model are given different batches ([2, 7] of torch.int64, [3, 7] of")
+        assert "different batches" in rows and "different batches" in labels
+        assert "different seeds" in seeds and "as rank the number of their replica" in seeds
         assert weights.startswith("embedding or head differ between the ranks")
         assert "is also one of another part of the model" in shared and "use one rank" in shared
         assert "another rank holds that block" in foreign

@@ -9,10 +9,14 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
+from hbll_seq.distributed.blocks import blocks_of_rank, keep_own
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
 from hbll_seq.distributed.lost import is_lost
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.distributed.whole import gather_to_first
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.local import LocalObjective
 from helpers.rank_scripts import as_rank, found_by
 
 
@@ -54,6 +58,22 @@ def waiting():
     else:
         store.wait(["given up"])
     return lost
+
+
+def unlike(part):
+    """What is said where the two replicas of a model on two ranks begin with other weights in a part of it."""
+    ranks = make_ranks(2)
+    torch.manual_seed(0)
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=11, n_level=2, n_embd=8, n_head=2, context_length=8))
+    objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks, rank=ranks.replica)
+    keep_own(model, objective.path, blocks_of_rank(3, 2, ranks.rank, 2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += ranks.replica * name.startswith(part)
+    try:
+        objective(torch.full((2, 7), ranks.replica))  # each replica has batches of its own
+    except ValueError as error:
+        return str(error)
 
 
 def parts(rank, replica, n_ranks):

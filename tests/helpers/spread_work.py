@@ -128,7 +128,7 @@ def frozen(name, ranks=ALONE):
 
 
 def refused(ranks):
-    """What is said of batches that differ, of weights that do, and of a parameter in two places."""
+    """What is said of batches, seeds and weights that differ, of a parameter in two places, and of another rank's state."""
     said = []
 
     def note(call):
@@ -141,10 +141,10 @@ def refused(ranks):
         torch.manual_seed(seed)
         return HBLLForCausalLM(HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8))
 
-    def step(model, rows=ROWS):
-        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)
+    def step(model, inputs=None, labels=None, number=0):
+        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks, rank=number)
         keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
-        objective(torch.ones(rows, TOKENS, dtype=torch.int64))
+        objective(tokens if inputs is None else inputs, labels)
 
     def foreign():
         config = HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8, cell="gru")
@@ -154,7 +154,12 @@ def refused(ranks):
         tokens = torch.ones(ROWS, TOKENS, dtype=torch.int64)
         LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)(tokens, states={others: torch.zeros(ROWS, 8)})
 
-    note(lambda: step(model_of(), rows=2 + ranks.rank))
+    tokens = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % VOCABULARY
+    turned = tokens.flip(0) if ranks.rank else tokens
+    note(lambda: step(model_of(), tokens[: 2 + ranks.rank]))
+    note(lambda: step(model_of(), turned))
+    note(lambda: step(model_of(), labels=turned))
+    note(lambda: step(model_of(), number=ranks.rank))
     note(lambda: step(model_of(seed=ranks.rank)))
     tied = model_of()
     tied.blocks[2].norm_mlp = tied.blocks[0].norm_mlp

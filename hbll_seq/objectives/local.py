@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
@@ -132,6 +133,13 @@ class LocalObjective(Objective):
         if ahead and any(issubclass(kind_of(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
                              "recurrence, or leave ahead out")  # fmt: skip
+        for name, part in self.model.head.named_modules(prefix="head"):
+            if isinstance(part, _NormBase) and part.track_running_stats:
+                raise ValueError(
+                    f"{ranks.n_ranks} ranks with {name}={type(part).__name__} object: each rank scores the exits on its own "
+                    "blocks, so that its running statistics would be of these alone; use a norm without them "
+                    "(track_running_stats=False, or LayerNorm), or one rank"
+                )
         if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead, ranks.shares):
             raise ValueError(found.said(ranks.n_ranks))
         return LaggedPlacement(ranks) if ahead else RankPlacement(ranks)

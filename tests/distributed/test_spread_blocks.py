@@ -8,6 +8,8 @@ from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.local import LocalObjective
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 _FOUND = {}
@@ -83,6 +85,24 @@ def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):
         assert weights.startswith("embedding or head differ between the ranks")
         assert "is also one of another part of the model" in shared and "use one rank" in shared
         assert "another rank holds that block" in foreign
+
+
+class Normed(torch.nn.Sequential):
+    """A head that keeps running statistics of what it reads."""
+
+    def __init__(self, tracks=True):
+        super().__init__(torch.nn.BatchNorm1d(4, track_running_stats=tracks), torch.nn.Linear(4, 2))
+
+
+def test_a_head_that_keeps_statistics_is_refused():
+    """The first rank, whose head is saved, scores no exit of the others."""
+    blocks = lambda: [torch.nn.BatchNorm1d(4) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"2 ranks with head.0=BatchNorm1d object: .*track_running_stats=False, .* one rank"):
+        LocalObjective(DepthHierarchy(blocks(), Normed()), "sweeps:chunk_size=2", ranks=Ranks(0, 2))
+    LocalObjective(DepthHierarchy(blocks(), Normed()), "sweeps:chunk_size=2")
+    LocalObjective(DepthHierarchy(blocks(), Normed(tracks=False)), "sweeps:chunk_size=2", ranks=Ranks(0, 2))
+    LocalObjective(DepthHierarchy(blocks(), torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(4)), "sweeps:chunk_size=2",
+                   ranks=Ranks(0, 2))  # every rank embeds all inputs
 
 
 class Narrowing(Calls):

@@ -67,6 +67,7 @@ def test_what_is_sent_does_not_grow_with_the_blocks(n_ranks, tmp_path_factory):
         for rank, traffic in enumerate(by_rank):
             assert traffic[0] == traffic[1] == traffic[2]
             assert traffic[0]["collectives"] == 2 * per_step + without
+            assert traffic[0]["asked"] == 1  # whether all have the same, before the first step
             forward, back = 0 < n_ranks - 1 - rank, rank > 0
             assert traffic[0]["messages"] == (3 * forward + 2 * back if kind == "deep, exact" else 0)
 

@@ -105,6 +105,16 @@ def reduced(block_parallel, most):
     return [[p.grad for p in kind] for kind in found], norm, len(calls)
 
 
+def mixed():
+    """Gradients of shared parameters of two dtypes after their reduction; each rank gives its number and 1."""
+    ranks = make_ranks(2)
+    parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float64)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, ranks.rank + 1)
+    reduce_gradients([], parameters, ranks)
+    return [p.grad for p in parameters]
+
+
 def gathered(block_parallel):
     """What the first rank of each replica gets."""
     ranks = make_ranks(int(block_parallel))

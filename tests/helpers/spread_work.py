@@ -61,6 +61,7 @@ CASES = {
     "paths that jump from rank to rank": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "spine"}),
     "recomputed": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"recompute": True}),
     "dropout": ({"dropout": 0.3}, "sweeps:forward=1,backward=1,chunk_size=2", {"seed": 5}),
+    "blocks that turn the layout": ({}, "sweeps:chunk_size=2", {"turns": True}),
     "part of the blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {"path": (1, 2, 3, 4, 5, 6, 7, 8)}),
     "untied": ({"tie_embeddings": False}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
     "deep: 7": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
@@ -90,8 +91,10 @@ def steps(name, ranks=ALONE, n_steps=2):
     model = HBLLForCausalLM(config).double()
     for parameter in model.parameters():  # blocks that begin as the identity would hide what they send
         torch.nn.init.normal_(parameter, std=0.3)
+    for block in model.blocks if options.pop("turns", False) else ():
+        block.register_forward_hook(lambda block, given, made: (made[0].mT.contiguous().mT, *made[1:]))
     path = tuple(options.get("path", config.full_path))
-    traffic, found, states = None, [], None
+    traffic, found, states, gather = None, [], None, distributed.all_gather_object
     objective = LocalObjective(model, inference, ranks=ranks, **options)
     for parameter in objective.auxiliary.parameters() if objective.auxiliary else ():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -99,6 +102,13 @@ def steps(name, ranks=ALONE, n_steps=2):
         size = objective.inference.chunk_size
         keep_own(model, path, blocks_of_rank(len(path), size, ranks.rank, ranks.n_ranks, ranks.shares))
         traffic = objective.placement.traffic
+        traffic.asked = 0
+
+        def asking(*args, **keywords):
+            traffic.asked += 1
+            gather(*args, **keywords)
+
+        distributed.all_gather_object = asking
     tokens = torch.randint(VOCABULARY, (n_steps, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     for step in range(n_steps):
         objective.zero_grad()
@@ -110,6 +120,7 @@ def steps(name, ranks=ALONE, n_steps=2):
         found.append((output.loss.detach(), output.node_losses.detach(), output.metrics, gradients, states))
     with torch.no_grad():
         found.append((objective(tokens[0], step=0).loss,))
+    distributed.all_gather_object = gather
     return found, traffic and vars(traffic)
 
 

@@ -47,7 +47,9 @@ class RankPlacement(Placement):
     def __init__(self, ranks: Ranks):
         self.ranks, self.traffic, self._is_checked = ranks, Traffic(), False
 
-    def check_alike(self, batch: Sequence[Tensor], shared: Sequence[Tensor], own: Sequence[Tensor], seed: int) -> None:
+    def check_alike(
+        self, batch: Sequence[Tensor], shared: Sequence[Tensor], own: Sequence[Tensor], seed: int, step: int
+    ) -> None:
         """Raises ValueError on every process where the ranks of a model are not given the same batch or seed, or do not begin
         with the same weights of what all of them hold, or where a replica begins with other weights; asked once.
 
@@ -55,6 +57,7 @@ class RankPlacement(Placement):
             batch: inputs, and labels where there are some.
             shared, own: parameters that all ranks hold, and those of this one's blocks.
             seed: of noise and dropout.
+            step: number of the batch, which ranks that work ahead of each other look at.
         """
         if self._is_checked:
             return
@@ -71,8 +74,8 @@ class RankPlacement(Placement):
         batches, seeds, weights, agree = zip(*told)
         if any(other != batches[0] for other in batches):
             shown = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, *_), *_ in batches)
-            raise ValueError(f"the ranks of a model are given different batches ({shown}): give all of them the same one, labels "
-                             "included, such as by drawing it from one seed")  # fmt: skip
+            raise ValueError(f"the ranks of a model are given different batches ({shown}): give all of them the same one, "
+                             "labels included, such as by drawing it from one seed")  # fmt: skip
         if any(other != seed for other in seeds):
             raise ValueError("the ranks of a model have different seeds of dropout or of the depth mix: give all of them one "
                              "seed, and as rank the number of their replica")  # fmt: skip

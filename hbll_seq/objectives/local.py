@@ -70,8 +70,9 @@ class LocalObjective(Objective):
         ahead: each rank works on a later batch than the next one, on states that are a step old, so that none waits for
             another: ``forward`` is given the batch that the last rank gets ``placement.lead`` calls later, with that batch's
             ``step``, and before the first step ``placement.lead`` batches without gradient
-            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, each of
-            which needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
+            (:mod:`hbll_seq.distributed.lagged`); no other batch may come between. For sweeps with exact states and no adjoint
+            between segments, each of which needs an exit; without a depth mix the last rank alone has one, and the others
+            learn nothing.
 
     Attributes:
         inference: with every default written out.
@@ -254,7 +255,8 @@ class LocalObjective(Objective):
             own, shared = [], []
             for name, p in self.named_parameters():
                 (own if name.startswith("model.blocks.") else shared).append(p)
-            self.placement.check_alike([inputs] if labels is None else [inputs, labels], shared, own, self.noise_seed)
+            batch = [inputs] if labels is None else [inputs, labels]
+            self.placement.check_alike(batch, shared, own, self.noise_seed, step)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)

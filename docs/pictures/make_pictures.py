@@ -101,7 +101,7 @@ def _segments(axes: Axes, theme: Theme) -> None:
     for (_, end), (begin, _) in zip(ends, ends[1:]):
         arrow(axes, (end - 0.15, 4.6), (begin + 0.15, 4.6), theme.ink, bend=-0.75, width=1.3)
         arrow(axes, (begin + 0.15, 2.0), (end - 0.15, 2.0), theme.ink, bend=-0.75, width=1.3)
-    axes.text(0, 0.45, "K + 1 short walks forward, M back, joined by one scan;\neach step learns from a loss of its own",
+    axes.text(0, 0.45, "K + 1 short walks forward, M + 1 back, joined by one scan;\neach step learns from a loss of its own",
               color=theme.faint, fontsize=11, va="top", linespacing=1.4)  # fmt: skip
 
 
@@ -131,6 +131,13 @@ def _tree(axes: Axes, theme: Theme) -> None:
 # ---------------------------------------------------------------------------------------------------------- perplexity
 
 
+MIX = "depth_mix=octaves,paths=prefix,exit_rank=16"
+METHODS = {
+    "exact": "sweeps:forward=1,backward=1,chunk_size=4",
+    "alone": "sweeps:forward=1,backward=0,chunk_size=4,linearization=zero",
+}
+
+
 def perplexities(runs: list[dict], name: str, lr: float | None = None) -> dict[int, list[float]]:
     """Test perplexity by depth of the runs of one method at one learning rate (None: the one that most seeds have)."""
     runs = [run for run in runs if run["method"] == name]
@@ -145,17 +152,21 @@ def perplexities(runs: list[dict], name: str, lr: float | None = None) -> dict[i
 
 
 def perplexity_by_depth(theme: Theme) -> plt.Figure:
-    """One model at all its depths, beside backprop: with the same mix where the results hold it, and one model a depth."""
-    stored = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["runs"]
-    runs = [current_run(run, "depth") for run in stored]
+    """One model at all its depths, beside backprop: with the same mix, and one model for each depth."""
+    apart, mixed = (
+        [current_run(run, "depth") for run in json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]]
+        for name in ("compare.json", "compare-engine-octaves.json")
+    )
     figure, axes = plt.subplots(figsize=(8, 4.3), layout="constrained")
     separate = {}
     for depth in range(1, 8):
-        separate |= perplexities(runs, f"backprop-{depth}")
+        separate |= perplexities(apart, f"backprop-{depth}")
+    of_mix = {kind: perplexities(mixed, f"{method},{MIX}") for kind, method in METHODS.items()}
     curves = (
         ("backprop, seven models, one for each depth", separate, theme.theirs, "s", "none"),
-        ("backprop with the same mix, one model", perplexities(runs, "backprop-mix"), theme.other, "^", (0, (5, 2))),
-        ("local losses with the mix octaves, one model", perplexities(runs, "mix"), theme.ours, "o", "-"),
+        ("backprop with the mix octaves, one model", perplexities(mixed, f"backprop:{MIX}"), theme.other, "^", (0, (5, 2))),
+        ("segments alone with this mix, one model", of_mix["alone"], theme.faint, "v", (0, (1, 1))),
+        ("exact segments with this mix, one model", of_mix["exact"], theme.ours, "o", "-"),
     )
     for label, values, colour, marker, line in curves:
         if not values:
@@ -163,7 +174,7 @@ def perplexity_by_depth(theme: Theme) -> plt.Figure:
         depths = sorted(values)
         means = [sum(values[d]) / len(values[d]) for d in depths]
         axes.plot(depths, means, marker=marker, linestyle=line, color=colour, markersize=8, linewidth=2.2, label=label)
-        for d in depths:  # both seeds, where there are two
+        for d in depths:  # of all seeds, where there are several
             axes.vlines(d, min(values[d]), max(values[d]), color=colour, linewidth=5, alpha=0.35)
     _dress(axes, theme)
     return figure

@@ -62,7 +62,7 @@ def segments_of_rank(n_segments: int, rank: int, n_ranks: int, shares: Sequence[
             given = quote(",".join(map(str, shares)))
             raise ValueError(
                 f"block_shares={given} with block_parallel={n_ranks}: must be {n_ranks} numbers of at least 1 that add up to "
-                f"the {n_segments} segments of the path; change them or --chunk-size, or leave --block-shares out for equal "
+                f"the {n_segments} segments of the path; change them or --chunk-size, or give --block-shares none for equal "
                 "ones"
             )
         return range(sum(shares[:rank]), sum(shares[: rank + 1]))
@@ -122,8 +122,9 @@ def keep_own(model: nn.Module, path: Sequence[int], owned: range) -> None:
         owned: positions on it, as :func:`blocks_of_rank` gives them.
 
     Raises:
-        ValueError: a parameter is in blocks of several ranks, or in a block and outside of all: there would be two of it,
-            which are trained apart; or the model was made without a block that is to be kept. The model is unchanged.
+        ValueError: a parameter is in blocks of several ranks, of which this one keeps one, or in a block and outside of all:
+            there would be two of it, which are trained apart; or the model was made without a block that is to be kept. The
+            model is unchanged.
     """
     kept = numbers_kept(len(model.blocks), path, owned)
     if lost := [n for n in kept if isinstance(model.blocks[n - 1], RemoteBlock)]:

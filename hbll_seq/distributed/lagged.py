@@ -45,14 +45,24 @@ class LaggedPlacement(RankPlacement):
         super().__init__(ranks)
         self.lead = ranks.n_ranks - 1 - ranks.rank
         self._shape: tuple[int, ...] | None = None  # of every batch
+        self._step: int | None = None  # the last batch's number
         self._sent: tuple[Any, Tensor] | None = None  # under way, with the tensor that must live as long
         self._coming: tuple[Any, Tensor] | None = None  # asked for, with the tensor that it goes into; None: it is there
         self._has_sent, self._arrived = False, None  # in this step
 
-    def check_alike(self, inputs: Tensor, shared: Sequence[Tensor]) -> None:
-        """Begins a step. Raises ValueError where the ranks do not begin with the same weights of what all of them hold or
-        are given batches of different shapes, asked once; and where a batch has another shape than those before it."""
-        super().check_alike(inputs, shared)
+    def check_alike(
+        self, batch: Sequence[Tensor], shared: Sequence[Tensor], own: Sequence[Tensor], seed: int, step: int
+    ) -> None:
+        """Begins a step. See :meth:`RankPlacement.check_alike`, where of a batch the shapes alone must be the same. Raises
+        ValueError, too, where a batch has another shape than those before it, or is not the one behind the last."""
+        super().check_alike(batch, shared, own, seed, step)
+        inputs = batch[0]
+        if self._step is not None and step != self._step + 1:
+            raise ValueError(
+                f"step={step} after step={self._step}: of ranks that work ahead of each other each call reads what was sent "
+                "for the batch behind the last one, also in an evaluation; number batches one by one and evaluate a model "
+                "that was gathered (hbll_seq.distributed.whole), or call placement.discard() on all ranks and begin anew"
+            )
         self._shape = self._shape or tuple(inputs.shape)
         if tuple(inputs.shape) != self._shape:
             raise ValueError(
@@ -60,10 +70,10 @@ class LaggedPlacement(RankPlacement):
                 "other ask for a state before its batch is there, so that all batches have one shape; leave out the rest "
                 "of the data that does not fill a batch"
             )
-        self._has_sent, self._arrived = False, None
+        self._has_sent, self._arrived, self._step = False, None, step
 
-    def _alike(self, inputs: Tensor) -> tuple:
-        return tuple(inputs.shape), str(inputs.dtype)  # each has a batch of its own
+    def _alike(self, batch: Sequence[Tensor]) -> list[tuple]:
+        return [(tuple(t.shape), str(t.dtype)) for t in batch]  # each has a batch of its own
 
     def pass_on(self, state: Tensor, source: int, target: int, n_segments: int) -> Tensor:
         """See :meth:`Placement.pass_on`; of what the rank before has made of this batch a step ago. An adjoint, whose target
@@ -88,7 +98,7 @@ class LaggedPlacement(RankPlacement):
         self.coming()
         if self._sent is not None:
             self._sent[0].wait()
-        self._coming = self._sent = None
+        self._coming = self._sent = self._step = None
 
     def coming(self) -> Tensor | None:
         """The state [1, ...] that this rank reads next, once it is there; None on the first rank, and before the first

@@ -12,6 +12,7 @@ from hbll_seq.distributed.blocks import segments_of_rank
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.engine.placement import Placement, overlap
 
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 #: its name up to torch 2.12
 _gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
@@ -46,27 +47,49 @@ class RankPlacement(Placement):
     def __init__(self, ranks: Ranks):
         self.ranks, self.traffic, self._is_checked = ranks, Traffic(), False
 
-    def check_alike(self, inputs: Tensor, shared: Sequence[Tensor]) -> None:
-        """Raises ValueError on every rank where they are not given the same batch, or do not begin with the same weights of
-        what all of them hold; asked once."""
+    def check_alike(
+        self, batch: Sequence[Tensor], shared: Sequence[Tensor], own: Sequence[Tensor], seed: int, step: int
+    ) -> None:
+        """Raises ValueError on every process where the ranks of a model are not given the same batch or seed, or do not begin
+        with the same weights of what all of them hold, or where a replica begins with other weights; asked once.
+
+        Args:
+            batch: inputs, and labels where there are some.
+            shared, own: parameters that all ranks hold, and those of this one's blocks.
+            seed: of noise and dropout.
+            step: number of the batch, which ranks that work ahead of each other look at.
+        """
         if self._is_checked:
             return
         self._is_checked = True
-        sums = [float(p.detach().double().sum()) for p in shared]
-        own = self._alike(inputs), sums
+        sums, are_replicas = [int(_bits(p).sum()) for p in shared], True
+        if self.ranks.replica_group is not None:
+            weights: list = [None] * self.ranks.n_replicas
+            of_own = [int(_bits(p).sum()) for p in own]
+            distributed.all_gather_object(weights, sums + of_own, group=self.ranks.replica_group)
+            are_replicas = all(other == weights[0] for other in weights)
         told: list = [None] * self.ranks.n_ranks
-        distributed.all_gather_object(told, own, group=self.ranks.host_group or self.ranks.block_group)
-        if any(batch != told[0][0] for batch, _ in told):
-            given = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, *_), _ in told)
-            raise ValueError(f"the ranks of a model are given different batches ({given}): give all of them the same one, "
-                             "such as by drawing it from one seed")  # fmt: skip
-        if any(other != sums for _, other in told):
+        given = self._alike(batch), seed, sums, are_replicas
+        distributed.all_gather_object(told, given, group=self.ranks.host_group or self.ranks.block_group)
+        batches, seeds, weights, agree = zip(*told)
+        if any(other != batches[0] for other in batches):
+            shown = ", ".join(f"{list(shape)} of {dtype}" for (shape, dtype, *_), *_ in batches)
+            raise ValueError(f"the ranks of a model are given different batches ({shown}): give all of them the same one, "
+                             "labels included, such as by drawing it from one seed")  # fmt: skip
+        if any(other != seed for other in seeds):
+            raise ValueError("the ranks of a model have different seeds of dropout or of the depth mix: give all of them one "
+                             "seed, and as rank the number of their replica")  # fmt: skip
+        if any(other != sums for other in weights):
             raise ValueError("embedding or head differ between the ranks of a model: draw the weights from one seed "
                              "(torch.manual_seed) on all of them")  # fmt: skip
+        if not all(agree):
+            raise ValueError("the replicas of a model begin with different weights, which would be trained apart: draw them "
+                             "from one seed (torch.manual_seed) on all processes")  # fmt: skip
 
-    def _alike(self, inputs: Tensor) -> tuple:
+    def _alike(self, batch: Sequence[Tensor]) -> list[tuple]:
         """What of a batch must be the same on all ranks."""
-        return tuple(inputs.shape), str(inputs.dtype), float(inputs.double().sum())
+        ordered = [_bits(t).flatten() * torch.arange(1, 1 + t.numel(), device=t.device) for t in batch]
+        return [(tuple(t.shape), str(t.dtype), int(each.sum())) for t, each in zip(batch, ordered)]
 
     def own(self, n_segments: int, rank: int | None = None) -> range:
         """See :meth:`Placement.own`; those of this rank, or of another."""
@@ -120,3 +143,8 @@ class RankPlacement(Placement):
         else:
             state = state.new_zeros(()).expand(1, *state.shape[1:])
         return state
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its bits as whole numbers, whose sum is the same in whatever order they are added, and of NaN too."""
+    return tensor.detach().contiguous().view(_WHOLE[tensor.element_size()])

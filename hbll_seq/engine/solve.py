@@ -123,6 +123,7 @@ class _Forward:
         iterations, later = self.iterations, slice(self.low * self.size, self.chain.n_steps)
         return (
             iterations.forward >= self.n_segments - 1
+            and iterations.damping == 1.0  # else no iteration makes a state exact
             and self.size > 1
             and iterations.tolerance == 0
             and not self.learn

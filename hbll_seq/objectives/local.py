@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
@@ -60,7 +61,8 @@ class LocalObjective(Objective):
             (K + 1) c and (M + 1) c of sweeps at least the path's length, the gradient of every parameter is backprop's.
         path, depths: see :class:`Objective`; not with :class:`Tree`.
         time: how recurrent blocks are solved along time, a :class:`Sweeps` or its text, such as ``"sweeps:forward=2"``.
-        recompute, seed, rank, micro_batches: see :class:`Objective`.
+        recompute, seed, rank, micro_batches: see :class:`Objective`; with several ``ranks`` of a model ``rank`` is the number
+            of its replica.
         ranks: where the blocks are. With several ranks the model holds those of this one alone
             (:func:`hbll_seq.distributed.blocks.keep_own`), all ranks call ``forward`` with the same batch, and each gets the
             part of the loss that is its blocks'. Metrics and node losses are zero where a rank does not know them: their sum
@@ -68,8 +70,9 @@ class LocalObjective(Objective):
         ahead: each rank works on a later batch than the next one, on states that are a step old, so that none waits for
             another: ``forward`` is given the batch that the last rank gets ``placement.lead`` calls later, with that batch's
             ``step``, and before the first step ``placement.lead`` batches without gradient
-            (:mod:`hbll_seq.distributed.lagged`). For sweeps with exact states and no adjoint between segments, each of
-            which needs an exit; without a depth mix the last rank alone has one, and the others learn nothing.
+            (:mod:`hbll_seq.distributed.lagged`); no other batch may come between. For sweeps with exact states and no adjoint
+            between segments, each of which needs an exit; without a depth mix the last rank alone has one, and the others
+            learn nothing.
 
     Attributes:
         inference: with every default written out.
@@ -131,6 +134,13 @@ class LocalObjective(Objective):
         if ahead and any(issubclass(kind_of(block), RecurrentBlock) for block in self.model.blocks):
             raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
                              "recurrence, or leave ahead out")  # fmt: skip
+        for name, part in self.model.head.named_modules(prefix="head"):
+            if isinstance(part, _NormBase) and part.track_running_stats:
+                raise ValueError(
+                    f"{ranks.n_ranks} ranks with {name}={type(part).__name__} object: each rank scores the exits on its own "
+                    "blocks, so that its running statistics would be of these alone; use a norm without them "
+                    "(track_running_stats=False, or LayerNorm), or one rank"
+                )
         if found := obstacle(inference, self.model.tree, self.path, self.depths.name, ranks.n_ranks, ahead, ranks.shares):
             raise ValueError(found.said(ranks.n_ranks))
         return LaggedPlacement(ranks) if ahead else RankPlacement(ranks)
@@ -242,8 +252,11 @@ class LocalObjective(Objective):
         inference = self.inference if control is None else control.applied(self.inference)
         blocks = self.calls(step, states)
         if isinstance(self.placement, RankPlacement):
-            shared = [p for name, p in self.named_parameters() if not name.startswith("model.blocks.")]
-            self.placement.check_alike(inputs, shared)
+            own, shared = [], []
+            for name, p in self.named_parameters():
+                (own if name.startswith("model.blocks.") else shared).append(p)
+            batch = [inputs] if labels is None else [inputs, labels]
+            self.placement.check_alike(batch, shared, own, self.noise_seed, step)
         with self._dropout_of_step(inputs, step):
             learn = self.secants is not None and is_step
             run, residual = self._solve(inputs, labels, step, blocks, inference, keep_graph, learn)

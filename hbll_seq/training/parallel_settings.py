@@ -27,7 +27,7 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
 
     if n_ranks == 1 and settings.block_shares is not None:
         raise ValueError(f"block_shares={quote(settings.block_shares)} with block_parallel=1: one rank holds all segments; "
-                         "give --block-parallel, or leave --block-shares out")  # fmt: skip
+                         "give --block-parallel, or --block-shares none")  # fmt: skip
     if n_ranks == 1:
         raise ValueError("ahead=True with block_parallel=1: one rank has nobody to be ahead of; give --block-parallel 2, or "
                          "--no-ahead")  # fmt: skip

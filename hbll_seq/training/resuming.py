@@ -116,9 +116,16 @@ def resume_run(
         raise CheckpointError(f"{error}; {remedy}") from None
     if preset is not None:
         _check_preset(preset, state, presets or Path(), where)
-    settings = resolve(state["settings"], given, {"output_dir": str(folder)}).resolved()
+    settings = resolve(_kept_settings(state["settings"], given), given, {"output_dir": str(folder)}).resolved()
     _refuse_other_settings(dataclasses.asdict(settings), state["settings"], where, finished_step(folder) is not None)
     return settings, state["preset"], Resumed(tensors, state)
+
+
+def _kept_settings(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint that a run keeps where the command line does not name them: shares of ranks are those of their
+    number."""
+    is_other = given.get("block_parallel", stored["block_parallel"]) != stored["block_parallel"]
+    return {**stored, "block_shares": None} if is_other else stored
 
 
 def _stored_settings(state: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -90,9 +90,10 @@ def test_it_learns(tmp_path_factory):
 
 
 def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):
-    for weights, shape in (each["refused"] for each in found_by(2, tmp_path_factory)):
+    for weights, shape, turn in (each["refused"] for each in found_by(2, tmp_path_factory)):
         assert weights.startswith("embedding or head differ between the ranks")
         assert "[3, 6]" in shape and "[3, 7]" in shape and "one shape" in shape
+        assert "each call reads what was sent for the batch behind the last one" in turn and "placement.discard()" in turn
 
 
 @pytest.mark.parametrize("shape, inference, options, named, remedy", [

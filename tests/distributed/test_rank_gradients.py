@@ -37,6 +37,12 @@ def test_gradients_norm_and_clipping_equal_the_sums_written_out(tmp_path, proces
         assert calls == (2 if n_replicas > 1 else 1)
 
 
+def test_gradients_of_every_dtype_are_summed(tmp_path):
+    for found in run_on(2, "mixed", tmp_path):
+        assert [g.dtype for g in found] == [torch.float64, torch.bfloat16, torch.float64]
+        assert [g.tolist() for g in found] == [[3.0, 3.0]] * 3
+
+
 def test_alone_nothing_changes():
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
     parameters[0].grad = torch.tensor([3.0, 4.0])

@@ -36,3 +36,12 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_for_ever(tmp_path):
 def test_processes_that_do_not_divide_are_refused(tmp_path):
     for message in run_on(2, "refused", tmp_path, 3):
         assert message.startswith("block_parallel=3 with 2 processes: ") and "--num_processes 3" in message
+
+
+@pytest.mark.parametrize("part", ["blocks.2.", "embed."])
+def test_replicas_that_begin_with_other_weights_are_refused(tmp_path, part):
+    """On every process, also on a rank that has none of these blocks: nobody would make them alike, as
+    DistributedDataParallel does."""
+    for message in run_on(4, "unlike", tmp_path, part):
+        assert message is not None and "replicas of a model begin with different weights" in message
+    assert run_on(4, "unlike", tmp_path, "nothing") == [None] * 4

@@ -8,6 +8,8 @@ from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain
+from hbll_seq.models.hierarchy import DepthHierarchy
+from hbll_seq.objectives.local import LocalObjective
 
 CLOSE = dict(rtol=1e-10, atol=1e-12)
 _FOUND = {}
@@ -65,6 +67,7 @@ def test_what_is_sent_does_not_grow_with_the_blocks(n_ranks, tmp_path_factory):
         for rank, traffic in enumerate(by_rank):
             assert traffic[0] == traffic[1] == traffic[2]
             assert traffic[0]["collectives"] == 2 * per_step + without
+            assert traffic[0]["asked"] == 1  # whether all have the same, before the first step
             forward, back = 0 < n_ranks - 1 - rank, rank > 0
             assert traffic[0]["messages"] == (3 * forward + 2 * back if kind == "deep, exact" else 0)
 
@@ -76,11 +79,31 @@ def test_a_rank_may_have_nothing_to_train(name, tmp_path_factory):
 
 
 def test_what_would_be_wrong_without_a_word_is_refused(tmp_path_factory):
-    for batches, weights, shared, foreign in (each["refused"] for each in found_by(2, tmp_path_factory)):
+    for batches, rows, labels, seeds, weights, shared, foreign in (each["refused"] for each in found_by(2, tmp_path_factory)):
         assert batches.startswith("the ranks of a model are given different batches ([2, 7] of torch.int64, [3, 7] of")
+        assert "different batches" in rows and "different batches" in labels
+        assert "different seeds" in seeds and "as rank the number of their replica" in seeds
         assert weights.startswith("embedding or head differ between the ranks")
         assert "is also one of another part of the model" in shared and "use one rank" in shared
         assert "another rank holds that block" in foreign
+
+
+class Normed(torch.nn.Sequential):
+    """A head that keeps running statistics of what it reads."""
+
+    def __init__(self, tracks=True):
+        super().__init__(torch.nn.BatchNorm1d(4, track_running_stats=tracks), torch.nn.Linear(4, 2))
+
+
+def test_a_head_that_keeps_statistics_is_refused():
+    """The first rank, whose head is saved, scores no exit of the others."""
+    blocks = lambda: [torch.nn.BatchNorm1d(4) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"2 ranks with head.0=BatchNorm1d object: .*track_running_stats=False, .* one rank"):
+        LocalObjective(DepthHierarchy(blocks(), Normed()), "sweeps:chunk_size=2", ranks=Ranks(0, 2))
+    LocalObjective(DepthHierarchy(blocks(), Normed()), "sweeps:chunk_size=2")
+    LocalObjective(DepthHierarchy(blocks(), Normed(tracks=False)), "sweeps:chunk_size=2", ranks=Ranks(0, 2))
+    LocalObjective(DepthHierarchy(blocks(), torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(4)), "sweeps:chunk_size=2",
+                   ranks=Ranks(0, 2))  # every rank embeds all inputs
 
 
 class Narrowing(Calls):

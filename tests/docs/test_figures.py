@@ -122,6 +122,13 @@ def test_long_memory(method):
     assert len(values) == 2 and ", ".join(f"{value:.1f}" for value in values) in row("long memory")
 
 
+def test_the_longest_chain_of_long_memory():
+    """By the columns of the table of results: walked + scanned, of BPTT's."""
+    chains = re.findall(r"\| (\d+) \+ (\d+) of (128|524) \|", section("results.md", "8."))
+    found = [f"{(int(walked) + int(scanned)) / int(of):.2f}" for walked, scanned, of in chains]
+    assert len(found) == 2 and f"{' and '.join(found)} of its longest chain" in row("long memory")
+
+
 @pytest.mark.parametrize("n", [16, 64])
 def test_permuted_digits_with_tuned_rates(n):
     (file,) = [each for each in stored_files(ROOT / "train" / "results") if each.name == f"psmnist-{n}-gru-tuned"]

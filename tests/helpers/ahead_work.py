@@ -216,10 +216,10 @@ def learned(ranks):
 
 
 def refused(ranks):
-    """What is said of weights that differ, and of a batch of another shape than those before it."""
+    """What is said of weights that differ, of a batch of another shape than those before it, and of one out of turn."""
     said = []
 
-    def step(seed, *batches):
+    def step(seed, *batches, repeats=False):
         torch.manual_seed(seed)
         model = HBLLForCausalLM(HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8))
         objective = LocalObjective(model, inference_of(3, 2), ranks=ranks, ahead=True)
@@ -227,11 +227,15 @@ def refused(ranks):
         try:
             for number, tokens in enumerate(batches[ranks.rank :]):
                 objective(tokens, step=number)
+            if repeats:
+                objective(batches[0], step=0)
         except ValueError as error:
             said.append(str(error))
+        objective.placement.discard()  # what is under way would be read by the next one
 
     step(ranks.rank, batch(0), batch(1))
     step(0, batch(0), batch(1), batch(2)[:, :-1])
+    step(0, batch(0), batch(1), repeats=True)
     return said
 
 

@@ -9,10 +9,14 @@ from datetime import timedelta
 import torch
 from torch import distributed, nn
 
+from hbll_seq.distributed.blocks import blocks_of_rank, keep_own
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
 from hbll_seq.distributed.lost import is_lost
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.distributed.whole import gather_to_first
+from hbll_seq.models.causal_lm import HBLLForCausalLM
+from hbll_seq.models.config import HBLLConfig
+from hbll_seq.objectives.local import LocalObjective
 from helpers.rank_scripts import as_rank, found_by
 
 
@@ -56,6 +60,22 @@ def waiting():
     return lost
 
 
+def unlike(part):
+    """What is said where the two replicas of a model on two ranks begin with other weights in a part of it."""
+    ranks = make_ranks(2)
+    torch.manual_seed(0)
+    model = HBLLForCausalLM(HBLLConfig(vocab_size=11, n_level=2, n_embd=8, n_head=2, context_length=8))
+    objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks, rank=ranks.replica)
+    keep_own(model, objective.path, blocks_of_rank(3, 2, ranks.rank, 2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += ranks.replica * name.startswith(part)
+    try:
+        objective(torch.full((2, 7), ranks.replica))  # each replica has batches of its own
+    except ValueError as error:
+        return str(error)
+
+
 def parts(rank, replica, n_ranks):
     """Gradients of a rank's blocks and its part of the shared ones': functions of the numbers, some None."""
     draw = torch.Generator().manual_seed(100 * replica + rank)
@@ -83,6 +103,16 @@ def reduced(block_parallel, most):
     norm = float((total + squared_norm(found[1])).sqrt())
     clip_gradients(found[0] + found[1], norm, float(most))
     return [[p.grad for p in kind] for kind in found], norm, len(calls)
+
+
+def mixed():
+    """Gradients of shared parameters of two dtypes after their reduction; each rank gives its number and 1."""
+    ranks = make_ranks(2)
+    parameters = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float64)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, ranks.rank + 1)
+    reduce_gradients([], parameters, ranks)
+    return [p.grad for p in parameters]
 
 
 def gathered(block_parallel):

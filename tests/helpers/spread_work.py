@@ -53,6 +53,7 @@ CASES = {
     ),
     "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
     "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
+    "damped, as many iterations as segments": ({}, "sweeps:forward=3,backward=3,chunk_size=2,damping=0.5", {}),
     "tolerance": ({}, "sweeps:forward=3,backward=1,chunk_size=2,tolerance=0.5", {}),
     "mix, exact": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps", {"depths": "octaves"}),
     "mix": ({"default_paths": "prefix", "exit_rank": 2}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "octaves"}),
@@ -60,6 +61,7 @@ CASES = {
     "paths that jump from rank to rank": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"depths": "spine"}),
     "recomputed": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {"recompute": True}),
     "dropout": ({"dropout": 0.3}, "sweeps:forward=1,backward=1,chunk_size=2", {"seed": 5}),
+    "blocks that turn the layout": ({}, "sweeps:chunk_size=2", {"turns": True}),
     "part of the blocks": ({"n_level": 4}, "sweeps:forward=1,backward=1,chunk_size=2", {"path": (1, 2, 3, 4, 5, 6, 7, 8)}),
     "untied": ({"tie_embeddings": False}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
     "deep: 7": ({}, "sweeps:forward=1,backward=1,chunk_size=2", {}),
@@ -89,8 +91,10 @@ def steps(name, ranks=ALONE, n_steps=2):
     model = HBLLForCausalLM(config).double()
     for parameter in model.parameters():  # blocks that begin as the identity would hide what they send
         torch.nn.init.normal_(parameter, std=0.3)
+    for block in model.blocks if options.pop("turns", False) else ():
+        block.register_forward_hook(lambda block, given, made: (made[0].mT.contiguous().mT, *made[1:]))
     path = tuple(options.get("path", config.full_path))
-    traffic, found, states = None, [], None
+    traffic, found, states, gather = None, [], None, distributed.all_gather_object
     objective = LocalObjective(model, inference, ranks=ranks, **options)
     for parameter in objective.auxiliary.parameters() if objective.auxiliary else ():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -98,6 +102,13 @@ def steps(name, ranks=ALONE, n_steps=2):
         size = objective.inference.chunk_size
         keep_own(model, path, blocks_of_rank(len(path), size, ranks.rank, ranks.n_ranks, ranks.shares))
         traffic = objective.placement.traffic
+        traffic.asked = 0
+
+        def asking(*args, **keywords):
+            traffic.asked += 1
+            gather(*args, **keywords)
+
+        distributed.all_gather_object = asking
     tokens = torch.randint(VOCABULARY, (n_steps, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     for step in range(n_steps):
         objective.zero_grad()
@@ -109,6 +120,7 @@ def steps(name, ranks=ALONE, n_steps=2):
         found.append((output.loss.detach(), output.node_losses.detach(), output.metrics, gradients, states))
     with torch.no_grad():
         found.append((objective(tokens[0], step=0).loss,))
+    distributed.all_gather_object = gather
     return found, traffic and vars(traffic)
 
 
@@ -127,7 +139,7 @@ def frozen(name, ranks=ALONE):
 
 
 def refused(ranks):
-    """What is said of batches that differ, of weights that do, and of a parameter in two places."""
+    """What is said of batches, seeds and weights that differ, of a parameter in two places, and of another rank's state."""
     said = []
 
     def note(call):
@@ -140,10 +152,10 @@ def refused(ranks):
         torch.manual_seed(seed)
         return HBLLForCausalLM(HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8))
 
-    def step(model, rows=ROWS):
-        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)
+    def step(model, inputs=None, labels=None, number=0):
+        objective = LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks, rank=number)
         keep_own(model, model.config.full_path, blocks_of_rank(3, 2, ranks.rank, ranks.n_ranks))
-        objective(torch.ones(rows, TOKENS, dtype=torch.int64))
+        objective(tokens if inputs is None else inputs, labels)
 
     def foreign():
         config = HBLLConfig(vocab_size=VOCABULARY, n_level=2, n_embd=8, n_head=2, context_length=8, cell="gru")
@@ -153,7 +165,12 @@ def refused(ranks):
         tokens = torch.ones(ROWS, TOKENS, dtype=torch.int64)
         LocalObjective(model, "sweeps:chunk_size=2", ranks=ranks)(tokens, states={others: torch.zeros(ROWS, 8)})
 
-    note(lambda: step(model_of(), rows=2 + ranks.rank))
+    tokens = torch.arange(ROWS * TOKENS).view(ROWS, TOKENS) % VOCABULARY
+    turned = tokens.flip(0) if ranks.rank else tokens
+    note(lambda: step(model_of(), tokens[: 2 + ranks.rank]))
+    note(lambda: step(model_of(), turned))
+    note(lambda: step(model_of(), labels=turned))
+    note(lambda: step(model_of(), number=ranks.rank))
     note(lambda: step(model_of(seed=ranks.rank)))
     tied = model_of()
     tied.blocks[2].norm_mlp = tied.blocks[0].norm_mlp

@@ -100,6 +100,14 @@ def test_what_is_told_instead_works(mix, family, n_level):
     assert n_refused > 0
 
 
+@pytest.mark.parametrize("family", PATH_FAMILIES)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_random_paths_are_refused(family, ahead):
+    """They leave the full path for long, whatever the default paths."""
+    found = obstacle(alone(4), DyadicTree(3, family), FULL, "random", 2, ahead)
+    assert found.given["depths"] == "random" and "leave the main one for long" in found.why
+
+
 def accepts(call):
     try:
         call()
@@ -120,6 +128,7 @@ def test_settings_and_the_objective_are_of_one_mind(mix, family):
         by_objective = accepts(lambda: LocalObjective(model, sweeps, depths=mix, ranks=Ranks(0, n_ranks), ahead=ahead))
         if ahead and mix == "none":  # for measurements
             assert not by_settings
+            assert by_objective == (linearization == "zero" and -(-7 // size) >= n_ranks)
         else:
             assert by_settings == by_objective, values
 

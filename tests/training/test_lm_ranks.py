@@ -151,6 +151,8 @@ def test_unequal_shares_and_other_ones_at_a_resume(one, shape, tmp_path):
     assert codes == [143, 143], said
     run(2, ["--resume", *options, "--block-shares", "6,1"])
     assert_close(tmp_path / "run", one)
+    run(1, ["--resume", "4", *parallel(1), "--output-dir", str(tmp_path / "run")])  # shares go with their number of ranks
+    assert_close(tmp_path / "run", one)
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -86,7 +86,26 @@ def test_eight_segments_alone():
     early = [dict(run["evaluations"])[2000]["depth 31"] for run in (ours, backprop)]
     assert "after 2,000 steps on the validation text at {:.2f} and {:.2f}".format(*early) in text
     octaves = runs("compare-engine-31-octaves")[0]["test"][-1]["perplexity"]
-    assert f"ends at {octaves:.2f} (above), {100 * (1 - octaves / last):.1f}% ahead" in text
+    assert f"it ends at {octaves:.2f} (above), {100 * (1 - octaves / last):.1f}% ahead" in text
+
+
+EIGHT = {
+    "backprop": ("compare-engine-31-prefixes-6000", "backprop:"),
+    "eight segments alone, auxiliary exits": ("compare-engine-31-prefixes-6000", "sweeps:forward=7,backward=0,"),
+}
+
+
+@pytest.mark.parametrize("label", EIGHT)
+def test_eight_segments_past_the_plateau(label):
+    def perplexities(label):
+        name, method = EIGHT[label]
+        (run,) = (each for each in runs(name) if each["method"].startswith(method))
+        assert stored(name)["setting"]["steps"] == 6000 and run["seed"] == 0 and run["lr"] == 3e-3
+        return [row["perplexity"] for row in run["test"][-3:]]  # of depths 7, 15 and 31
+
+    found, full = perplexities(label), perplexities("backprop")[-1]
+    told = " | ".join(f"{value:.2f}" for value in found)
+    assert f"| {label} | {told} | {found[-1] / full:.3f} |" in section("results.md", "18.")
 
 
 def test_step_times_by_turns_with_the_mix():

@@ -106,6 +106,11 @@ def test_eight_segments_past_the_plateau(label):
     found, full = perplexities(label), perplexities("backprop")[-1]
     told = " | ".join(f"{value:.2f}" for value in found)
     assert f"| {label} | {told} | {found[-1] / full:.3f} |" in section("results.md", "18.")
+    if label.startswith("eight"):
+        assert f"are at {found[-1]:.2f} after 6,000 steps" in row("15 blocks in four segments")
+        assert f"with their mix (`prefixes`) at {full:.2f} (one seed)" in row("15 blocks in four segments")
+        for page, number in (("results.md", "22."), ("parallel.md", "When")):
+            assert f"are at {found[-1] / full:.3f} of" in " ".join(section(page, number).split())
 
 
 def test_step_times_by_turns_with_the_mix():

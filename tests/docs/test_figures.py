@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from statistics import median
 
 import pytest
 from pages import ROOT
@@ -292,7 +293,23 @@ def test_a_step_on_two_processes():
     shown = (ROOT / "README.md").read_text("utf-8")
     assert f"**on two CPU processes {told[3][0]} times as fast** (width 256)" in shown
     assert f"and {told[4][0]} times with the exact gradient" in shown
-    assert f"data parallelism {told[1][0]}, pipelines of four micro-batches {told[2][0]} and {told[5][0]} |" in shown
+    assert f"data parallelism {told[1][0]}, pipelines of four micro-batches {told[2][0]} and {told[5][0]};" in shown
+
+
+def test_a_slow_link():
+    text, (point,) = section("results.md", "21."), stored("bench_parallel-link")["points"]
+    assert point["link"] == [0.2, 1.0] and len(point["methods"]) == 7 and text.count("| 4.5 |") == 4
+    found = {}
+    for name, method in point["methods"].items():
+        times = method["seconds"], method["linked_seconds"]
+        ratios = ([b / s for b, s in zip(method["baseline_seconds"], seconds)] for seconds in times)
+        found[name] = tuple(f"{median(each):.2f}" for each in ratios)
+        assert f"| {' | '.join(found[name])} | {max(method['bytes']) / 2**20:.1f} |" in text
+    shown = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    at = {name: slow for name, (_, slow) in found.items()}
+    assert f"link of 1 Gb/s {at['ahead:depths=prefixes']} and {at['exact:shares=1+3']} | 1;" in shown
+    assert f"over that link {at['ddp']}, {at['1f1b:m=4']} and {at['zero-bubble:m=4']} |" in shown
+    assert float(at["ddp"]) - 1 < 0.125 and "all but 0.12 of its gain" in " ".join(text.split())
 
 
 def test_four_ranks_are_counted():

@@ -340,6 +340,7 @@ def test_recurrent_stacks_that_cannot_be_compared(tmp_path, monkeypatch, argv, m
         compare.main([*argv, "--output", str(tmp_path / "r.json"), "--threads", "1"])
 
 
+@pytest.mark.slow
 def test_induction_is_learned_by_three_blocks_and_not_by_one():
     """The smallest of the tasks on which depth is needed: sweeps learn it as backprop does, one block does not."""
     task = SyntheticTask(make_task("induction", n_symbols=8, context_length=24))

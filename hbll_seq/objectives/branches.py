@@ -60,14 +60,13 @@ class Leg(NamedTuple):
     """A part of a branch whose blocks are in one place.
 
     path, prefixes, exits: as of a :class:`Branch`, of its own blocks.
-    first, last: the segments of the main path that its first and last block belong to.
+    segment: of the main path, to which its first block belongs; those of the others are in the same place.
     """
 
     path: tuple[int, ...]
     prefixes: list[Prefix]
     exits: dict[int, float]
-    first: int
-    last: int
+    segment: int
 
 
 def legs_of(branch: Branch, segment_of: Callable[[int], int], together: Callable[[int, int], bool]) -> list[Leg]:
@@ -81,11 +80,11 @@ def legs_of(branch: Branch, segment_of: Callable[[int], int], together: Callable
     legs: list[Leg] = []
     for n, prefix in zip(branch.path, branch.prefixes):
         segment, exits = segment_of(n), {n: branch.exits[n]} if n in branch.exits else {}
-        if legs and together(legs[-1].last, segment):
+        if legs and together(legs[-1].segment, segment):
             before = legs.pop()
-            legs.append(Leg((*before.path, n), [*before.prefixes, prefix], {**before.exits, **exits}, before.first, segment))
+            legs.append(Leg((*before.path, n), [*before.prefixes, prefix], {**before.exits, **exits}, before.segment))
         else:
-            legs.append(Leg((n,), [prefix], exits, segment, segment))
+            legs.append(Leg((n,), [prefix], exits, segment))
     return legs
 
 

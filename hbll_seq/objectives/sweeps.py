@@ -278,13 +278,13 @@ class DepthStep:
         state = states[main.here.index(branch.before[-1])] if branch.start and branch.before[-1] in main.here else self.z0
         for leg in legs:
             if source is not None:
-                state = self.placement.pass_on(state[None], source, leg.first, main.n_segments)[0]
+                state = self.placement.pass_on(state[None], source, leg.segment, main.n_segments)[0]
             solutions.append(None)
-            if leg.first in main.own:
+            if leg.segment in main.own:
                 begun = self.z0 if source is None else state.detach().clone().requires_grad_(self.keep_graph)
                 solutions[-1] = solve(CallChain(self.calls, leg.prefixes, self.keep_graph), begun, _one_segment(leg))
                 state = solutions[-1].states[-1]
-            source = leg.last
+            source = leg.segment
         return solutions
 
     def _walk_back(
@@ -308,9 +308,9 @@ class DepthStep:
                 arriving = rows.input_gradient
                 self._collect(leg.prefixes, rows, from_z0=number == 0 and branch.start == 0)
             if number or branch.start:
-                target = legs[number - 1].last if number else main.segment_of(branch.before[-1])
+                target = legs[number - 1].segment if number else main.segment_of(branch.before[-1])
                 given = self.z0.detach() if arriving is None else arriving
-                arriving = self.placement.pass_on(given[None], leg.first, target, main.n_segments)[0]
+                arriving = self.placement.pass_on(given[None], leg.segment, target, main.n_segments)[0]
         if branch.start and branch.before[-1] in main.here:
             upstream[main.here.index(branch.before[-1])] += arriving
 

@@ -93,6 +93,7 @@ def test_eight_segments_alone():
 EIGHT = {
     "backprop": ("compare-engine-31-prefixes-6000", "backprop:"),
     "eight segments alone, auxiliary exits": ("compare-engine-31-prefixes-6000", "sweeps:forward=7,backward=0,"),
+    "the exact gradient with the same auxiliary exits": ("compare-engine-31-prefixes-6000-exact", "sweeps:"),
 }
 
 
@@ -112,6 +113,14 @@ def test_eight_segments_past_the_plateau(label):
         assert f"with their mix (`prefixes`) at {full:.2f} (one seed)" in row("15 blocks in four segments")
         for page, number in (("results.md", "22."), ("parallel.md", "When")):
             assert f"are at {found[-1] / full:.3f} of" in " ".join(section(page, number).split())
+    if label.startswith("the exact"):
+        alone = perplexities("eight segments alone, auxiliary exits")
+        behind = [100 * (ours / exact - 1) for ours, exact in zip(alone, found)]
+        told = "sending nothing back costs {2:.1f}% on the full path, and is {0:.1f} and {1:.1f}% ahead"
+        assert told.format(-behind[0], -behind[1], behind[2]) in " ".join(section("results.md", "18.").split())
+        for page, number in (("results.md", "22."), ("parallel.md", "When")):
+            assert f"at {alone[-1] / found[-1]:.3f} with the same exits too" in " ".join(section(page, number).split())
+        assert f"with their exits too at {found[-1]:.2f} |" in row("15 blocks in four segments")
 
 
 def test_step_times_by_turns_with_the_mix():

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
@@ -135,7 +134,7 @@ class LocalObjective(Objective):
             raise ValueError("ahead=True with recurrent blocks: ranks exchange estimates of their states; use blocks without "
                              "recurrence, or leave ahead out")  # fmt: skip
         for name, part in self.model.head.named_modules(prefix="head"):
-            if isinstance(part, _NormBase) and part.track_running_stats:
+            if getattr(part, "track_running_stats", False):  # as torch's norms of batches call it
                 raise ValueError(
                     f"{ranks.n_ranks} ranks with {name}={type(part).__name__} object: each rank scores the exits on its own "
                     "blocks, so that its running statistics would be of these alone; use a norm without them "

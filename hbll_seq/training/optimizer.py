@@ -14,8 +14,7 @@ _FUSED_DEVICES = ("cpu", "cuda")
 def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
     """AdamW over the trained parameters of ``module``, with weight decay on matrices (embedding included) only.
 
-    It is torch's fused one where there is one for their device: it goes through memory once, and takes a third of the time
-    of the plain one on a CPU.
+    It is torch's fused one where there is one for their device: it goes through memory once (docs/lab-log.md has its times).
 
     Args:
         module: frozen parameters are left out.

@@ -4,6 +4,9 @@ A checkpoint is a folder ``step-00000100`` of safetensors files and one ``state.
 of the others; ``SHA256SUMS`` holds the sums of all of them, so that no byte can change unseen. It is written under a hidden
 name, flushed to the disk and then renamed: a folder with a checkpoint's name is complete, or was damaged afterwards, which
 the sums tell. Nothing is pickled.
+
+One process writes all of it (:func:`save_checkpoint`). Where ranks hold a model's blocks each writes its own files, between
+:func:`start` and :func:`finish` of the first one; who reads them sees no difference.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hbll_seq.training.checkpoint_parts import ENDING, by_group, file_name
 from hbll_seq.utils.atomic import ASIDE, atomic_write, fsync
 from hbll_seq.utils.console import is_first_process, say
 from hbll_seq.utils.integrity import SUMS_NAME, digest, read_sums, sha256
@@ -90,39 +94,86 @@ def save_checkpoint(
         OSError: folder not writable, disk full, or a checkpoint of ``step`` exists; nothing is left behind and older
             checkpoints are untouched.
     """
-    folder = Path(folder)
+    refuse_not_finite(step, groups)
+    aside = start(Path(folder), step)
+    with gone_on_error(aside):
+        return finish(aside, step, write_groups(aside, groups), state, keep)
+
+
+def refuse_not_finite(step: int, groups: TensorGroups) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity."""
     for group, tensors in groups.items():
         bad = first_not_finite(tensors)
         if bad:
             raise ValueError(f"refusing to save step {step}: {group} tensor {bad!r} holds NaN or infinity")
+
+
+def aside_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it is one."""
+    return folder / f"{ASIDE}{step}"
+
+
+def start(folder: Path, step: int) -> Path:
+    """Make the empty :func:`aside_path`, after what killed runs left is swept away. Raises OSError as
+    :func:`save_checkpoint`."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    final, aside = checkpoint_path(folder, step), folder / f"{ASIDE}{step}"
+    final, aside = checkpoint_path(folder, step), aside_path(folder, step)
     if final.exists():
         raise FileExistsError(f"{final} exists already")
+    aside.mkdir()
+    return aside
+
+
+@contextlib.contextmanager
+def gone_on_error(aside: Path) -> Iterator[None]:
+    """Whatever is raised inside, nothing is left of ``aside``."""
     try:
-        aside.mkdir()
-        files = {}
-        for group, tensors in groups.items():
-            file = aside / f"{group}.safetensors"
-            cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-            try:
-                save_file(cpu, file)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                number = re.search(r"os error ([0-9]{1,4})", str(error))
-                raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
-            file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
-            fsync(file)
-            files[file.name] = {**digest(file), "tensors": len(cpu)}
-        document = {"format": FORMAT, "step": step, "files": files, **state}
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        atomic_write(aside / STATE, text)
-        sums = {**{name: entry["sha256"] for name, entry in files.items()}, STATE: sha256(aside / STATE)}
-        atomic_write(aside / SUMS_NAME, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
-        os.replace(aside, final)
+        yield
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def write_groups(aside: Path, groups: TensorGroups, part: int = 1, n_parts: int = 1) -> dict[str, dict[str, Any]]:
+    """Write the groups, or one part of each, into ``aside`` and flush them.
+
+    Returns:
+        What state.json lists of each file: its ``bytes``, ``sha256`` and number of ``tensors``.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    files = {}
+    for group, tensors in groups.items():
+        file = aside / file_name(group, part, n_parts)
+        cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(cpu, file)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            number = re.search(r"os error ([0-9]{1,4})", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(file)) from None
+        file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes private files; the folder has the umask
+        fsync(file)
+        files[file.name] = {**digest(file), "tensors": len(cpu)}
+    return files
+
+
+def finish(aside: Path, step: int, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int) -> Path:
+    """Make ``aside`` the checkpoint of ``step``, then remove all but the newest ``keep``.
+
+    Args:
+        files: what :func:`write_groups` gave, of all that ``aside`` holds.
+
+    Raises:
+        ValueError, OSError: as :func:`save_checkpoint`.
+    """
+    folder, final = aside.parent, checkpoint_path(aside.parent, step)
+    document = {"format": FORMAT, "step": step, "files": files, **state}
+    atomic_write(aside / STATE, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    sums = {**{name: entry["sha256"] for name, entry in files.items()}, STATE: sha256(aside / STATE)}
+    atomic_write(aside / SUMS_NAME, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+    os.replace(aside, final)
     fsync(folder)
     try:
         remove_checkpoints(folder, list_checkpoints(folder)[:-keep])
@@ -160,13 +211,15 @@ def sweep(folder: str | os.PathLike) -> None:
 def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups, dict[str, Any]]:
     """Tensors and state of the checkpoint of ``step``, after checking every byte of it.
 
-    The tensors stay in their files: each is read, on the CPU, when it is asked for (:class:`StoredTensors`).
+    The tensors stay in their files: each is read, on the CPU, when it is asked for (:class:`StoredTensors`). Parts of a group
+    are one mapping.
 
     A checkpoint of an older version, whose state.json no sum covers, is read too, and that is said on stderr.
 
     Raises:
-        CheckpointError: a file is missing, was cut or changed, is no regular file, or holds NaN; state.json names files
-            outside the folder, another step or an unknown format. The message names the file.
+        CheckpointError: a file or part is missing, was cut or changed, is no regular file, or holds NaN; two parts hold a
+            tensor of one name; state.json names files outside the folder, another step or an unknown format. The message
+            names the file.
     """
     groups, state = _load(checkpoint_path(Path(folder), step), step)
     if state["format"] == _WITHOUT_SUMS and is_first_process():
@@ -176,7 +229,7 @@ def load_checkpoint(folder: str | os.PathLike, step: int) -> tuple[TensorGroups,
 
 def _load(path: Path, step: int) -> tuple[TensorGroups, dict[str, Any]]:
     state = _read_state(path, step)
-    groups: TensorGroups = {}
+    files: dict[str, StoredTensors] = {}
     for name, expected in state["files"].items():
         try:
             _check_file(path / name, expected)
@@ -190,8 +243,11 @@ def _load(path: Path, step: int) -> tuple[TensorGroups, dict[str, Any]]:
             raise _damaged(path, f"{name} holds NaN or infinity in {quote(bad)}")
         if len(tensors) != expected.get("tensors", len(tensors)):
             raise _damaged(path, f"{name} holds {len(tensors)} tensors instead of {expected['tensors']}")
-        groups[name.removesuffix(".safetensors")] = tensors
-    return groups, state
+        files[name] = tensors
+    try:
+        return by_group(files), state
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
 
 
 def _check_file(file: Path, expected: dict[str, Any]) -> None:
@@ -253,7 +309,7 @@ def _check_list(path: Path, files: dict[str, Any]) -> None:
         if any(type(count) is not int or count < 0 for count in counts) or not isinstance(entry["sha256"], str):
             raise _damaged(path, f"{STATE} gives {quote(entry)} for {name}; bytes and tensors must be whole numbers, sha256 "
                            "text")
-    present = {name for name in _read(path, ".", os.listdir) if name.endswith(".safetensors")}
+    present = {name for name in _read(path, ".", os.listdir) if name.endswith(ENDING)}
     if extra := present - set(files):
         raise _damaged(path, f"{quote(min(extra))} lies in it and {STATE} does not list it")
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
 from hbll_seq.distributed.blocks import RemoteBlock, blocks_of_rank, keep_own, numbers_kept, whole_tensors
@@ -21,14 +23,16 @@ from hbll_seq.distributed.ranks import ALONE, Ranks
 from hbll_seq.distributed.whole import gather_to_first
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
+from hbll_seq.training import checkpoint
 from hbll_seq.training.checkpoint import TensorGroups
 from hbll_seq.training.checkpoint_contents import check_module, load_module
-from hbll_seq.training.devices import on_all
+from hbll_seq.training.devices import on_all, on_main
 from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
 
 T = TypeVar("T")
 _BLOCKS = "model.blocks."
+_SHARED = "ranks on several machines need an --output-dir that all of them see"
 
 
 class Share:
@@ -148,6 +152,41 @@ class Share:
 
     # -------------------------------------------------------------------------------------- checkpoints and evaluation
 
+    def save(self, folder: Path, step: int, groups: TensorGroups, state: dict[str, Any], keep: int) -> None:
+        """Write the checkpoint of ``step``; every process must call it, and an error of one is raised on all.
+
+        With several ranks each of the first replica writes what it alone holds, the first one also what all hold, and no
+        tensor is sent. Arguments and errors are those of :func:`hbll_seq.training.checkpoint.save_checkpoint`, of ``groups``
+        what this process holds; every process names the same ones. One without tensors is left out where a process writes
+        all of it, save for model and optimizer.
+        """
+        if self.ranks.n_ranks == 1:
+            kept = {name: tensors for name, tensors in groups.items() if tensors or name in ("model", "optimizer")}
+            on_main(lambda: checkpoint.save_checkpoint(folder, step, kept, state, keep))
+            return
+        groups, aside = self.written(groups), checkpoint.aside_path(folder, step)
+        on_all(lambda: checkpoint.refuse_not_finite(step, groups))
+        on_main(lambda: checkpoint.start(folder, step))
+        with checkpoint.gone_on_error(aside) if PartialState().is_main_process else contextlib.nullcontext():
+            files = gather_object([on_all(lambda: self._write(aside, groups))])
+            listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
+            on_main(lambda: checkpoint.finish(_with_all(aside, listed), step, listed, state, keep))
+
+    def written(self, groups: TensorGroups) -> TensorGroups:
+        """Of what this rank holds of a model and an optimizer the part that it writes into a checkpoint."""
+        if self.ranks.replica > 0:
+            return {}
+        if self.ranks.rank == 0:
+            return groups
+        own = {group: [name for name in groups[group] if name.startswith(_BLOCKS)] for group in ("model", "optimizer")}
+        return {**groups, **{group: {name: groups[group][name] for name in names} for group, names in own.items()}}
+
+    def _write(self, aside: Path, groups: TensorGroups) -> dict[str, dict[str, Any]]:
+        if groups and not aside.is_dir():
+            raise ValueError(f"rank {self.ranks.rank} does not see {aside.name}, which the first process has made there: "
+                             f"{_SHARED}")
+        return checkpoint.write_groups(aside, groups, self.ranks.rank + 1, self.ranks.n_ranks)
+
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all ranks by name on the main process, those of other ranks on the CPU; elsewhere nothing of use.
         Every process must call it."""
@@ -198,3 +237,11 @@ class Share:
             yield self.model
         PartialState().wait_for_everyone()  # for as long as the main process takes; a step's collectives wait minutes alone
 
+
+
+def _with_all(aside: Path, files: Mapping[str, dict[str, Any]]) -> Path:
+    """``aside``. Raises ValueError where a file that another rank has written is not there."""
+    for name, entry in files.items():
+        if not (aside / name).is_file() or (aside / name).stat().st_size != entry["bytes"]:
+            raise ValueError(f"the first process does not see {name}, which another rank has written: {_SHARED}")
+    return aside

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
 from hbll_seq.chains.depth import Prefix
 from hbll_seq.data.windows import TokenWindows
 from hbll_seq.distributed.ranks import Ranks
-from hbll_seq.training.checkpoint import CheckpointError, TensorGroups, save_checkpoint
+from hbll_seq.training.checkpoint import CheckpointError, TensorGroups
 from hbll_seq.training.checkpoint_contents import (
     check_module,
     check_optimizer,
@@ -30,7 +30,7 @@ from hbll_seq.training.checkpoint_contents import (
     load_optimizer,
     optimizer_tensors,
 )
-from hbll_seq.training.devices import precision_name, track
+from hbll_seq.training.devices import on_main, precision_name, track
 from hbll_seq.training.failures import RunFailed, append_line, check_finite, remedy_for
 from hbll_seq.training.graphed import GraphedStep
 from hbll_seq.training.optimizer import make_optimizer
@@ -168,30 +168,24 @@ class Trainer:
         return take
 
     def save(self) -> None:
-        """Write a checkpoint (main process). Raises RunFailed on every process when it cannot be written."""
+        """Write a checkpoint, each process what it holds. Raises RunFailed on every process when it cannot be written."""
         if self._saved == self.done:
             return
-        rng, carried = gather_object([rng_state()]), self.share.gathered(self._all_states())
-        ahead = self.share.gathered(self.share.under_way(self.accelerator))
+        state = {**self.identity, "seconds": self.seconds, "rng": gather_object([rng_state()])}
         groups = {
-            "model": self.share.gathered(module_tensors(self.plain_objective)),
-            "optimizer": self.share.gathered(optimizer_tensors(self.optimizer.optimizer, self.plain_objective)),
-            **{name: found for name, found in (("carried", carried), ("ahead", ahead)) if found},
+            "model": module_tensors(self.plain_objective),
+            "optimizer": optimizer_tensors(self.optimizer.optimizer, self.plain_objective),
+            **({"carried": self._all_states()} if self.settings.carry_state else {}),
+            **({"ahead": self.share.under_way(self.accelerator)} if self.settings.ahead else {}),
         }
-        problem = [None]
-        if self.accelerator.is_main_process:
-            state = {**self.identity, "seconds": self.seconds, "rng": rng}
-            try:
-                self.metrics.flush()  # no checkpoint is ahead of its metrics, whenever the power fails
-                save_checkpoint(self.checkpoints, self.done, groups, state, self.settings.keep_checkpoints)
-            except (OSError, ValueError) as error:
-                then = "go on with --resume" if self.done else "start again with --overwrite"
-                kept = "older ones are kept: " if self.done else ""
-                problem = [f"the checkpoint of step {self.done} could not be saved in {self.checkpoints}: {shorten(error)}; "
-                           f"{kept}{remedy_for(error)}, then {then}"]
-        broadcast_object_list(problem)
-        if problem[0]:
-            raise RunFailed(problem[0])
+        try:
+            on_main(self.metrics.flush)  # no checkpoint is ahead of its metrics, whenever the power fails
+            self.share.save(self.checkpoints, self.done, groups, state, self.settings.keep_checkpoints)
+        except (OSError, ValueError) as error:
+            then = "go on with --resume" if self.done else "start again with --overwrite"
+            kept = "older ones are kept: " if self.done else ""
+            raise RunFailed(f"the checkpoint of step {self.done} could not be saved in {self.checkpoints}: {shorten(error)}; "
+                            f"{kept}{remedy_for(error)}, then {then}") from None
         self._saved = self.done
 
     def _all_states(self) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 from hbll_seq.utils.reading import open_regular, quote, read_text
 
 SUMS_NAME = "SHA256SUMS"
+_MOST = 1 << 20  # bytes of a SHA256SUMS: a checkpoint of 1023 ranks lists up to four files of each
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0\n]{1,255})")
 
 
@@ -46,7 +47,7 @@ def read_sums(path: Path) -> dict[str, str]:
         OSError: it is missing or cannot be read.
     """
     sums: dict[str, str] = {}
-    text = read_text(path, 1 << 16)
+    text = read_text(path, _MOST)
     if text and not text.endswith("\n"):
         raise ValueError(f"{quote(os.fspath(path))} is cut short: its last line has no end")
     for number, line in enumerate(text.splitlines(), start=1):

@@ -9,6 +9,8 @@ from typing import TypeVar
 from safetensors import safe_open
 from torch import Tensor
 
+from hbll_seq.utils.reading import quote
+
 T = TypeVar("T")
 
 
@@ -54,3 +56,31 @@ class Entries(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class Joined(Mapping[str, T]):
+    """The entries of several mappings as those of one; each is asked for its own ones when they are.
+
+    Args:
+        parts: the mappings, by the names that an error gives them.
+
+    Raises:
+        ValueError: two hold an entry of the same name.
+    """
+
+    def __init__(self, parts: Mapping[str, Mapping[str, T]]):
+        self._parts, self._holders = dict(parts), {}
+        for part, entries in parts.items():
+            for name in entries:
+                if name in self._holders:
+                    raise ValueError(f"{self._holders[name]} and {part} both hold {quote(name)}")
+                self._holders[name] = part
+
+    def __getitem__(self, name: str) -> T:
+        return self._parts[self._holders[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def __len__(self) -> int:
+        return len(self._holders)

@@ -4,22 +4,25 @@ Every block reads the embedded text alone, with noise of its own replica. The la
 others follow a target. So each rank has its blocks' losses and a part of the embedding's gradient, and nothing is sent.
 
 Environment: ``FAKE_FLOAT64``: everything in double precision. ``FAULT``: ``process:step:kind`` of what goes wrong, once.
-``REAL``: with the objective of the library.
+``REAL``: with the objective of the library. ``NO_GATHER``: who puts the ranks' tensors together fails.
 """
 
 import os
+import resource
 import signal
 import sys
+import tempfile
 import time
 
 import torch
 from torch import distributed
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hbll_seq.distributed.blocks import blocks_of_rank
 from hbll_seq.distributed.ranks import ALONE
 from hbll_seq.objectives.base import Objective, ObjectiveOutput
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training import language_model, objective
+from hbll_seq.training import checkpoint, language_model, objective, share
 from hbll_seq.utils.seeds import mix_seeds
 
 
@@ -73,12 +76,27 @@ def fail(step, model):
     elif kind == "raise":
         raise ValueError("something is wrong on this rank")
     elif kind == "nan":
-        with torch.no_grad():
-            next(p for name, p in model.named_parameters() if name.startswith("blocks.")).fill_(float("nan"))
+        spoil(model)
+    elif kind == "nan-behind":  # what the loss and the gradient of the step do not show
+        register_optimizer_step_post_hook(lambda *_: spoil(model))
+    elif kind == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    elif kind == "dies-saving":
+        checkpoint.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    elif kind.startswith("elsewhere"):  # on a machine of its own, for which a relative path means another folder
+        os.chdir(tempfile.mkdtemp())
+        os.makedirs(f"run/checkpoints/{kind.removeprefix('elsewhere')}")
+
+
+def spoil(model):
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.startswith("blocks.")).fill_(float("nan"))
 
 
 if __name__ == "__main__":
     if os.environ.get("FAKE_FLOAT64"):
         torch.set_default_dtype(torch.float64)
+    if os.environ.get("NO_GATHER"):
+        share.gather_to_first = None
     objective.LocalObjective = RealObjective if os.environ.get("REAL") else FakeObjective
     sys.exit(language_model.main(sys.argv[1:]))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from forked import group
 from helpers.ahead_work import simulated
-from safetensors.torch import load_file
 
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.local import LocalObjective
@@ -46,7 +45,7 @@ def two(shape, tmp_path_factory):
 
 
 def model_at(folder, step):
-    return load_file(folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    return dict(ck.load_checkpoint(folder / "checkpoints", step)[0]["model"])
 
 
 def by_loops(folder):
@@ -99,7 +98,7 @@ def test_four_ranks_with_auxiliary_exits_do_what_plain_loops_do(shape, tmp_path)
     run(4, [*shape, *more, "--output-dir", str(tmp_path / "run")])
     assert_equals_loops(tmp_path / "run")
     folder = tmp_path / "run"
-    assert load_file(folder / "checkpoints" / "step-00000004" / "ahead.safetensors").keys() == {"1", "2", "3"}
+    assert ck.load_checkpoint(folder / "checkpoints", 4)[0]["ahead"].keys() == {"1", "2", "3"}
     run(2, ["--resume", "4", "--block-parallel", "2", "--output-dir", str(folder)])  # which makes its states anew
     rows = kr.lines(folder)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)) and rows[-1]["loss"] < rows[0]["loss"]

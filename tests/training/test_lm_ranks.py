@@ -62,8 +62,14 @@ def two(shape, tmp_path_factory):
 
 
 def tensors(folder, step=STEPS):
-    files = sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
-    return {f"{file.stem}|{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    groups, _ = ck.load_checkpoint(folder / "checkpoints", step)
+    return {f"{group}|{name}": tensor for group, entries in groups.items() for name, tensor in entries.items()}
+
+
+def assert_equal(found, wanted):
+    """Two runs' tensors, bit for bit."""
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def assert_close(folder, expected, tolerance=1e-10):
@@ -90,8 +96,7 @@ def test_two_ranks_equal_one_process(one, two):
     assert_close(two, one)
     state = json.loads((two / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["num_processes"] == 2 and state["settings"]["block_parallel"] == 2
-    start = [(each / "checkpoints" / "step-00000000" / "model.safetensors").read_bytes() for each in (one, two)]
-    assert start[0] == start[1]  # byte for byte, where nothing has been added up yet
+    assert_equal(tensors(two, 0), tensors(one, 0))  # bit for bit, where nothing has been added up yet
     assert json.loads((two / "metrics.json").read_text())["n_parameters"] == sum(
         tensor.numel() for tensor in load_file(one / "model.safetensors").values())
 
@@ -141,8 +146,7 @@ def test_resumed_on_as_many_ranks_bit_for_bit(two, shape, tmp_path):
     assert codes == [143, 143] and "".join(said).count("stopped after step 4, saved") == 1
     run(2, ["--resume", "--output-dir", str(folder)])
     assert kr.differences(two, folder) == []
-    found, wanted = tensors(folder), tensors(two)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_equal(tensors(folder), tensors(two))
 
 
 def test_unequal_shares_and_other_ones_at_a_resume(one, shape, tmp_path):
@@ -159,11 +163,24 @@ def test_unequal_shares_and_other_ones_at_a_resume(one, shape, tmp_path):
 def test_killed_and_resumed_on_another_number_of_ranks(one, two, shape, tmp_path, n):
     folder = tmp_path / "run"
     launch(2, [*shape, *parallel(2), "--output-dir", str(folder)], FAULT="1:5:kill")
-    before = tensors(folder, 4)
-    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(two, 4).items())
+    assert_equal(tensors(folder, 4), tensors(two, 4))
     said = run(n, ["--resume", *parallel(n), "--output-dir", str(folder)])
     assert f"num_processes is {n} and was '2'" in said or f"num_processes is {n} and was 2" in said
     assert_close(folder, one)
+
+
+def test_a_run_of_one_process_goes_on_on_ranks(one, tmp_path):
+    """And what they save is read by one process again."""
+    folder = tmp_path / "run"
+    shutil.copytree(one, folder)
+    run(2, ["--resume", "4", *parallel(2), "--output-dir", str(folder)])
+    assert_close(folder, one)
+    assert files(folder, 4) == {"model.safetensors", "optimizer.safetensors"}
+    assert files(folder, 6) == {f"{group}_{part}_of_2.safetensors" for group in ("model", "optimizer") for part in (1, 2)}
+
+
+def files(folder, step):
+    return {path.name for path in (folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")}
 
 
 def test_another_number_of_replicas_is_refused(two):
@@ -251,7 +268,7 @@ def test_a_checkpoint_that_does_not_fit_one_rank_changes_nothing(two, tmp_path):
     """What is wrong with a block's optimizer is seen by its rank alone."""
     folder = tmp_path / "run"
     shutil.copytree(two, folder)
-    file = folder / "checkpoints" / "step-00000002" / "optimizer.safetensors"
+    file = folder / "checkpoints" / "step-00000002" / "optimizer_2_of_2.safetensors"
     states = load_file(file)
     name = next(name for name in states if name.startswith("model.blocks.6.") and name.endswith("exp_avg"))
     save_file({**states, name: states[name][:1].contiguous()}, file)

@@ -1,4 +1,4 @@
-"""What the ranks of one model hold, put together on the first of them: for checkpoints, evaluation and export."""
+"""What the ranks of one model hold, put together on the first of them: for evaluation and export."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from torch import Tensor, distributed
 from hbll_seq.distributed.ranks import Ranks
 
 
-def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors of all ranks of a replica by name, on its first rank; on the others nothing. Every rank must call it.
+def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks, targets: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of all ranks of a replica into the ``targets`` of its first rank. Every rank must call it.
 
-    What came from others lies on the CPU: it goes there at its owner, tensor by tensor, so that no device needs room for
-    more than its own. A name that several ranks have is sent by none but the first of them.
+    Each goes to the CPU at its owner and from there into its target, one after the other: no process needs room for more
+    than its own tensors, the targets and one tensor. A name that several ranks have is sent by none but the first of them.
 
     Args:
         tensors: of this rank, of any shapes and dtypes.
-        ranks: where this process stands; with one rank the tensors are given back as they are.
+        ranks: where this process stands, among several ranks.
+        targets: on the first rank contiguous tensors on the CPU, of all names, and of their shapes and dtypes.
+
+    Raises:
+        ValueError: on the first rank, where the targets are others; nothing is copied.
     """
-    if ranks.n_ranks == 1:
-        return dict(tensors)
     own = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     listed: list = [None] * ranks.n_ranks
     distributed.all_gather_object(listed, own, group=ranks.host_group)
-    found = dict(tensors) if ranks.rank == 0 else {}
-    taken = {name for name, *_ in listed[0]}
-    for rank in range(1, ranks.n_ranks):
-        for name, shape, dtype in listed[rank]:
-            if name in taken:
-                continue
-            taken.add(name)
-            if ranks.rank == rank:
+    owners: dict[tuple, int] = {}
+    for rank in reversed(range(ranks.n_ranks)):  # the first one stays
+        owners.update(dict.fromkeys(listed[rank], rank))
+    wanted = {(name, tuple(target.shape), target.dtype) for name, target in targets.items()}
+    if ranks.rank == 0 and (odd := owners.keys() ^ wanted):
+        raise ValueError(f"the ranks hold other tensors than the whole model, such as {min(odd, key=str)}")
+    with torch.no_grad():
+        for (name, *_), owner in owners.items():
+            if ranks.rank == owner == 0:
+                targets[name].copy_(tensors[name])
+            elif ranks.rank == owner:
                 tensor = tensors[name].detach().to("cpu").contiguous()
                 distributed.send(tensor, distributed.get_global_rank(ranks.host_group, 0), group=ranks.host_group)
             elif ranks.rank == 0:
-                found[name] = torch.empty(shape, dtype=dtype)
-                distributed.recv(found[name], distributed.get_global_rank(ranks.host_group, rank), group=ranks.host_group)
-    return found
+                source = distributed.get_global_rank(ranks.host_group, owner)
+                distributed.recv(targets[name].detach(), source, group=ranks.host_group)

@@ -132,7 +132,7 @@ def check_memory(config: HBLLConfig, own: Collection[int] | None = None, gathers
     Args:
         config: of the model.
         own: numbers of the blocks that this process holds; None is all of them.
-        gathers: whether it puts the weights and moments of the other ones together for a checkpoint.
+        gathers: whether it puts the whole model together to evaluate and to export it.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -143,8 +143,8 @@ def check_memory(config: HBLLConfig, own: Collection[int] | None = None, gathers
     sizes = [int(size * config.n_embd**2) for size in matrices]
     mine = sum(size for n, size in enumerate(sizes, start=1) if own is None or n in own) + config.vocab_size * config.n_embd
     others = sum(sizes) + config.vocab_size * config.n_embd - mine
-    # on a GPU the weights alone pass through here; what is gathered has no gradients
-    needed = mine * (4 if torch.cuda.is_available() else 16) + others * 12 * gathers
+    # on a GPU the weights alone pass through here. What is put together are weights alone, while there are no gradients
+    needed = mine * (4 if torch.cuda.is_available() else 16) + others * 4 * gathers
     if needed > memory:
         raise ValueError(
             f"n_embd={config.n_embd} with n_level={config.n_level}, mlp_ratio={config.mlp_ratio} and a vocabulary of "

@@ -25,7 +25,7 @@ from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.objectives.base import Objective
 from hbll_seq.training import checkpoint
 from hbll_seq.training.checkpoint import TensorGroups
-from hbll_seq.training.checkpoint_contents import check_module, load_module
+from hbll_seq.training.checkpoint_contents import check_module
 from hbll_seq.training.devices import on_all, on_main
 from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
@@ -187,11 +187,6 @@ class Share:
                              f"{_SHARED}")
         return checkpoint.write_groups(aside, groups, self.ranks.rank + 1, self.ranks.n_ranks)
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all ranks by name on the main process, those of other ranks on the CPU; elsewhere nothing of use.
-        Every process must call it."""
-        return gather_to_first(tensors, self.ranks) if self.ranks.replica == 0 or self.ranks.n_ranks == 1 else {}
-
     def of_replicas(self, accelerator: Accelerator, state: Tensor) -> Tensor:
         """The rows [B, ..] of all replicas [replicas * B, ..], for what this rank has of each."""
         if self.ranks.n_ranks == 1:
@@ -221,22 +216,24 @@ class Share:
         """The model with all its blocks, on the main process; every process must enter, and those of one model leave
         together.
 
-        With several ranks it is a copy on the CPU, which is dropped again; the other processes get their part.
+        With several ranks it is a copy on the CPU, which is dropped again: 4 bytes a parameter beside what the process holds.
+        The other processes get their part.
         """
         if self.ranks.n_ranks == 1:
             yield self.model
             return
-        tensors = self.gathered(module_tensors(self.model))
-        if PartialState().is_main_process:
-            with WithoutValues(), torch.random.fork_rng(devices=[]):  # the values drawn here are all replaced
-                whole = type(self.model)(self.model.config, tokenizer=self.model.tokenizer)
-            load_module(whole.to(next(self.model.parameters()).dtype), tensors, "the gathered model")
-            del tensors
-            yield whole
-        else:
-            yield self.model
-        PartialState().wait_for_everyone()  # for as long as the main process takes; a step's collectives wait minutes alone
+        whole = on_main(self._without_values)  # for as long as that takes; a step's collectives wait minutes alone
+        if self.ranks.replica == 0:
+            gather_to_first(module_tensors(self.model), self.ranks, {} if whole is None else module_tensors(whole))
+        yield self.model if whole is None else whole
+        del whole
+        PartialState().wait_for_everyone()  # for as long as the main process takes
 
+    def _without_values(self) -> HBLLForCausalLM:
+        """The whole model, whose values are all to be replaced."""
+        with WithoutValues(), torch.random.fork_rng(devices=[]):
+            whole = type(self.model)(self.model.config, tokenizer=self.model.tokenizer)
+        return whole.to(next(self.model.parameters()).dtype)
 
 
 def _with_all(aside: Path, files: Mapping[str, dict[str, Any]]) -> Path:

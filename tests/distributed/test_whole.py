@@ -15,3 +15,18 @@ def test_tensors_of_all_ranks_reach_the_first_of_their_replica(tmp_path):
             assert torch.equal(tensors[f"half {rank}"], torch.full((3,), value, dtype=torch.bfloat16))
             assert tensors[f"empty {rank}"].shape == (0,)
         assert float(tensors["shared"]) == values[0]  # the first rank's own
+
+
+def test_targets_that_are_others_get_nothing(tmp_path):
+    """A weight that no rank has would stay as it was made, and nobody would see it."""
+    kind, message, targets = run_on(2, "gathered", tmp_path, 2, "nowhere")[0]
+    assert kind == "ValueError" and "'nowhere'" in message
+    assert float(targets["shared"]) == -1.0
+
+
+def test_the_whole_model_takes_the_memory_of_its_weights_alone(tmp_path):
+    """Beside the first rank's own: 4 bytes a parameter."""
+    (whole, own, largest, most, equal), (_, _, _, other, foreign) = run_on(2, "whole_model", tmp_path)
+    assert equal and foreign
+    assert whole <= most <= whole + own + 1.1 * largest and own < 0.7 * whole
+    assert other <= own + 1.1 * largest

@@ -7,6 +7,7 @@ import copy
 from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from torch import distributed, nn
 
 from hbll_seq.distributed.blocks import blocks_of_rank, keep_own
@@ -17,6 +18,9 @@ from hbll_seq.distributed.whole import gather_to_first
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training.share import Share
+from hbll_seq.utils.tensors import module_tensors
+from helpers.live_bytes import LiveBytes
 from helpers.rank_scripts import as_rank, found_by
 
 
@@ -115,13 +119,42 @@ def mixed():
     return [p.grad for p in parameters]
 
 
-def gathered(block_parallel):
-    """What the first rank of each replica gets."""
+def gathered(block_parallel, extra=""):
+    """What the first rank of each replica gets; with ``extra`` it expects a tensor of that name too, and what it says."""
     ranks = make_ranks(int(block_parallel))
     value = 10 * ranks.replica + ranks.rank
     tensors = {f"block {ranks.rank}": torch.full((2, ranks.rank + 1), value).T, "shared": torch.tensor(float(value)),
                f"half {ranks.rank}": torch.full((3,), value, dtype=torch.bfloat16), f"empty {ranks.rank}": torch.ones(0)}
-    return gather_to_first(tensors, ranks)
+    targets = {"shared": torch.tensor(-1.0)} if ranks.rank == 0 else {}
+    for rank in range(ranks.n_ranks) if ranks.rank == 0 else ():
+        targets.update({f"block {rank}": torch.full((rank + 1, 2), -1), f"empty {rank}": torch.ones(0),
+                        f"half {rank}": torch.zeros(3, dtype=torch.bfloat16)})
+    if extra:
+        targets.update({extra: torch.zeros(1)} if ranks.rank == 0 else {})
+        try:
+            gather_to_first(tensors, ranks, targets)
+        except (ValueError, RuntimeError) as error:
+            return type(error).__name__, str(error), targets
+    gather_to_first(tensors, ranks, targets)
+    return targets
+
+
+def whole_model():
+    """Bytes of the whole model, of a rank's own part and of the largest tensor; most that were alive when the whole one was
+    put together; whether its weights are those that the model had before it was spread."""
+    PartialState(cpu=True)
+    torch.manual_seed(0)
+    config = HBLLConfig(vocab_size=64, n_level=4, n_embd=64, n_head=2, context_length=8, default_paths="prefix", exit_rank=2)
+    ranks, model = make_ranks(2), HBLLForCausalLM(config)
+    expected = {name: tensor.detach().clone() for name, tensor in module_tensors(model).items()}
+    share = Share(LocalObjective(model, "sweeps:chunk_size=4", ranks=ranks), ranks, 4)
+    sizes = [tensor.nbytes for tensor in expected.values()]
+    with LiveBytes() as live, share.whole_model() as whole:
+        most = live.most
+        equal = ranks.rank > 0 or all(torch.equal(t, expected[name]) for name, t in module_tensors(whole).items())
+        names = module_tensors(whole).keys()
+    own = sum(tensor.nbytes for tensor in module_tensors(model).values())
+    return sum(sizes), own, max(sizes), most, equal and (ranks.rank > 0) == (names != expected.keys())
 
 
 if __name__ == "__main__":

@@ -123,12 +123,12 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_made():
             check_memory(config)
 
 
-def test_a_rank_needs_memory_for_its_own_blocks_and_the_first_one_for_checkpoints(monkeypatch):
+def test_a_rank_needs_memory_for_its_own_blocks_and_the_first_one_for_the_weights_of_all(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = HBLLConfig(vocab_size=64, n_level=3, n_embd=512, n_head=8)
     block = 12 * 512**2
     for needed, own, gathers in (
-        (16 * 7 * block, None, True), (16 * 2 * block, [1, 2], False), ((16 * 2 + 12 * 5) * block, [1, 2], True),
+        (16 * 7 * block, None, True), (16 * 2 * block, [1, 2], False), ((16 * 2 + 4 * 5) * block, [1, 2], True),
     ):  # fmt: skip
         needed += 16 * 64 * 512
         monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.__getitem__)

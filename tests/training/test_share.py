@@ -61,6 +61,26 @@ def test_a_rank_takes_its_part_of_a_checkpoint(objective):
     assert Share(objective).part_of(groups) is groups
 
 
+@pytest.mark.parametrize("n_ranks", [2, 4, 7])
+def test_ranks_write_each_tensor_of_a_checkpoint_once(objective, n_ranks):
+    """As it is: nothing is copied or comes from elsewhere. Other replicas, which hold the same, write nothing."""
+    written = {"model": [], "optimizer": [], "ahead": []}
+    for rank in range(n_ranks):
+        share = Share(copy.deepcopy(objective), Ranks(rank, n_ranks, 0, 2), 1)
+        model = module_tensors(share.objective)
+        held = {"model": model, "optimizer": {f"{name}|exp_avg": t for name, t in model.items()}, "ahead": {f"{rank}": model}}
+        part = share.written(held)
+        assert part.keys() == held.keys()
+        assert all(tensor is held[group][name] for group in part for name, tensor in part[group].items())
+        for group, names in written.items():
+            names += part[group]
+        other = Share(copy.deepcopy(objective), Ranks(rank, n_ranks, 1, 2), 1)
+        assert other.written(held) == {}
+    whole = module_tensors(objective).keys()
+    assert sorted(written["model"]) == sorted(whole) and written["ahead"] == [f"{rank}" for rank in range(n_ranks)]
+    assert sorted(written["optimizer"]) == sorted(f"{name}|exp_avg" for name in whole)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda name, tensors: tensors.pop(name), "lacks"), (lambda name, tensors: tensors.update(x=tensors[name]), "unexpected"),
     (lambda name, tensors: tensors.update({name: tensors[name][:1]}), "expected"),

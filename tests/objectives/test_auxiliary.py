@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
@@ -269,6 +270,18 @@ def test_blocks_begin_as_copies_of_the_last_ones_of_a_segment_and_are_trained_ap
     moved = {name for name, p in objective.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name in before if name.startswith("auxiliary.blocks.")} <= moved
     assert not any("auxiliary" in name for name in model.state_dict())
+
+
+def test_their_blocks_are_counted_as_work_and_put_back():
+    """A forward pass and a whole backward pass of each, once: 3."""
+    model = small_hierarchy(3)
+    work, batch = [], (torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    for more in ("", ",auxiliary_exits=1", ",auxiliary_exits=1,auxiliary_blocks=1", ",auxiliary_exits=1,auxiliary_blocks=2"):
+        objective = LocalObjective(model, f"sweeps:chunk_size=2{more}")
+        before = list(objective.modules())
+        work.append(measure_span(objective, *batch).block_work)
+        assert list(objective.modules()) == before
+    assert work == [21, 21, 21 + 3 * 3, 21 + 6 * 3]
 
 
 def test_dropout_of_blocks_is_that_of_the_step():

@@ -315,7 +315,7 @@ def test_every_segment_but_the_last_has_an_end(size, ends):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: Sweeps(auxiliary_exits=-1.0), "auxiliary_exits=-1.0: must be a number of at least 0; 0 takes none"),
-    (lambda: Sweeps(auxiliary_blocks=1), "auxiliary_blocks=1 with auxiliary_exits=0: .* give auxiliary_exits a weight, or leave"),
+    (lambda: Sweeps(auxiliary_blocks=1), "auxiliary_blocks=1 with auxiliary_exits=0: .* give auxiliary_exits a weight, or"),
     (lambda: LocalObjective(double_lm()[0], "sweeps:chunk_size=2,auxiliary_exits=1,auxiliary_blocks=3"),
      "auxiliary_blocks=3 with chunk_size=2: they begin as copies of a segment's last blocks; give at most 2, or a larger"),
     (lambda: Sweeps(auxiliary_exits=1).resolved("time"), "auxiliary_exits=1.0 over time: .* leave it out"),

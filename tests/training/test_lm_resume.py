@@ -94,7 +94,7 @@ def test_what_secants_have_learned_is_part_of_a_checkpoint(lm_options, tmp_path,
     assert not any("secants" in name for name in load_file(whole / "model.safetensors"))  # training alone needs them
 
 
-def test_adapters_and_blocks_of_auxiliary_exits_are_part_of_a_checkpoint_and_not_of_the_model(lm_options, tmp_path, monkeypatch):
+def test_auxiliary_exits_are_part_of_a_checkpoint_and_not_of_the_model(lm_options, tmp_path, monkeypatch):
     options = [*lm_options, "--forward", "6", "--backward", "0", "--chunk-size", "1", "--linearization", "zero",
                "--auxiliary-exits", "0.5", "--auxiliary-blocks", "1", "--max-steps", "8", "--eval-every", "0"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"

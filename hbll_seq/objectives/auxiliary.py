@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class AuxiliaryExits(nn.Module):
         width: C of the states.
         rank: r of each adapter.
         weight: of each exit's loss.
-        blocks: what the blocks of all exits are copies of, as many for each, in the order of the ends.
+        blocks: what the blocks of an exit are copies of, by the end that it lies at; an end may have none.
         like: a parameter of the model, whose dtype and device they have.
         seed: that they are drawn from, so that every process has the same ones.
 
@@ -53,8 +54,8 @@ class AuxiliaryExits(nn.Module):
     """
 
     def __init__(
-        self, path: Sequence[int], chunk_size: int, width: int, rank: int, weight: float, blocks: Sequence[nn.Module] = (),
-        *, like: Tensor, seed: int,
+        self, path: Sequence[int], chunk_size: int, width: int, rank: int, weight: float,
+        blocks: Mapping[int, Sequence[nn.Module]] = MappingProxyType({}), *, like: Tensor, seed: int,
     ):  # fmt: skip
         super().__init__()
         self.ends, self.weight = segment_ends(path, chunk_size), weight
@@ -63,12 +64,15 @@ class AuxiliaryExits(nn.Module):
         # One tensor for all ends, so that every step has a gradient for it, at whichever ends it takes these exits.
         self.down = nn.Parameter(down.to(like))
         self.up = nn.Parameter(torch.zeros(len(self.ends), width, rank).to(like))
-        self.blocks = nn.ModuleList(copy.deepcopy(plain_module(block)) for block in blocks)
+        self.blocks, self._numbers = nn.ModuleList(), {}
+        for n in self.ends:
+            first = len(self.blocks) + 1
+            self.blocks.extend(copy.deepcopy(plain_module(block)) for block in blocks.get(n, ()))
+            self._numbers[n] = range(first, len(self.blocks) + 1)
 
     def numbers(self, n: int) -> range:
         """Which of :attr:`blocks`, from 1, are those of the exit behind the block n."""
-        each, row = len(self.blocks) // len(self.ends), self.ends.index(n)
-        return range(row * each + 1, (row + 1) * each + 1)
+        return self._numbers[n]
 
     def keep(self, segments: Collection[int]) -> None:
         """Replace the blocks at the ends of other segments, from 0, by a :class:`RemoteBlock`: the exit is where its segment
@@ -124,10 +128,10 @@ class ExitsOfStep:
             each exit, [exits], detached. What no exit of the step uses is attached with a gradient of zero.
         """
         for n, state in states.items():
-            if self.exits.blocks:
+            if numbers := self.exits.numbers(n):
                 begun = state.clone().requires_grad_(self.keep_graph)
-                chain = CallChain(self.calls, list(self.exits.numbers(n)), self.keep_graph)
-                self._walks[n] = solve(chain, begun, self._one_segment)
+                chain = CallChain(self.calls, list(numbers), self.keep_graph)
+                self._walks[n] = solve(chain, begun, _one_segment(numbers))
                 state = self._walks[n].states[-1]
             self.read[n] = state.clone().requires_grad_(self.keep_graph)  # a view would keep all alive
         others = (i for n in self.exits.ends if n not in states for i in self.exits.numbers(n))
@@ -146,17 +150,17 @@ class ExitsOfStep:
         the gradients of the exit's blocks."""
         if n not in self._walks:
             return gradient, 0.0
-        walk = self._walks.pop(n)
+        walk, numbers = self._walks.pop(n), self.exits.numbers(n)
         upstream = torch.zeros_like(walk.states)
         upstream[-1] = gradient
-        solve_adjoint(walk.linearized, upstream, self._one_segment)
+        solve_adjoint(walk.linearized, upstream, _one_segment(numbers))
         made = walk.linearized.gradients
-        numbers = self.exits.numbers(n)
         return walk.linearized.input_gradient, sum(injected(self.calls.parameters(numbers[row]), made[row]) for row in made)
 
-    @property
-    def _one_segment(self) -> Iterations:
-        return Iterations(0, 0, chunk_size=len(self.exits.blocks) // len(self.exits.ends))
+
+def _one_segment(numbers: range) -> Iterations:
+    """The blocks of an exit are walked from the first to the last, and back."""
+    return Iterations(0, 0, chunk_size=len(numbers))
 
 
 def segment_ends(path: Sequence[int], chunk_size: int) -> tuple[int, ...]:
@@ -172,7 +176,7 @@ def auxiliary_exits(objective: Objective, sweeps: Sweeps) -> AuxiliaryExits:
         sweeps: resolved.
 
     Raises:
-        ValueError: the width of the states is unknown, or no step would take one.
+        ValueError: the width of the states is unknown, no step would take one, or it is to have more blocks than a segment.
     """
     model, path, size = objective.model, objective.path, sweeps.chunk_size
     given = f"auxiliary_exits={sweeps.auxiliary_exits} with"
@@ -191,15 +195,15 @@ def auxiliary_exits(objective: Objective, sweeps: Sweeps) -> AuxiliaryExits:
             f"auxiliary_blocks={sweeps.auxiliary_blocks} with chunk_size={size}: they begin as copies of a segment's last "
             f"blocks; give at most {size}, or a larger chunk_size"
         )
-    rank = getattr(getattr(model, "config", None), "exit_rank", 0) or DEFAULT_RANK
-    like = next(model.parameters(), torch.empty(0))
-    before = (path.index(n) + 1 for n in segment_ends(path, size))
-    blocks = [model.blocks[m - 1] for stop in before for m in path[stop - sweeps.auxiliary_blocks : stop]]
-    exits = AuxiliaryExits(path, size, model.width, rank, sweeps.auxiliary_exits, blocks, like=like, seed=objective.seed)
-    drawn = (objective.sub_networks(step * objective.micro_batches)[0].exits for step in range(_MANY))
-    if all(set(exits.ends) <= set(of_path) for of_path in drawn):
+    drawn = [objective.sub_networks(step * objective.micro_batches)[0].exits for step in range(_MANY)]
+    taken = [n for n in segment_ends(path, size) if any(n not in of_path for of_path in drawn)]
+    if not taken:
         raise ValueError(
             f"{given} depths={text_of(objective.depths)}: at the end of each segment the mix has an exit in every step; "
             "leave auxiliary_exits out, or give another chunk_size"
         )
-    return exits
+    rank = getattr(getattr(model, "config", None), "exit_rank", 0) or DEFAULT_RANK
+    like = next(model.parameters(), torch.empty(0))
+    last = {n: path[: path.index(n) + 1][-sweeps.auxiliary_blocks :] for n in taken if sweeps.auxiliary_blocks}
+    blocks = {n: [model.blocks[m - 1] for m in numbers] for n, numbers in last.items()}
+    return AuxiliaryExits(path, size, model.width, rank, sweeps.auxiliary_exits, blocks, like=like, seed=objective.seed)

@@ -263,6 +263,10 @@ def test_blocks_begin_as_copies_of_the_last_ones_of_a_segment_and_are_trained_ap
         theirs = model.blocks[n - 1].state_dict()
         assert own.state_dict().keys() == theirs.keys() and own is not model.blocks[n - 1]
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.state_dict().items())
+    sweeps = "sweeps:chunk_size=4,auxiliary_exits=1,auxiliary_blocks=1"
+    mixed = LocalObjective(double_lm(n_level=4)[0], sweeps, depths="prefixes")
+    ranges = [mixed.auxiliary.numbers(n) for n in (4, 8, 12)]
+    assert ranges == [range(1, 2), range(2, 2), range(2, 2)]  # the mix has exits of its own behind 8 and 12
     before = {name: p.detach().clone() for name, p in objective.named_parameters()}
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     objective(tokens).loss.backward()

@@ -11,6 +11,9 @@ from hbll_seq.utils.modules import plain_module
 from hbll_seq.utils.reading import quote
 from hbll_seq.utils.tensors import module_tensors
 
+#: beginnings of names, in an objective, of what belongs to single blocks and lies with them; the rest lies on every rank
+OF_BLOCKS = ("model.blocks.", "auxiliary.blocks.")
+
 
 class RemoteBlock(nn.Module):
     """Stands for a block that another rank holds, so that a rank's own keep their numbers; it has no parameters.

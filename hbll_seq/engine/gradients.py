@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ def inject_gradients(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
     (docs/method.md 2.2), and float32 could not hold that difference.
     """
     return _Injected.apply(len(tensors), *gradients, *tensors)
+
+
+def injected(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor | float:
+    """:func:`inject_gradients` of those that have a gradient; a zero."""
+    pairs = [(t, g) for t, g in zip(tensors, gradients) if g is not None]
+    return inject_gradients(*zip(*pairs)) if pairs else 0.0
 
 
 class _Injected(torch.autograd.Function):

@@ -148,14 +148,17 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
     """Runs one training step (forward and backward) of ``objective`` and counts; the head counts as one block. How many
     iterations over time a recurrent block makes of one evaluation is not counted.
 
-    The model's blocks are wrapped while this runs and restored afterwards; gradients are left as they were.
+    The model's blocks, and those of auxiliary exits, are wrapped while this runs and restored afterwards; gradients are left
+    as they were.
     """
-    model, ledger = objective.model, _Ledger()
-    blocks, head = list(model.blocks), model.head
+    model, ledger, auxiliary = objective.model, _Ledger(), getattr(objective, "auxiliary", None)
+    lists = [model.blocks, *([] if auxiliary is None else [auxiliary.blocks])]
+    places = [(blocks, n, block) for blocks in lists for n, block in enumerate(blocks)]
+    head = model.head
     try:
-        for n, block in enumerate(blocks):
+        for blocks, n, block in places:
             counted = _CountedRecurrent if isinstance(plain_module(block), RecurrentBlock) else _Counted
-            model.blocks[n] = counted(block, ledger, recomputes=objective.recompute)
+            blocks[n] = counted(block, ledger, recomputes=objective.recompute)
         model.head = _Counted(head, ledger, is_head=True)
         with ledger:
             loss = objective(inputs, labels, step=step).loss
@@ -164,8 +167,8 @@ def measure_span(objective: Objective, inputs: Tensor, labels: Tensor | None = N
             gradients = torch.autograd.grad(loss, objective.trained_parameters(), start)
             until = max(ledger.stamp(gradient) for gradient in gradients)
     finally:
-        for n, block in enumerate(blocks):
-            model.blocks[n] = block
+        for blocks, n, block in places:
+            blocks[n] = block
         model.head = head
     return Span(forward, until, ledger.work, ledger.work - ledger.head_work)
 

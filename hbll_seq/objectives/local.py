@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hbll_seq.chains.depth import BlockCalls, Prefix
 from hbll_seq.chains.layer import GridCalls
-from hbll_seq.distributed.blocks import kind_of
+from hbll_seq.distributed.blocks import OF_BLOCKS, kind_of
 from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.placement import RankPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
@@ -23,7 +23,7 @@ from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.layers.recurrent_block import RecurrentBlock
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.auxiliary import auxiliary_exits
+from hbll_seq.objectives.auxiliary import ExitsOfStep, auxiliary_exits
 from hbll_seq.objectives.base import Objective, ObjectiveOutput, check_local_losses_can_run
 from hbll_seq.objectives.branches import split_off
 from hbll_seq.objectives.control import FidelityControl, exact_iterations
@@ -121,6 +121,8 @@ class LocalObjective(Objective):
         self.ranks, self.placement = ranks, HERE
         if ranks.n_ranks > 1:
             self.placement = self._placed(ranks, as_flag("ahead", ahead))
+            if self.auxiliary is not None:
+                self.auxiliary.keep(self.placement.own(len(self.auxiliary.ends) + 1))
         elif as_flag("ahead", ahead):
             raise ValueError("ahead=True with one rank: it has nobody to be ahead of; give ranks, or leave ahead out")
 
@@ -253,7 +255,7 @@ class LocalObjective(Objective):
         if isinstance(self.placement, RankPlacement):
             own, shared = [], []
             for name, p in self.named_parameters():
-                (own if name.startswith("model.blocks.") else shared).append(p)
+                (own if name.startswith(OF_BLOCKS) else shared).append(p)
             batch = [inputs] if labels is None else [inputs, labels]
             self.placement.check_alike(batch, shared, own, self.noise_seed, step)
         with self._dropout_of_step(inputs, step):
@@ -297,12 +299,18 @@ class LocalObjective(Objective):
         branches, others = split_off(main.path, others, self.model.tree.n_level)
         run = DepthStep(self.model, calls, inference, z0, targets, learned=self.secants, keep_graph=keep_graph,
                         placement=self.placement)  # fmt: skip
-        residual = run.train(main, branches, learn, None if alone else self.auxiliary)
+        residual = run.train(main, branches, learn, None if alone else self._auxiliary_exits(blocks, keep_graph))
         if learn:
             self.secants.end_step()
         for network in others:
             run.train(network)
         return run, residual
+
+    def _auxiliary_exits(self, blocks: BlockCalls, keep_graph: bool) -> ExitsOfStep | None:
+        if self.auxiliary is None:
+            return None
+        calls = GridCalls(self.time.iterations, of=self.auxiliary.calls(blocks.dropout_seed))
+        return ExitsOfStep(self.auxiliary, self.maybe_recomputed(calls), keep_graph)
 
     def _probe(
         self,

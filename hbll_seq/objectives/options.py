@@ -104,6 +104,7 @@ class Sweeps(Inference):
         control: what changes K and M in training, an :class:`Adaptive` or its name; None leaves them as they are.
         auxiliary_exits: over depth, weight of the losses of auxiliary exits: in every step each segment but the last that has
             no exit at its end gets one there, the head behind an adapter that belongs to the objective; 0 takes none.
+        auxiliary_blocks: blocks of its own that each of them has before its head; they belong to the objective too.
 
     Raises:
         ValueError: a value is out of range.
@@ -140,9 +141,13 @@ class Sweeps(Inference):
         below=math.inf,
         remedy="; 0 takes none",
     )
+    auxiliary_blocks: int = option(0, "blocks of its own that each auxiliary exit has before its head", low=0, high=MOST)
 
     def __post_init__(self):
         check_options(self)
+        if self.auxiliary_blocks and not self.auxiliary_exits:
+            raise ValueError(f"auxiliary_blocks={self.auxiliary_blocks} with auxiliary_exits=0: they belong to such exits; "
+                             "give auxiliary_exits a weight, or leave auxiliary_blocks out")  # fmt: skip
         if self.linearization is not None:
             object.__setattr__(self, "linearization", as_linearization("linearization", self.linearization))
         if self.control is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import compress
@@ -14,14 +14,14 @@ from hbll_seq.chains.depth import Prefix, number_of, prefixes
 from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain, CalledRows, Chain, Linearized
-from hbll_seq.engine.gradients import hooks_left_out, inject_gradients
+from hbll_seq.engine.gradients import hooks_left_out, inject_gradients, injected
 from hbll_seq.engine.iterations import Iterations
 from hbll_seq.engine.linearization.base import Composer, Identity
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
 from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
-from hbll_seq.objectives.auxiliary import AuxiliaryExits
+from hbll_seq.objectives.auxiliary import ExitsOfStep
 from hbll_seq.objectives.base import Exit
 from hbll_seq.objectives.branches import Branch, Leg, MainPath, exits_on, legs_of, upstream_of
 from hbll_seq.objectives.depth_mix import SubNetwork
@@ -73,12 +73,6 @@ def output_loss(loss: Tensor, read: Tensor, model: nn.Module) -> tuple[Tensor, T
     return loss.detach() + injected(parameters, gradients), upstream.contiguous()  # it is written to, and may be expanded
 
 
-def injected(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Tensor | float:
-    """:func:`inject_gradients` of those that have a gradient; a zero."""
-    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
-    return inject_gradients(*zip(*pairs)) if pairs else 0.0
-
-
 class DepthStep:
     """One training step over depth, sub-network by sub-network.
 
@@ -124,7 +118,7 @@ class DepthStep:
         network: SubNetwork,
         branches: Sequence[Branch] = (),
         learn: bool | None = None,
-        auxiliary: AuxiliaryExits | None = None,
+        auxiliary: ExitsOfStep | None = None,
     ) -> Tensor:
         """Adds the losses of a sub-network and of the branches off it; its exits go before theirs.
 
@@ -205,7 +199,7 @@ class DepthStep:
         branches: Sequence[Branch],
         states: Tensor,
         main: MainPath,
-        auxiliary: AuxiliaryExits | None,
+        auxiliary: ExitsOfStep | None,
     ) -> Tensor | None:
         """Walks the branches, takes the losses of all exits, and goes back along the branches: the upstream gradients of the
         chain's states, of the blocks that are here."""
@@ -217,10 +211,9 @@ class DepthStep:
                 here = leg.path if solution else ()
                 ends += exits_on(leg.path, leg.prefixes, leg.exits, here, solution and solution.states)
         loss, read = self._score(ends)
-        at_ends: dict[int, Tensor] = {}
         if auxiliary is not None:
-            of_ends, at_ends = self._score_auxiliary(auxiliary, network, states, main)
-            loss, read = of_ends if loss is None else loss + of_ends, [*read, *at_ends.values()]
+            of_ends = self._score_auxiliary(auxiliary, network, states, main)
+            loss, read = of_ends if loss is None else loss + of_ends, [*read, *auxiliary.read.values()]
         if not self.keep_graph:
             return None
         if loss is not None:
@@ -232,8 +225,9 @@ class DepthStep:
             [solution and upstream_of(leg.path, leg.exits, found, solution.states) for leg, solution in zip(legs, solutions)]
             for legs, solutions in zip(cut, walked)
         ]
-        for n in at_ends:
-            upstream[main.here.index(n)] = next(found)
+        for n in auxiliary.read if auxiliary is not None else ():
+            upstream[main.here.index(n)], of_blocks = auxiliary.back(n, next(found))
+            self._add(n, of_blocks)
         for branch, legs, solutions, gradients in zip(branches, cut, walked, back):
             self._walk_back(branch, legs, solutions, gradients, upstream, main)
         return upstream
@@ -256,21 +250,17 @@ class DepthStep:
             self._add(path[-1], weight * value)
         return loss, read
 
-    def _score_auxiliary(
-        self, auxiliary: AuxiliaryExits, network: SubNetwork, states: Tensor, main: MainPath
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Takes the losses at the ends of segments that have no exit of the path's own: the sum of those that are here, and
-        the states read, as leaves, by block."""
-        ends = [n for n in auxiliary.ends if n not in network.exits]
+    def _score_auxiliary(self, auxiliary: ExitsOfStep, network: SubNetwork, states: Tensor, main: MainPath) -> Tensor:
+        """Takes the losses at the ends of segments that have no exit of the path's own: the sum of those that are here."""
+        ends = [n for n in auxiliary.exits.ends if n not in network.exits]
         here = [n for n in ends if n in main.here]
-        read = {n: states[main.here.index(n)].clone().requires_grad_(self.keep_graph) for n in here}
-        loss, values = auxiliary.score(self.model, read, self.targets)
+        loss, values = auxiliary.score(self.model, {n: states[main.here.index(n)] for n in here}, self.targets)
         found = dict(zip(here, values))
         for n in ends:
             value = found.get(n, self.z0.new_zeros(()))
-            self.auxiliary_exits.append(Exit(main.path[: main.path.index(n) + 1], auxiliary.weight, value))
-            self._add(n, auxiliary.weight * value)
-        return loss, read
+            self.auxiliary_exits.append(Exit(main.path[: main.path.index(n) + 1], auxiliary.exits.weight, value))
+            self._add(n, auxiliary.exits.weight * value)
+        return loss
 
     def _walk(self, branch: Branch, legs: Sequence[Leg], states: Tensor, main: MainPath) -> list[Solution | None]:
         """Walks a branch to its end, leg by leg; None for those that are elsewhere."""

@@ -183,11 +183,11 @@ def untrained(
         own = numbers_kept(config.n_layer, path, owned)
     check_memory(config, own, gathers=ranks.rank == ranks.replica == 0)
     model = HBLLForCausalLM(config, tokenizer=tokenizer, own=own)
+    if initial is not None:
+        take_weights(model, initial)
     objective = make_objective(settings, model, ranks.replica, ranks)
     model.config = replace(model.config, trained_paths=objective.trained_paths())
     objective.freeze_unread()  # the model is this run's own: every process waits for a gradient of all that is trained
-    if initial is not None:
-        take_weights(model, initial)
     return model, objective
 
 

@@ -37,7 +37,8 @@ def check_block_parallel(settings: Any, decided: dict[str, Any]) -> None:
     tree = DyadicTree(settings.n_level, of("default_paths"))
     path, mix = settings.path_blocks or tree.path_for_depth(tree.n_nodes), of("depth_mix")
     sweeps = Sweeps(of("forward"), of("backward"), of("chunk_size"), of("linearization"), settings.init,
-                    control=settings.control_object(), auxiliary_exits=settings.auxiliary_exits)  # fmt: skip
+                    control=settings.control_object(), auxiliary_exits=settings.auxiliary_exits,
+                    auxiliary_blocks=settings.auxiliary_blocks)  # fmt: skip
     found = obstacle(sweeps, tree, path, mix, n_ranks, ahead, settings.shares)
     if ahead and not (found and not found.of_ahead):
         found = _of_ahead(settings, mix) or found

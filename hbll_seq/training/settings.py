@@ -135,6 +135,7 @@ class TrainingSettings:
     control_most: int | None = _of(Adaptive, "most", high=_MOST_ROUNDS)
     control_every: int = _of(Adaptive, "every")
     auxiliary_exits: float = _of(Sweeps, "auxiliary_exits", "depth")
+    auxiliary_blocks: int = _of(Sweeps, "auxiliary_blocks", "depth")
     time_forward: int = _of(Sweeps, "forward", "layer", high=_MOST_ROUNDS)
     time_backward: int = _of(Sweeps, "backward", "layer", high=_MOST_ROUNDS)
     time_chunk_size: int = _of(Sweeps, "chunk_size", "layer")

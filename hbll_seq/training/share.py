@@ -16,7 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
-from hbll_seq.distributed.blocks import RemoteBlock, blocks_of_rank, keep_own, numbers_kept, whole_tensors
+from hbll_seq.distributed.blocks import OF_BLOCKS, RemoteBlock, blocks_of_rank, keep_own, numbers_kept, whole_tensors
 from hbll_seq.distributed.gradients import clip_gradients, reduce_gradients, squared_norm
 from hbll_seq.distributed.lagged import LaggedPlacement
 from hbll_seq.distributed.ranks import ALONE, Ranks
@@ -31,7 +31,6 @@ from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
 
 T = TypeVar("T")
-_BLOCKS = "model.blocks."
 _SHARED = "ranks on several machines need an --output-dir that all of them see"
 
 
@@ -66,7 +65,7 @@ class Share:
             self.numbers = frozenset(numbers_kept(len(self.model.blocks), objective.path, owned))
             keep_own(self.model, objective.path, owned)
         trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        of_blocks = [name for name in trained if ranks.n_ranks > 1 and name.startswith(_BLOCKS)]
+        of_blocks = [name for name in trained if ranks.n_ranks > 1 and name.startswith(OF_BLOCKS)]
         self.own = [trained[name] for name in of_blocks]
         self.shared = [p for name, p in trained.items() if name not in of_blocks]
 
@@ -178,7 +177,7 @@ class Share:
             return {}
         if self.ranks.rank == 0:
             return groups
-        own = {group: [name for name in groups[group] if name.startswith(_BLOCKS)] for group in ("model", "optimizer")}
+        own = {group: [name for name in groups[group] if name.startswith(OF_BLOCKS)] for group in ("model", "optimizer")}
         return {**groups, **{group: {name: groups[group][name] for name in names} for group, names in own.items()}}
 
     def _write(self, aside: Path, groups: TensorGroups) -> dict[str, dict[str, Any]]:

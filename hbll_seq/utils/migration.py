@@ -39,6 +39,7 @@ LATER_SETTINGS = frozenset(
     {"block_parallel", "carry_state", "cell", "chunk_size", "default_paths", "free_energy", "init", "init_from"}
     | {"linearization", "mlp", "control", "control_every", "control_most", "control_tolerance", "n_kv_head", "qk_norm"}
     | {"time_linearization", "auxiliary_exits", "ahead", "cuda_graph", "rank_timeout", "block_shares"}
+    | {"auxiliary_blocks"}
     | set(SETTINGS_KEYS.values()) - {"context_length"}
 )
 

@@ -91,7 +91,7 @@ def test_refuses_a_file_of_another_setting(tmp_path):
     "argv, message",
     [
         (["--methods", "sweep"], "method 'sweep': allowed are bptt, one-step, truncated, sweeps, tree; options follow"),
-        (["--methods", "sweeps:K=1"], "sweeps has no option 'K'; it has auxiliary_exits, backward, .*, linearization"),
+        (["--methods", "sweeps:K=1"], "sweeps has no option 'K'; it has auxiliary_blocks, .*, linearization"),
         (["--methods", "sweeps:forward="], "forward='' must be a number"),
         (["--methods", "sweeps:max_symbols=8"], "max_symbols needs init=tree"),  # there is no tree
         (["--methods", "bptt:forward=1"], "bptt has no option 'forward'"),

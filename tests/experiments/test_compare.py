@@ -96,7 +96,7 @@ def test_a_synthetic_task(tmp_path, capsys):
     "name, message",
     [
         ("forward", "method 'forward': allowed are backprop-N"),
-        ("sweeps:k=3", "sweeps has no option 'k'; it has auxiliary_exits, backward, chunk_size"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has auxiliary_blocks, auxiliary_exits, backward, chunk_size"),
         ("sweeps:depth=3", "has no option 'depth'"),
         ("tree:forward=2", "tree has no option 'forward'; it has clean_inputs, recompute, state_weight"),
         ("sweeps:forward=x", "forward='x' must be a number"),

@@ -25,6 +25,7 @@ def test_spans_are_those_of_the_method():
         assert model.exact(N, r).seconds == N + (r - 1) / r * N + 2 * N / r
         assert model.local(N, r).seconds == N + 2 * N / r
         assert model.ahead(N, r).seconds == 3 * N / r
+        assert model.ahead_with_exits(N, r).seconds == 3 * (N / r + 1)
     # 16 blocks' three units come as late as the other 48 blocks' products by their weights
     assert model.exact(N, 2, (1, 3)).seconds == N + 48 + max(3 * 16 - 16, 48) == N + 96
     assert model.exact(N, 2, (1, 3)).activation_bytes == 48 * 1000 + 4 * 10
@@ -43,6 +44,9 @@ def test_who_is_ahead_embeds_while_others_score():
     sums = model.costs.wires.reduction(4, 4 * 50) + model.costs.wires.reduction(4, 16)
     assert model.ahead(N, 4).seconds == 3 * N / 4 + 2 + sums  # the head's time; the embedding takes less, and no message
     assert model.of_method("ahead", N, 4) == model.ahead(N, 4)
+    exits = model.ahead_with_exits(N, 4)  # the first rank embeds and scores
+    assert exits.seconds == 3 * (N / 4 + 1) + 2 + 0.5 + sums and exits.activation_bytes == (N / 4 + 1) * 1000 + 6 * 10
+    assert exits.held_bytes == model.ahead(N + 4, 4).held_bytes
 
 
 def test_refuses_what_the_others_refuse():

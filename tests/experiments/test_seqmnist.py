@@ -163,7 +163,7 @@ def test_bad_arguments_are_named_before_anything_runs(digits, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sweeps:k=3", "sweeps has no option 'k'; it has auxiliary_exits, backward, chunk_size, clip"),
+        ("sweeps:k=3", "sweeps has no option 'k'; it has auxiliary_blocks, auxiliary_exits, backward, chunk_size, clip"),
         ("bptt:forward=3", "bptt has no option 'forward'; it has lr"),
         ("tree:consistency=x", "consistency='x' must be a number"),
         ("tree:lr=-1", "lr=-1.0: must be a number above 0"),

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.nn.functional import cross_entropy
 
-from hbll_seq.distributed.blocks import blocks_of_rank, keep_own
+from hbll_seq.distributed.blocks import OF_BLOCKS, blocks_of_rank, keep_own
 from hbll_seq.distributed.gradients import reduce_gradients
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
@@ -31,6 +31,10 @@ CASES = {
     "all": ({**PREFIX, "n_level": 4}, {"depths": "all"}, 8, 2, 1),
     "exits on the path": ({"default_paths": "prefix"}, {"depths": "prefixes"}, 4, 2, 1),
     "auxiliary exits on 4 ranks": ({**PREFIX, "n_level": 4}, {"depths": "prefixes", "auxiliary_exits": 0.7}, 4, 4, 1),
+    "auxiliary exits with blocks": (
+        {**PREFIX, "n_level": 4, "dropout": 0.3}, {"depths": "prefixes", "auxiliary_exits": 0.7, "auxiliary_blocks": 1},
+        4, 4, 1,
+    ),
     "auxiliary exits in some steps": (PREFIX, {"depths": "few", "auxiliary_exits": 0.7}, 4, 2, 1),
     "six and one": (PREFIX, {"depths": "octaves"}, 6, 2, 1),
     "recomputed": (PREFIX, {"depths": "octaves", "recompute": True}, 4, 2, 1),
@@ -57,17 +61,18 @@ def optimizer_of(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def inference_of(n_blocks, chunk_size, auxiliary_exits=0.0):
+def inference_of(n_blocks, chunk_size, **auxiliary):
     n_segments = -(-n_blocks // chunk_size)
     alone = f"sweeps:forward={n_segments - 1},backward=0,chunk_size={chunk_size},linearization=zero"
-    return f"{alone},auxiliary_exits={auxiliary_exits}" if auxiliary_exits else alone
+    return ",".join([alone, *(f"{key}={value}" for key, value in auxiliary.items())])
 
 
 def objective_of(name, **ranks):
     """The objective of a case, and its trained parameters by name."""
     shape, options, size, _, micro_batches = CASES[name]
     model, options = model_of(shape), dict(options)
-    inference = inference_of(len(model.blocks), size, options.pop("auxiliary_exits", 0.0))
+    auxiliary = {key: options.pop(key) for key in list(options) if key.startswith("auxiliary")}
+    inference = inference_of(len(model.blocks), size, **auxiliary)
     objective = LocalObjective(model, inference, micro_batches=micro_batches, **options, **ranks)
     if ranks:
         here = ranks["ranks"]
@@ -103,7 +108,10 @@ def part(model, objective, owned, tokens, number, begun):
         if path == objective.path:
             end, last = state, inside[-1]
             if objective.auxiliary is not None and last in objective.auxiliary.ends and last not in exits:
-                logits = model.head(objective.auxiliary(state, last))
+                auxiliary = objective.auxiliary
+                for i in auxiliary.numbers(last):
+                    (state,) = auxiliary.calls(calls.dropout_seed).apply((i,), (state,))
+                logits = model.head(auxiliary(state, last))
                 loss = loss + objective.auxiliary.weight * cross_entropy(logits.flatten(0, 1), targets.flatten())
     if objective.auxiliary is not None:  # its adapters have a gradient in every step
         loss = loss + 0.0 * sum(p.sum() for p in objective.auxiliary.parameters())
@@ -169,8 +177,8 @@ def spread(name, ranks):
     what it knows of the auxiliary exits."""
     micro_batches = CASES[name][-1]
     objective, named = objective_of(name, ranks=ranks, ahead=True)
-    own = [p for name, p in named.items() if name.startswith("model.blocks.")]
-    shared = [p for name, p in named.items() if not name.startswith("model.blocks.")]
+    own = [p for name, p in named.items() if name.startswith(OF_BLOCKS)]
+    shared = [p for name, p in named.items() if not name.startswith(OF_BLOCKS)]
     optimizer, traffic, losses, gradients, sent = optimizer_of(own + shared), objective.placement.traffic, [], [], []
     nats = []
     with torch.no_grad():

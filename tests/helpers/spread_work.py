@@ -5,6 +5,7 @@ As a script: joins the group of the environment, does the cases that are named, 
 
 import copy
 import dataclasses
+import zlib
 
 import torch
 from torch import distributed
@@ -51,6 +52,11 @@ CASES = {
     "auxiliary exits in some steps": (
         {"default_paths": "prefix"}, "sweeps:forward=1,backward=1,chunk_size=4,auxiliary_exits=0.7", {"depths": "few"}
     ),
+    "auxiliary exits with blocks": (
+        {"default_paths": "prefix", "dropout": 0.3},
+        "sweeps:forward=3,backward=0,chunk_size=2,linearization=zero,auxiliary_exits=0.7,auxiliary_blocks=2",
+        {"depths": "few"},
+    ),
     "from the input": ({}, "sweeps:forward=1,backward=1,chunk_size=2,init=input", {}),
     "damped": ({}, "sweeps:forward=2,backward=1,chunk_size=2,damping=0.5", {}),
     "damped, as many iterations as segments": ({}, "sweeps:forward=3,backward=3,chunk_size=2,damping=0.5", {}),
@@ -96,8 +102,8 @@ def steps(name, ranks=ALONE, n_steps=2):
     path = tuple(options.get("path", config.full_path))
     traffic, found, states, gather = None, [], None, distributed.all_gather_object
     objective = LocalObjective(model, inference, ranks=ranks, **options)
-    for parameter in objective.auxiliary.parameters() if objective.auxiliary else ():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for part, parameter in objective.auxiliary.named_parameters() if objective.auxiliary else ():  # a rank may lack some
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(zlib.crc32(part.encode())))
     if ranks.n_ranks > 1:
         size = objective.inference.chunk_size
         keep_own(model, path, blocks_of_rank(len(path), size, ranks.rank, ranks.n_ranks, ranks.shares))

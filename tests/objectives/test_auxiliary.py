@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.models.hierarchy import DepthHierarchy
@@ -70,6 +71,8 @@ def slow_loss(objective, tokens, step, detaches):
     for row, end in enumerate(range(size, len(path), size)):
         if path[end - 1] not in main.exits:
             state = reached[path[:end]]
+            for number in auxiliary.numbers(path[end - 1]):
+                (state,) = auxiliary.calls(None).apply((number,), (state,))
             read = state + state @ auxiliary.down[row].T @ auxiliary.up[row].T
             expected.append(nats(model.head(read)))
             total = total + weight * expected[-1]
@@ -94,6 +97,10 @@ CASES = [
     (dict(n_level=3), "chunk_size=2", dict(path=(2, 4, 6, 7))),
     (dict(n_level=3, tie_embeddings=False), "chunk_size=2", {}),
     (dict(n_level=3), "chunk_size=2", dict(recompute=True)),
+    (dict(n_level=3), "chunk_size=2,auxiliary_blocks=2", {}),
+    (dict(n_level=3), "chunk_size=2,auxiliary_blocks=1", dict(depths="octaves", recompute=True)),
+    (dict(n_level=3), "chunk_size=4,auxiliary_blocks=1", dict(depths="few")),  # which in some steps are not used
+    (dict(n_level=3, cell="gru"), "chunk_size=3,auxiliary_blocks=2", dict(time="sweeps:chunk_size=12")),
 ]
 
 
@@ -248,6 +255,55 @@ def test_a_hierarchy_without_exits_of_its_own_has_them_too():
     assert_same(found, gradients(objective, total + cross_entropy(model.head(state), y)))
 
 
+def test_blocks_begin_as_copies_of_the_last_ones_of_a_segment_and_are_trained_apart():
+    model, tokens = double_lm()
+    objective = LocalObjective(model, "sweeps:chunk_size=3,auxiliary_exits=1,auxiliary_blocks=2", path=(1, 2, 3, 4, 5, 6, 7))
+    assert [objective.auxiliary.numbers(n) for n in objective.auxiliary.ends] == [range(1, 3), range(3, 5)]
+    for own, n in zip(objective.auxiliary.blocks, (2, 3, 5, 6)):
+        theirs = model.blocks[n - 1].state_dict()
+        assert own.state_dict().keys() == theirs.keys() and own is not model.blocks[n - 1]
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.state_dict().items())
+    sweeps = "sweeps:chunk_size=4,auxiliary_exits=1,auxiliary_blocks=1"
+    mixed = LocalObjective(double_lm(n_level=4)[0], sweeps, depths="prefixes")
+    ranges = [mixed.auxiliary.numbers(n) for n in (4, 8, 12)]
+    assert ranges == [range(1, 2), range(2, 2), range(2, 2)]  # the mix has exits of its own behind 8 and 12
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    objective(tokens).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in objective.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in before if name.startswith("auxiliary.blocks.")} <= moved
+    assert not any("auxiliary" in name for name in model.state_dict())
+
+
+def test_their_blocks_are_counted_as_work_and_put_back():
+    """A forward pass and a whole backward pass of each, once: 3."""
+    model = small_hierarchy(3)
+    work, batch = [], (torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+    for more in ("", ",auxiliary_exits=1", ",auxiliary_exits=1,auxiliary_blocks=1", ",auxiliary_exits=1,auxiliary_blocks=2"):
+        objective = LocalObjective(model, f"sweeps:chunk_size=2{more}")
+        before = list(objective.modules())
+        work.append(measure_span(objective, *batch).block_work)
+        assert list(objective.modules()) == before
+    assert work == [21, 21, 21 + 3 * 3, 21 + 6 * 3]
+
+
+def test_dropout_of_blocks_is_that_of_the_step():
+    """Its own, not that of the model's blocks, and the same where a step is computed again."""
+    model, tokens = double_lm(dropout=0.5)
+    sweeps = "sweeps:chunk_size=2,auxiliary_exits=1,auxiliary_blocks=1"
+    results = []
+    for recompute in (False, True):
+        objective = LocalObjective(model, sweeps, recompute=recompute, seed=4)
+        torch.manual_seed(len(results))  # the global generator has no part in it
+        results.append([float(objective(tokens, step=step).metrics["ce_auxiliary"]) for step in (0, 0, 1)])
+    assert results[0] == results[1] and results[0][0] == results[0][1] != results[0][2]
+    calls, state = objective.auxiliary.calls(7), torch.ones(1, 4, 16, dtype=torch.float64)
+    with torch.no_grad():
+        (own,), (theirs,) = calls.apply((1,), (state,)), type(calls)(objective.auxiliary.blocks, 7).apply((1,), (state,))
+    assert not torch.equal(own, theirs)
+
+
 def test_a_control_probes_the_main_path_without_them():
     """What it finds is what it finds where there are none."""
     model, tokens = double_lm()
@@ -263,6 +319,9 @@ def test_every_segment_but_the_last_has_an_end(size, ends):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: Sweeps(auxiliary_exits=-1.0), "auxiliary_exits=-1.0: must be a number of at least 0; 0 takes none"),
+    (lambda: Sweeps(auxiliary_blocks=1), "auxiliary_blocks=1 with auxiliary_exits=0: .* give auxiliary_exits a weight, or"),
+    (lambda: LocalObjective(double_lm()[0], "sweeps:chunk_size=2,auxiliary_exits=1,auxiliary_blocks=3"),
+     "auxiliary_blocks=3 with chunk_size=2: they begin as copies of a segment's last blocks; give at most 2, or a larger"),
     (lambda: Sweeps(auxiliary_exits=1).resolved("time"), "auxiliary_exits=1.0 over time: .* leave it out"),
     (lambda: Sweeps(auxiliary_exits=1).resolved("layer"), "auxiliary_exits=1.0 over the time inside of blocks: "),
     (lambda: LocalObjective(double_lm()[0], "sweeps:chunk_size=7,auxiliary_exits=1"),

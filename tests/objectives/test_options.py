@@ -73,6 +73,7 @@ WRONG = {
     (Sweeps, "clip"): ((0, -1.0, True, "1", float("nan"), []), r"number above 0; float\('inf'\) clips nothing"),
     (Sweeps, "control"): (NO_WORD, "allowed are adaptive, and None for a fixed K and M"),
     (Sweeps, "auxiliary_exits"): (NO_NUMBER, "number of at least 0; 0 takes none"),
+    (Sweeps, "auxiliary_blocks"): (NO_WHOLE, "whole number of at least 0"),
     (Adaptive, "tolerance"): ((0, 1, *NO_NUMBER), "number above 0 and below 1"),
     (Adaptive, "most"): (NO_WHOLE, "whole number of at least 0"),
     (Adaptive, "every"): ((0, *NO_WHOLE), "whole number of at least 1"),
@@ -172,6 +173,7 @@ SAME = [
     ("sweeps:control=adaptive(tolerance=0.05,most=4,every=20)", Sweeps(control=Adaptive(0.05, 4, 20))),
     ("sweeps:damping=0.5,tolerance=0.001,clip=inf", Sweeps(damping=0.5, tolerance=1e-3, clip=float("inf"))),
     ("sweeps:forward=3,backward=0,auxiliary_exits=0.5", Sweeps(3, 0, auxiliary_exits=0.5)),
+    ("sweeps:auxiliary_exits=1.0,auxiliary_blocks=2", Sweeps(auxiliary_exits=1.0, auxiliary_blocks=2)),
     ("tree", Tree()),
     ("tree:sigma=0.3,n_samples=2,state_weight=1.0,clean_inputs=false,free_energy=true", Tree(0.3, 2, 1.0, False, True)),
     ("v_cycles:cycles=2,backward=3", VCycles(2, 3)),
@@ -202,7 +204,8 @@ def test_texts_of_depth_mixes():
 def test_every_option_survives_its_text(values):
     others = {
         Sweeps: dict(forward=7, backward=0, chunk_size=3, linearization=LowRank(2), init="input", damping=0.25,
-                     tolerance=1e-9, clip=1e300, control=Adaptive(0.1 + 0.2, None, 3), auxiliary_exits=0.1 + 0.2),
+                     tolerance=1e-9, clip=1e300, control=Adaptive(0.1 + 0.2, None, 3), auxiliary_exits=0.1 + 0.2,
+                     auxiliary_blocks=2),
         Tree: dict(sigma=0.1 + 0.2, n_samples=9, state_weight=1e-9, clean_inputs=False, free_energy=True),
         VCycles: dict(cycles=0, backward=11),
     }  # fmt: skip

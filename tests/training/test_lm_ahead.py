@@ -92,9 +92,10 @@ def test_micro_batches_with_dropout_do_what_plain_loops_do(shape, tmp_path):
     assert_equals_loops(tmp_path / "run")
 
 
-def test_four_ranks_with_auxiliary_exits_do_what_plain_loops_do(shape, tmp_path):
+def test_four_ranks_with_auxiliary_exits_and_their_blocks_do_what_plain_loops_do(shape, tmp_path):
     """As docs/parallel.md says it, with the default paths of this mix."""
-    more = "--block-parallel 4 --chunk-size 2 --forward 4 --depth-mix prefixes --auxiliary-exits 1".split()
+    more = "--block-parallel 4 --chunk-size 2 --forward 4 --depth-mix prefixes".split()
+    more += "--auxiliary-exits 1 --auxiliary-blocks 1".split()
     run(4, [*shape, *more, "--output-dir", str(tmp_path / "run")])
     assert_equals_loops(tmp_path / "run")
     folder = tmp_path / "run"

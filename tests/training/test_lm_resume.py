@@ -94,16 +94,17 @@ def test_what_secants_have_learned_is_part_of_a_checkpoint(lm_options, tmp_path,
     assert not any("secants" in name for name in load_file(whole / "model.safetensors"))  # training alone needs them
 
 
-def test_adapters_of_auxiliary_exits_are_part_of_a_checkpoint_and_not_of_the_model(lm_options, tmp_path, monkeypatch):
+def test_auxiliary_exits_are_part_of_a_checkpoint_and_not_of_the_model(lm_options, tmp_path, monkeypatch):
     options = [*lm_options, "--forward", "6", "--backward", "0", "--chunk-size", "1", "--linearization", "zero",
-               "--auxiliary-exits", "0.5", "--max-steps", "8", "--eval-every", "0"]  # fmt: skip
+               "--auxiliary-exits", "0.5", "--auxiliary-blocks", "1", "--max-steps", "8", "--eval-every", "0"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert lm.main([*options, "--output-dir", str(whole)]) == 0
     with monkeypatch.context() as patch:
         kr.at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert lm.main([*options, "--output-dir", str(broken)]) == 143
     files = [load_file(broken / "checkpoints" / "step-00000005" / f"{name}.safetensors") for name in ("model", "optimizer")]
-    assert files[0]["auxiliary.up"].any() and files[1]["auxiliary.up|exp_avg"].any()
+    for name in ("auxiliary.up", "auxiliary.blocks.0.mlp_out.weight"):
+        assert files[0][name].any() and files[1][f"{name}|exp_avg"].any()
     assert lm.main(["--resume", "--output-dir", str(broken)]) == 0
     assert kr.differences(whole, broken) == []
     assert all(row["ce_auxiliary"] > 0 for row in kr.lines(whole))

@@ -76,7 +76,8 @@ def test_a_rank_never_holds_more_than_its_own_blocks_and_one(one, tokenizer, n_r
 
 @pytest.mark.parametrize("changes", [
     {}, {"cell": "gru,transformer,mingru,transformer,elman,gru,transformer"}, {"exit_rank": 4, "tie_embeddings": False},
-    {"path": "2,4,6,7", "depth_mix": "none"}, {"dropout": 0.1, "norm": "layernorm", "auxiliary_exits": 0.5},
+    {"path": "2,4,6,7", "depth_mix": "none"},
+    {"dropout": 0.1, "norm": "layernorm", "auxiliary_exits": 0.5, "auxiliary_blocks": 1},
 ])  # fmt: skip
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_the_start_is_that_of_one_process_bit_for_bit(tokenizer, n_ranks, changes):

@@ -84,6 +84,7 @@ def predict(model: Model, args: argparse.Namespace) -> list[dict]:
                 f"ours K={k} M={m}": model.sweeps(n, r, k, m),
                 "ours local": model.local(n, r),
                 "ours ahead": model.ahead(n, r) if r > 1 else None,
+                "ours ahead, exits": model.ahead_with_exits(n, r) if r > 1 else None,
             }
             for name, prediction in made.items():
                 row = {"blocks": n, "devices": r, "method": name, "seconds": None}

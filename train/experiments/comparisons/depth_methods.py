@@ -119,7 +119,7 @@ class DepthMethod(Method):
     def main_path(self, model: DepthHierarchy, seed: int, trained: Objective) -> Objective:
         """The same objective without its depth mix and auxiliary exits, with the Jacobian approximations that ``trained`` has
         learned, and the numbers of iterations that it has come to."""
-        alone = self._without("depth_mix", "depth_mix_weight", "auxiliary_exits").objective(model, seed)
+        alone = self._without("depth_mix", "depth_mix_weight", "auxiliary_exits", "auxiliary_blocks").objective(model, seed)
         alone.secants, alone.control = (getattr(trained, name, None) for name in ("secants", "control"))
         return alone
 
@@ -155,6 +155,8 @@ class DepthMethod(Method):
                 found["chunk_size"] = inference.chunk_size
             if inference.auxiliary_exits > 0:
                 found["auxiliary_exits"] = inference.auxiliary_exits
+            if inference.auxiliary_blocks > 0:
+                found["auxiliary_blocks"] = inference.auxiliary_blocks
             if objective.secants is not None:
                 found["rank"] = objective.secants.rank
             if inference.control is not None:

@@ -19,6 +19,7 @@ else is said; f(r) is at r rows.
                   exact
     local         N f + N / R b; R messages
     ahead         N / R (f + b) + the larger of E and H; nobody waits for a message
+    ahead, exits  the same, each rank with an exit that has a block of its own: (N / R + 1) (f + b) + E + H
                                                                             memory of ours  N A / R + (R + 2) s + head
 
 In units of L = N f, with x = f and b = 2 f, exact is L + (R - 1) / R L + 2 L / R, K, M is (K + 1 + M + 2) L / R, local
@@ -143,6 +144,11 @@ class Model:
         work = self._at(self.rows)
         hidden = min(work.embed, work.head) if r > 1 else 0.0
         return self._ours(n, r, n / r * (work.forward + work.backward) - hidden, messages=0, collectives=0)
+
+    def ahead_with_exits(self, n: int, r: int) -> Prediction:
+        """The same, each rank with an auxiliary exit that has a block of its own: the first one embeds and scores."""
+        work, most = self._at(self.rows), n / r + 1
+        return self._ours(n, r, most * (work.forward + work.backward), messages=0, collectives=0, most=most)
 
     def _ours(
         self, n: int, r: int, span: float, messages: int, collectives: int, most: float | None = None

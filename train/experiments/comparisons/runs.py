@@ -95,7 +95,7 @@ def train_depth(
     training, settings = depth_training(method, lr, seed, task, shape)
     model, objective, optimizer = training.model, training.objective, training.optimizer
     method = replace(method, n_level=shape.n_level, cell=shape.cell)
-    paths = method.paths(model)
+    paths, work = method.paths(model), method.work()  # what fails there shall not fail hours later
 
     def evaluate() -> dict[str, float]:
         rows = task.evaluate(model, "validation", max(1, shape.eval_batches // 4), paths=paths)
@@ -109,7 +109,7 @@ def train_depth(
         alignment=_alignment(method, objective, optimizer, seed, shape.alignment_every) if method.is_iterative else None,
     )  # fmt: skip
     rows = {split: task.evaluate(model, split, shape.eval_batches, paths=paths) for split in ("validation", "test")}
-    return stored_run(method, lr, seed, fitted, work=method.work(), **rows)
+    return stored_run(method, lr, seed, fitted, work=work, **rows)
 
 
 def _alignment(

@@ -22,7 +22,7 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks, targets: Mappin
         targets: on the first rank contiguous tensors on the CPU, of all names, and of their shapes and dtypes.
 
     Raises:
-        ValueError: on the first rank, where the targets are others; nothing is copied.
+        ValueError: on every rank, where the targets are others; nothing is copied.
     """
     own = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     listed: list = [None] * ranks.n_ranks
@@ -31,8 +31,10 @@ def gather_to_first(tensors: Mapping[str, Tensor], ranks: Ranks, targets: Mappin
     for rank in reversed(range(ranks.n_ranks)):  # the first one stays
         owners.update(dict.fromkeys(listed[rank], rank))
     wanted = {(name, tuple(target.shape), target.dtype) for name, target in targets.items()}
-    if ranks.rank == 0 and (odd := owners.keys() ^ wanted):
-        raise ValueError(f"the ranks hold other tensors than the whole model, such as {min(odd, key=str)}")
+    odd = [min(owners.keys() ^ wanted, key=str, default=None)]
+    distributed.broadcast_object_list(odd, distributed.get_global_rank(ranks.host_group, 0), group=ranks.host_group)
+    if odd[0] is not None:
+        raise ValueError(f"the ranks hold other tensors than the whole model, such as {odd[0]}")
     with torch.no_grad():
         for (name, *_), owner in owners.items():
             if ranks.rank == owner == 0:

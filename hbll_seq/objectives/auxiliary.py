@@ -69,6 +69,8 @@ class AuxiliaryExits(nn.Module):
             first = len(self.blocks) + 1
             self.blocks.extend(copy.deepcopy(plain_module(block)) for block in blocks.get(n, ()))
             self._numbers[n] = range(first, len(self.blocks) + 1)
+        for p in self.blocks.parameters():
+            p.requires_grad_(p.is_floating_point())  # also where what it is a copy of is frozen
 
     def numbers(self, n: int) -> range:
         """Which of :attr:`blocks`, from 1, are those of the exit behind the block n."""
@@ -81,6 +83,13 @@ class AuxiliaryExits(nn.Module):
             for i in self.numbers(n) if segment not in segments else ():
                 if not isinstance(self.blocks[i - 1], RemoteBlock):
                     self.blocks[i - 1] = RemoteBlock(n, self.blocks[i - 1])
+
+    def follow(self, model: nn.Module) -> None:
+        """Blocks train or not as the model does now, and are where it is: it may have moved since they were made."""
+        self.blocks.train(model.training)
+        own, like = next(self.blocks.parameters(), None), next(model.parameters(), None)
+        if own is not None and like is not None and (own.dtype, own.device) != (like.dtype, like.device):
+            self.blocks.to(like)
 
     def calls(self, dropout_seed: int | None) -> BlockCalls:
         """The blocks by their numbers, in a step; recurrent ones start from zero."""
@@ -95,7 +104,8 @@ class AuxiliaryExits(nn.Module):
 
     def extra_repr(self) -> str:
         """Where they are, for ``print(objective)``."""
-        return f"ends={self.ends}, rank={self.down.shape[1]}, weight={self.weight}"
+        blocks = {n: len(numbers) for n, numbers in self._numbers.items() if numbers}
+        return f"ends={self.ends}, rank={self.down.shape[1]}, weight={self.weight}" + f", blocks={blocks}" * bool(blocks)
 
 
 class ExitsOfStep:

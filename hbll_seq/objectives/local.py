@@ -309,6 +309,7 @@ class LocalObjective(Objective):
     def _auxiliary_exits(self, blocks: BlockCalls, keep_graph: bool) -> ExitsOfStep | None:
         if self.auxiliary is None:
             return None
+        self.auxiliary.follow(self.model)
         calls = GridCalls(self.time.iterations, of=self.auxiliary.calls(blocks.dropout_seed))
         return ExitsOfStep(self.auxiliary, self.maybe_recomputed(calls), keep_graph)
 

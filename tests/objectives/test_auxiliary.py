@@ -288,6 +288,23 @@ def test_their_blocks_are_counted_as_work_and_put_back():
     assert work == [21, 21, 21 + 3 * 3, 21 + 6 * 3]
 
 
+def test_blocks_follow_the_model():
+    """In what it trains, and to where it is; and they are trained where what they are copies of is frozen."""
+    model, tokens = double_lm(dropout=0.5)
+    model.blocks.requires_grad_(False)
+    objective = LocalObjective(model.eval(), "sweeps:chunk_size=3,auxiliary_exits=1,auxiliary_blocks=1")
+    model.train().float()
+    losses = [objective(tokens, step=step).metrics["ce_auxiliary"] for step in (0, 1)]
+    assert losses[0] != losses[1] and losses[0].dtype == torch.float32
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in objective.auxiliary.blocks.parameters())
+    model.eval()  # the objective is still in training
+    output, again = (objective(tokens, step=step) for step in (0, 1))
+    assert output.metrics["ce_auxiliary"] == again.metrics["ce_auxiliary"]
+    found = gradients(objective, output.loss)
+    assert all(found[f"auxiliary.{name}"].any() for name, _ in objective.auxiliary.named_parameters() if "blocks" in name)
+    assert "blocks={3: 1, 6: 1}" in repr(objective.auxiliary)
+
+
 def test_dropout_of_blocks_is_that_of_the_step():
     """Its own, not that of the model's blocks, and the same where a step is computed again."""
     model, tokens = double_lm(dropout=0.5)
@@ -296,8 +313,11 @@ def test_dropout_of_blocks_is_that_of_the_step():
     for recompute in (False, True):
         objective = LocalObjective(model, sweeps, recompute=recompute, seed=4)
         torch.manual_seed(len(results))  # the global generator has no part in it
-        results.append([float(objective(tokens, step=step).metrics["ce_auxiliary"]) for step in (0, 0, 1)])
-    assert results[0] == results[1] and results[0][0] == results[0][1] != results[0][2]
+        outputs = [objective(tokens, step=step) for step in (0, 0, 1)]
+        results.append([float(output.metrics["ce_auxiliary"]) for output in outputs])
+        results.append(gradients(objective, outputs[0].loss))
+    assert results[0] == results[2] and results[0][0] == results[0][1] != results[0][2]
+    assert_same(results[1], results[3])
     calls, state = objective.auxiliary.calls(7), torch.ones(1, 4, 16, dtype=torch.float64)
     with torch.no_grad():
         (own,), (theirs,) = calls.apply((1,), (state,)), type(calls)(objective.auxiliary.blocks, 7).apply((1,), (state,))

@@ -47,3 +47,8 @@ class Iterations:
                 "shared_matrix need their learned maps, and they alone; pass learned=.. with them and leave it out otherwise"
             )
         return learned or self.linearization
+
+
+def one_walk(n_steps: int) -> Iterations:
+    """A chain of N transitions as one segment: walked from its start to its end, and back."""
+    return Iterations(0, 0, chunk_size=n_steps)

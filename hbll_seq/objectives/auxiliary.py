@@ -15,7 +15,7 @@ from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain
 from hbll_seq.engine.gradients import injected
-from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.iterations import one_walk
 from hbll_seq.engine.solve import Solution, solve
 from hbll_seq.models.hierarchy import DepthHierarchy
 from hbll_seq.objectives.base import Objective
@@ -141,7 +141,7 @@ class ExitsOfStep:
             if numbers := self.exits.numbers(n):
                 begun = state.clone().requires_grad_(self.keep_graph)
                 chain = CallChain(self.calls, list(numbers), self.keep_graph)
-                self._walks[n] = solve(chain, begun, _one_segment(numbers))
+                self._walks[n] = solve(chain, begun, one_walk(len(numbers)))
                 state = self._walks[n].states[-1]
             self.read[n] = state.clone().requires_grad_(self.keep_graph)  # a view would keep all alive
         others = (i for n in self.exits.ends if n not in states for i in self.exits.numbers(n))
@@ -163,14 +163,9 @@ class ExitsOfStep:
         walk, numbers = self._walks.pop(n), self.exits.numbers(n)
         upstream = torch.zeros_like(walk.states)
         upstream[-1] = gradient
-        solve_adjoint(walk.linearized, upstream, _one_segment(numbers))
+        solve_adjoint(walk.linearized, upstream, one_walk(len(numbers)))
         made = walk.linearized.gradients
         return walk.linearized.input_gradient, sum(injected(self.calls.parameters(numbers[row]), made[row]) for row in made)
-
-
-def _one_segment(numbers: range) -> Iterations:
-    """The blocks of an exit are walked from the first to the last, and back."""
-    return Iterations(0, 0, chunk_size=len(numbers))
 
 
 def segment_ends(path: Sequence[int], chunk_size: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from hbll_seq.engine.adjoint import solve_adjoint
 from hbll_seq.engine.calls import Calls
 from hbll_seq.engine.chain import CallChain, CalledRows, Chain, Linearized
 from hbll_seq.engine.gradients import hooks_left_out, inject_gradients, injected
-from hbll_seq.engine.iterations import Iterations
+from hbll_seq.engine.iterations import Iterations, one_walk
 from hbll_seq.engine.linearization.base import Composer, Identity
 from hbll_seq.engine.linearization.low_rank import LowRank, LowRankFit
 from hbll_seq.engine.placement import HERE, Placement
@@ -272,7 +272,7 @@ class DepthStep:
             solutions.append(None)
             if leg.segment in main.own:
                 begun = self.z0 if source is None else state.detach().clone().requires_grad_(self.keep_graph)
-                solutions[-1] = solve(CallChain(self.calls, leg.prefixes, self.keep_graph), begun, _one_segment(leg))
+                solutions[-1] = solve(CallChain(self.calls, leg.prefixes, self.keep_graph), begun, one_walk(len(leg.path)))
                 state = solutions[-1].states[-1]
             source = leg.segment
         return solutions
@@ -294,7 +294,7 @@ class DepthStep:
                 if arriving is not None:
                     own[-1] += arriving
                 rows = solution.linearized
-                solve_adjoint(rows, own, _one_segment(leg))
+                solve_adjoint(rows, own, one_walk(len(leg.path)))
                 arriving = rows.input_gradient
                 self._collect(leg.prefixes, rows, from_z0=number == 0 and branch.start == 0)
             if number or branch.start:
@@ -316,8 +316,3 @@ class DepthStep:
 
     def _add(self, n: int, loss: Tensor | float) -> None:
         self._losses[n] = self._losses.get(n, self.z0.new_zeros(())) + loss
-
-
-def _one_segment(leg: Leg) -> Iterations:
-    """A branch is walked from its start to its end, and back."""
-    return Iterations(0, 0, chunk_size=len(leg.path))

@@ -169,7 +169,8 @@ class Share:
         with checkpoint.gone_on_error(aside) if PartialState().is_main_process else contextlib.nullcontext():
             files = gather_object([on_all(lambda: self._write(aside, groups))])
             listed = {name: entry for of_rank in files for name, entry in of_rank.items()}
-            on_main(lambda: checkpoint.finish(_with_all(aside, listed), step, listed, state, keep))
+            on_main(lambda: _check_seen(aside, listed))
+            on_main(lambda: checkpoint.finish(aside, step, listed, state, keep))
 
     def written(self, groups: TensorGroups) -> TensorGroups:
         """Of what this rank holds of a model and an optimizer the part that it writes into a checkpoint."""
@@ -235,9 +236,8 @@ class Share:
         return whole.to(next(self.model.parameters()).dtype)
 
 
-def _with_all(aside: Path, files: Mapping[str, dict[str, Any]]) -> Path:
-    """``aside``. Raises ValueError where a file that another rank has written is not there."""
+def _check_seen(aside: Path, files: Mapping[str, dict[str, Any]]) -> None:
+    """Raises ValueError where a file that another rank has written is not there."""
     for name, entry in files.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["bytes"]:
             raise ValueError(f"the first process does not see {name}, which another rank has written: {_SHARED}")
-    return aside

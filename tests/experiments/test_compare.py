@@ -92,6 +92,16 @@ def test_a_synthetic_task(tmp_path, capsys):
     assert "test accuracy" in capsys.readouterr().out
 
 
+def test_what_cannot_be_counted_fails_before_its_run(tmp_path, monkeypatch):
+    def work(method):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DepthMethod, "work", work)
+    monkeypatch.setattr("comparisons.runs.fit", lambda *a, **k: pytest.fail("trained first"))
+    with pytest.raises(ZeroDivisionError):
+        compare.main([*TINY, "--task", "induction", "--output", str(tmp_path / "results.json"), "--methods", "backprop-1"])
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

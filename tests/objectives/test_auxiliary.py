@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hbll_seq.chains.layer import recurrent_states
 from hbll_seq.evaluation.span import measure_span, small_hierarchy
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
@@ -296,13 +297,29 @@ def test_blocks_follow_the_model():
     model.train().float()
     losses = [objective(tokens, step=step).metrics["ce_auxiliary"] for step in (0, 1)]
     assert losses[0] != losses[1] and losses[0].dtype == torch.float32
+    assert all(module.training for module in objective.auxiliary.blocks.modules())
     assert all(p.dtype == torch.float32 and p.requires_grad for p in objective.auxiliary.blocks.parameters())
     model.eval()  # the objective is still in training
     output, again = (objective(tokens, step=step) for step in (0, 1))
     assert output.metrics["ce_auxiliary"] == again.metrics["ce_auxiliary"]
+    assert not any(module.training for module in objective.auxiliary.blocks.modules())
     found = gradients(objective, output.loss)
     assert all(found[f"auxiliary.{name}"].any() for name, _ in objective.auxiliary.named_parameters() if "blocks" in name)
     assert "blocks={3: 1, 6: 1}" in repr(objective.auxiliary)
+
+
+def test_recurrent_blocks_are_solved_along_time_as_the_model_s_are(monkeypatch):
+    walked = []
+
+    def spied(cell, *arguments):
+        walked.append(cell)
+        return recurrent_states(cell, *arguments)
+
+    monkeypatch.setattr("hbll_seq.chains.layer.recurrent_states", spied)
+    model, tokens = double_lm(cell="gru")
+    objective = LocalObjective(model, "sweeps:chunk_size=3,auxiliary_exits=1,auxiliary_blocks=1")
+    objective(tokens)
+    assert all(any(block.cell is cell for cell in walked) for block in (*model.blocks, *objective.auxiliary.blocks))
 
 
 def test_dropout_of_blocks_is_that_of_the_step():

@@ -127,6 +127,17 @@ def test_a_rank_reads_its_own_blocks_of_the_initial_model_alone(one, tokenizer, 
     assert gathered == expected.keys()
 
 
+def test_blocks_of_auxiliary_exits_begin_as_copies_of_the_initial_model_s(tokenizer, model_folder):
+    initial = read_initial_model(str(model_folder))
+    share = started(tokenizer, initial=initial, chunk_size=3, auxiliary_exits=1.0, auxiliary_blocks=1)
+    auxiliary = share.objective.auxiliary
+    for n in auxiliary.ends:
+        theirs = share.model.blocks[n - 1].state_dict()
+        for i in auxiliary.numbers(n):
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in auxiliary.blocks[i - 1].state_dict().items())
+    assert len(auxiliary.blocks) > 0
+
+
 @pytest.mark.parametrize("name", [None, "bundled"])
 def test_the_fingerprint_is_that_of_the_loaded_model(model_folder, name):
     """What checkpoints of older versions hold of it."""

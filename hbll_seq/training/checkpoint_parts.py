@@ -22,6 +22,17 @@ def file_name(group: str, part: int = 1, n_parts: int = 1) -> str:
     return group + (f"_{part}_of_{n_parts}" if n_parts > 1 else "") + ENDING
 
 
+def is_checked_by(name: str, process: int, n_processes: int) -> bool:
+    """Whether that process, from 0, checks the file of that name where several check a checkpoint between them.
+
+    Where each has written a part, that one; a file that is whole, every process. So all files are checked, and where a
+    checkpoint is read by those who wrote it each reads its own part alone.
+    """
+    match = _PART.fullmatch(name.removesuffix(ENDING))
+    part, n_parts = (int(match[2]), int(match[3])) if match else (1, 1)
+    return (part - 1) % n_processes == process % n_parts
+
+
 def by_group(files: Mapping[str, Mapping[str, T]]) -> dict[str, Mapping[str, T]]:
     """The groups of tensors that files hold, by the files' names: group -> tensor name -> tensor. None is read.
 

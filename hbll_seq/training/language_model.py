@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hbll_seq.distributed.ranks import make_ranks
+from hbll_seq.training.checkpoint import EVERY_FILE
 from hbll_seq.training.command_line import build_parser
-from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_main
+from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_all, on_main
 from hbll_seq.training.failures import RunFailed, one_voice, speaks
 from hbll_seq.training.initial_model import (
     InitialModel,
@@ -100,8 +101,12 @@ class Chosen(NamedTuple):
     initial: InitialModel | None = None
 
 
-def chosen(given: dict[str, Any], preset: str | None, resume: int | None, extend: int | None = None) -> Chosen:
-    """What the command line asks for. Raises ValueError where that cannot be."""
+def chosen(
+    given: dict[str, Any], preset: str | None, resume: int | None, extend: int | None = None,
+    turn: tuple[int, int] = EVERY_FILE,
+) -> Chosen:  # fmt: skip
+    """What the command line asks for; ``turn`` as of :func:`hbll_seq.training.checkpoint.load_checkpoint`. Raises ValueError
+    where that cannot be."""
     initial, extended = None, []
     if resume is None:
         preset = DEFAULT_PRESET if preset is None else preset
@@ -114,7 +119,7 @@ def chosen(given: dict[str, Any], preset: str | None, resume: int | None, extend
         settings, left_open = asked.resolved(), asked.left_open()
         record = initial and initial.record(settings)
     else:
-        settings, preset, resumed = resume_run(given, preset, resume, PRESETS)
+        settings, preset, resumed = resume_run(given, preset, resume, PRESETS, turn)
         fingerprint, left_open = resumed.state.get("preset_sha256"), resumed.state["asked"]
         record = resumed.state.get("initial_model")
         extended = [*resumed.state.get("extended", []), *([] if extend is None else [extend])]
@@ -152,11 +157,11 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
             chosen(given, preset, resume)  # other settings than the run's are told all the same
             return 0, f"{folder} holds a finished run: nothing is left to do"
     check_place(folder)
-    join_processes()
-    lock = None
+    processes, lock = join_processes(), None
     try:
         lock = on_main(lambda: FolderLock(folder))
-        settings, origin, resumed, initial = chosen(given, preset, resume, extend)
+        turn = processes.process_index, processes.num_processes
+        settings, origin, resumed, initial = on_all(lambda: chosen(given, preset, resume, extend, turn))
         where = settings if resumed is None else located(settings, given, resumed)
         on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))
         if (warning := unused(settings, given)) and is_first_process():

@@ -10,7 +10,14 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hbll_seq.training.checkpoint import CheckpointError, TensorGroups, list_checkpoints, load_checkpoint, sound_checkpoints
+from hbll_seq.training.checkpoint import (
+    EVERY_FILE,
+    CheckpointError,
+    TensorGroups,
+    list_checkpoints,
+    load_checkpoint,
+    sound_checkpoints,
+)
 from hbll_seq.training.option_values import PATHS, names_file
 from hbll_seq.training.presets import SETTINGS, check_keys, preset_fingerprint, read_preset, resolve
 from hbll_seq.training.run_record import CHECKPOINTS, finished_step
@@ -83,8 +90,9 @@ def check_extendable(folder: Path) -> None:
 
 
 def resume_run(
-    given: dict[str, Any], preset: str | None, step: int = NEWEST, presets: Path | None = None
-) -> tuple[TrainingSettings, str, Resumed]:
+    given: dict[str, Any], preset: str | None, step: int = NEWEST, presets: Path | None = None,
+    turn: tuple[int, int] = EVERY_FILE,
+) -> tuple[TrainingSettings, str, Resumed]:  # fmt: skip
     """Settings (resolved), preset and checkpoint of the run in ``given["output_dir"]`` (default: runs/lm).
 
     Settings come from the checkpoint. ``given`` may repeat them; only those that no weight depends on may differ, and the
@@ -95,6 +103,7 @@ def resume_run(
         preset: preset of the command line, None when there was none.
         step: of the checkpoint; NEWEST takes the newest.
         presets: folder of the presets that have a name alone.
+        turn: see :func:`hbll_seq.training.checkpoint.load_checkpoint`.
 
     Raises:
         ValueError: nothing to resume, or other settings than the checkpoint's.
@@ -105,7 +114,7 @@ def resume_run(
     step = check_resumable(folder, step)
     where = f"the checkpoint of step {step} in {quote(str(checkpoints))}"
     try:
-        tensors, state = load_checkpoint(checkpoints, step)
+        tensors, state = load_checkpoint(checkpoints, step, turn)
         check_run_state(state)
         state = {**state, **_stored_settings(state, where)}
         tensors = _by_todays_names(tensors, where)

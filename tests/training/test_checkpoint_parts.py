@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hbll_seq.training import checkpoint as ck
-from hbll_seq.training.checkpoint_parts import by_group, file_name
+from hbll_seq.training.checkpoint_parts import by_group, file_name, is_checked_by
 from hbll_seq.utils.integrity import digest, read_sums
 
 STEP, N = 4, 3
@@ -49,6 +49,35 @@ def test_parts_are_read_as_one(tmp_path, n_parts):
     expected = {file_name(group, part, n_parts) for group in WHOLE for part in range(1, n_parts + 1)}
     assert set(os.listdir(path)) == {"state.json", "SHA256SUMS", *expected} and len(expected) == 2 * n_parts
     assert read_sums(path / "SHA256SUMS").keys() == {"state.json", *expected}
+
+
+def test_ranks_check_the_files_between_them():
+    """Each the part that it has written, and nothing is left out whoever reads."""
+    for n_parts, n_processes in itertools.product(range(1, 10), repeat=2):
+        names = [file_name("model", part, n_parts) for part in range(1, n_parts + 1)]
+        checked = [{name for name in names if is_checked_by(name, p, n_processes)} for p in range(n_processes)]
+        assert set().union(*checked) == set(names)
+        if n_parts == n_processes > 1:
+            assert checked == [{name} for name in names]
+    assert all(is_checked_by("model.safetensors", p, 5) for p in range(5))
+
+
+def test_a_rank_reads_the_values_of_its_own_part_alone(tmp_path, monkeypatch):
+    """Damage elsewhere is for the others to find; a size is seen by all."""
+    path, read = saved_in_parts(tmp_path), []
+    monkeypatch.setattr(ck, "sha256", lambda file, sha256=ck.sha256: read.append(file.name) or sha256(file))
+    assert_whole(ck.load_checkpoint(tmp_path, STEP, (1, N))[0])
+    assert sorted(read) == ["model_2_of_3.safetensors", "optimizer_2_of_3.safetensors"]
+    file = path / "model_3_of_3.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    ck.load_checkpoint(tmp_path, STEP, (1, N))
+    for turn in ((2, N), (0, 1), (0, 2), (5, 6)):
+        with pytest.raises(ck.CheckpointError, match="model_3_of_3.safetensors was changed after it was saved"):
+            ck.load_checkpoint(tmp_path, STEP, turn)
+    file.write_bytes(content + b" ")
+    with pytest.raises(ck.CheckpointError, match="model_3_of_3.safetensors has .* bytes instead of"):
+        ck.load_checkpoint(tmp_path, STEP, (1, N))
 
 
 def test_one_part_is_the_file_of_one_process(tmp_path):

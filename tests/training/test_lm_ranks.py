@@ -279,3 +279,17 @@ def test_a_checkpoint_that_does_not_fit_one_rank_changes_nothing(two, tmp_path):
     codes, said = launch(2, ["--resume", "2", "--output-dir", str(folder)])
     assert codes == [2, 2] and "".join(said).count("fits no parameter") == 1
     assert (folder / "metrics.jsonl").read_bytes() == before and 6 in ck.list_checkpoints(folder / "checkpoints")
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_damage_that_one_rank_finds_is_told_once(two, tmp_path, part):
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    file = folder / "checkpoints" / "step-00000006" / f"model_{part}_of_2.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (folder / "metrics.json").unlink()  # as if the run had not been finished
+    codes, said = launch(2, ["--resume", "--output-dir", str(folder)])
+    assert codes == [2, 2] and "".join(said).count(f"{file.name} was changed after it was saved") == 1, said
+    assert "go on from it with --resume 4" in "".join(said)

@@ -213,7 +213,7 @@ def sweep(folder: str | os.PathLike) -> None:
 def load_checkpoint(
     folder: str | os.PathLike, step: int, turn: tuple[int, int] = EVERY_FILE
 ) -> tuple[TensorGroups, dict[str, Any]]:
-    """Tensors and state of the checkpoint of ``step``, after checking every byte of it.
+    """Tensors and state of the checkpoint of ``step``, after checking every byte of it, or of this process's turn.
 
     The tensors stay in their files: each is read, on the CPU, when it is asked for (:class:`StoredTensors`). Parts of a group
     are one mapping.
@@ -325,12 +325,18 @@ def _check_list(path: Path, files: dict[str, Any]) -> None:
 
 def sound_checkpoints(folder: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints that load without an error, oldest first."""
+    return [step for step in list_checkpoints(folder) if _is_sound(folder, step)]
 
-    def sound(step: int) -> bool:
-        try:
-            _load(checkpoint_path(Path(folder), step), step)
-        except CheckpointError:
-            return False
-        return True
 
-    return [step for step in list_checkpoints(folder) if sound(step)]
+def newest_sound(folder: str | os.PathLike, before: int) -> int | None:
+    """Step of the newest checkpoint of an earlier step that loads without an error; None where there is none."""
+    earlier = [step for step in list_checkpoints(folder) if step < before]
+    return next((step for step in reversed(earlier) if _is_sound(folder, step)), None)
+
+
+def _is_sound(folder: str | os.PathLike, step: int) -> bool:
+    try:
+        _load(checkpoint_path(Path(folder), step), step)
+    except CheckpointError:
+        return False
+    return True

@@ -25,8 +25,7 @@ def file_name(group: str, part: int = 1, n_parts: int = 1) -> str:
 def is_checked_by(name: str, process: int, n_processes: int) -> bool:
     """Whether that process, from 0, checks the file of that name where several check a checkpoint between them.
 
-    Where each has written a part, that one; a file that is whole, every process. So all files are checked, and where a
-    checkpoint is read by those who wrote it each reads its own part alone.
+    Where each has written a part, that one; a file that is whole, every process. So all files are checked by somebody.
     """
     match = _PART.fullmatch(name.removesuffix(ENDING))
     part, n_parts = (int(match[2]), int(match[3])) if match else (1, 1)

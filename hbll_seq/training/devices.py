@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
@@ -40,6 +41,8 @@ _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.M
 
 
 T = TypeVar("T")
+#: what is wrong where processes do not find what others have written
+ONE_FOLDER = "ranks on several machines need an --output-dir that all of them see"
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def on_main(work: Callable[[], T]) -> T | None:
         except Exception as error:
             if processes.num_processes == 1:
                 raise
-            problem = [error]
+            problem = [_sendable(error)]
     broadcast_object_list(problem)
     if problem[0] is not None:
         raise problem[0]
@@ -90,10 +93,24 @@ def on_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         problem = error
-    found = [error for error in gather_object([problem]) if error is not None]
+    found = [error for error in gather_object([problem and _sendable(problem)]) if error is not None]
     if problem is not None or found:
         raise problem or found[0]
     return result
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one of its words where it cannot go to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does there
+        return RuntimeError(f"{type(error).__name__}: {shorten(error)}")
+    return error
+
+
+def all_alike(value: object) -> bool:
+    """Whether every process has the same value; each must ask."""
+    return all(other == value for other in gather_object([value]))
 
 
 @contextlib.contextmanager

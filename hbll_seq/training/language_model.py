@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from hbll_seq.distributed.ranks import make_ranks
 from hbll_seq.training.checkpoint import EVERY_FILE
 from hbll_seq.training.command_line import build_parser
-from hbll_seq.training.devices import end_trackers, join_processes, leaving_processes, make_accelerator, on_all, on_main
+from hbll_seq.training.devices import (
+    ONE_FOLDER,
+    all_alike,
+    end_trackers,
+    join_processes,
+    leaving_processes,
+    make_accelerator,
+    on_all,
+    on_main,
+)
 from hbll_seq.training.failures import RunFailed, one_voice, speaks
 from hbll_seq.training.initial_model import (
     InitialModel,
@@ -162,6 +171,8 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         lock = on_main(lambda: FolderLock(folder))
         turn = processes.process_index, processes.num_processes
         settings, origin, resumed, initial = on_all(lambda: chosen(given, preset, resume, extend, turn))
+        if not all_alike(resumed and resumed.fingerprint):
+            raise ValueError(f"the processes of this launch see different checkpoints in {folder}: {ONE_FOLDER}")
         where = settings if resumed is None else located(settings, given, resumed)
         on_main(lambda: check_folder(folder, where, resuming=resumed is not None, overwrite=overwrite))
         if (warning := unused(settings, given)) and is_first_process():

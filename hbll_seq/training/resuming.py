@@ -6,6 +6,8 @@ Text, tokenizer and preset are compared by what they hold, not by their names: t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from hbll_seq.training.checkpoint import (
     TensorGroups,
     list_checkpoints,
     load_checkpoint,
-    sound_checkpoints,
+    newest_sound,
 )
 from hbll_seq.training.option_values import PATHS, names_file
 from hbll_seq.training.presets import SETTINGS, check_keys, preset_fingerprint, read_preset, resolve
@@ -39,6 +41,11 @@ class Resumed(NamedTuple):
 
     tensors: TensorGroups
     state: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the state, which has those of all files."""
+        return hashlib.sha256(json.dumps(self.state, sort_keys=True).encode()).hexdigest()
 
 
 def folder_of(given: dict[str, Any]) -> Path:
@@ -119,9 +126,9 @@ def resume_run(
         state = {**state, **_stored_settings(state, where)}
         tensors = _by_todays_names(tensors, where)
     except CheckpointError as error:
-        older = [s for s in sound_checkpoints(checkpoints) if s < step]
-        remedy = (f"the newest sound one is that of step {older[-1]}: go on from it with --resume {older[-1]}"
-                  if older else "there is no older sound one: start anew with --overwrite")
+        older = newest_sound(checkpoints, step)
+        remedy = (f"the newest sound one is that of step {older}: go on from it with --resume {older}"
+                  if older is not None else "there is no older sound one: start anew with --overwrite")
         raise CheckpointError(f"{error}; {remedy}") from None
     if preset is not None:
         _check_preset(preset, state, presets or Path(), where)

@@ -26,12 +26,11 @@ from hbll_seq.objectives.base import Objective
 from hbll_seq.training import checkpoint
 from hbll_seq.training.checkpoint import TensorGroups
 from hbll_seq.training.checkpoint_contents import check_module
-from hbll_seq.training.devices import on_all, on_main
+from hbll_seq.training.devices import ONE_FOLDER, on_all, on_main
 from hbll_seq.utils.stored_tensors import Entries
 from hbll_seq.utils.tensors import WithoutValues, module_tensors
 
 T = TypeVar("T")
-_SHARED = "ranks on several machines need an --output-dir that all of them see"
 
 
 class Share:
@@ -184,7 +183,7 @@ class Share:
     def _write(self, aside: Path, groups: TensorGroups) -> dict[str, dict[str, Any]]:
         if groups and not aside.is_dir():
             raise ValueError(f"rank {self.ranks.rank} does not see {aside.name}, which the first process has made there: "
-                             f"{_SHARED}")
+                             f"{ONE_FOLDER}")
         return checkpoint.write_groups(aside, groups, self.ranks.rank + 1, self.ranks.n_ranks)
 
     def of_replicas(self, accelerator: Accelerator, state: Tensor) -> Tensor:
@@ -240,4 +239,4 @@ def _check_seen(aside: Path, files: Mapping[str, dict[str, Any]]) -> None:
     """Raises ValueError where a file that another rank has written is not there."""
     for name, entry in files.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["bytes"]:
-            raise ValueError(f"the first process does not see {name}, which another rank has written: {_SHARED}")
+            raise ValueError(f"the first process does not see {name}, which another rank has written: {ONE_FOLDER}")

@@ -10,7 +10,7 @@ from torch import distributed
 import bench_parallel
 from comparisons import wire as wire_module
 from comparisons.parallel_methods import Method, Shape
-from comparisons.parallel_report import ratios, table_of
+from comparisons.parallel_report import lines_of_agreement, ratios, table_of
 from comparisons.wire import Link, Wire
 
 TINY = ["--blocks", "3", "--width", "16", "--heads", "2", "--context-length", "16", "--vocab", "32", "--steps", "1",
@@ -157,6 +157,14 @@ def test_table_has_the_median_of_rounds_and_tells_refusals():
     assert lines[3].split() == "ours 1.00 2.00 1.00 3.00 1.00 0.50 2.0 0.50 0.5 1.00 1.0 1.00 1.0 2.0 3 1 2".split()
     assert lines[-2:] == ["ours: no exit trains segments [0], from 0", "1f1b:m=1 is refused: too few"]
     assert math.isclose(sum(ratios(row, "linked_seconds")), 3.5)
+
+
+def test_a_gradient_of_another_size_is_told():
+    """AdamW would hide it."""
+    row = {"exact": True, "losses": [1.0], "loss_difference": 0.0}
+    told = lines_of_agreement({"methods": {"older": row, "same": {**row, "norm_difference": 1e-5},
+                                           "half": {**row, "norm_difference": 0.5}}})  # fmt: skip
+    assert ["agrees" in line for line in told] == [True, True, False] and "half: DIFFERS FROM backprop" in told[2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from helpers.language_models import TOKENIZER, model_of
 
 from comparisons import program
 
-NAMES = ["bench_depth", "bench_generation", "bench_heads", "bench_speculative", "bench_parallel", "bench_rnn"]
+NAMES = ["bench_depth", "bench_generation", "bench_heads", "bench_speculative", "bench_parallel", "bench_rnn",
+         "bench_sequence"]  # fmt: skip
 #: shorter still than the short form
 TINY = {
     "bench_depth": "--blocks 1 --n-embd 8 --n-head 2 --context-length 4 --vocab-size 20",

@@ -22,7 +22,7 @@ from hbll_seq.distributed.blocks import blocks_of_rank
 from hbll_seq.distributed.ranks import ALONE
 from hbll_seq.objectives.base import Objective, ObjectiveOutput
 from hbll_seq.objectives.local import LocalObjective
-from hbll_seq.training import checkpoint, language_model, objective, share
+from hbll_seq.training import checkpoint, language_model, objective, resuming, share
 from hbll_seq.utils.seeds import mix_seeds
 
 
@@ -93,7 +93,15 @@ def spoil(model):
         next(p for name, p in model.named_parameters() if name.startswith("blocks.")).fill_(float("nan"))
 
 
+def see_an_old_folder():
+    """``FAULT`` of kind ``stale``: this process sees no checkpoint behind that step."""
+    process, last, kind = (os.environ.get("FAULT") or "-1:-1:").split(":")
+    if kind == "stale" and process == os.environ["RANK"]:
+        resuming.list_checkpoints = lambda folder: [n for n in checkpoint.list_checkpoints(folder) if n <= int(last)]
+
+
 if __name__ == "__main__":
+    see_an_old_folder()
     if os.environ.get("FAKE_FLOAT64"):
         torch.set_default_dtype(torch.float64)
     if os.environ.get("NO_GATHER"):

@@ -293,3 +293,13 @@ def test_damage_that_one_rank_finds_is_told_once(two, tmp_path, part):
     codes, said = launch(2, ["--resume", "--output-dir", str(folder)])
     assert codes == [2, 2] and "".join(said).count(f"{file.name} was changed after it was saved") == 1, said
     assert "go on from it with --resume 4" in "".join(said)
+
+
+def test_ranks_that_see_different_checkpoints_stop(two, tmp_path, monkeypatch):
+    """As two machines do, one of which has an older list of the folder."""
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    (folder / "metrics.json").unlink()
+    codes, said = launch(2, ["--resume", "--output-dir", str(folder)], FAULT="1:4:stale")
+    assert codes == [2, 2] and "".join(said).count("see different checkpoints") == 1, said
+    assert ck.list_checkpoints(folder / "checkpoints") == [0, 2, 4, 6]

@@ -34,17 +34,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from comparisons import parallel_methods, parallel_worker
 from comparisons.group import run_group
 from comparisons.parallel_methods import Method, Shape
-from comparisons.parallel_report import lines_of_agreement, plot, table_of
+from comparisons.parallel_report import lines_of_agreement, plot, table_of, title_of
+from comparisons.parallel_training import Case
 from comparisons.parallel_worker import BOARD, Plan
 from comparisons.program import as_program, parse_benchmark
 from comparisons.wire import Link, Wire
@@ -61,6 +63,34 @@ QUICK = dict(blocks=7, width=[32], context_length=32, vocab=64, steps=3, repeats
 DECISIVE = ("batch_size", "context_length", "vocab", "heads")
 
 
+def add_options(parser: Parser, methods: Sequence[str], quick: Mapping[str, Any], name: str) -> None:
+    """What is said of a measurement, whatever is trained. ``methods``: the default ones; ``name``: of the stored file."""
+    add = parser.add_argument
+    add("--ranks", type=int, default=2, help="processes R (default: 2)")
+    add("--steps", type=int, default=10, help="steps of a turn (default: 10)")
+    add("--repeats", type=int, default=3, help="rounds of turns; their median is reported (default: 3)")
+    add("--check-steps", type=int, default=5, help="first steps, whose losses are compared (default: 5)")
+    add("--methods", nargs="+", default=list(methods), help=f"see above (default: {' '.join(methods)})")
+    add("--link", type=float, nargs=2, metavar=("DELAY_MS", "GBIT"), help="a slow link, beside the one that is there")
+    add("--patience", type=float, default=1200.0, help="seconds after which a method is given up (default: 1200)")
+    add("--again", action="store_true", help="measure what the file holds already, too")
+    add("--quick", action="store_true", help=f"defaults for a short run: {dict(quick)}")
+    add("--output", type=Path, help="JSON file, written after every method and gone on with; a figure goes beside it "
+        f"(default: train/results/{name}.json, or {name}-quick.json)")  # fmt: skip
+
+
+def check_options(args: argparse.Namespace, numbers: Sequence[str]) -> None:
+    """Sets ``args.device``. Raises ValueError where ``numbers``, or what :func:`add_options` adds, is out of range."""
+    for name in (*numbers, "ranks", "steps", "repeats", "check_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+    args.device = "cuda" if torch.cuda.device_count() >= args.ranks else "cpu"
+    if args.link and not (args.link[0] >= 0 and args.link[1] > 0):
+        raise ValueError(f"link={args.link}: DELAY_MS must be at least 0 and GBIT above 0")
+    if args.link and args.device != "cpu":
+        raise ValueError(f"link={args.link} on GPUs: messages of processes on CPUs alone are held back; leave --link out")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. Raises ValueError for a value out of range, or a method that there is not."""
     parser = Parser(description=__doc__)
@@ -71,44 +101,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4, help="windows of a step, over all processes (default: 4)")
     add("--context-length", type=int, default=128, help="tokens of a window (default: 128)")
     add("--vocab", type=int, default=4096, help="tokens of the vocabulary (default: 4096)")
-    add("--ranks", type=int, default=2, help="processes R (default: 2)")
-    add("--steps", type=int, default=10, help="steps of a turn (default: 10)")
-    add("--repeats", type=int, default=3, help="rounds of turns; their median is reported (default: 3)")
-    add("--check-steps", type=int, default=5, help="first steps, whose losses are compared (default: 5)")
-    add("--methods", nargs="+", default=list(METHODS), help=f"see above (default: {' '.join(METHODS)})")
-    add("--link", type=float, nargs=2, metavar=("DELAY_MS", "GBIT"), help="a slow link, beside the one that is there")
-    add("--patience", type=float, default=1200.0, help="seconds after which a method is given up (default: 1200)")
-    add("--again", action="store_true", help="measure what the file holds already, too")
-    add("--quick", action="store_true", help=f"defaults for a short run: {QUICK}")
-    add("--output", type=Path, help="JSON file, written after every method and gone on with; a figure goes beside it "
-        "(default: train/results/bench_parallel.json, or bench_parallel-quick.json)")  # fmt: skip
+    add_options(parser, METHODS, QUICK, "bench_parallel")
     args = parse_benchmark(parser, argv, "bench_parallel", QUICK)
-    for name in ("batch_size", "context_length", "vocab", "ranks", "steps", "repeats", "check_steps", "heads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+    check_options(args, ("batch_size", "context_length", "vocab", "heads"))
     if args.blocks < 1 or (args.blocks + 1) & args.blocks:
         raise ValueError(f"blocks={args.blocks}: a tree needs 2**D - 1 blocks, such as 7, 15 or 31")
     for width in args.width:
         if width < 1 or width % (2 * args.heads):
             raise ValueError(f"width={width} with heads={args.heads}: heads of an even width divide it")
-    if args.link and not (args.link[0] >= 0 and args.link[1] > 0):
-        raise ValueError(f"link={args.link}: DELAY_MS must be at least 0 and GBIT above 0")
-    args.device = "cuda" if torch.cuda.device_count() >= args.ranks else "cpu"
-    if args.link and args.device != "cpu":
-        raise ValueError(f"link={args.link} on GPUs: messages of processes on CPUs alone are held back; leave --link out")
     for method in (Method.named(name) for name in args.methods):
         if method.kind in parallel_methods.OURS:
             method.inference(args.blocks, args.ranks)
     return args
 
 
-def run_method(name: str, shape: Shape, ranks: int, plan: Plan, patience: float) -> dict:
+def run_method(name: str, case: Case, ranks: int, plan: Plan, patience: float) -> dict:
     """A row of results: what the ranks found, or ``refused``: why one of them could not."""
-    n_ranks = 1 if name == "backprop" else ranks
+    n_ranks = case.processes(name, ranks)
     with TemporaryDirectory() as folder:
         if plan.link is not None:
             Wire.make_board(Path(folder) / BOARD, n_ranks)
-        found, why = run_group(parallel_worker.work, n_ranks, Path(folder), (name, shape, plan), patience, shape.device)
+        found, why = run_group(parallel_worker.work, n_ranks, Path(folder), (name, case, plan), patience, case.device)
     if found is None:
         return {"refused": why}
     return joined(found) | ({"recompute_refused": why} if why else {})
@@ -127,6 +140,7 @@ def joined(found: Sequence[dict]) -> dict:
     row["idle_segments"] = first["idle_segments"]
     row["processor_seconds"] = [median(f["processor_seconds"]) for f in found]
     row["loss_difference"] = max(abs(a - b) for a, b in zip(row["losses"], row["baseline_losses"]))
+    row["norm_difference"] = max(abs(a / b - 1) for a, b in zip(first["norms"], first["baseline_norms"]))
     return row
 
 
@@ -146,7 +160,7 @@ def load(path: Path, setting: dict) -> list[dict]:
 
 
 def point_of(points: list[dict], key: dict) -> dict:
-    """The point of that blocks, width, ranks and link, a new one where there is none."""
+    """The point of that key, a new one where there is none."""
     for point in points:
         if all(point[name] == value for name, value in key.items()):
             return point
@@ -154,29 +168,38 @@ def point_of(points: list[dict], key: dict) -> dict:
     return points[-1]
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Measures every method that the output does not hold yet; prints tables, writes JSON and a figure."""
-    args = parse(argv)
-    setting = {name: getattr(args, name) for name in DECISIVE} | {"device": args.device, "torch": torch.__version__}
+def measure(
+    cases: Iterable[tuple[dict, Case]], args: argparse.Namespace, decisive: Sequence[str]
+) -> list[dict]:
+    """Measures every method that the output does not hold yet, for each key of a point and its case; prints tables, writes
+    JSON and a figure. ``decisive``: options that a result holds for."""
+    setting = {name: getattr(args, name) for name in decisive} | {"device": args.device, "torch": torch.__version__}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     points = load(args.output, setting)
     link = Link(args.link[0] / 1e3, args.link[1] * 1e9 / 8) if args.link else None
     plan = Plan(args.steps, args.repeats, args.check_steps, link)
     shown = []
-    for width in args.width:
-        shape = Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab,
-                      device=args.device)  # fmt: skip
-        point = point_of(points, {"blocks": args.blocks, "width": width, "ranks": args.ranks, "link": args.link})
+    for key, case in cases:
+        point = point_of(points, {**key, "ranks": args.ranks, "link": args.link})
         for name in args.methods:
             if args.again or name not in point["methods"]:
-                print(f"{args.blocks} blocks, width {width}, {args.ranks} ranks: {name}", flush=True)
-                row = run_method(name, shape, args.ranks, plan, args.patience)
-                point["methods"][name] = {**row, "steps": args.steps, "exact": Method.named(name).is_exact}
+                print(f"{title_of(point)}: {name}", flush=True)
+                row = run_method(name, case, args.ranks, plan, args.patience)
+                point["methods"][name] = {**row, "steps": args.steps, "exact": case.is_exact(name)}
                 atomic_write(args.output, json.dumps({"setting": setting, "points": points}, indent=1) + "\n")
         shown.append({**point, "methods": {name: point["methods"][name] for name in args.methods}})
         print(table_of(shown[-1]), *lines_of_agreement(shown[-1]), sep="\n", flush=True)
     plot(shown, args.output.with_suffix(".png"))
     return shown
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    """See :func:`measure`."""
+    args = parse(argv)
+    shapes = [({"blocks": args.blocks, "width": width},
+               Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab, device=args.device))
+              for width in args.width]  # fmt: skip
+    return measure(shapes, args, DECISIVE)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,6 @@
     paper      the figures that the paper prints
     gpu_*      the cells, steps and report of ``gpu.py``
     parallel_* methods, processes and report of ``bench_parallel.py``; ``group`` starts its processes, ``wire`` counts what
-               they send and slows it down
+               they send and slows it down; ``sequence_methods`` are those of ``bench_sequence.py``
     scaling_*  costs of a step's parts, and what ``scaling.py`` predicts from them
 """

@@ -26,8 +26,7 @@ class FusedObjective(RecurrentObjective):
         super().__init__(model)
         cell = model.cell
         if type(cell) is not GRUCell and not (type(cell) is ElmanCell and cell.nonlinearity == "tanh"):
-            raise ValueError("method 'fused': torch has layers for the cells gru and elman alone; leave it out of "
-                             "--baselines")  # fmt: skip
+            raise ValueError("method 'fused': torch has layers for the cells gru and elman alone; leave it out")
         self.layer = (nn.GRU if type(cell) is GRUCell else nn.RNN)(cell.input_size, cell.hidden_size)
         with torch.no_grad():
             for name, parameter in cell.named_parameters():

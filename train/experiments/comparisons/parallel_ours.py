@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from comparisons.parallel_methods import Shape, Training
+from comparisons.parallel_training import Case, Training
 from hbll_seq.distributed.ranks import ALONE, make_ranks
 from hbll_seq.objectives.base import ObjectiveOutput
 from hbll_seq.objectives.local import LocalObjective
@@ -17,7 +17,7 @@ class Ours(Training):
 
     def __init__(
         self,
-        shape: Shape,
+        case: Case,
         inference: str,
         depths: str | None,
         n_ranks: int,
@@ -25,13 +25,13 @@ class Ours(Training):
         ahead: bool = False,
         shares: tuple[int, ...] | None = None,
     ):
-        ranks = make_ranks(n_ranks, shape.device, shares=shares) if n_ranks > 1 else ALONE
+        ranks = make_ranks(n_ranks, case.device, shares=shares) if n_ranks > 1 else ALONE
         self.objective = LocalObjective(
-            shape.model(), inference, ranks=ranks, depths=depths, recompute=recompute, ahead=ahead
+            case.model(), inference, ranks=ranks, depths=depths, recompute=recompute, ahead=ahead
         )
         self.is_ahead, self.done = ahead, 0
         self.share = Share(self.objective, ranks, parse_inference(inference).chunk_size)
-        super().__init__(shape, self.share.own, self.share.shared)
+        super().__init__(case, self.share.own, self.share.shared)
 
     def differentiate(self, step: int) -> Tensor:
         if self.is_ahead:  # what is under way belongs to the next batch, whichever is asked for
@@ -42,10 +42,10 @@ class Ours(Training):
         return output.metrics["ce"].detach()
 
     def _forward(self, number: int) -> ObjectiveOutput:
-        return self.objective(self.shape.batch(number), step=number)
+        return self.objective(self.case.batch(number), step=number)
 
     def end(self, loss: Tensor) -> None:
-        self.share.end_step(loss[None], self.shape.clip)
+        _, self.norm = self.share.end_step(loss[None], self.case.clip)
 
     def idle_segments(self) -> list[int]:
         objective, inference = self.objective, self.objective.inference

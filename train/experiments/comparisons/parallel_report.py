@@ -1,4 +1,4 @@
-"""Tables and figures of ``bench_parallel.py``."""
+"""Tables and figures of ``bench_parallel.py`` and ``bench_sequence.py``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hbll_seq.utils.tables import table
 
 MIB = 2**20
 BAR = 1e-4  # by which losses of exact methods may differ from backprop's, float32
+NORM_BAR = 1e-3  # by which the norms of their gradients may, as a part of it
 _HEAD = ("method", "steps/s", "ratio", "least", "most", "linked", "core", "act. MiB", "ratio", "recomp.", "ratio", "w. grads",
          "ratio", "params MiB", "state MiB", "coll.", "mess.", "KiB")  # fmt: skip
 _FORMATS = (
@@ -41,10 +42,16 @@ def ratios(row: Mapping[str, Any], name: str = "seconds") -> list[float]:
     return [base / own for base, own in zip(row["baseline_seconds"], row[name])]
 
 
+def title_of(point: Mapping[str, Any]) -> str:
+    """What was trained."""
+    what = f"{point['blocks']} blocks" if "blocks" in point else f"{point['context_length']} steps"
+    return f"{what}, width {point['width']}, {point['ranks']} ranks"
+
+
 def table_of(point: Mapping[str, Any]) -> str:
     """A line for every method; the ratios of bytes are to backprop on one process in the same form, where it was run."""
     methods = point["methods"]
-    backprop = methods.get("backprop", {})
+    backprop = methods.get("backprop") or methods.get("bptt", {})
     lines, notes = [], []
     for name, row in methods.items():
         if "refused" in row:
@@ -65,8 +72,7 @@ def table_of(point: Mapping[str, Any]) -> str:
                       max(row["state_bytes"]) / MIB, max(row["collectives"]), max(row["messages"]),
                       max(row["bytes"]) / 1024))  # fmt: skip
     link = f", linked: {point['link'][0]:g} ms and {point['link'][1]:g} Gb/s" if point["link"] else ""
-    what = f"{point['blocks']} blocks, width {point['width']}, {point['ranks']} ranks"
-    title = f"{what}; ratio: to backprop on one process{link}"
+    title = f"{title_of(point)}; ratio: to backprop on one process{link}"
     return "\n".join([title, table(_HEAD, lines, _FORMATS), *notes])
 
 
@@ -75,8 +81,10 @@ def lines_of_agreement(point: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, row in point["methods"].items():
         if row.get("exact") and "loss_difference" in row:
-            agrees = "agrees with" if row["loss_difference"] <= BAR else "DIFFERS FROM"
-            lines.append(f"{name}: {agrees} backprop after {len(row['losses'])} steps (loss by {row['loss_difference']:.1e})")
+            loss, norm = row["loss_difference"], row.get("norm_difference", 0.0)  # older rows have no norms
+            agrees = "agrees with" if loss <= BAR and norm <= NORM_BAR else "DIFFERS FROM"
+            lines.append(f"{name}: {agrees} backprop after {len(row['losses'])} steps (loss by {loss:.1e}, norm of "
+                         f"the gradient by {norm:.1e} of it)")  # fmt: skip
     return lines
 
 
@@ -97,11 +105,13 @@ def plot(points: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.set_xlabel("steps per second / backprop on one process")
         for name, height, color in (("activation_bytes", 0.8, "C2"), ("recomputed_bytes", 0.4, "C3")):
             sizes = [max(row[name]) / MIB if name in row else 0.0 for row in rows.values()]
+            if rows and not any(sizes):
+                continue  # recurrent models are not recomputed
             right.barh(places, sizes, height=height, color=color, label=name.replace("_", " "))
         right.set_xlabel("peak activations of a rank (MiB)")
         right.legend(fontsize="small")
         for axes in (left, right):
             axes.set_yticks(places, list(rows), fontsize="small")
             axes.invert_yaxis()
-        left.set_title(f"{point['blocks']} blocks, width {point['width']}, {point['ranks']} ranks", fontsize="medium")
+        left.set_title(title_of(point), fontsize="medium")
     save_figure(figure, path)

@@ -1,4 +1,5 @@
-"""What a process of ``bench_parallel.py`` does for a method: losses beside backprop's, counts, bytes, and times by turns."""
+"""What a process of ``bench_parallel.py`` or ``bench_sequence.py`` does for a method: losses and gradient norms beside the
+baseline's, counts, bytes, and times by turns."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench_depth import LiveStorages
 from comparisons.group import leave
-from comparisons.parallel_methods import Backprop, Method, Replica, Shape, Training, local
+from comparisons.parallel_training import Case, Replica, Training, local
 from comparisons.wire import Link, Sent, Wire
 
 BOARD = "arrivals"  # the file of a link's times
@@ -33,18 +34,19 @@ class Plan:
     link: Link | None = None
 
 
-def work(rank: int, n_ranks: int, folder: Path, name: str, shape: Shape, plan: Plan) -> None:
+def work(rank: int, n_ranks: int, folder: Path, name: str, case: Case, plan: Plan) -> None:
     """All that is measured of a method, written twice: without and with what activation checkpointing makes of its memory,
-    which some cannot do."""
-    method = Method.named(name)
+    which some cannot do, and recurrent models do not have."""
     wire = Wire(rank, n_ranks, plan.link, folder / BOARD)
-    training = method.training(shape, n_ranks, hooked=plan.link is not None)
-    baseline = Backprop(shape) if rank == 0 else None
-    found = {"total": training.total, "losses": [], "baseline_losses": []}
+    training = case.training(name, n_ranks, hooked=plan.link is not None)
+    baseline = case.baseline() if rank == 0 else None
+    found = {"total": training.total, "losses": [], "norms": [], "baseline_losses": [], "baseline_norms": []}
     for step in range(plan.check_steps):
         found["losses"].append(training.step(step).item())
+        found["norms"].append(training.norm)
         if baseline is not None:
             found["baseline_losses"].append(baseline.step(step).item())
+            found["baseline_norms"].append(baseline.norm)
     found["idle_segments"] = training.idle_segments()
     found |= counted(training, Wire(rank, n_ranks), plan.check_steps)
     found["activation_bytes"] = memory_of_step(training, plan.check_steps, gradients=False)
@@ -52,9 +54,11 @@ def work(rank: int, n_ranks: int, folder: Path, name: str, shape: Shape, plan: P
     found["parameter_bytes"], found["state_bytes"] = training.held_bytes()
     found |= seconds_by_turns(training, baseline, wire, plan)
     leave(folder, rank, found)
+    if not case.can_recompute:
+        return
     del training, baseline
     gc.collect()
-    training = method.training(shape, n_ranks, recompute=True)
+    training = case.training(name, n_ranks, recompute=True)
     training.step(0)
     found["recomputed_bytes"] = memory_of_step(training, 1, gradients=False)
     found["recomputed_step_bytes"] = memory_of_step(training, 1, gradients=True)
@@ -89,7 +93,7 @@ def memory_of_step(training: Training, step: int, *, gradients: bool) -> int:
     fixed = sum(b.numel() * b.element_size() for b in buffers)
     if gradients and isinstance(training, Replica) and training.is_ddp:  # its buckets, which hold them, are always there
         fixed += sum(p.numel() * p.element_size() for p in parameters)
-    if training.shape.device != "cpu":  # the allocator's count
+    if training.case.device != "cpu":  # the allocator's count
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() - fixed
@@ -136,14 +140,14 @@ def _resizes_seen() -> Iterator[None]:
         torch.UntypedStorage.resize_ = resize
 
 
-def seconds_by_turns(training: Training, baseline: Backprop | None, wire: Wire, plan: Plan) -> dict[str, list[float]]:
+def seconds_by_turns(training: Training, baseline: Training | None, wire: Wire, plan: Plan) -> dict[str, list[float]]:
     """Wall seconds of a step in every turn: of backprop on the first rank while the others wait, of the method, and of the
     method over the link; and processor seconds of this rank in backprop's steps and in the method's. Only the first rank's
     wall seconds count.
     """
     names = ("baseline_seconds", "baseline_processor_seconds", "seconds", "linked_seconds", "processor_seconds")
     found: dict[str, list[float]] = {name: [] for name in names}
-    wait = torch.cuda.synchronize if training.shape.device != "cpu" else lambda: None
+    wait = torch.cuda.synchronize if training.case.device != "cpu" else lambda: None
 
     def turn(trained: Training | None) -> tuple[float, float]:
         wait()

@@ -157,8 +157,10 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
         if is_first_process():
             print(f"# preset {origin['preset']} and these options\n\n{settings.to_yaml(origin['asked'])}", end="")
         return 0, None
+    asked = None
     if resume is None:
-        folder = Path(chosen(given, preset, None)[0].output_dir)
+        asked = chosen(given, preset, None)  # once: a model that is trained on is read whole, to check it
+        folder = Path(asked.settings.output_dir)
     else:
         folder = folder_of(given)
         check_resumable(folder, resume)
@@ -170,7 +172,7 @@ def start(argv: list[str] | None, stop: StopSignal) -> tuple[int, str | None]:
     try:
         lock = on_main(lambda: FolderLock(folder))
         turn = processes.process_index, processes.num_processes
-        settings, origin, resumed, initial = on_all(lambda: chosen(given, preset, resume, extend, turn))
+        settings, origin, resumed, initial = asked or on_all(lambda: chosen(given, preset, resume, extend, turn))
         if not all_alike(resumed and resumed.fingerprint):
             raise ValueError(f"the processes of this launch see different checkpoints in {folder}: {ONE_FOLDER}")
         where = settings if resumed is None else located(settings, given, resumed)

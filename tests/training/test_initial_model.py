@@ -10,6 +10,8 @@ import torch
 from hbll_seq import HBLLConfig, HBLLForCausalLM
 from hbll_seq.data.tokenizer import Tokenizer
 from hbll_seq.training import checkpoint as ck
+from hbll_seq.training import language_model
+from hbll_seq.training.initial_model import read_initial_model
 from hbll_seq.utils.tensors import module_tensors
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -44,9 +46,12 @@ def first_weights(folder):
     return ck.load_checkpoint(folder / "checkpoints", 0)[0]["model"]
 
 
-def test_a_run_starts_from_the_models_weights_shape_and_tokenizer(options, model_folder, tmp_path):
-    folder = tmp_path / "run"
+def test_a_run_starts_from_the_models_weights_shape_and_tokenizer(options, model_folder, tmp_path, monkeypatch):
+    """And reads the model once."""
+    folder, read = tmp_path / "run", []
+    monkeypatch.setattr(language_model, "read_initial_model", lambda name: read.append(name) or read_initial_model(name))
     assert lm.main([*options, "--keep-checkpoints", "9", "--init-from", str(model_folder), "--output-dir", str(folder)]) == 0
+    assert read == [str(model_folder)]
     source, model = HBLLForCausalLM.from_pretrained(model_folder), HBLLForCausalLM.from_pretrained(folder)
     first = first_weights(folder)
     assert all(torch.equal(first[f"model.{name}"], tensor) for name, tensor in module_tensors(source).items())

@@ -7,6 +7,7 @@ import torch
 
 import bench_sequence
 from comparisons.sequence_methods import Sequences, Truncated, inference_of
+from hbll_seq.objectives.recurrent import RecurrentLocalObjective
 
 TINY = ["--context-length", "24", "--hidden-size", "16", "--vocab", "32", "--steps", "1", "--repeats", "2",
         "--check-steps", "3"]  # fmt: skip
@@ -62,10 +63,13 @@ def test_a_window_is_a_part_of_the_loss():
 
 
 def test_a_method_names_its_sweeps():
-    shape = Sequences()
+    """And the default one is the objective's own."""
+    case = Sequences()
     sweeps = "sweeps:forward=1,backward=1,linearization=zero,chunk_size=4"
+    objectives = [RecurrentLocalObjective(case.model(), name) for name in ("sweeps", inference_of(bench_sequence.DEFAULTS))]
+    assert objectives[0].inference == objectives[1].inference
     assert inference_of(f"{OURS},ranks=1") == inference_of(OURS) == sweeps and inference_of("ours") == "sweeps:"
-    assert [shape.processes(name, 4) for name in ("bptt", "fused", "ddp", OURS, f"{OURS},ranks=1")] == [1, 1, 4, 4, 1]
+    assert [case.processes(name, 4) for name in ("bptt", "fused", "ddp", OURS, f"{OURS},ranks=1")] == [1, 1, 4, 4, 1]
 
 
 @pytest.mark.parametrize(

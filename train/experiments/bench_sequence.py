@@ -58,10 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Measures every method that the output does not hold yet; prints tables, writes JSON and a figure."""
     args = parse(argv)
-    shapes = [({"context_length": length, "width": args.hidden_size},
-               Sequences(length, args.hidden_size, args.batch_size, args.vocab, args.cell, device=args.device))
-              for length in args.context_length]  # fmt: skip
-    return measure(shapes, args, DECISIVE)
+    cases = [({"context_length": length, "width": args.hidden_size},
+              Sequences(length, args.hidden_size, args.batch_size, args.vocab, args.cell, device=args.device))
+             for length in args.context_length]  # fmt: skip
+    return measure(cases, args, DECISIVE)
 
 
 if __name__ == "__main__":

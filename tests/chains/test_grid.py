@@ -247,6 +247,7 @@ def test_random_tokens_cannot_be_predicted(options):
         assert math.log(17) - 0.02 < sum(values) / len(values) < math.log(17) + 0.5
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_the_plain_network_and_needs_credit_through_time():
     """x_t = x_{t-5}: no loss below ln 8 without memory; the same iterations without adjoints back in time learn nothing."""
     reached = {}

@@ -369,19 +369,19 @@ def test_early_stop_and_damping():
     torch.testing.assert_close(half, 0.5 * (whole + z0))
 
 
-def test_span_does_not_grow_with_the_number_of_blocks():
+@pytest.mark.parametrize("n_level", [3, 4, 6, pytest.param(8, marks=pytest.mark.slow)])
+def test_span_does_not_grow_with_the_number_of_blocks(n_level):
     torch.manual_seed(0)
     x, y = torch.randn(2, 2), torch.tensor([0, 1])
     head = 2  # forward, and the product that starts the adjoints; its own gradients are off the critical path
-    for n_level in (3, 4, 6, 8):
-        model = small_hierarchy(n_level)
-        for forward, backward in ((2, 1), (4, 3), (3, 5)) if n_level < 8 else ((2, 1),):
-            for init, first in (("input", 0), ("first", 1)):
-                sweeps = Sweeps(forward - first, backward, init=init)
-                kept = measure_span(LocalObjective(model, sweeps), x, y)
-                assert kept.step == (forward + 1) + backward + 2 + head
-                recomputed = measure_span(LocalObjective(model, sweeps, recompute=True), x, y)
-                assert recomputed.step == (forward + 1) + 2 * backward + 3 + head
+    model = small_hierarchy(n_level)
+    for forward, backward in ((2, 1), (4, 3), (3, 5)) if n_level < 8 else ((2, 1),):
+        for init, first in (("input", 0), ("first", 1)):
+            sweeps = Sweeps(forward - first, backward, init=init)
+            kept = measure_span(LocalObjective(model, sweeps), x, y)
+            assert kept.step == (forward + 1) + backward + 2 + head
+            recomputed = measure_span(LocalObjective(model, sweeps, recompute=True), x, y)
+            assert recomputed.step == (forward + 1) + 2 * backward + 3 + head
 
 
 def test_no_gradient_passes_from_one_block_to_another():

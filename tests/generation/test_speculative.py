@@ -184,7 +184,7 @@ def tiny():
     "drafter,batch,options",
     [(dict(drafter=1), 80, dict(temperature=1.0)), (dict(in_order=2), 80, dict(temperature=0.7, top_k=3)),
      (dict(drafter=1), 24, dict(temperature=1.0)), (dict(drafter="text"), 80, dict(temperature=1.0, prompt=EVERY_THREE)),
-     (dict(drafter="text"), 24, dict(temperature=0.7, top_k=3, prompt=EVERY_THREE))],
+     pytest.param(dict(drafter="text"), 24, dict(temperature=0.7, top_k=3, prompt=EVERY_THREE), marks=pytest.mark.slow)],
     ids=["short path", "side by side, top-k", "few rows", "text", "text, few rows, top-k"],
 )  # fmt: skip
 def test_drawn_tokens_have_the_models_distribution(tiny, drafter, batch, options):

@@ -219,7 +219,7 @@ def test_probes_come_every_so_many_optimizer_steps_and_early_after_a_jump():
 @pytest.mark.parametrize("sweeps, more", [
     (dict(forward=1, backward=1, chunk_size=2), dict(depths="octaves")),
     (dict(forward=1, backward=1, linearization="low_rank"), dict(depths="random")),
-    (dict(forward=2, backward=1), dict(recompute=True)),
+    pytest.param(dict(forward=2, backward=1), dict(recompute=True), marks=pytest.mark.slow),
 ], ids=["mix", "secants", "recomputed"])  # fmt: skip
 def test_probes_change_nothing_but_k_and_m(sweeps, more):
     """With K and M held by ``most`` a run with probes is bit for bit the run without, dropout and learned maps included."""

@@ -44,7 +44,7 @@ def test_an_encoding_without_the_texts_characters_and_a_pipe_that_closes(referen
 
 @pytest.mark.parametrize("redirection, environment, resume", [
     ("> /dev/full 2>&1", {}, False),
-    (">&- 2>&-", NOWHERE, True),
+    pytest.param(">&- 2>&-", NOWHERE, True, marks=pytest.mark.slow),
     pytest.param("> /dev/full 2>&1", NOWHERE, True, marks=pytest.mark.slow),
     pytest.param(">&- 2>&-", {}, False, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -79,7 +79,7 @@ print("left with", [name for name in names if "gloo" in name])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="asks Linux for the threads")
-@pytest.mark.parametrize("how, said", [("done", ""), ("failed", "failed, ")])
+@pytest.mark.parametrize("how, said", [pytest.param("done", "", marks=pytest.mark.slow), ("failed", "failed, ")])
 def test_the_process_group_is_left_while_its_threads_need_the_gil(tmp_path, how, said):
     command = [sys.executable, "-c", PENDING, how, str(tmp_path)]
     process = subprocess.run(command, cwd=kr.ROOT, capture_output=True, text=True, timeout=60)

@@ -101,6 +101,7 @@ def test_two_ranks_equal_one_process(one, two):
         tensor.numel() for tensor in load_file(one / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_seven_ranks_equal_one_process(one, shape, tmp_path):
     run(7, [*shape, *parallel(7), "--output-dir", str(tmp_path / "run")])
     assert_close(tmp_path / "run", one)
@@ -198,8 +199,9 @@ def test_another_number_of_replicas_is_refused(two):
 
 
 @pytest.mark.parametrize("options", [
-    "", "--grad-accum 2",
+    "--grad-accum 2",
     *[pytest.param(options, marks=pytest.mark.slow) for options in (  # the objective's own tests have their like
+        "",
         "--forward 6 --backward 0 --linearization zero --auxiliary-exits 0.7",
         "--forward 1 --backward 1", "--depth-mix none --forward 2 --backward 1 --linearization zero",
         "--cell gru,transformer,gru,transformer,gru,gru,transformer --carry-state --depth-mix none",
@@ -242,7 +244,7 @@ def test_local_losses_of_two_replicas_on_two_ranks(shape, tmp_path):
 # ------------------------------------------------------------------------------------------------------ a rank fails
 
 
-@pytest.mark.parametrize("process, real", [(0, ""), (2, ""), (1, "1")])
+@pytest.mark.parametrize("process, real", [(0, ""), (1, "1"), pytest.param(2, "", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind, words", [
     ("kill", "another process of this launch ended"), ("raise", "something is wrong on this rank"), ("nan", "loss=nan"),
 ])  # fmt: skip

@@ -79,6 +79,17 @@ def test_segments_that_hear_of_the_next_one_alone():
     assert f"{hearing / backprop:.2f} times the seconds" in text
 
 
+def test_eight_segments_with_the_mix_octaves():
+    text, files = section("results.md", "18."), ("compare-engine-31-octaves", "compare-engine-31-octaves-blocks")
+    rows = [run for name in files for run in runs(name)]
+    full = rows[0]["test"][-1]["perplexity"]
+    assert len(rows) == 3 and all(run["seed"] == 0 and run["lr"] == 3e-3 for run in rows)
+    for run in rows:
+        values = [row["perplexity"] for row in run["test"]]
+        assert f"| {' | '.join(f'{value:.2f}' for value in values)} | {values[-1] / full:.3f} |" in text
+    assert f"that of the last row {rows[-1]['alignment'][-1][1]:.2f} at the end" in " ".join(text.split())
+
+
 def test_eight_segments_alone():
     text = " ".join(section("results.md", "18.").split())
     ours, backprop = runs("compare-engine-31-prefixes")

@@ -325,7 +325,7 @@ def test_the_bundled_model():
 def test_a_step_on_two_processes():
     text = section("results.md", "21.").replace("*", "")
     points = {point["width"]: point["methods"] for point in stored("bench_parallel")["points"]}
-    assert [len(methods) for methods in points.values()] == [8, 8]
+    assert [len(methods) for methods in points.values()] == [9, 9]
 
     def cell(width, name):
         method = points[width][name]
@@ -409,8 +409,11 @@ def test_predicted_speed_on_more_devices():
         rows = [row for row in found["rows"] if (row["blocks"], row["method"]) == (64, f"ours {method}")]
         at = {row["devices"]: row["speed"] for row in rows if row.get("width", 256) == 256 and "speed" in row}
         assert f"| {name} | {at[2]:.2f} | {at[4]:.2f} | {at[8]:.2f} |" in text and (at[8] < 4) == ("ahead" not in method)
+    (exits,) = [each for each in found["check"] if (each["method"], each["width"]) == ("ahead:exits=1", 256)]
+    told = f"such ranks are {exits['measured']:.2f} times as fast (section 21), where {exits['predicted']:.2f} is predicted"
+    assert told in " ".join(text.split())
     errors = [f"{100 * (each['predicted'] / each['measured'] - 1):+.0f}%" for each in found["check"]]
-    assert all(error in text for error in errors) and len(errors) == 14
+    assert all(error in text for error in errors) and len(errors) == 16
     costs = next(costs for name, costs in found["costs"].items() if name.startswith("width=256"))
     whole = costs["work"]["4"]
     costs = (whole["product"] / whole["forward"], whole["backward"] / whole["forward"])

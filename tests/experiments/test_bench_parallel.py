@@ -119,7 +119,7 @@ def test_measures_groups_and_goes_on_where_it_was_stopped(tmp_path, capsys, monk
 @pytest.mark.slow
 def test_every_other_method_runs(tmp_path):
     names = ["backprop", "fsdp", "gpipe:m=4", "interleaved:m=4", "zero-bubble:m=4", "zbv:m=4", "local",
-             "local:depths=prefixes", "ahead", "ahead:depths=prefixes", "ours:K=0,M=0"]  # fmt: skip
+             "local:depths=prefixes", "ahead", "ahead:depths=prefixes", "ours:K=0,M=0", "local:exits=1", "ahead:exits=1"]
     methods = run(tmp_path / "bench.json", "--blocks", "7", "--methods", *names)
     assert not [name for name in names if "refused" in methods[name]]
     for name in names[:6]:
@@ -127,7 +127,12 @@ def test_every_other_method_runs(tmp_path):
     assert methods["ours:K=0,M=0"]["loss_difference"] > 1e-5
     for kind in ("local", "ahead"):
         assert methods[kind]["idle_segments"] == [0] and methods[f"{kind}:depths=prefixes"]["idle_segments"] == []
-    for name in ("ahead", "ahead:depths=prefixes"):
+    assert methods["local:exits=1"]["idle_segments"] == methods["ahead:exits=1"]["idle_segments"] == []
+    for kind in ("local", "ahead"):  # the exit's block, on the first rank
+        plain, exits = (methods[name]["parameter_bytes"] for name in (kind, f"{kind}:exits=1"))
+        assert exits[0] > 1.2 * plain[0] and exits[1] < 1.1 * plain[1]
+    assert methods["ahead:exits=1"]["losses"][0] == methods["local:exits=1"]["losses"][0]
+    for name in ("ahead", "ahead:depths=prefixes", "ahead:exits=1"):
         assert methods[name]["messages"] == [1, 0] and methods[name]["losses"][0] == methods["local"]["losses"][0]
         assert methods[name]["losses"][-1] != methods[name.replace("ahead", "local")]["losses"][-1]
 
@@ -139,6 +144,8 @@ def test_presets_are_sweeps():
     assert inference("ahead", 2) == inference("local", 2)
     assert inference("local:c=19", 2) == "sweeps:chunk_size=19,forward=1,backward=0,linearization=zero"
     assert inference("local:c=8", 2) == "sweeps:chunk_size=8,forward=3,backward=0,linearization=zero"  # K = S - 1
+    exits = "sweeps:chunk_size=16,forward=1,backward=0,linearization=zero,auxiliary_exits=1,auxiliary_blocks=1"
+    assert inference("ahead:exits=1", 2).split(",") == exits.split(",") and inference("local:exits=1", 2) == exits
     assert inference("exact:shares=1+3", 2) == inference("exact", 4)
     assert inference("ours:K=1,M=2,segments=8") == "sweeps:chunk_size=4,forward=1,backward=2"
 

@@ -8,7 +8,7 @@
     zbv:m=4               the same with stages s and 2 R - 1 - s
     exact                 ours, a segment for each rank, K = M = S - 1; shares=1+3: of S = 4 segments so many on each
     local                 ours with A = 0, K = S - 1, M = 0: segments learn from exits on their own blocks alone; c=19: of 19
-                          blocks
+                          blocks; exits=1: a segment without an exit has one in training, with so many blocks of its own
     ahead                 the same, each rank a batch ahead of the next one, on states that are a step old
     ours:K=1,M=1,...      ours with these options of sweeps; segments=S (default R), depths=MIX
 
@@ -99,7 +99,7 @@ class Method:
         if kind not in KINDS:
             raise ValueError(f"method {name!r}: allowed are {', '.join(KINDS)}; options follow a colon, as in 1f1b:m=4")
         allowed = {"m"} if kind in PIPELINES else {"depths"} if kind in OURS else set()
-        allowed |= {"shares"} if kind == "exact" else {"c"} if kind in ("local", "ahead") else set()
+        allowed |= {"shares"} if kind == "exact" else {"c", "exits"} if kind in ("local", "ahead") else set()
         if kind != "ours" and (unknown := options.keys() - allowed):
             raise ValueError(f"method {name!r}: {kind} has no option {min(unknown)!r}; it has {', '.join(allowed) or 'none'}")
         if kind in PIPELINES and not (options.get("m", "").isdecimal() and int(options["m"]) > 0):
@@ -135,6 +135,8 @@ class Method:
         most = str(segments - 1)
         alone = {"forward": most, "backward": "0", "linearization": "zero"}
         preset = {"exact": {"forward": most, "backward": most}, "local": alone, "ahead": alone}.get(self.kind, {})
+        if "exits" in options:
+            preset |= {"auxiliary_exits": "1", "auxiliary_blocks": options.pop("exits")}
         options = {"chunk_size": str(size), **preset, **options}
         return "sweeps:" + ",".join(f"{name}={value}" for name, value in options.items())
 

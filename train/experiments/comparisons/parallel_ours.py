@@ -49,7 +49,7 @@ class Ours(Training):
 
     def idle_segments(self) -> list[int]:
         objective, inference = self.objective, self.objective.inference
-        if inference.backward > 0 or inference.linearization.name != "zero":
+        if inference.backward > 0 or inference.linearization.name != "zero" or inference.auxiliary_exits:
             return []
         main, *others = objective.sub_networks(0)
         reached = {*main.exits, *(n for network in others for n in network.path)}

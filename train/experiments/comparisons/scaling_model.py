@@ -177,6 +177,8 @@ class Model:
             return self.exact(n, r, method.shares)
         if method.kind in ("ddp", "fsdp"):
             return getattr(self, method.kind)(n, r)
+        if method.kind == "ahead" and method.options == {"exits": "1"}:
+            return self.ahead_with_exits(n, r)
         if "depths" in method.options or method.options.keys() - {"K", "M", "forward", "backward"}:
             return None  # further exits, or segments that are not one for each rank
         if method.kind in ("local", "ahead"):

@@ -102,7 +102,7 @@ def mutations(state, rng):
                 json.loads(text), other, lambda parent, key: parent.__setitem__(key, values[0]))
 
 
-@pytest.mark.parametrize("share", [0.06, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_no_mutation_of_a_state_is_taken_for_another_run(run, capsys, share):
     """The sums are made to fit, so that all checks behind them are reached. What remains is a possible value of a setting or
     of a random generator, which nothing but the sums can find."""

@@ -203,7 +203,7 @@ def mutations(state: dict):
                 yield f"{where}.{name}={value!r:.20}", changed
 
 
-@pytest.mark.parametrize("count", [75, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_mutated_state_is_refused_or_harmless(project, count):
     """Reading a checkpoint: a ValueError of a single line, or settings that hold."""
     path, outcomes = (project / "run").joinpath(*LAST), {True: 0, False: 0}

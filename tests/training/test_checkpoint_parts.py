@@ -80,6 +80,16 @@ def test_a_rank_reads_the_values_of_its_own_part_alone(tmp_path, monkeypatch):
         ck.load_checkpoint(tmp_path, STEP, (1, N))
 
 
+def test_the_newest_sound_one_is_looked_for_from_the_newest_on(tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        ck.save_checkpoint(tmp_path, step, WHOLE, {"settings": {}}, keep=9)
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"")
+    read, load = [], ck._load
+    monkeypatch.setattr(ck, "_load", lambda path, step: read.append(step) or load(path, step))
+    assert ck.newest_sound(tmp_path, 4) == 2 and read == [3, 2]
+    assert ck.newest_sound(tmp_path, 1) is None
+
+
 def test_one_part_is_the_file_of_one_process(tmp_path):
     ck.save_checkpoint(tmp_path / "one", STEP, WHOLE, {"settings": {}})
     saved_in_parts(tmp_path / "parts", 1)

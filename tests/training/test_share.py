@@ -1,6 +1,7 @@
 """What a rank of a model holds, trains and takes of a checkpoint; no process group is needed to ask."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ from hbll_seq.distributed.ranks import Ranks
 from hbll_seq.models.causal_lm import HBLLForCausalLM
 from hbll_seq.models.config import HBLLConfig
 from hbll_seq.objectives.local import LocalObjective
+from hbll_seq.training import devices
 from hbll_seq.training.checkpoint import CheckpointError
 from hbll_seq.training.share import Share
 from hbll_seq.utils.tensors import module_tensors
@@ -122,3 +124,21 @@ def test_a_state_of_another_shape_is_refused(objective, shape):
         states = {"1": torch.zeros(2, 4, 3, 8), "2": torch.zeros(2, *shape)}
         with pytest.raises(CheckpointError, match="for ranks that go on ahead: '2' is "):
             ahead_of(copy.deepcopy(objective), rank).taking_up(states, (4, 3, 8))
+
+
+def test_an_error_that_cannot_be_sent_goes_as_its_words(monkeypatch):
+    """Whoever raised it has it itself."""
+
+    class Local(Exception):  # no other process knows it
+        pass
+
+    sent = []
+    monkeypatch.setattr(devices, "gather_object", lambda found: sent.append(pickle.loads(pickle.dumps(found))) or found)
+
+    def fail():
+        raise Local("the disk is gone")
+
+    with pytest.raises(Local):
+        devices.on_all(fail)
+    ((error,),) = sent
+    assert type(error) is RuntimeError and str(error) == "Local: the disk is gone"

@@ -148,6 +148,10 @@ def test_eight_segments_with_exits_that_have_a_block():
     assert f"takes {work[1]:.0f} block evaluations in place of {work[0]:.0f}" in results
     (other,) = runs("compare-engine-31-octaves-6000")
     assert f"`octaves` takes {other['work']:.0f} and" in results and f"ends at {ratio['octaves']:.3f} of it" in results
+    seconds = [f"{runs(EIGHT[label][0])[-1]['step_seconds']:.2f}" for label in (list(EIGHT)[3], list(EIGHT)[2])]
+    backprops = [f"{runs(EIGHT[list(EIGHT)[n]][0])[0]['step_seconds']:.2f}" for n in (0, 5)]
+    told = "a step took {} processor seconds, that of the best exact gradient {}, of backprop with the same mix {} and with"
+    assert f"{told.format(*seconds, backprops[0])} `octaves` {backprops[1]}" in results
     sevenths = [perplexities(list(EIGHT)[n])[0] for n in (3, 5)]
     assert "behind it at depth 7 ({:.2f}, {:.2f})".format(*sevenths) in results
     without = [plain / other for other in (backprop, octaves, exact)]
@@ -393,6 +397,9 @@ def test_a_long_sequence_on_two_processes():
     one, two = "ours:K=1,M=1,A=zero,c=8,ranks=1", "ours:K=1,M=1,A=zero,c=8"
     gain = {n: f"{median(of[two]) / median(of[one]):.2f}" for n, of in rounds.items()}
     kept = [max(methods[4096][name]["activation_bytes"]) for name in (two, one)]
+    both, alone = (methods[256][name]["processor_seconds"] for name in (two, one))
+    assert all(abs(each / alone[0] - 1) < 0.05 for each in both)  # as much processor time as one alone
+    assert all(of[two]["collectives"] == [4, 4] for of in methods.values())
     told = " ".join(text.split())
     assert f"are {gain[4096]} times as fast as on one at 4,096 steps, with {kept[0] / kept[1]:.2f} of the activations" in told
     assert f"{gain[1024]} times as fast at 1,024, and {gain[256]} times at 256" in told

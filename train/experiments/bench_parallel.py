@@ -168,9 +168,7 @@ def point_of(points: list[dict], key: dict) -> dict:
     return points[-1]
 
 
-def measure(
-    cases: Iterable[tuple[dict, Case]], args: argparse.Namespace, decisive: Sequence[str]
-) -> list[dict]:
+def measure(cases: Iterable[tuple[dict, Case]], args: argparse.Namespace, decisive: Sequence[str]) -> list[dict]:
     """Measures every method that the output does not hold yet, for each key of a point and its case; prints tables, writes
     JSON and a figure. ``decisive``: options that a result holds for."""
     setting = {name: getattr(args, name) for name in decisive} | {"device": args.device, "torch": torch.__version__}
@@ -196,10 +194,10 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """See :func:`measure`."""
     args = parse(argv)
-    shapes = [({"blocks": args.blocks, "width": width},
-               Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab, device=args.device))
-              for width in args.width]  # fmt: skip
-    return measure(shapes, args, DECISIVE)
+    cases = [({"blocks": args.blocks, "width": width},
+              Shape(args.blocks, width, args.heads, args.batch_size, args.context_length, args.vocab, device=args.device))
+             for width in args.width]  # fmt: skip
+    return measure(cases, args, DECISIVE)
 
 
 if __name__ == "__main__":
